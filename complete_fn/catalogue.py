@@ -1,0 +1,158 @@
+"""Model names to checkpoints, limits, engine settings and prices. `models.toml` is the catalogue itself."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal, InvalidOperation
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from complete_fn.errors import InputError, UnknownModelError
+from complete_fn.types import PriceBasis
+
+BUILT_IN = Path(__file__).with_name("models.toml")
+EngineKind = Literal["embedded", "http", "echo"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Money per million tokens, and what the figures rest on."""
+
+    input: Decimal = Decimal(0)
+    cached_input: Decimal = Decimal(0)
+    output: Decimal = Decimal(0)
+    currency: str = "USD"
+    basis: PriceBasis = "example"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One catalogue entry. `checkpoint` is a folder, `package:folder` inside an installed package, or a Hub id."""
+
+    name: str
+    checkpoint: str
+    revision: str | None = None
+    engine: EngineKind = "embedded"
+    url: str | None = None
+    api_key_env: str | None = None
+    licence: str = "unknown"
+    gated: bool = False
+    download: str = "unknown"
+    max_model_len: int | None = None
+    default_max_tokens: int = 512
+    prices: Prices = Prices()
+    tried: str = "not tried"
+    nodes: str = ""
+    instructions: tuple[str, ...] = ()
+    note: str = ""
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The checkpoint's folder if it is on this machine's disk, else None (a Hub id)."""
+        if self.checkpoint.startswith("package:"):
+            package, _, inside = self.checkpoint.removeprefix("package:").partition("/")
+            return installed_folder(package) / inside
+        folder = Path(self.checkpoint).expanduser()
+        return folder.resolve() if folder.is_dir() else None
+
+
+def installed_folder(package: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    from importlib.util import find_spec
+
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UnknownModelError(f"The package {package!r} with the model's files is not installed.")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def price(table: Mapping[str, Any], where: str) -> Prices:
+    known = {f.name for f in fields(Prices)}
+    if unknown := set(table) - known:
+        raise InputError(f"{where}: prices has no field {sorted(unknown)[0]!r}; it has {', '.join(sorted(known))}.")
+    try:
+        amounts = {k: Decimal(str(table[k])) for k in ("input", "cached_input", "output") if k in table}
+    except InvalidOperation as error:
+        raise InputError(f"{where}: a price is not a number: {dict(table)!r}.") from error
+    if any(not a.is_finite() or a < 0 for a in amounts.values()):
+        raise InputError(f"{where}: a price is negative or not finite: {dict(table)!r}.")
+    basis = table.get("basis", "yours")
+    if basis not in ("example", "yours", "metered"):
+        raise InputError(f"{where}: price basis {basis!r} is not one of example, yours, metered.")
+    return Prices(currency=str(table.get("currency", "USD")), basis=cast(PriceBasis, basis), **amounts)
+
+
+def entry(name: str, table: Mapping[str, Any], base: Model | None, where: str) -> Model:
+    """One entry from its TOML table, over an older entry of the same name."""
+    known = {f.name for f in fields(Model)} - {"name"}
+    if unknown := set(table) - known:
+        hint = difflib.get_close_matches(sorted(unknown)[0], known, 1)
+        more = f" Did you mean {hint[0]!r}?" if hint else ""
+        raise InputError(f"{where}: model {name!r} has no field {sorted(unknown)[0]!r}.{more}")
+    changes = dict(table)
+    if "prices" in changes:
+        changes["prices"] = price(changes["prices"], f"{where}: model {name!r}")
+    if "instructions" in changes:
+        changes["instructions"] = tuple(changes["instructions"])
+    if base is not None:
+        return replace(base, **changes)
+    if "checkpoint" not in changes:
+        if "url" not in changes:
+            raise InputError(f"{where}: model {name!r} needs a checkpoint or a url.")
+        changes["checkpoint"] = name
+    if "url" in changes:
+        changes.setdefault("engine", "http")
+    return Model(name=name, **changes)
+
+
+def load_catalogue(models_file: Path | None = None) -> dict[str, Model]:
+    """All entries, the user's file over the built-in one.
+
+    Raises:
+        InputError: the file is missing, is not TOML, or has an unknown field.
+    """
+    found: dict[str, Model] = dict(built_in())
+    if models_file is not None:
+        for name, table in read_toml(models_file).get("models", {}).items():
+            found[name] = entry(name, table, found.get(name), str(models_file))
+    return found
+
+
+@cache
+def built_in() -> dict[str, Model]:
+    return {n: entry(n, t, None, BUILT_IN.name) for n, t in read_toml(BUILT_IN)["models"].items()}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"The catalogue file {str(path)!r} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"The catalogue file {str(path)!r} is not TOML: {error}.") from error
+
+
+def find_model(name: str, models_file: Path | None = None) -> Model:
+    """The entry of that name; else a local folder or a Hub id (`owner/name`) as a model of its own.
+
+    Raises:
+        UnknownModelError: none of these; the message has the nearest names.
+    """
+    catalogue = load_catalogue(models_file)
+    if name in catalogue:
+        return catalogue[name]
+    if not isinstance(name, str) or not name.strip():
+        raise UnknownModelError(f"Model {name!r} is not a name. `complete-fn models` lists all.")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Model(name=name, checkpoint=str(folder.resolve()), note="a local folder")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return Model(name=name, checkpoint=name, note="from the Hub")
+    near = difflib.get_close_matches(name, catalogue, 1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UnknownModelError(f"Model {name!r} is not in the catalogue.{hint} `complete-fn models` lists all.")

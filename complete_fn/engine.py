@@ -1,0 +1,77 @@
+"""The Engine protocol, and `EchoEngine`, a real implementation without a model for users' own tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from complete_fn.catalogue import Model
+from complete_fn.settings import Settings
+from complete_fn.types import Completion, CompletionRequest, Usage
+
+
+class Engine(Protocol):
+    """Turns requests into completions. Implementations are safe to call from several threads at once."""
+
+    def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+        """Yield (position of the request, its completion) as each is done, in any order.
+
+        Requests are drawn from the iterable only as fast as the engine takes them (back-pressure), so an endless
+        iterable is fine. A request that fails is a completion with an `error`; nothing is raised for one row.
+        `tenant` salts the prefix cache. Closing the iterator aborts what is still in flight.
+
+        Raises:
+            EngineError: the engine cannot start, or died and could not be restarted once.
+        """
+        ...
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens of each bare text by the model's own tokenizer, no chat template, no special tokens."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the engine; a shared one ends when its last user has let go."""
+        ...
+
+
+def prompt_text(request: CompletionRequest) -> str:
+    """The prompt as one text: a string as it is, messages one per line pair."""
+    if isinstance(request.prompt, str):
+        return request.prompt
+    return "\n".join(m.content for m in request.prompt)
+
+
+class EchoEngine:
+    """Answers every prompt with itself, upper-cased or by `answer`; a token is a word split at white space."""
+
+    def __init__(self, context: int = 4096) -> None:
+        self.context = context
+        self.requests: list[CompletionRequest] = []
+
+    def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+        for position, request in enumerate(requests):
+            self.requests.append(request)
+            yield position, self.complete(request)
+
+    def complete(self, request: CompletionRequest) -> Completion:
+        words = prompt_text(request).split()
+        if len(words) >= self.context:
+            return Completion.failed(
+                "prompt_too_long", f"The prompt has {len(words)} tokens; the model's context is {self.context}."
+            )
+        answer = words if request.sampling.max_tokens is None else words[: request.sampling.max_tokens]
+        return Completion(
+            text=" ".join(answer),
+            finish_reason="stop" if len(answer) == len(words) else "length",
+            usage=Usage(prompt_tokens=len(words), completion_tokens=len(answer)),
+        )
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+    def close(self) -> None:
+        self.requests.clear()
+
+
+def open_engine(model: Model, settings: Settings) -> EchoEngine:
+    return EchoEngine(context=model.max_model_len or 4096)

@@ -1,0 +1,128 @@
+"""The error tree, by who can act.
+
+CompleteError
+├── RequestError            the caller: the query, its options or its input are wrong
+│   ├── UnknownModelError       the model is neither in the catalogue nor a folder nor a Hub id
+│   ├── InvalidOptionError      an option, schema or template cannot be used
+│   ├── InputError              a file, column or table cannot be read or written as asked
+│   └── BudgetExceededError     `max_cost` cannot be kept (only with `strict`)
+├── EngineError             the operator: the engine cannot start, died twice, or its URL does not answer
+│   ├── EngineMissingError      a library of the engine is not installed
+│   └── EngineBusyError         the engine refuses work for now (429, 503)
+├── JobError                the job: it is cancelled, or in a state that forbids the step
+└── StoreError              the operator: answers and ledger cannot be read or written
+    └── StoreBusyError          another process holds the state longer than the timeout
+
+`RowError` is no exception but the value of one row; `strict` raises it inside a `RowFailedError`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CompleteError(Exception):
+    """Something went wrong."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (self.__doc__ or "").strip())
+
+
+class RequestError(CompleteError):
+    """The request cannot be carried out as written."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class UnknownModelError(RequestError):
+    """The model is not in the catalogue. `complete-fn models` lists all."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class InvalidOptionError(RequestError):
+    """An option has a value that cannot be used."""
+
+    code = "invalid_option"
+
+
+class InputError(RequestError):
+    """The input or output cannot be used."""
+
+    code = "invalid_input"
+
+
+class BudgetExceededError(RequestError):
+    """The budget does not cover the work."""
+
+    status = 402
+    code = "budget_exceeded"
+
+
+class RowFailedError(RequestError):
+    """A row failed and `strict` was asked for."""
+
+    code = "row_failed"
+
+
+class EngineError(CompleteError):
+    """The engine cannot do the work."""
+
+    status = 503
+    code = "engine_unavailable"
+    retryable = True
+
+
+class EngineMissingError(EngineError):
+    """A library that the engine needs is not installed."""
+
+    status = 501
+    code = "engine_missing"
+    retryable = False
+
+
+class EngineBusyError(EngineError):
+    """The engine refuses work for now."""
+
+    status = 429
+    code = "engine_busy"
+
+
+class JobError(CompleteError):
+    """The job is not in a state that allows this."""
+
+    status = 409
+    code = "job_conflict"
+
+
+class StoreError(CompleteError):
+    """Answers and ledger cannot be read or written."""
+
+    code = "store_unavailable"
+
+
+class StoreBusyError(StoreError):
+    """Another process holds the state."""
+
+    status = 503
+    code = "store_busy"
+    retryable = True
+
+
+# The closed set of row error codes, with what each one means.
+ROW_ERRORS: dict[str, str] = {
+    "prompt_too_long": "the rendered prompt leaves no room for an answer within the model's context",
+    "truncated": "the answer was cut by a limit that the caller did not set",
+    "schema_mismatch": "the answer does not satisfy the response_format",
+    "invalid_request": "the row's prompt cannot be sent (lone surrogate, empty messages, refused by the engine)",
+    "budget_exceeded": "the remaining budget does not cover the row at list price",
+    "cancelled": "the run was cancelled before the row was done",
+    "timeout": "the engine did not finish the row in time",
+    "blocked": "the endpoint's content filter refused the row",
+}

@@ -1,0 +1,96 @@
+"""The nouns: what is asked, what comes back, what it used. All frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Literal
+
+Source = Literal["computed", "duplicate", "cache"]
+PriceBasis = Literal["example", "yours", "metered"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message; `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample, named as in vLLM. `max_tokens` None: what the context leaves, capped by the catalogue."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """One prompt for one model. `response_format` is a JSON schema as canonical JSON text."""
+
+    model: str
+    prompt: Prompt
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    response_format: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one row: `cached_tokens` of the `prompt_tokens` came from the prefix cache."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why one row has no answer; `code` is a key of `errors.ROW_ERRORS`."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """An amount of money and what its prices rest on."""
+
+    amount: Decimal
+    currency: str
+    basis: PriceBasis
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The outcome of one request: `text` or `error`. A text cut by an unset limit is kept beside `truncated`."""
+
+    text: str | None
+    finish_reason: str | None = None
+    error: RowError | None = None
+    usage: Usage = Usage()
+    cost: Cost | None = None
+    source: Source = "computed"
+
+    @classmethod
+    def failed(cls, code: str, message: str, usage: Usage = Usage()) -> Completion:
+        return cls(None, error=RowError(code, message), usage=usage)
