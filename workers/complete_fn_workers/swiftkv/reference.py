@@ -1,12 +1,28 @@
-"""A Llama in plain PyTorch, tensor names as in Hugging Face checkpoints: the model that is trained here."""
+"""Llama and its SwiftKV form in plain PyTorch, tensor names as in Hugging Face checkpoints.
+
+It trains the demonstration model, distils SwiftKV students, and is the oracle that vLLM's answers are compared with.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretched rotary frequencies, by their config names."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -25,12 +41,35 @@ class Shape:
     max_position_embeddings: int = 4096
 
 
-def rope_table(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class SwiftKV:
+    """The first `num_key_value_layers` (K) layers are plain; `key_value_group_size` later ones share a cache (G)."""
+
+    num_key_value_layers: int
+    key_value_group_size: int = 1
+
+    def is_owner(self, layer: int) -> bool:
+        later = layer - self.num_key_value_layers
+        return later >= 0 and later % self.key_value_group_size == 0
+
+
+def rope_table(shape: Shape, length: int, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin, each [length, head_dim]: rotary angles of arXiv 2104.09864, halves rotated as in Llama."""
     half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), shape.rope_theta**-half)
+    frequencies = shape.rope_theta**-half
+    if scaling is not None:
+        frequencies = stretched(frequencies, scaling)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's rule: slow frequencies divided by `factor`, fast ones kept, a linear blend between (in turns)."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    share = share.clamp(0, 1)
+    return (1 - share) * frequencies / scaling.factor + share * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -59,6 +98,11 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
 
 
+class Rotary(NamedTuple):
+    cos: Tensor
+    sin: Tensor
+
+
 class Attention(nn.Module):
     def __init__(self, s: Shape) -> None:
         super().__init__()
@@ -68,15 +112,40 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(s.hidden_size, s.num_key_value_heads * s.head_dim, bias=False)
         self.o_proj = nn.Linear(s.num_attention_heads * s.head_dim, s.hidden_size, bias=False)
 
+    def heads(self, flat: Tensor) -> Tensor:
+        """[batch, length, heads * head_dim] -> [batch, heads, length, head_dim]"""
+        return flat.view(*flat.shape[:2], -1, self.shape.head_dim).transpose(1, 2)
+
+    def spread(self, kv: Tensor) -> Tensor:
+        """One copy of each key or value head per query head that reads it."""
+        return kv.repeat_interleave(self.shape.num_attention_heads // self.shape.num_key_value_heads, dim=1)
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mixed: Tensor = self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return mixed
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        q = rotate(self.q_proj(x).view(batch, length, -1, self.shape.head_dim).transpose(1, 2), cos, sin)
-        k = rotate(self.k_proj(x).view(batch, length, -1, self.shape.head_dim).transpose(1, 2), cos, sin)
-        v = self.v_proj(x).view(batch, length, -1, self.shape.head_dim).transpose(1, 2)
-        groups = self.shape.num_attention_heads // self.shape.num_key_value_heads
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        mixed = attend(q, k, v)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        q = rotate(self.heads(self.q_proj(x)), cos, sin)
+        k = rotate(self.heads(self.k_proj(x)), cos, sin)
+        return self.mixed(q, self.spread(k), self.spread(self.heads(self.v_proj(x))))
+
+
+class SwiftKVAttention(Attention):
+    """Teacher's projections beside the student's: `*_proj_swiftkv`, keys and values only in a group's owner."""
+
+    def __init__(self, s: Shape, owner: bool) -> None:
+        super().__init__(s)
+        self.q_proj_swiftkv = nn.Linear(s.hidden_size, s.num_attention_heads * s.head_dim, bias=False)
+        if owner:
+            self.k_proj_swiftkv = nn.Linear(s.hidden_size, s.num_key_value_heads * s.head_dim, bias=False)
+            self.v_proj_swiftkv = nn.Linear(s.hidden_size, s.num_key_value_heads * s.head_dim, bias=False)
+
+    def cache(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        k = rotate(self.heads(self.k_proj_swiftkv(x)), *rotary)
+        return self.spread(k), self.spread(self.heads(self.v_proj_swiftkv(x)))
+
+    def student(self, x: Tensor, cache: tuple[Tensor, Tensor], rotary: Rotary) -> Tensor:
+        return self.mixed(rotate(self.heads(self.q_proj_swiftkv(x)), *rotary), *cache)
 
 
 class MLP(nn.Module):
@@ -87,44 +156,130 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(s.intermediate_size, s.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, s: Shape, attention: Attention | None = None) -> None:
         super().__init__()
-        self.self_attn = Attention(s)
+        self.self_attn = attention if attention is not None else Attention(s)
         self.mlp = MLP(s)
         self.input_layernorm = RMSNorm(s.hidden_size, s.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(s.hidden_size, s.rms_norm_eps)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        h = h + self.self_attn(self.input_layernorm(h), cos, sin)
+        return self.rest(h + self.self_attn(self.input_layernorm(h), cos, sin))
+
+    def student(self, h: Tensor, cache: tuple[Tensor, Tensor], rotary: Rotary) -> Tensor:
+        return self.rest(h + self.self_attn.student(self.input_layernorm(h), cache, rotary))
+
+    def rest(self, h: Tensor) -> Tensor:
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
-class Llama(nn.Module):
-    """Decoder with tied embeddings; `forward` gives the last hidden states, `logits` the scores of chosen rows."""
+class States(NamedTuple):
+    """`last`: after the final norm; `before_last`: the last layer's input. Each [batch, length, hidden_size]."""
 
-    def __init__(self, shape: Shape) -> None:
+    last: Tensor
+    before_last: Tensor
+
+
+class Llama(nn.Module):
+    """A decoder; `forward` gives the last hidden states, `logits` the scores of chosen rows.
+
+    With `swiftkv` it holds teacher and student at once: `forward` is the teacher, `student` the SwiftKV form.
+    """
+
+    def __init__(
+        self, shape: Shape, swiftkv: SwiftKV | None = None, tied: bool = True, scaling: RopeScaling | None = None
+    ) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.swiftkv = shape, swiftkv
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer(i) for i in range(shape.num_hidden_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        cos, sin = rope_table(shape, shape.max_position_embeddings)
+        if swiftkv is not None:
+            self.norm_swiftkv = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.lm_head = None if tied else nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        cos, sin = rope_table(shape, shape.max_position_embeddings, scaling)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[batch, length] token ids -> [batch, length, hidden_size] after the final norm."""
-        h = self.embed_tokens(tokens)
+    def layer(self, i: int) -> Layer:
+        if self.swiftkv is None or i < self.swiftkv.num_key_value_layers:
+            return Layer(self.shape)
+        return Layer(self.shape, SwiftKVAttention(self.shape, self.swiftkv.is_owner(i)))
+
+    def embedded(self, tokens: Tensor) -> tuple[Tensor, Rotary]:
+        h: Tensor = self.embed_tokens(tokens)
         if torch.is_autocast_enabled("cpu"):
             h = h.to(torch.bfloat16)
-        cos, sin = self.cos[: tokens.shape[1]].to(h.dtype), self.sin[: tokens.shape[1]].to(h.dtype)
+        return h, Rotary(self.cos[: tokens.shape[1]].to(h.dtype), self.sin[: tokens.shape[1]].to(h.dtype))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[batch, length] token ids -> [batch, length, hidden_size] after the final norm."""
+        h, rotary = self.embedded(tokens)
         for layer in self.layers:
-            h = layer(h, cos, sin)
-        return self.norm(h)
+            h = layer(h, *rotary)
+        last: Tensor = self.norm(h)
+        return last
+
+    def early(self, tokens: Tensor) -> tuple[Tensor, Rotary]:
+        """The layers that teacher and student have in common: the residual stream after layer K - 1."""
+        h, rotary = self.embedded(tokens)
+        for layer in self.layers[: self.kept_layers]:
+            h = layer(h, *rotary)
+        return h, rotary
+
+    def teacher_late(self, h: Tensor, rotary: Rotary) -> States:
+        before = h
+        for layer in self.layers[self.kept_layers :]:
+            before = h
+            h = layer(h, *rotary)
+        return States(self.norm(h), before)
+
+    def student_late(self, h: Tensor, rotary: Rotary) -> States:
+        x, before = self.norm_swiftkv(h), h
+        cache: tuple[Tensor, Tensor] | None = None
+        for layer in self.layers[self.kept_layers :]:
+            if hasattr(layer.self_attn, "k_proj_swiftkv"):
+                cache = layer.self_attn.cache(x, rotary)
+            before = h
+            h = layer.student(h, cache, rotary)
+        return States(self.norm(h), before)
+
+    def student(self, tokens: Tensor) -> Tensor:
+        """As `forward`, through the SwiftKV form: later layers read keys and values made of one hidden state."""
+        return self.student_late(*self.early(tokens)).last
+
+    @property
+    def kept_layers(self) -> int:
+        return self.shape.num_hidden_layers if self.swiftkv is None else self.swiftkv.num_key_value_layers
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embed_tokens.weight.to(hidden.dtype))
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden, weight.to(hidden.dtype))
+
+    def initialise_student(self) -> None:
+        """The published start: norm of layer K, teacher's queries, the group's mean of teacher's keys and values."""
+        swiftkv = self.swiftkv
+        assert swiftkv is not None
+        start, size = swiftkv.num_key_value_layers, swiftkv.key_value_group_size
+        with torch.no_grad():
+            self.norm_swiftkv.weight.copy_(self.layers[start].input_layernorm.weight)
+            for i, layer in enumerate(self.layers[start:], start):
+                a = layer.self_attn
+                a.q_proj_swiftkv.weight.copy_(a.q_proj.weight)
+                if swiftkv.is_owner(i):
+                    group = [member.self_attn for member in self.layers[i : i + size]]
+                    a.k_proj_swiftkv.weight.copy_(group_mean(m.k_proj.weight for m in group))
+                    a.v_proj_swiftkv.weight.copy_(group_mean(m.v_proj.weight for m in group))
+
+
+def group_mean(weights: Iterable[Tensor]) -> Tensor:
+    """The mean in float32, in the weights' own type; one weight comes back as it is."""
+    members = list(weights)
+    if len(members) == 1:
+        return members[0]
+    return torch.stack([w.float() for w in members]).mean(0).to(members[0].dtype)

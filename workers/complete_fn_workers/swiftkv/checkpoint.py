@@ -1,0 +1,180 @@
+"""Hugging Face checkpoint folders, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from complete_fn.errors import InputError
+from complete_fn_workers.swiftkv.reference import Llama, RopeScaling, Shape, SwiftKV
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
+NOT_CARRIED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", INDEX, "*.index.json", "config.json", ".*")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a Llama or SwiftKV-Llama checkpoint.
+
+    Raises:
+        InputError: no such file, or another model family.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"'{folder}' is no checkpoint folder: it has no config.json.")
+    config: dict[str, Any] = json.loads(path.read_text())
+    family = config.get("model_type")
+    if family not in ("llama", "llama_swiftkv"):
+        raise InputError(f"'{folder}' holds a {family!r} model; SwiftKV is made from 'llama' checkpoints here.")
+    for bias in ("attention_bias", "mlp_bias"):
+        if config.get(bias):
+            raise InputError(f"'{folder}' has {bias}: true; only Llamas without biases are supported.")
+    return config
+
+
+def shape_of(config: dict[str, Any]) -> Shape:
+    heads = config["num_attention_heads"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return Shape(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
+    )
+
+
+def swiftkv_of(config: dict[str, Any]) -> SwiftKV | None:
+    if config["model_type"] != "llama_swiftkv":
+        return None
+    return SwiftKV(config["num_key_value_layers"], config.get("key_value_group_size", 1))
+
+
+def scaling_of(config: dict[str, Any]) -> RopeScaling | None:
+    """Llama 3's stretched positions, if the config has them.
+
+    Raises:
+        InputError: another kind of RoPE scaling.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise InputError(f"RoPE scaling {kind!r} is not supported by the reference model; 'default' and 'llama3' are.")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return RopeScaling(**{name: rope[name] for name in names})
+
+
+class TensorFolder:
+    """The tensors of a folder's safetensors files, by name; each is read from disk when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"'{folder}' has no .safetensors file. Other formats are never loaded: convert it first.")
+        self.files = [safe_open(path, framework="pt") for path in files]
+        self.home = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.home
+
+    def names(self) -> list[str]:
+        return list(self.home)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.home:
+            raise InputError(f"The checkpoint has no tensor '{name}'.")
+        tensor: torch.Tensor = self.home[name].get_tensor(name)
+        return tensor
+
+
+def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """One `model.safetensors`, or shards of at most `shard_bytes` with an index. Holds one shard in memory."""
+    shards: list[tuple[Path, list[str]]] = []
+    total = 0
+    for number, shard in enumerate(in_shards(tensors, shard_bytes), 1):
+        path = folder / f"shard-{number:05d}.partial"
+        save_file(shard, path, metadata={"format": "pt"})
+        shards.append((path, list(shard)))
+        total += sum(t.numel() * t.element_size() for t in shard.values())
+    if len(shards) == 1:
+        shards[0][0].replace(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, (path, names) in enumerate(shards, 1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.replace(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def in_shards(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        more = tensor.numel() * tensor.element_size()
+        if shard and size + more > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += more
+    if shard:
+        yield shard
+
+
+def carry_files(parent: Path, folder: Path) -> list[str]:
+    """Copy everything but weights and config: tokenizer, generation config, licence, notices. Returns the names."""
+    carried = []
+    for path in sorted(parent.iterdir()):
+        if path.is_file() and not any(path.match(pattern) for pattern in NOT_CARRIED):
+            shutil.copyfile(path, folder / path.name)
+            carried.append(path.name)
+    return carried
+
+
+def load_model(folder: Path, swiftkv: SwiftKV | None = None, dtype: torch.dtype = torch.float32) -> Llama:
+    """The reference model of a checkpoint. A plain Llama given `swiftkv` becomes a student with the published start.
+
+    A SwiftKV checkpoint without teacher's projections gets zeros there: its `forward` (the teacher) is not to be used.
+    """
+    config, tensors = read_config(folder), TensorFolder(folder)
+    stored = swiftkv_of(config)
+    tied = bool(config.get("tie_word_embeddings", False))
+    model = Llama(shape_of(config), stored or swiftkv, tied, scaling_of(config)).to(dtype)
+    fresh = stored is None and swiftkv is not None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            stored_name = name if name.startswith("lm_head") else f"model.{name}"
+            if fresh and "_swiftkv" in name:
+                continue
+            if stored is not None and stored_name not in tensors and is_teachers(name, stored):
+                parameter.zero_()
+                continue
+            parameter.copy_(tensors[stored_name])
+    if fresh:
+        model.initialise_student()
+    return model
+
+
+def is_teachers(name: str, swiftkv: SwiftKV) -> bool:
+    """Whether a tensor is a q, k or v projection of a later layer that only the teacher uses."""
+    parts = name.removeprefix("model.").split(".")
+    return (
+        parts[0] == "layers"
+        and int(parts[1]) >= swiftkv.num_key_value_layers
+        and parts[-2] in ("q_proj", "k_proj", "v_proj")
+    )
