@@ -1,0 +1,92 @@
+"""An engine's spec as vLLM's configuration: our defaults, the catalogue's engine_args over them, memory bounded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+
+from complete_fn_workers.machine import GIB, memory_bytes
+
+LOAD_FORMATS = ("safetensors", "dummy")
+OURS = ("model", "tokenizer", "revision", "trust_remote_code", "disable_log_stats")
+
+
+class ConfigurationError(Exception):
+    """The engine_args cannot be used."""
+
+
+def vllm_config(spec: dict[str, Any]) -> VllmConfig:
+    """The configuration to start with.
+
+    Raises:
+        ConfigurationError: an engine_arg is unknown, or would load code or pickles.
+    """
+    own = dict(spec["engine_args"])
+    check_engine_args(own)
+    defaults: dict[str, Any] = {
+        "max_model_len": spec["max_model_len"] or -1,  # -1: as much of the model's context as the KV cache holds
+        "load_format": "safetensors",
+        "enable_prefix_caching": True,
+        "seed": 0,
+    }
+    if current_platform.is_cpu():
+        # Blocks of 128 tokens, the CPU default, never hit on a 100-token instruction; compiling costs 50 s at start.
+        defaults |= {"block_size": 32, "enforce_eager": True}
+    fixed = {
+        "model": spec["checkpoint"],
+        "revision": spec["revision"],
+        "tokenizer_revision": spec["revision"],
+        "trust_remote_code": False,
+        "disable_log_stats": True,
+    }
+    config = EngineArgs(**{**defaults, **own, **fixed}).create_engine_config(UsageContext.LLM_CLASS)
+    bound_memory(config, own, spec["kv_cache_gib"])
+    return config
+
+
+def check_engine_args(own: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name, value in own.items():
+        if name in OURS and value is not False:
+            raise ConfigurationError(
+                f"engine_args.{name} cannot be set: it belongs to the model's entry or is refused."
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ConfigurationError(f"engine_args has no {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+    if own.get("load_format", "safetensors") not in LOAD_FORMATS:
+        raise ConfigurationError(
+            f"engine_args.load_format {own['load_format']!r} is not one of {', '.join(LOAD_FORMATS)}."
+        )
+
+
+def bound_memory(config: VllmConfig, own: dict[str, Any], limit_gib: float | None) -> None:
+    """Give the KV cache a size: the user's, else a tenth of RAM (1 to 8 GiB), but no more than could be in use.
+
+    On a GPU its memory is vLLM's to fill (gpu_memory_utilization), unless the user said a size.
+    """
+    if "kv_cache_memory_bytes" in own or "gpu_memory_utilization" in own:
+        return
+    if limit_gib is not None:
+        config.cache_config.kv_cache_memory_bytes = int(limit_gib * GIB)
+    elif current_platform.is_cpu():
+        share = min(8 * GIB, max(GIB, memory_bytes() // 10))
+        config.cache_config.kv_cache_memory_bytes = min(share, most_usable(config))
+
+
+def most_usable(config: VllmConfig) -> int:
+    """Bytes of KV cache with every sequence at full length: 2 x layers x KV heads x head size x bytes a token."""
+    model, parallel = config.model_config, config.parallel_config
+    layers, heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+    width = torch.empty((), dtype=model.dtype).element_size()
+    token = 2 * layers * heads * int(model.get_head_size()) * width
+    block = int(config.cache_config.block_size or 32)
+    rows = config.scheduler_config.max_num_seqs + 1
+    return int(token * (model.max_model_len + block) * rows)

@@ -1,0 +1,45 @@
+"""What this process may use of the machine: cores and memory, with affinity and control groups respected."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
+GIB = 1 << 30
+
+
+def available_cores() -> int:
+    """Physical cores of this process's affinity, at most its control group's quota. Two threads of one core gain no GEMM."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = len({siblings(cpu) for cpu in cpus})
+    quota = cgroup_cpus()
+    return max(1, min(cores, int(quota)) if quota else cores)
+
+
+def siblings(cpu: int) -> str:
+    try:
+        return (CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def cgroup_cpus() -> float | None:
+    """CPUs that the control group grants, None without a limit."""
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def memory_bytes() -> int:
+    """RAM, or the control group's limit where that is smaller."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int((CGROUP / name).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
