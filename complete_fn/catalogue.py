@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal, InvalidOperation
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from complete_fn.errors import InputError, UnknownModelError
 from complete_fn.types import PriceBasis
 
 BUILT_IN = Path(__file__).with_name("models.toml")
-EngineKind = Literal["embedded", "http", "echo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class Model:
     name: str
     checkpoint: str
     revision: str | None = None
-    engine: EngineKind = "embedded"
+    engine: str = "embedded"
     url: str | None = None
     api_key_env: str | None = None
     licence: str = "unknown"

@@ -1,8 +1,8 @@
 """Where state lives and what the environment says: the only module that reads `os.environ`.
 
-    COMPLETE_FN_HOME     folder of answers, ledger and engine sockets (default: the platform's user data folder)
-    COMPLETE_FN_MODELS   a TOML file that adds to or overrides the catalogue (default: models.toml in the config folder)
-    COMPLETE_FN_MEMORY   GiB that the embedded engine may take for its KV cache (default: a tenth of RAM, 1 to 8)
+COMPLETE_FN_HOME     folder of answers, ledger and engine sockets (default: the platform's user data folder)
+COMPLETE_FN_MODELS   a TOML file that adds to or overrides the catalogue (default: models.toml in the config folder)
+COMPLETE_FN_MEMORY   GiB that the embedded engine may take for its KV cache (default: a tenth of RAM, 1 to 8)
 """
 
 from __future__ import annotations

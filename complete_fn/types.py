@@ -94,3 +94,13 @@ class Completion:
     @classmethod
     def failed(cls, code: str, message: str, usage: Usage = Usage()) -> Completion:
         return cls(None, error=RowError(code, message), usage=usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """On whose behalf a run is made. `job` names work that can be resumed; `query_tag` marks its ledger lines."""
+
+    tenant: str = "local"
+    user: str = "local"
+    job: str | None = None
+    query_tag: str | None = None

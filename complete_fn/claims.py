@@ -1,0 +1,40 @@
+"""Who computes what, among the threads of this process: one prompt asked twice at the same time is computed once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+Key = tuple[str, bytes]
+
+
+class Claims:
+    """Claimed keys, each with an event that is set when its answer is committed or given up."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.events: dict[Key, threading.Event] = {}
+
+    def take(self, tenant: str, keys: Iterable[bytes]) -> tuple[set[bytes], dict[bytes, threading.Event]]:
+        """(keys now mine, events of those that another run is computing)."""
+        mine: set[bytes] = set()
+        theirs: dict[bytes, threading.Event] = {}
+        with self.lock:
+            for key in keys:
+                event = self.events.get((tenant, key))
+                if event is None:
+                    self.events[tenant, key] = threading.Event()
+                    mine.add(key)
+                elif key not in mine:
+                    theirs[key] = event
+        return mine, theirs
+
+    def release(self, tenant: str, keys: Iterable[bytes]) -> None:
+        with self.lock:
+            events = [self.events.pop((tenant, key), None) for key in keys]
+        for event in events:
+            if event is not None:
+                event.set()
+
+
+CLAIMS = Claims()

@@ -1,0 +1,66 @@
+"""Keys of answers: a hash of everything that changes the answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from complete_fn.catalogue import Model
+from complete_fn.types import SamplingParams
+
+SMALL = 64 * 1024 * 1024  # files up to this size are hashed by content, larger ones by size and time
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What all rows of one run share: the model and how it is to answer."""
+
+    model: Model
+    sampling: SamplingParams = SamplingParams()
+    response_format: str | None = None
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 over checkpoint, revision, precision, limits, sampling and schema (not the engine's version)."""
+        arguments = self.model.engine_args
+        what = {
+            "checkpoint": checkpoint_digest(self.model),
+            "precision": [str(arguments.get(k)) for k in ("dtype", "quantization", "kv_cache_dtype")],
+            "max_model_len": self.model.max_model_len,
+            "max_tokens": self.sampling.max_tokens or self.model.default_max_tokens,
+            "sampling": asdict(self.sampling),
+            "response_format": self.response_format,
+        }
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).digest()
+
+
+def checkpoint_digest(model: Model) -> str:
+    """The checkpoint's identity: content of a local folder, else id, revision and URL."""
+    folder = model.local_folder
+    if folder is None or model.engine != "embedded":
+        return f"{model.engine}|{model.checkpoint}|{model.revision}|{model.url}"
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model")):
+        digest.update(f"{path.name}\n{file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    stat = path.stat()
+    if stat.st_size > SMALL:
+        return f"{stat.st_size}:{stat.st_mtime_ns}"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def answer_keys(fingerprint: bytes, texts: Iterable[str], salt: bytes = b"") -> list[bytes]:
+    """One 32-byte key per text. `salt` ties a key to one job and row where an answer must not be reused."""
+    base = hashlib.sha256(fingerprint + salt)
+    keys = []
+    for text in texts:
+        h = base.copy()
+        h.update(text.encode("utf-8", "surrogatepass"))
+        keys.append(h.digest())
+    return keys

@@ -1,0 +1,34 @@
+"""From a column of prompts to work in execution order: `make_plan` applies the passes in `PASSES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+
+from complete_fn.plan.batch import BatchPlan
+from complete_fn.plan.duplicates import merge_duplicates
+from complete_fn.plan.order import byte_order
+from complete_fn.plan.parts import cut_parts
+
+__all__ = ["PASSES", "BatchPlan", "make_plan"]
+
+Pass = Callable[[BatchPlan], BatchPlan]
+
+
+def make_plan(prompts: Any, mergeable: bool = True) -> BatchPlan:
+    """Plan a column of prompts.
+
+    Args:
+        prompts: Array or ChunkedArray of any string type.
+        mergeable: False where equal prompts may have different answers (temperature above 0).
+    """
+    chunked = prompts if isinstance(prompts, pa.ChunkedArray) else pa.chunked_array([prompts])
+    plan = BatchPlan(chunked.cast(pa.large_string()), mergeable)
+    for step in PASSES:
+        plan = step(plan)
+    return plan
+
+
+PASSES: tuple[Pass, ...] = (byte_order, merge_duplicates, cut_parts)

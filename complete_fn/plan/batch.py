@@ -1,0 +1,61 @@
+"""The BatchPlan. Columnar throughout: prompts stay where the caller has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Rows: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """n prompts, m of them distinct.
+
+    Attributes:
+        prompts: the caller's column, large_string, n values, never copied.
+        mergeable: whether equal prompts have equal answers (greedy sampling only).
+        order: [k] row numbers of the k rows that are not NULL, in byte order of their prompts.
+        distinct: [k] for each of `order`, the number of its distinct prompt; never decreasing.
+        first: [m] the row that stands for each distinct prompt, in execution order.
+        parts: cuts of 0..m by estimated tokens: part p runs distinct prompts parts[p] to parts[p + 1].
+    """
+
+    prompts: pa.ChunkedArray
+    mergeable: bool = True
+    order: Rows = field(default_factory=lambda: np.empty(0, np.int64))
+    distinct: Rows = field(default_factory=lambda: np.empty(0, np.int64))
+    first: Rows = field(default_factory=lambda: np.empty(0, np.int64))
+    parts: Rows = field(default_factory=lambda: np.zeros(1, np.int64))
+
+    def texts(self, start: int = 0, stop: int | None = None, step: int = 1024) -> Iterator[tuple[int, list[str]]]:
+        """(number of the first, texts) of distinct prompts start..stop in execution order, `step` at a time."""
+        end = len(self.first) if stop is None else stop
+        for low in range(start, end, step):
+            rows = self.first[low : min(low + step, end)]
+            yield low, self.prompts.take(pa.array(rows)).to_pylist()
+
+    def rows_of_distinct(self) -> Rows:
+        """[n] the distinct prompt of each row in the caller's order, -1 for NULL."""
+        of_row = np.full(len(self.prompts), -1, np.int64)
+        of_row[self.order] = self.distinct
+        return of_row
+
+    def copies(self) -> Rows:
+        """[m] how many rows ask each distinct prompt."""
+        return np.bincount(self.distinct, minlength=len(self.first)).astype(np.int64)
+
+    def scatter(self, answers: Any) -> Any:
+        """Answers of the m distinct prompts (an Arrow array) -> n answers in the caller's order, NULL for NULL."""
+        of_row = self.rows_of_distinct()
+        return answers.take(pa.array(of_row, mask=of_row < 0))
+
+
+def with_first(plan: BatchPlan, starts: npt.NDArray[np.bool_]) -> BatchPlan:
+    """The plan in which a new distinct prompt begins wherever `starts` is true along `order`."""
+    return replace(plan, distinct=np.cumsum(starts, dtype=np.int64) - 1, first=plan.order[starts])

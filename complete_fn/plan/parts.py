@@ -1,0 +1,33 @@
+"""Pass: cut the work into parts of a bounded number of estimated tokens, the unit of placement and retry."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from complete_fn.plan.batch import BatchPlan
+from complete_fn.plan.duplicates import WINDOW
+
+PART_TOKENS = 2_000_000  # about a minute of one small GPU
+BYTES_PER_TOKEN = 3.5  # English prose with Llama 3's tokenizer has 4 to 4.5: this errs on the large side
+
+
+def cut_parts(plan: BatchPlan, part_tokens: int = PART_TOKENS) -> BatchPlan:
+    """parts[p] is the first distinct prompt of part p; the last entry is their number."""
+    m = len(plan.first)
+    ends = np.cumsum(estimated_tokens(plan))
+    numbers = (np.maximum(ends, 1) - 1) // part_tokens if m else np.empty(0, np.int64)
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1)) if m else np.empty(0, np.int64)
+    return replace(plan, parts=np.append(starts, m).astype(np.int64))
+
+
+def estimated_tokens(plan: BatchPlan) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """[m] tokens of each distinct prompt, from its length in bytes."""
+    lengths = np.empty(len(plan.first), np.int64)
+    for low in range(0, len(plan.first), WINDOW):
+        texts = plan.prompts.take(pa.array(plan.first[low : low + WINDOW]))
+        lengths[low : low + WINDOW] = pc.binary_length(texts).to_numpy()
+    return np.ceil(lengths / BYTES_PER_TOKEN).astype(np.int64)

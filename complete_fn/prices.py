@@ -1,0 +1,30 @@
+"""What tokens cost. Sums are exact: tokens times a decimal price, rounded to 1e-9 once per sum."""
+
+from __future__ import annotations
+
+from decimal import ROUND_HALF_EVEN, Decimal
+
+from complete_fn.catalogue import Prices
+from complete_fn.types import Cost, Usage
+
+NANO = Decimal("1e-9")
+
+
+def amount(prices: Prices, usage: Usage) -> Decimal:
+    """Money for the tokens: uncached input, cached input and output, each at its price per million."""
+    fresh = usage.prompt_tokens - usage.cached_tokens
+    total = fresh * prices.input + usage.cached_tokens * prices.cached_input + usage.completion_tokens * prices.output
+    return (total / 1_000_000).quantize(NANO, ROUND_HALF_EVEN)
+
+
+def cost(prices: Prices, usage: Usage) -> Cost:
+    return Cost(amount(prices, usage), prices.currency, prices.basis)
+
+
+def worst_case(prices: Prices, prompt_tokens: int, max_tokens: int) -> Decimal:
+    """The most that a row can cost: no cached token, every output token used."""
+    return amount(prices, Usage(prompt_tokens, 0, max_tokens))
+
+
+def nano(money: Decimal) -> int:
+    return int(money.scaleb(9).to_integral_value(ROUND_HALF_EVEN))

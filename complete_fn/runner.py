@@ -1,0 +1,171 @@
+"""THE MAIN PATH: `run()` turns a column of prompts into a column of answers. Everything else only calls it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+
+from complete_fn.answers import Answers
+from complete_fn.budget import Budget
+from complete_fn.claims import CLAIMS
+from complete_fn.engine import Engine
+from complete_fn.keys import Call
+from complete_fn.options import CacheMode
+from complete_fn.plan import make_plan
+from complete_fn.plan.parts import estimated_tokens
+from complete_fn.prices import amount, worst_case
+from complete_fn.progress import Progress, Quiet
+from complete_fn.prompts import unpack
+from complete_fn.slices import Slices
+from complete_fn.store import Store
+from complete_fn.summary import summarise
+from complete_fn.types import Asker, Completion, CompletionRequest
+from complete_fn.work import Work, known_answers
+
+ADMIT = 128  # rows noted in the store as handed to the engine at a time
+PROMPT_OVERHEAD = 64  # tokens that a chat template may add to a prompt
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a run works with."""
+
+    engine: Engine
+    store: Store
+    budget: Budget | None = None
+    progress: Progress = Quiet()
+
+
+def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode = "on") -> Answers:
+    """Answer every prompt: plan, look up what is known, run the rest, commit slice by slice, back in row order.
+
+    Args:
+        prompts: Arrow array or chunked array of strings; NULL stays NULL, messages as `pack_messages` packs them.
+
+    Raises:
+        EngineError: the engine cannot do the work; committed slices stay.
+        StoreError: a slice cannot be committed.
+    """
+    began = time.monotonic()
+    plan = make_plan(prompts, mergeable=call.sampling.greedy)
+    work = known_answers(call, plan, tools.store, who, cache)
+    tools.progress.start(len(plan.order))
+    try:
+        with Slices(call, work, tools.store, who, tools.progress) as slices:
+            slices.reuse()
+            while missing := work.missing():
+                with claimed(work, missing, who.tenant) as (mine, theirs):
+                    compute(mine, call, work, slices, tools, who)
+                wait(theirs)
+                work.look_again(theirs, tools.store)
+    finally:
+        tools.progress.stop()
+    return Answers(plan, work.completions, call.model.prices, summarise(call, work, time.monotonic() - began))
+
+
+class claimed:
+    """Claim the keys of the missing prompts for this run; what another thread computes is left to it."""
+
+    def __init__(self, work: Work, missing: list[int], tenant: str) -> None:
+        self.work, self.missing, self.tenant = work, missing, tenant
+        self.keys: set[bytes] = set()
+
+    def __enter__(self) -> tuple[list[int], dict[int, threading.Event]]:
+        if not self.work.shared:
+            return self.missing, {}
+        keys = {n: self.work.keys[n] for n in self.missing}
+        self.keys, events = CLAIMS.take(self.tenant, keys.values())
+        mine = [n for n in self.missing if keys[n] in self.keys]
+        return mine, {n: events[k] for n, k in keys.items() if k in events}
+
+    def __exit__(self, *_: object) -> None:
+        CLAIMS.release(self.tenant, self.keys)
+
+
+def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: Tools, who: Asker) -> None:
+    """Stream the distinct prompts through the engine; what the budget refuses waits for money to come back."""
+    while numbers:
+        admission = Admission(call, work, slices, tools.budget)
+        stream = tools.engine.stream(admission.requests(numbers), who.tenant)
+        try:
+            for position, completion in stream:
+                slices.add(admission.sent[position], admission.settled(position, completion))
+        finally:
+            close(stream)
+            slices.flush()
+            admission.return_unsettled()
+        if len(admission.refused) == len(numbers) and tools.budget is not None and tools.budget.idle:
+            refuse(admission.refused, slices, tools.budget)
+            return
+        if len(admission.refused) == len(numbers):
+            time.sleep(0.05)  # another thread holds the reservations
+        numbers = admission.refused
+
+
+class Admission:
+    """Hands prompts to the engine as it draws them, each within the budget; remembers what was sent."""
+
+    def __init__(self, call: Call, work: Work, slices: Slices, budget: Budget | None) -> None:
+        self.call, self.work, self.slices, self.budget = call, work, slices, budget
+        self.tokens = estimated_tokens(work.plan)
+        self.sent: list[int] = []
+        self.refused: list[int] = []
+        self.held: dict[int, Decimal] = {}
+
+    def requests(self, numbers: list[int]) -> Iterator[CompletionRequest]:
+        name, sampling, schema = self.call.model.name, self.call.sampling, self.call.response_format
+        for low in range(0, len(numbers), ADMIT):
+            chosen = numbers[low : low + ADMIT]
+            admitted = [(n, t) for n, t in self.work.texts(chosen) if self.affordable(n, t)]
+            self.slices.admit(len(admitted), int(self.tokens[[n for n, _ in admitted]].sum()) if admitted else 0)
+            for number, text in admitted:
+                self.sent.append(number)
+                yield CompletionRequest(name, unpack(text), sampling, schema)
+
+    def affordable(self, number: int, text: str) -> bool:
+        if self.budget is None:
+            return True
+        model = self.call.model
+        prompt_tokens = len(text.encode("utf-8", "surrogatepass")) + PROMPT_OVERHEAD  # a token has at least a byte
+        if model.max_model_len is not None:
+            prompt_tokens = min(prompt_tokens, model.max_model_len)
+        worst = worst_case(model.prices, prompt_tokens, self.call.sampling.max_tokens or model.default_max_tokens)
+        if not self.budget.reserve(worst):
+            self.refused.append(number)
+            return False
+        self.held[number] = worst
+        return True
+
+    def settled(self, position: int, completion: Completion) -> Completion:
+        worst = self.held.pop(self.sent[position], None)
+        if self.budget is not None and worst is not None:
+            self.budget.settle(worst, amount(self.call.model.prices, completion.usage))
+        return completion
+
+    def return_unsettled(self) -> None:
+        for worst in self.held.values():
+            if self.budget is not None:
+                self.budget.settle(worst, Decimal(0))
+        self.held.clear()
+
+
+def refuse(numbers: list[int], slices: Slices, budget: Budget) -> None:
+    left = budget.limit - budget.spent
+    message = f"max_cost {budget.limit} leaves {left:.9f}, less than the row may cost at list price."
+    for number in numbers:
+        slices.add(number, Completion.failed("budget_exceeded", message))
+    slices.flush()
+
+
+def wait(theirs: dict[int, threading.Event]) -> None:
+    for event in theirs.values():
+        while not event.wait(0.2):  # short, so that Ctrl-C gets through
+            pass
+
+
+def close(stream: Iterable[object]) -> None:
+    if isinstance(stream, Iterator) and hasattr(stream, "close"):
+        stream.close()

@@ -1,0 +1,156 @@
+"""A Session is what DuckDB, Polars, the shell and Python code share: settings, engines, state, budget, summary."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from complete_fn.answers import Answers, Summary
+from complete_fn.budget import Budget, parse_cap
+from complete_fn.catalogue import Model, find_model, load_catalogue
+from complete_fn.engine import Engine
+from complete_fn.engines import at_engine, engine_for
+from complete_fn.errors import RowFailedError
+from complete_fn.keys import Call
+from complete_fn.options import Options, parse_options
+from complete_fn.progress import Quiet, progress_for
+from complete_fn.runner import Tools, run
+from complete_fn.settings import load_settings
+from complete_fn.store import Store
+from complete_fn.types import Asker
+
+
+class CompletionWarning(UserWarning):
+    """Rows without an answer, or a prompt that the model was not made for."""
+
+
+class Session:
+    """Answers columns of prompts with one state and, if set, one budget.
+
+    Args:
+        engine: a URL of an OpenAI-compatible server or an `Engine` object that answers for every model; None takes
+            each model's own.
+        home: folder of the state; None takes COMPLETE_FN_HOME or the platform's user data folder.
+        models_file: a TOML file over the built-in catalogue; None takes COMPLETE_FN_MODELS or the config folder's.
+        max_cost: never spend more than this in all, in the catalogue's currency; None sets no cap.
+        progress: show a bar; None shows one when a person is looking.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine | str | None = None,
+        home: Path | str | None = None,
+        models_file: Path | str | None = None,
+        max_cost: Any = None,
+        who: Asker | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        found = load_settings()
+        self.settings = replace(
+            found,
+            home=Path(home) if home else found.home,
+            models_file=Path(models_file) if models_file else found.models_file,
+        )
+        self.engine = engine
+        self.who = who or Asker()
+        self.budget = None if max_cost is None else Budget(parse_cap(max_cost))
+        self.progress = progress
+        self.summary = Summary()
+        self.lock = threading.Lock()
+        self.opened: Store | None = None
+        self.warned: set[str] = set()
+
+    @property
+    def store(self) -> Store:
+        with self.lock:
+            if self.opened is None:
+                self.opened = Store(self.settings.home / "state.sqlite3")
+            return self.opened
+
+    def model(self, name: str) -> Model:
+        """The catalogue's entry; with an engine of the session's own, any name will do."""
+        if self.engine is not None and isinstance(name, str) and name:
+            found = load_catalogue(self.settings.models_file).get(name)
+            return at_engine(found or Model(name=name, checkpoint=name), self.engine)
+        return find_model(name, self.settings.models_file)
+
+    def engine_of(self, model: Model) -> Engine:
+        if self.engine is not None and not isinstance(self.engine, str):
+            return self.engine
+        return engine_for(model, self.settings)
+
+    def complete(
+        self, model: str, prompts: Any, options: Mapping[str, Any] | Options | None = None, job: str | None = None
+    ) -> Answers:
+        """Answer a column of prompts.
+
+        Args:
+            prompts: Arrow array of strings, or a Python sequence of strings and None.
+            options: see `options.parse_options`.
+            job: a name under which an interrupted run is resumed, also where answers may not be reused.
+
+        Raises:
+            RequestError: unknown model or invalid option; nothing was run.
+            RowFailedError: a row failed and the option `strict` is on.
+            EngineError, StoreError: see `runner.run`.
+        """
+        chosen = options if isinstance(options, Options) else parse_options(options)
+        found = self.model(model)
+        column = prompts if isinstance(prompts, pa.Array | pa.ChunkedArray) else pa.array(prompts, pa.large_string())
+        self.warn_of_strangers(found, column)
+        call = Call(found, chosen.sampling, chosen.response_format)
+        bar = Quiet() if len(column) < 2 else progress_for(found.name, self.progress)
+        tools = Tools(self.engine_of(found), self.store, self.budget, bar)
+        answers = run(call, column, tools, replace(self.who, job=job), chosen.cache)
+        with self.lock:
+            self.summary = self.summary + answers.summary
+        if answers.summary.failed:
+            self.report_failures(answers, chosen.strict)
+        return answers
+
+    def report_failures(self, answers: Answers, strict: bool) -> None:
+        failed = answers.summary.failed
+        counts = ", ".join(f"{n:,} {code}" for code, n in failed.items())
+        first = next(c.error for c in answers.completions if c.error is not None)
+        text = (
+            f"{failed.total():,} of {answers.summary.rows:,} rows have no answer ({counts}); the first: {first.message}"
+        )
+        if strict:
+            raise RowFailedError(text)
+        warnings.warn(f"{text} complete_details() shows each.", CompletionWarning, stacklevel=4)
+
+    def warn_of_strangers(self, model: Model, prompts: Any) -> None:
+        """One warning for a demonstration model that is asked something it never learnt."""
+        if not model.instructions or model.name in self.warned:
+            return
+        learnt = pa.scalar(False)
+        for instruction in model.instructions:
+            learnt = pc.or_(learnt, pc.starts_with(prompts, instruction))
+        strangers = pc.sum(pc.invert(learnt)).as_py()
+        if strangers:
+            self.warned.add(model.name)
+            known = ", ".join(repr(i + "...") for i in model.instructions)
+            text = (
+                f"{model.name} is a demonstration model and knows only {known}; {strangers:,} of {len(prompts):,} prompts "
+                "are something else. For real work name another model: 'smollm2-360m' or 'qwen2.5-0.5b' on a CPU, "
+                "'llama-8b-swiftkv' on a GPU (`complete-fn models` lists all)."
+            )
+            warnings.warn(text, CompletionWarning, stacklevel=4)
+
+    def count_tokens(self, model: str, texts: list[str]) -> list[int]:
+        """Tokens of each text by the model's own tokenizer."""
+        return self.engine_of(self.model(model)).count_tokens(texts)
+
+    def close(self) -> None:
+        with self.lock:
+            if self.opened is not None:
+                self.opened.close()
+                self.opened = None

@@ -1,0 +1,286 @@
+"""Answers, ledger and attempts in SQLite. A slice is committed in one transaction or it never happened."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DatabaseError, OperationalError
+
+from complete_fn.disk import filesystem_of, process_started
+from complete_fn.errors import StoreBusyError, StoreError
+from complete_fn.ledger import LedgerLine
+from complete_fn.tables import answers, attempts, ledger, metadata
+from complete_fn.types import Asker, Completion, RowError, Usage
+
+BUSY_SECONDS = 30
+LOOK_UP = 500  # keys of one IN list; SQLite's oldest limit is 999
+NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "fuse.sshfs", "lustre", "ceph", "glusterfs")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An answer to be written. `job` set: only that job may read it again (not greedy, an error, or cache off)."""
+
+    key: bytes
+    completion: Completion
+    job: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One execution of run(): who asked, for which model and job."""
+
+    id: int
+    tenant: str
+    user: str
+    model: str
+    job: str | None
+    query_tag: str | None
+    currency: str
+    basis: str
+
+
+class Store:
+    """The state of one machine user, in one SQLite file that several processes and threads may share.
+
+    Raises:
+        StoreError: the file cannot be used (read-only, corrupt, full disk, network file system).
+        StoreBusyError: another process holds it longer than 30 s.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        refuse_network(path)
+        with self.named_errors():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.engine = sqlite_engine(path)
+            with self.write() as connection:
+                metadata.create_all(connection)
+            for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+                if (path.parent / name).exists():
+                    os.chmod(path.parent / name, 0o600)  # prompts' answers are private to the user
+        self.sweep()
+
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OperationalError as error:
+            text = str(error.orig)
+            if "locked" in text or "busy" in text:
+                raise StoreBusyError(f"Another process holds {self.path} since {BUSY_SECONDS} s; try again.") from error
+            remedy = "Free some space: what was committed is safe, run again to go on." if "full" in text else REMEDY
+            raise StoreError(f"The state file {self.path} cannot be used: {text}. {remedy}") from error
+        except (DatabaseError, OSError) as error:
+            raise StoreError(f"The state file {self.path} cannot be used: {error}. {REMEDY}") from error
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        options = {"begin": "BEGIN IMMEDIATE"}
+        with self.named_errors(), self.engine.connect().execution_options(**options) as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        with self.named_errors(), self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    def look_up(self, tenant: str, keys: list[bytes], since: float = 0.0) -> dict[bytes, tuple[Completion, str | None]]:
+        """(answer, job it is tied to) of the keys that have one made at or after `since` (seconds of the epoch)."""
+        found: dict[bytes, tuple[Completion, str | None]] = {}
+        with self.read() as connection:
+            for low in range(0, len(keys), LOOK_UP):
+                chosen = sa.select(answers).where(
+                    answers.c.tenant == tenant,
+                    answers.c.key.in_(keys[low : low + LOOK_UP]),
+                    answers.c.created_at >= since,
+                )
+                for row in connection.execute(chosen).mappings():
+                    found[row["key"]] = (completion_of(dict(row)), row["job"])
+        return found
+
+    def has_answers(self, tenant: str) -> bool:
+        any_answer = sa.select(answers.c.id).where(answers.c.tenant == tenant).limit(1)
+        with self.read() as connection:
+            return connection.execute(any_answer).first() is not None
+
+    # -- attempts and slices -------------------------------------------------------------------------------------
+
+    def begin(self, who: Asker, model: str, currency: str, basis: str) -> Attempt:
+        self.sweep()
+        row = {
+            "tenant": who.tenant,
+            "user": who.user,
+            "model": model,
+            "job": who.job,
+            "query_tag": who.query_tag,
+            "status": "running",
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pid_started": process_started(os.getpid()) or 0.0,
+            "began": time.time(),
+            "reserved_rows": 0,
+            "reserved_tokens": 0,
+        }
+        with self.write() as connection:
+            number: int = connection.execute(attempts.insert().values(row).returning(attempts.c.id)).scalar_one()
+        return Attempt(number, who.tenant, who.user, model, who.job, who.query_tag, currency, basis)
+
+    def began(self, tenant: str, job: str) -> float | None:
+        """When the unfinished job was first begun, or None."""
+        unfinished = sa.select(sa.func.min(attempts.c.began)).where(
+            attempts.c.tenant == tenant, attempts.c.job == job, attempts.c.status != "done"
+        )
+        with self.read() as connection:
+            return connection.execute(unfinished).scalar()
+
+    def admit(self, attempt: Attempt, rows: int, tokens: int) -> None:
+        """Note work that is about to be handed to the engine, so that a killed attempt's loss can be told."""
+        with self.write() as connection:
+            self.reserve(connection, attempt, rows, tokens)
+
+    def commit(self, attempt: Attempt, done: list[Stored], lines: list[LedgerLine], rows: int, tokens: int) -> None:
+        """One slice: its answers, its ledger lines, and the reservation of `rows` and `tokens` given back."""
+        now = time.time()
+        values = [answer_row(attempt, s, now) for s in done]
+        with self.write() as connection:
+            if values:
+                connection.execute(answers.insert().prefix_with("OR REPLACE", dialect="sqlite"), values)
+            self.write_lines(connection, attempt, lines, now)
+            self.reserve(connection, attempt, -rows, -tokens)
+
+    def finish(self, attempt: Attempt, status: str) -> None:
+        """Close the attempt; a finished job's own answers go, they were kept for its resume only."""
+        with self.write() as connection:
+            ended = {"status": status, "ended": time.time(), "reserved_rows": 0, "reserved_tokens": 0}
+            connection.execute(attempts.update().where(attempts.c.id == attempt.id).values(ended))
+            if status == "done" and attempt.job:
+                mine = (answers.c.tenant == attempt.tenant) & (answers.c.job == attempt.job)
+                connection.execute(answers.delete().where(mine))
+                same = (attempts.c.tenant == attempt.tenant) & (attempts.c.job == attempt.job)
+                connection.execute(attempts.update().where(same).values(status="done"))
+
+    def reserve(self, connection: sa.Connection, attempt: Attempt, rows: int, tokens: int) -> None:
+        connection.execute(
+            attempts.update()
+            .where(attempts.c.id == attempt.id)
+            .values(
+                reserved_rows=attempts.c.reserved_rows + rows,
+                reserved_tokens=attempts.c.reserved_tokens + tokens,
+            )
+        )
+
+    def write_lines(self, connection: sa.Connection, attempt: Attempt, lines: list[LedgerLine], at: float) -> None:
+        if lines:
+            connection.execute(ledger.insert(), [ledger_row(attempt, line, at) for line in lines])
+
+    def sweep(self) -> int:
+        """Turn the reservations of attempts whose process is gone into unbilled `lost` lines; returns how many."""
+        running = sa.select(attempts).where(attempts.c.status == "running", attempts.c.host == socket.gethostname())
+        with self.read() as connection:
+            dead = [r for r in connection.execute(running).mappings().all() if gone(r["pid"], r["pid_started"])]
+        for row in dead:
+            with self.write() as connection:
+                mine = (attempts.c.id == row["id"]) & (attempts.c.status == "running")
+                taken = connection.execute(attempts.update().where(mine).values(status="lost", ended=time.time()))
+                if taken.rowcount and row["reserved_rows"]:
+                    lost = LedgerLine("lost", row["reserved_rows"], row["reserved_tokens"])
+                    who = Attempt(
+                        row["id"], row["tenant"], row["user"], row["model"], row["job"], row["query_tag"], "-", "-"
+                    )
+                    self.write_lines(connection, who, [lost], time.time())
+        return len(dead)
+
+
+REMEDY = "Point COMPLETE_FN_HOME at a folder on a local disk that you may write to."
+
+
+def sqlite_engine(path: Path) -> sa.Engine:
+    engine = sa.create_engine(
+        f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=8
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def connected(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # BEGIN is ours, so that a writer can take the lock at once
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    @sa.event.listens_for(engine, "begin")
+    def begun(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+    return engine
+
+
+def refuse_network(path: Path) -> None:
+    kind = filesystem_of(path)
+    if kind in NETWORK:
+        raise StoreError(f"{path} is on a network file system ({kind}), where SQLite's locks do not hold. {REMEDY}")
+
+
+def gone(pid: int, started: float) -> bool:
+    now = process_started(pid)
+    return now is None or (bool(started) and now != started)
+
+
+def answer_row(attempt: Attempt, stored: Stored, now: float) -> dict[str, Any]:
+    c = stored.completion
+    return {
+        "tenant": attempt.tenant,
+        "key": stored.key,
+        "job": stored.job,
+        "attempt": attempt.id,
+        "model": attempt.model,
+        "text": c.text,
+        "finish_reason": c.finish_reason,
+        "error_code": c.error.code if c.error else None,
+        "error_message": c.error.message if c.error else None,
+        "prompt_tokens": c.usage.prompt_tokens,
+        "cached_tokens": c.usage.cached_tokens,
+        "completion_tokens": c.usage.completion_tokens,
+        "bytes": 200 + len(c.text or ""),
+        "created_at": now,
+    }
+
+
+def ledger_row(attempt: Attempt, line: LedgerLine, at: float) -> dict[str, Any]:
+    return {
+        "at": at,
+        "tenant": attempt.tenant,
+        "user": attempt.user,
+        "attempt": attempt.id,
+        "query_tag": attempt.query_tag,
+        "model": attempt.model,
+        "price_class": line.price_class,
+        "rows": line.rows,
+        "tokens": line.tokens,
+        "cost_nano": line.cost_nano,
+        "saved_nano": line.saved_nano,
+        "currency": attempt.currency,
+        "basis": attempt.basis,
+    }
+
+
+def completion_of(row: Mapping[str, Any]) -> Completion:
+    error = RowError(row["error_code"], row["error_message"] or "") if row["error_code"] else None
+    return Completion(
+        text=row["text"],
+        finish_reason=row["finish_reason"],
+        error=error,
+        usage=Usage(row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"]),
+        source="cache",
+    )

@@ -1,0 +1,37 @@
+"""The summary of one run, from its work."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from complete_fn.answers import Summary
+from complete_fn.keys import Call
+from complete_fn.ledger import times, total
+from complete_fn.prices import amount
+from complete_fn.work import Work
+
+
+def summarise(call: Call, work: Work, seconds: float) -> Summary:
+    copies = work.plan.copies().tolist()
+    prices = call.model.prices
+    completions = list(enumerate(work.completions))
+    computed = total(c.usage for n, c in completions if n not in work.reused)
+    free = total(times(c.usage, copies[n] - (n not in work.reused)) for n, c in completions)
+    failed: Counter[str] = Counter()
+    for n, c in completions:
+        if c.error is not None:
+            failed[c.error.code] += copies[n]
+    return Summary(
+        rows=len(work.plan.prompts),
+        nulls=work.plan.prompts.null_count,
+        distinct=len(completions),
+        computed=len(completions) - len(work.reused),
+        reused=sum(copies[n] for n in work.reused),
+        failed=failed,
+        usage=computed,
+        cost=amount(prices, computed),
+        saved=amount(prices, free),
+        currency=prices.currency,
+        basis=prices.basis,
+        seconds=seconds,
+    )
