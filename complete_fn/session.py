@@ -139,8 +139,8 @@ class Session:
             self.warned.add(model.name)
             known = ", ".join(repr(i + "...") for i in model.instructions)
             text = (
-                f"{model.name} is a demonstration model and knows only {known}; {strangers:,} of {len(prompts):,} prompts "
-                "are something else. For real work name another model: 'smollm2-360m' or 'qwen2.5-0.5b' on a CPU, "
+                f"{model.name} is a demonstration model and knows only {known}; {strangers:,} of {len(prompts):,} "
+                "prompts are something else. For real work name another model: 'smollm2-360m' or 'qwen2.5-0.5b' on a CPU, "
                 "'llama-8b-swiftkv' on a GPU (`complete-fn models` lists all)."
             )
             warnings.warn(text, CompletionWarning, stacklevel=4)
