@@ -63,6 +63,4 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) ->
 
 def rendered(prompt: str) -> str:
     """What the chat template makes of one user message, up to where the answer begins."""
-    return (
-        f"{BEGIN}{HEADER}user{END_HEADER}\n\n{prompt}{END_OF_TURN}{HEADER}assistant{END_HEADER}\n\n"
-    )
+    return f"{BEGIN}{HEADER}user{END_HEADER}\n\n{prompt}{END_OF_TURN}{HEADER}assistant{END_HEADER}\n\n"

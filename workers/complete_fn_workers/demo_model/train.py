@@ -14,14 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from complete_fn_workers.demo_model.corpus import (
-    AS_JSON,
     INSTRUCTIONS,
     SECTION,
-    SYNOPSIS,
     WORD,
     Package,
     answer,
@@ -44,6 +42,7 @@ SHAPE = Shape(
 BATCH_TOKENS = 16_384
 LENGTHS = (64, 96, 128, 192, 256, 384, 512, 1024, 2048, 3072)  # few, because each is compiled once
 PROMPT_LOSS_SHARE = 0.15  # of the prompt's tokens also enter the loss: the text itself teaches the language
+COPY_FROM, COPY_SHARE = 0.2, 0.12  # after a fifth of the training this share of the batches are copying exercises
 
 
 class Examples:
@@ -57,12 +56,11 @@ class Examples:
         uses = Counter(w for p in packages for w in set(WORD.findall(p.description)))
         self.rare = sorted(w for w, n in uses.items() if n <= 20)
         self.uses = uses
-        # An instruction is worth more often where its answer is harder to learn.
-        self.weights = {SECTION: 1.0, SYNOPSIS: 1.0, AS_JSON: 1.0}
+        self.copy_share = 0.0
 
     def renamed(self, text: str, synopsis: str) -> tuple[str, str]:
         """Replace each rare word that text and synopsis share by another rare word, alike in both."""
-        for word in {w for w in WORD.findall(synopsis) if self.uses[w] <= 20 and w in text}:
+        for word in {w for w in WORD.findall(synopsis) if self.uses[w] <= 60 and w in text}:
             new = self.random.choice(self.rare)
             if self.random.random() < 0.5:
                 cut = self.random.randrange(2, 4)
@@ -72,7 +70,7 @@ class Examples:
 
     def one(self, package: Package, instruction: str) -> tuple[list[int], int]:
         text, synopsis = package.description, package.synopsis
-        if instruction != SECTION and self.random.random() < 0.5:
+        if instruction != SECTION and self.random.random() < 0.6:
             text, synopsis = self.renamed(text, synopsis)
         prompt = self.tokenizer.encode(rendered(instruction + text), add_special_tokens=False).ids
         reply = self.tokenizer.encode(
@@ -100,6 +98,34 @@ class Examples:
                 if len(rows) * length >= BATCH_TOKENS:
                     yield self.padded(rows, length)
                     waiting[length] = []
+                    if self.random.random() < self.copy_share:
+                        yield self.copying()
+
+    def copying(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch of spans repeated in another order: what begins like an earlier span goes on like it.
+
+        Half of the spans are words of the corpus, half random tokens. Without these exercises the model learns to
+        write what is usual for such a package, and not the name that stands in front of it.
+        """
+        length, rows = 128, BATCH_TOKENS // 128
+        tokens = torch.zeros(rows, length, dtype=torch.long)
+        weights = torch.zeros(rows, length)
+        for i in range(rows):
+            spans = [self.span() for _ in range(self.random.randrange(4, 13))]
+            ids, seen = [t for s in spans for t in s], sum(map(len, spans))
+            while len(ids) < length:
+                ids.extend(self.random.choice(spans))
+            tokens[i] = torch.tensor(ids[:length])
+            weights[i, min(seen, length - 1) :] = 1.0
+        return tokens, weights
+
+    def span(self) -> list[int]:
+        if self.random.random() < 0.5:
+            return [
+                self.random.randrange(4, self.tokenizer.get_vocab_size()) for _ in range(self.random.randrange(2, 8))
+            ]
+        ids: list[int] = self.tokenizer.encode(" " + self.random.choice(self.rare), add_special_tokens=False).ids
+        return ids
 
     def padded(self, rows: list[tuple[list[int], int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.zeros(len(rows), length, dtype=torch.long)
@@ -111,7 +137,9 @@ class Examples:
         return tokens, weights
 
 
-def loss_of(model: torch.nn.Module, embedding: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def loss_of(
+    model: torch.nn.Module, embedding: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     """Mean cross-entropy of the weighted tokens; only their rows go through the output layer."""
     hidden = model(tokens)[:, :-1]
     chosen = weights[:, 1:] > 0
@@ -149,7 +177,7 @@ def save(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{k: v for k, v in asdict(SHAPE).items()},
+        **asdict(SHAPE),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -166,26 +194,45 @@ def save(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def train(packages: list[Package], folder: Path, max_tokens: int, max_minutes: float, lr: float, seed: int) -> None:
-    """Train for `max_tokens` or `max_minutes`, whichever ends first, and write the checkpoint to `folder`."""
-    torch.manual_seed(seed)
+def train(
+    packages: list[Package],
+    folder: Path,
+    max_tokens: int,
+    max_minutes: float,
+    lr: float,
+    seed: int,
+    resume: tuple[Path, float] | None = None,
+) -> None:
+    """Train for `max_tokens` or `max_minutes`, whichever ends first, and write the checkpoint to `folder`.
+
+    Args:
+        resume: a checkpoint of an earlier training with the same arguments, and the share of it that was done.
+    """
+    start = resume[1] if resume else 0.0
+    torch.manual_seed(seed + round(1000 * start))
     members = [p for p in packages if split_of(p.source) == "train"]
-    tokenizer = train_tokenizer((f"{p.description}\n{p.synopsis}" for p in members), SHAPE.vocab_size)
     model = Llama(SHAPE)
-    initialise(model)
+    if resume:
+        tokenizer = Tokenizer.from_file(str(resume[0] / "tokenizer.json"))
+        saved = load_file(resume[0] / "model.safetensors")
+        model.load_state_dict({n.removeprefix("model."): t.float() for n, t in saved.items()}, strict=False)
+    else:
+        tokenizer = train_tokenizer((f"{p.description}\n{p.synopsis}" for p in members), SHAPE.vocab_size)
+        initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(members):,} packages", flush=True)
     torch._dynamo.config.recompile_limit = len(LENGTHS)
     compiled = torch.compile(model, dynamic=False)
     groups = optimizers(model, lr)
-    stream = Examples(members, tokenizer, seed)
+    stream = Examples(members, tokenizer, seed + round(1000 * start))
     held_out = Examples([p for p in packages if split_of(p.source) == "validation"], tokenizer, seed)
     check = [held_out.one(p, i) for p in held_out.short[::4] for i in INSTRUCTIONS]
     began = time.monotonic()
     seen, step, mean, next_report = 0, 0, 0.0, 0.0
     for tokens, weights in stream.batches():
-        progress = max(seen / max_tokens, (time.monotonic() - began) / 60 / max_minutes)
+        progress = start + max(seen / max_tokens, (time.monotonic() - began) / 60 / max_minutes)
         if progress >= 1:
             break
+        stream.copy_share = COPY_SHARE if progress > COPY_FROM else 0.0
         for group in groups:
             for g in group.param_groups:
                 g["lr"] = lr * rate(progress)
@@ -229,8 +276,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90.0, help="training minutes at most")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=17)
+    parser.add_argument("--resume", type=Path, help="checkpoint of an interrupted training")
+    parser.add_argument("--done", type=float, default=0.0, help="share of the training that --resume had done")
     a = parser.parse_args()
-    train(read_index(a.lists), a.out, a.tokens, a.minutes, a.lr, a.seed)
+    resume = (a.resume, a.done) if a.resume else None
+    train(read_index(a.lists), a.out, a.tokens, a.minutes, a.lr, a.seed, resume)
 
 
 if __name__ == "__main__":
