@@ -20,11 +20,14 @@ from typing import Any
 from complete_fn.catalogue import Model
 from complete_fn.errors import EngineError
 from complete_fn.settings import Settings
+from complete_fn.structured import checked
+from complete_fn.token_counts import count_with, encodable, tokenizer_file
 from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 from complete_fn_workers.engine_launch import EnginePlace, engine_place, engine_spec, join_engine, knock, log_tail
 from complete_fn_workers.engine_wire import RECEIVE_BYTES, Frames, pack
 
 CHUNK_ROWS = 32
+UNSENDABLE = "The prompt has no messages, or a lone surrogate (half of a character) that cannot be encoded."
 
 
 class EngineGone(Exception):
@@ -143,9 +146,13 @@ class EmbeddedEngine:
         return f"The engine of model {self.model.name!r} {what}\nThe end of its log {str(self.place.log)!r}:\n{tail}"
 
     def count_tokens(self, texts: list[str]) -> list[int]:
+        """By the tokenizer.json on this machine; where there is none, by the child."""
+        file = tokenizer_file(self.model)
+        if file is not None:
+            return count_with(file, texts)
         link, _ = self.connect("")
         try:
-            link.send({"count": texts})
+            link.send({"count": [encodable(text) for text in texts]})
             return list(link.receive()["counts"])
         finally:
             link.close()
@@ -185,17 +192,18 @@ def exchange(
         while not exhausted and len(unfinished) < window:
             rows = list(islice(feed, min(CHUNK_ROWS, window - len(unfinished))))
             exhausted = not rows
-            refused = [row for row in rows if not sendable(row[1])]
-            unfinished.update(row for row in rows if row not in refused)
-            for number, _ in refused:
-                yield number, Completion.failed("invalid_request", "The prompt has a lone surrogate or no messages.")
-            sender.send([row for row in rows if row[0] in unfinished])
+            good = [row for row in rows if sendable(row[1])]
+            unfinished.update(good)
+            sender.send(good)
+            if len(good) < len(rows):
+                for number in sorted({number for number, _ in rows} - {number for number, _ in good}):
+                    yield number, Completion.failed("invalid_request", UNSENDABLE)
             if link.readable():
                 break
         if unfinished:
             for number, *answer in link.receive()["done"]:
                 request = unfinished.pop(number)
-                yield number, completion(request, answer)
+                yield number, checked(completion(answer), request.response_format)
 
 
 def sendable(request: CompletionRequest) -> bool:
@@ -230,7 +238,7 @@ class RowSender:
         return row
 
 
-def completion(request: CompletionRequest, answer: list[Any]) -> Completion:
+def completion(answer: list[Any]) -> Completion:
     text, finish_reason, code, message, *usage = answer
     error = RowError(code, message) if code is not None else None
     return Completion(text, finish_reason, error, Usage(*usage))

@@ -112,7 +112,7 @@ class EngineLoop:
             internal = self.llm.add_request(key, prompt, row.sampling.params(limit.tokens))
         except RowRefused as refusal:
             self.done[connection].append([row.number, *refusal.answer])
-        except ValueError as error:
+        except Exception as error:  # vLLM's own checks of one row come as several types
             self.done[connection].append([row.number, *RowRefused("invalid_request", str(error)).answer])
         else:
             self.running[key] = Admitted(connection, row.number, limit, internal)

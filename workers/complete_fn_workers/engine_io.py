@@ -33,7 +33,7 @@ class Connection:
 
 
 class Connections:
-    """All connections. Frames received are put on `inbox` as (connection, message), a lost one as (connection, None)."""
+    """All connections. What they say is put on `inbox` as (connection, message); (connection, None): it is gone."""
 
     def __init__(self, listener: socket.socket, parent: socket.socket, files: tuple[Path, Path]) -> None:
         listener.setblocking(False)

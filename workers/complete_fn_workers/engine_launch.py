@@ -99,7 +99,7 @@ def engine_place(spec: EngineSpec, settings: Settings) -> EnginePlace:
 def engine_key(spec: EngineSpec, settings: Settings) -> str:
     """Hash of all that makes two engines different; a checkpoint written anew in its folder is another one."""
     folder = Path(spec.checkpoint)
-    files = sorted(folder.glob("*.safetensors")) + [folder / "config.json"] if folder.is_dir() else []
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"] if folder.is_dir() else []
     stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     identity = [
         [getattr(spec, field) for field in spec.__slots__],

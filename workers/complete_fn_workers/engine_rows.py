@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,10 +131,17 @@ class Sampling:
             stop=list(options.get("stop", ())) or None,
             max_tokens=tokens,
             min_tokens=0,
-            structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+            structured_outputs=None if schema is None else StructuredOutputsParams(json=grammar_schema(schema)),
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # rows of one kind share the object; vLLM copies it shallowly
         )
+
+
+def grammar_schema(response_format: str) -> str:
+    """The schema with llguidance's own settings: one line as `json.dumps` writes it, for a small model can fill its
+    answer with white space; what the grammar cannot express is left to the check of the finished answer."""
+    style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
+    return json.dumps({**json.loads(response_format), "x-guidance": style}, ensure_ascii=False)
 
 
 def answer_of(output: Any, limit: Limit, context: int) -> Answer:
@@ -152,5 +160,6 @@ def answer_of(output: Any, limit: Limit, context: int) -> Answer:
 
 def cut_by(prompt_tokens: int, tokens: int, context: int) -> str:
     if prompt_tokens + tokens >= context:
-        return f"The answer was cut after {tokens} tokens: with {prompt_tokens} of the prompt, the context of {context} is full."
+        full = f"with {prompt_tokens} of the prompt, the context of {context} is full"
+        return f"The answer was cut after {tokens} tokens: {full}."
     return f"The answer was cut after {tokens} tokens, the model's default_max_tokens. Set max_tokens to allow more."

@@ -11,7 +11,7 @@ GIB = 1 << 30
 
 
 def available_cores() -> int:
-    """Physical cores of this process's affinity, at most its control group's quota. Two threads of one core gain no GEMM."""
+    """Physical cores of this process's affinity, at most its control group's quota: a core's threads share its FMA."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = len({siblings(cpu) for cpu in cpus})
     quota = cgroup_cpus()

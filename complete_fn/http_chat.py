@@ -1,0 +1,210 @@
+"""One chat completion over HTTP: the request's body, what the reply means, and whom to wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import re
+import time
+from typing import Any
+
+import httpx
+
+from complete_fn.catalogue import Model
+from complete_fn.errors import EngineBusyError, EngineError
+from complete_fn.types import Completion, CompletionRequest, RowError, Usage
+
+BUSY = (429, 502, 503, 504)
+WAITS, WAIT_S, FIRST_WAIT_S = 8, 120.0, 1.0
+TOO_LONG = re.compile(
+    r"context.{0,12}(length|window|size)|maximum (context|input|prompt)|max_model_len|too (long|many tokens)"
+    r"|input length|longer than the (maximum )?model|max_(completion_)?tokens.{0,30}too large",
+    re.IGNORECASE,
+)
+
+
+class Endpoint:
+    """The endpoint of one model. `quiet_until` is when a busy endpoint wants to be asked again, by any row."""
+
+    def __init__(self, model: Model, url: str, client: httpx.AsyncClient) -> None:
+        self.model = model
+        self.url = url
+        self.client = client
+        self.quiet_until = 0.0
+
+    @property
+    def served_name(self) -> str:
+        given = self.model.engine_args.get("served_name")
+        return str(given or (self.model.name if self.model.local_folder is not None else self.model.checkpoint))
+
+    async def complete(self, request: CompletionRequest, tenant: str) -> Completion:
+        """The completion, or the row's error.
+
+        Raises:
+            EngineError: what concerns every row: no answer at the URL, key or model refused.
+            EngineBusyError: busy for longer than is waited.
+        """
+        body = self.body(request, tenant)
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return Completion.failed("invalid_request", "The prompt has a lone surrogate and cannot be encoded.")
+        if not body["messages"]:
+            return Completion.failed("invalid_request", "The prompt has no messages.")
+        try:
+            reply = await self.ask(body)
+            if reply.status_code == 400 and too_long(reply):
+                # Prompt and answer together may be too much: let the endpoint give the answer what room there is.
+                body.pop(self.max_tokens_field)
+                return await self.outcome(await self.ask(body), asked=None)
+            return await self.outcome(reply, request.sampling.max_tokens)
+        except httpx.TimeoutException:
+            return Completion.failed("timeout", f"{self.url} did not answer within {self.client.timeout.read:g} s.")
+
+    @property
+    def max_tokens_field(self) -> str:
+        return str(self.model.engine_args.get("max_tokens_field", "max_tokens"))
+
+    def body(self, request: CompletionRequest, tenant: str) -> dict[str, Any]:
+        prompt, sampling = request.prompt, request.sampling
+        turns = [("user", prompt)] if isinstance(prompt, str) else [(m.role, m.content) for m in prompt]
+        body: dict[str, Any] = {
+            "model": self.served_name,
+            "messages": [{"role": role, "content": content} for role, content in turns],
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            self.max_tokens_field: sampling.max_tokens or self.model.default_max_tokens,
+        }
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
+        if sampling.seed is not None:
+            body["seed"] = sampling.seed
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        if request.response_format is not None:
+            schema = {"name": "answer", "schema": json.loads(request.response_format), "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if self.model.engine_args.get("cache_salt") and tenant:
+            body["cache_salt"] = tenant
+        return body | dict(self.model.engine_args.get("extra_body", {}))
+
+    async def ask(self, body: dict[str, Any]) -> httpx.Response:
+        """The reply, after the waits that a busy endpoint asks for."""
+        began, wait = time.monotonic(), FIRST_WAIT_S
+        for _ in range(WAITS):
+            await asyncio.sleep(max(0.0, self.quiet_until - time.monotonic()))
+            reply = await self.post("/chat/completions", body)
+            if reply.status_code not in BUSY:
+                return reply
+            pause = retry_after(reply) or wait
+            wait *= 2
+            if time.monotonic() + pause > began + WAIT_S:
+                break
+            self.quiet_until = max(self.quiet_until, time.monotonic() + pause)
+        raise EngineBusyError(
+            f"{self.url} stays busy ({reply.status_code}) since {time.monotonic() - began:.0f} s: {complaint(reply)} "
+            "Try later, or lower engine_args.concurrency."
+        )
+
+    async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        try:
+            return await self.client.post(self.url + path, json=body)
+        except httpx.ConnectError as error:
+            raise EngineError(
+                f"Nobody answers at {self.url} ({error}). Start the endpoint, for example with `vllm serve` or "
+                f"`ollama serve`, or set the url of model {self.model.name!r}."
+            ) from error
+        except httpx.TimeoutException:
+            raise
+        except httpx.TransportError as error:
+            raise EngineError(f"{self.url} broke the connection: {type(error).__name__}: {error}") from error
+
+    async def outcome(self, reply: httpx.Response, asked: int | None) -> Completion:
+        """What a reply means; `asked` is the caller's max_tokens, None where the limit is not the caller's."""
+        status, why = reply.status_code, complaint(reply)
+        if status == 200:
+            return completion(reply, asked)
+        if status in (401, 403):
+            source = f"the environment variable {self.model.api_key_env}" if self.model.api_key_env else "api_key_env"
+            raise EngineError(f"{self.url} refuses the key ({status}): {why} Check {source}.")
+        if status == 404:
+            raise EngineError(f"{self.url} does not serve {self.served_name!r} (404): {why} {await self.served()}")
+        if status == 413 or too_long(reply):
+            return Completion.failed("prompt_too_long", why)
+        if "content_filter" in reply.text or "content_policy" in reply.text:
+            return Completion.failed("blocked", why)
+        return Completion.failed("invalid_request", f"The endpoint refuses the row ({status}): {why}")
+
+    async def served(self) -> str:
+        try:
+            names = [m["id"] for m in (await self.client.get(self.url + "/models")).json()["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return "Check the url: it ends with /v1."
+        return f"It serves {', '.join(map(repr, names)) or 'no model'}; set engine_args.served_name."
+
+    async def count_tokens(self, texts: list[str]) -> list[int]:
+        root = self.url.removesuffix("/v1")
+        counts = []
+        for text in texts:
+            body = {"model": self.served_name, "prompt": text, "add_special_tokens": False}
+            reply = await self.client.post(f"{root}/tokenize", json=body)
+            if reply.status_code != 200:
+                raise EngineError(f"{root} has no /tokenize ({reply.status_code}); tokens cannot be counted there.")
+            counts.append(int(reply.json()["count"]))
+        return counts
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+
+def completion(reply: httpx.Response, asked: int | None) -> Completion:
+    try:
+        found = reply.json()
+        choice, usage = found["choices"][0], found.get("usage") or {}
+        text, reason = choice["message"].get("content"), choice.get("finish_reason")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise EngineError(f"{reply.url} is no OpenAI-compatible endpoint; it says: {reply.text[:200]}") from error
+    details = usage.get("prompt_tokens_details") or {}
+    used = Usage(
+        int(usage.get("prompt_tokens") or 0),
+        int(details.get("cached_tokens") or 0),
+        int(usage.get("completion_tokens") or 0),
+    )
+    if reason == "content_filter":
+        return Completion(None, reason, RowError("blocked", "The endpoint's content filter stopped the answer."), used)
+    if reason == "length" and (asked is None or used.completion_tokens < asked):
+        why = f"The answer was cut after {used.completion_tokens} tokens by a limit that was not asked for."
+        return Completion(text or "", reason, RowError("truncated", why), used)
+    return Completion(text or "", reason, None, used)
+
+
+def too_long(reply: httpx.Response) -> bool:
+    return "context_length_exceeded" in reply.text or bool(TOO_LONG.search(complaint(reply)))
+
+
+def complaint(reply: httpx.Response) -> str:
+    """The endpoint's own words, at most 500 characters."""
+    try:
+        found = reply.json()
+        error = found.get("error", found)
+        message = error.get("message") if isinstance(error, dict) else error
+        text = str(message or found.get("detail") or reply.text)
+    except (ValueError, AttributeError):
+        text = reply.text
+    return text.strip()[:500]
+
+
+def retry_after(reply: httpx.Response) -> float | None:
+    """Seconds that a Retry-After asks for: a number, or a date (RFC 9110, 10.2.3)."""
+    value = reply.headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -1,0 +1,157 @@
+"""Any OpenAI-compatible endpoint as an engine: vLLM, Ollama, a hosted API.
+
+`Model.url` is the address up to and with `/v1`; the key is read from the environment variable `Model.api_key_env`
+names and goes nowhere but into the request. Of `Model.engine_args` this engine reads:
+
+    concurrency       requests in flight (default 16)
+    timeout           seconds until a row is given up (default 600)
+    served_name       the model's name at the endpoint (default: the checkpoint; the entry's name for a local folder)
+    max_tokens_field  `max_tokens` (default) or `max_completion_tokens`
+    cache_salt        true: send the tenant as vLLM's `cache_salt`; other endpoints may refuse the field
+    extra_body        fields to add to every request's body
+
+An endpoint that is busy (429, 502, 503, 504) is waited for as its Retry-After says, a bounded time; nothing that may
+have been paid for is sent twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Coroutine, Iterable, Iterator
+from typing import Any
+
+import httpx
+
+from complete_fn.catalogue import Model
+from complete_fn.errors import EngineError, RequestError
+from complete_fn.http_chat import Endpoint
+from complete_fn.settings import Settings, secret
+from complete_fn.structured import checked
+from complete_fn.token_counts import count_with, tokenizer_file
+from complete_fn.types import Completion, CompletionRequest
+
+CONCURRENCY, TIMEOUT_S = 16, 600.0
+CLOSE_S = 2.0
+Outcome = tuple[int, Completion | BaseException]
+
+
+class Background:
+    """An event loop in a daemon thread: requests run there, and can be cancelled, which a blocking call cannot."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.owner = os.getpid()
+        threading.Thread(target=self.run, name="http-engine", daemon=True).start()
+
+    def run(self) -> None:
+        self.loop.run_forever()
+        self.loop.close()
+
+    def call(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
+
+
+class HttpEngine:
+    """Chat completions over HTTP, behind the `Engine` protocol."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.concurrency = int(model.engine_args.get("concurrency", CONCURRENCY))
+        self.guard = threading.Lock()
+        self.background: Background | None = None
+        self.endpoint: Endpoint | None = None
+
+    def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+        """As in `Engine.stream`; at most `concurrency` requests of a stream are drawn and in flight.
+
+        Raises:
+            EngineError: nobody answers at the URL, the key is refused, or the model is not served there.
+            EngineBusyError: the endpoint stays busy for longer than it is waited for.
+        """
+        endpoint, background = self.open()
+        feed = enumerate(requests)
+        done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        running: dict[int, tuple[CompletionRequest, Any]] = {}
+        exhausted = False
+        try:
+            while running or not exhausted:
+                while not exhausted and len(running) < self.concurrency:
+                    number, request = next(feed, (-1, None))
+                    exhausted = request is None
+                    if request is not None:
+                        work = answer(endpoint, number, request, tenant, done)
+                        running[number] = (request, asyncio.run_coroutine_threadsafe(work, background.loop))
+                if running:
+                    number, outcome = done.get()
+                    request, _ = running.pop(number)
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    yield number, checked(outcome, request.response_format)
+        finally:
+            for _, task in running.values():
+                task.cancel()
+
+    def open(self) -> tuple[Endpoint, Background]:
+        with self.guard:
+            if self.endpoint is None or self.background is None or self.background.owner != os.getpid():
+                self.background = Background()
+                self.endpoint = self.background.call(connect(self.model, self.concurrency))
+            return self.endpoint, self.background
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """By the tokenizer.json on this machine, else by the endpoint's `/tokenize` (vLLM has it)."""
+        file = tokenizer_file(self.model)
+        if file is not None:
+            return count_with(file, texts)
+        endpoint, background = self.open()
+        counts: list[int] = background.call(endpoint.count_tokens(texts))
+        return counts
+
+    def close(self) -> None:
+        with self.guard:
+            background, endpoint = self.background, self.endpoint
+            self.background = self.endpoint = None
+        if background is not None and endpoint is not None and background.owner == os.getpid():
+            with contextlib.suppress(TimeoutError):
+                background.call(endpoint.close(), CLOSE_S)
+            background.loop.call_soon_threadsafe(background.loop.stop)
+
+
+async def answer(
+    endpoint: Endpoint, number: int, request: CompletionRequest, tenant: str, done: queue.SimpleQueue[Outcome]
+) -> None:
+    try:
+        done.put((number, await endpoint.complete(request, tenant)))
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        done.put((number, error))
+
+
+async def connect(model: Model, concurrency: int) -> Endpoint:
+    """The endpoint of a model; made on the event loop that will use it."""
+    url = (model.url or "").rstrip("/")
+    headers = {}
+    if model.api_key_env is not None:
+        key = secret(model.api_key_env)
+        if not key:
+            raise EngineError(f"Model {model.name!r} needs a key: set the environment variable {model.api_key_env}.")
+        headers["Authorization"] = f"Bearer {key}"
+    timeout = httpx.Timeout(float(model.engine_args.get("timeout", TIMEOUT_S)), connect=10.0, pool=None)
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=4.0)
+    return Endpoint(model, url, httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits))
+
+
+def open_engine(model: Model, settings: Settings) -> HttpEngine:
+    """The engine for a catalogue entry with a `url`; nothing is asked of it yet.
+
+    Raises:
+        RequestError: the entry has no url, or one that is not http.
+    """
+    if not (model.url or "").startswith(("http://", "https://")):
+        raise RequestError(f"Model {model.name!r} has url {model.url!r}; it must be like http://localhost:8000/v1.")
+    return HttpEngine(model)

@@ -1,0 +1,41 @@
+"""Answers under a response_format: the text must parse and satisfy the schema, whatever the engine promised."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from complete_fn.types import Completion, RowError
+
+
+def checked(completion: Completion, response_format: str | None) -> Completion:
+    """The completion, or the same with a `schema_mismatch` and its text kept, where it breaks the JSON schema."""
+    if response_format is None or completion.error is not None or completion.text is None:
+        return completion
+    why = mismatch(completion.text, response_format)
+    if why is None:
+        return completion
+    if completion.finish_reason == "length":
+        why = f"The answer was cut by max_tokens before its JSON was complete ({why})."
+    return replace(completion, error=RowError("schema_mismatch", why))
+
+
+def mismatch(text: str, response_format: str) -> str | None:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        return f"The answer is not JSON: {error}."
+    broken = next(validator(response_format).iter_errors(value), None)
+    if broken is None:
+        return None
+    where = "/".join(str(step) for step in broken.absolute_path) or "the top"
+    return f"The answer breaks the response_format at {where}: {broken.message[:300]}."
+
+
+@lru_cache(maxsize=64)
+def validator(response_format: str) -> Any:
+    import jsonschema
+
+    return jsonschema.Draft202012Validator(json.loads(response_format))
