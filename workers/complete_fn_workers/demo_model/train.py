@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -138,7 +138,7 @@ class Examples:
 
 
 def loss_of(
-    model: torch.nn.Module, embedding: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor
+    model: Callable[..., torch.Tensor], embedding: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Mean cross-entropy of the weighted tokens; only their rows go through the output layer."""
     hidden = model(tokens)[:, :-1]
@@ -238,7 +238,7 @@ def train(
                 g["lr"] = lr * rate(progress)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(compiled, model.embed_tokens.weight, tokens, weights)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in groups:
             group.step()
