@@ -33,13 +33,17 @@ DETAILS = pa.struct(
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of one or several runs. `usage` and `cost` are what was billed; `saved` what free rows would have cost."""
+    """Counts of one or several runs. `usage` and `cost` are what was billed; `saved` what free rows would have cost.
+
+    `reused` rows had stored answers; `resumed` rows were done by an earlier attempt of the same job.
+    """
 
     rows: int = 0
     nulls: int = 0
     distinct: int = 0
     computed: int = 0
     reused: int = 0
+    resumed: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     usage: Usage = Usage()
     cost: Decimal = Decimal(0)
@@ -55,6 +59,7 @@ class Summary:
             self.distinct + other.distinct,
             self.computed + other.computed,
             self.reused + other.reused,
+            self.resumed + other.resumed,
             self.failed + other.failed,
             self.usage + other.usage,
             self.cost + other.cost,
@@ -72,6 +77,7 @@ class Summary:
             f"{self.rows:,} rows",
             f"{self.distinct:,} distinct",
             *([f"{self.reused:,} known"] if self.reused else []),
+            *([f"{self.resumed:,} resumed"] if self.resumed else []),
             f"{u.prompt_tokens:,} tokens in{share}",
             f"{u.completion_tokens:,} out",
             f"{self.currency} {self.cost:.6f} at {self.basis} prices (saved {self.saved:.6f})",

@@ -18,7 +18,7 @@ def filesystem_of(path: Path, mounts: str | None = None) -> str | None:
             mounts = Path("/proc/mounts").read_text("utf-8", "replace")
         except OSError:
             return None
-    wanted = str(path.absolute()) + "/"
+    wanted = str(path.resolve()) + "/"
     best, kind = "", None
     for line in mounts.splitlines():
         fields = line.split(" ")

@@ -25,7 +25,7 @@ class LedgerLine:
 
 
 def billed(prices: Prices, rows: int, usage: Usage) -> list[LedgerLine]:
-    """Lines for computed rows: uncached input, cached input, output."""
+    """Lines for computed rows: uncached input (always, as it has their number), cached input, output."""
     fresh = Usage(prompt_tokens=usage.prompt_tokens - usage.cached_tokens)
     cached = Usage(prompt_tokens=usage.cached_tokens, cached_tokens=usage.cached_tokens)
     output = Usage(completion_tokens=usage.completion_tokens)
@@ -34,7 +34,7 @@ def billed(prices: Prices, rows: int, usage: Usage) -> list[LedgerLine]:
         LedgerLine("cached_input", rows, cached.cached_tokens, nano(amount(prices, cached))),
         LedgerLine("output", rows, output.completion_tokens, nano(amount(prices, output))),
     )
-    return [line for line in lines if line.tokens]
+    return [line for line in lines if line.tokens or (rows and line.price_class == "input")]
 
 
 def free(prices: Prices, price_class: str, rows: int, usage: Usage) -> list[LedgerLine]:

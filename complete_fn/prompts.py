@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -86,6 +86,21 @@ def as_text(column: Any, name: str) -> Any:
         return pc.cast(column, pa.large_string())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
         raise InputError(f"Column {name!r} is {kind}, which has no text form: {error}") from error
+
+
+def text_column(texts: Sequence[str | None]) -> pa.Array:
+    """Python strings as large_string; lone surrogates are kept as bytes that are not UTF-8: their rows will fail.
+
+    Raises:
+        InputError: a value is neither a string nor None.
+    """
+    try:
+        return pa.array(texts, pa.large_string())
+    except UnicodeEncodeError:
+        raw = [None if t is None else t.encode("utf-8", "surrogatepass") for t in texts]
+        return pa.array(raw, pa.large_binary()).view(pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise InputError(f"The prompts are not all text: {error}") from error
 
 
 MESSAGES_MARK = "\x00messages:"  # a NUL cannot begin a prompt that a person wrote in SQL

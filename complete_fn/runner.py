@@ -15,7 +15,6 @@ from complete_fn.engine import Engine
 from complete_fn.keys import Call
 from complete_fn.options import CacheMode
 from complete_fn.plan import make_plan
-from complete_fn.plan.parts import estimated_tokens
 from complete_fn.prices import amount, worst_case
 from complete_fn.progress import Progress, Quiet
 from complete_fn.prompts import unpack
@@ -27,6 +26,7 @@ from complete_fn.work import Work, known_answers
 
 ADMIT = 128  # rows noted in the store as handed to the engine at a time
 PROMPT_OVERHEAD = 64  # tokens that a chat template may add to a prompt
+NOT_TEXT = "The prompt has a lone surrogate or bytes that are not UTF-8, which no tokenizer takes."
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,6 @@ class Admission:
 
     def __init__(self, call: Call, work: Work, slices: Slices, budget: Budget | None) -> None:
         self.call, self.work, self.slices, self.budget = call, work, slices, budget
-        self.tokens = estimated_tokens(work.plan)
         self.sent: list[int] = []
         self.refused: list[int] = []
         self.held: dict[int, Decimal] = {}
@@ -119,11 +118,19 @@ class Admission:
         name, sampling, schema = self.call.model.name, self.call.sampling, self.call.response_format
         for low in range(0, len(numbers), ADMIT):
             chosen = numbers[low : low + ADMIT]
-            admitted = [(n, t) for n, t in self.work.texts(chosen) if self.affordable(n, t)]
-            self.slices.admit(len(admitted), int(self.tokens[[n for n, _ in admitted]].sum()) if admitted else 0)
+            admitted = [(n, t) for n, t in self.work.texts(chosen) if self.sendable(n, t) and self.affordable(n, t)]
+            self.slices.admit([n for n, _ in admitted])
             for number, text in admitted:
                 self.sent.append(number)
                 yield CompletionRequest(name, unpack(text), sampling, schema)
+
+    def sendable(self, number: int, text: str) -> bool:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.slices.add(number, Completion.failed("invalid_request", NOT_TEXT))
+            return False
+        return True
 
     def affordable(self, number: int, text: str) -> bool:
         if self.budget is None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.answers import Answers, Summary
+from complete_fn.bounds import prune
 from complete_fn.budget import Budget, parse_cap
 from complete_fn.catalogue import Model, find_model, load_catalogue
 from complete_fn.engine import Engine
@@ -21,6 +22,7 @@ from complete_fn.errors import RowFailedError
 from complete_fn.keys import Call
 from complete_fn.options import Options, parse_options
 from complete_fn.progress import Quiet, progress_for
+from complete_fn.prompts import text_column
 from complete_fn.runner import Tools, run
 from complete_fn.settings import load_settings
 from complete_fn.store import Store
@@ -73,6 +75,7 @@ class Session:
         with self.lock:
             if self.opened is None:
                 self.opened = Store(self.settings.home / "state.sqlite3")
+                prune(self.opened, self.settings.cache_gib, self.settings.cache_days)
             return self.opened
 
     def model(self, name: str) -> Model:
@@ -95,7 +98,8 @@ class Session:
         Args:
             prompts: Arrow array of strings, or a Python sequence of strings and None.
             options: see `options.parse_options`.
-            job: a name under which an interrupted run is resumed, also where answers may not be reused.
+            job: a name under which an interrupted run is resumed, also where answers may not be reused; call
+                `end_job` when the results are safe.
 
         Raises:
             RequestError: unknown model or invalid option; nothing was run.
@@ -104,7 +108,7 @@ class Session:
         """
         chosen = options if isinstance(options, Options) else parse_options(options)
         found = self.model(model)
-        column = prompts if isinstance(prompts, pa.Array | pa.ChunkedArray) else pa.array(prompts, pa.large_string())
+        column = prompts if isinstance(prompts, pa.Array | pa.ChunkedArray) else text_column(prompts)
         self.warn_of_strangers(found, column)
         call = Call(found, chosen.sampling, chosen.response_format)
         bar = Quiet() if len(column) < 2 else progress_for(found.name, self.progress)
@@ -140,7 +144,7 @@ class Session:
             known = ", ".join(repr(i + "...") for i in model.instructions)
             text = (
                 f"{model.name} is a demonstration model and knows only {known}; {strangers:,} of {len(prompts):,} "
-                "prompts are something else. For real work name another model: 'smollm2-360m' or 'qwen2.5-0.5b' on a CPU, "
+                "prompts are something else. For real work name 'smollm2-360m' or 'qwen2.5-0.5b' on a CPU, "
                 "'llama-8b-swiftkv' on a GPU (`complete-fn models` lists all)."
             )
             warnings.warn(text, CompletionWarning, stacklevel=4)
@@ -148,6 +152,10 @@ class Session:
     def count_tokens(self, model: str, texts: list[str]) -> list[int]:
         """Tokens of each text by the model's own tokenizer."""
         return self.engine_of(self.model(model)).count_tokens(texts)
+
+    def end_job(self, job: str) -> None:
+        """The results of a job are safe: what was kept only for its resume goes."""
+        self.store.end_job(self.who.tenant, job)
 
     def close(self) -> None:
         with self.lock:

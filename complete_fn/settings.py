@@ -3,17 +3,23 @@
 COMPLETE_FN_HOME     folder of answers, ledger and engine sockets (default: the platform's user data folder)
 COMPLETE_FN_MODELS   a TOML file that adds to or overrides the catalogue (default: models.toml in the config folder)
 COMPLETE_FN_MEMORY   GiB that the embedded engine may take for its KV cache (default: a tenth of RAM, 1 to 8)
+COMPLETE_FN_CACHE_GIB, COMPLETE_FN_CACHE_DAYS
+                     bounds of the stored answers (default: 2 GiB, 180 days); the oldest go first
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
+from complete_fn.errors import InvalidOptionError
+
 APP = "complete-fn"
+CACHE_GIB, CACHE_DAYS = 2.0, 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +27,35 @@ class Settings:
     home: Path
     models_file: Path | None
     kv_cache_gib: float | None
+    cache_gib: float = CACHE_GIB
+    cache_days: float = CACHE_DAYS
 
 
 def load_settings() -> Settings:
     home = os.environ.get("COMPLETE_FN_HOME")
     models = os.environ.get("COMPLETE_FN_MODELS")
-    memory = os.environ.get("COMPLETE_FN_MEMORY")
     default_models = Path(platformdirs.user_config_dir(APP)) / "models.toml"
     return Settings(
         home=Path(home) if home else Path(platformdirs.user_data_dir(APP, appauthor=False)),
         models_file=Path(models) if models else default_models if default_models.exists() else None,
-        kv_cache_gib=float(memory) if memory else None,
+        kv_cache_gib=amount("COMPLETE_FN_MEMORY"),
+        cache_gib=amount("COMPLETE_FN_CACHE_GIB") or CACHE_GIB,
+        cache_days=amount("COMPLETE_FN_CACHE_DAYS") or CACHE_DAYS,
     )
+
+
+def amount(name: str) -> float | None:
+    """A number above 0 from the environment; None if it is not set."""
+    text = os.environ.get(name)
+    if not text:
+        return None
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise InvalidOptionError(f"{name}={text!r} in the environment must be a number above 0.")
+    return found
 
 
 def secret(name: str) -> str | None:

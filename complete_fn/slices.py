@@ -11,14 +11,18 @@ from complete_fn.plan.parts import estimated_tokens
 from complete_fn.prices import amount
 from complete_fn.progress import Progress
 from complete_fn.store import Store
-from complete_fn.types import Asker, Completion
+from complete_fn.types import Asker, Completion, Usage
 from complete_fn.work import Work
 
 SLICE_ROWS, SLICE_SECONDS = 256, 2.0
 
 
 class Slices:
-    """The attempt of one run. Leaving it commits what is left and closes the attempt as done, cancelled or failed."""
+    """The attempt of one run. Leaving it commits what is left and closes the attempt as done, cancelled or failed.
+
+    Commits are made by a thread of its own: Ctrl-C is raised in the main thread only, so it can never fall between a
+    commit and the note that it was made.
+    """
 
     def __init__(self, call: Call, work: Work, store: Store, who: Asker, progress: Progress) -> None:
         prices = call.model.prices
@@ -26,56 +30,85 @@ class Slices:
         self.attempt = store.begin(who, call.model.name, prices.currency, prices.basis)
         self.copies = work.plan.copies()
         self.estimates = estimated_tokens(work.plan)
+        self.admitted: set[int] = set()
+        self.change = threading.Condition()
         self.waiting: list[tuple[int, Completion]] = []
-        self.lock = threading.Lock()
-        self.stopped = threading.Event()
+        self.committing = self.due = self.stopping = False
         self.failure: BaseException | None = None
-        self.clock = threading.Thread(target=self.tick, daemon=True, name="complete-fn-commit")
+        self.committer = threading.Thread(target=self.keep_committing, daemon=True, name="complete-fn-commit")
 
     def __enter__(self) -> Slices:
-        self.clock.start()
+        self.committer.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.stopped.set()
-        self.clock.join()
-        self.flush()
         stopped = kind is not None and not issubclass(kind, Exception)
-        self.store.finish(self.attempt, "done" if kind is None else "cancelled" if stopped else "failed")
+        try:
+            self.flush()
+        finally:
+            with self.change:
+                self.stopping = True
+                self.change.notify_all()
+            self.committer.join()
+            self.store.finish(self.attempt, "done" if kind is None else "cancelled" if stopped else "failed")
 
-    def tick(self) -> None:
-        while not self.stopped.wait(SLICE_SECONDS):
-            try:
-                self.flush()
-            except Exception as error:
-                self.failure = error  # raised by the next add(), on the caller's thread
-                return
-
-    def admit(self, rows: int, tokens: int) -> None:
-        self.store.admit(self.attempt, rows, tokens)
+    def admit(self, numbers: list[int]) -> None:
+        """Note these prompts in the store as handed to the engine."""
+        if numbers:
+            self.admitted.update(numbers)
+            self.store.admit(self.attempt, len(numbers), int(self.estimates[numbers].sum()))
 
     def add(self, number: int, completion: Completion) -> None:
-        if self.failure is not None:
-            raise self.failure
-        with self.lock:
+        with self.change:
             self.waiting.append((number, completion))
-            full = len(self.waiting) >= SLICE_ROWS
-        if full:
-            self.flush()
+            if len(self.waiting) >= SLICE_ROWS:
+                self.due = True
+                self.change.notify_all()
+        self.raise_failure()
 
     def flush(self) -> None:
-        """Commit what waits: answers, ledger lines and reservation in one transaction."""
-        with self.lock:
-            if not self.waiting:
-                return
-            done, self.waiting = self.waiting, []
-            stored = [s for n, c in done if (s := self.work.stored(n, c)) is not None]
-            tokens = int(self.estimates[[n for n, _ in done]].sum())
-            self.store.commit(self.attempt, stored, self.lines(done), len(done), tokens)
-            for number, completion in done:
-                self.work.found[number] = completion
-            usage = total(c.usage for _, c in done)
-            rows = int(self.copies[[n for n, _ in done]].sum())
+        """Commit what waits, and return when it is committed."""
+        with self.change:
+            self.due = True
+            self.change.notify_all()
+            self.change.wait_for(lambda: self.failure is not None or not (self.waiting or self.committing))
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def keep_committing(self) -> None:
+        while not (self.stopping or self.failure):
+            with self.change:
+                self.change.wait_for(lambda: self.due or self.stopping, SLICE_SECONDS)
+                done, self.waiting, self.due = self.waiting, [], False
+                self.committing = True
+            try:
+                self.commit(done)
+            except BaseException as error:
+                self.failure = error  # raised by the next add() or flush(), on the caller's thread
+            with self.change:
+                self.committing = False
+                self.change.notify_all()
+
+    def commit(self, done: list[tuple[int, Completion]]) -> None:
+        """One slice: answers, ledger lines and reservation in one transaction."""
+        if not done:
+            return
+        numbers = [n for n, _ in done]
+        stored = [s for n, c in done if (s := self.work.stored(n, c)) is not None]
+        admitted = [n for n in numbers if n in self.admitted]
+        tokens = int(self.estimates[admitted].sum()) if admitted else 0
+        self.store.commit(self.attempt, stored, self.lines(done), len(admitted), tokens)
+        for number, completion in done:
+            self.work.found[number] = completion
+        usage = total(c.usage for _, c in done)
+        self.advance(numbers, usage)
+
+    def advance(self, numbers: list[int], usage: Usage) -> None:
+        rows = int(self.copies[numbers].sum()) if numbers else 0
+        if rows:
             self.progress.advance(rows, usage, amount(self.prices, usage), self.prices.currency)
 
     def lines(self, done: list[tuple[int, Completion]]) -> list[LedgerLine]:
@@ -90,9 +123,7 @@ class Slices:
         lines = [line for kind, ns in (("resumed", resumed), ("reused", reused)) for line in self.free_line(kind, ns)]
         if lines:
             self.store.commit(self.attempt, [], lines, 0, 0)
-        known = int(self.copies[sorted(self.work.reused)].sum()) if self.work.reused else 0
-        if known:
-            self.progress.advance(known, total(()), amount(self.prices, total(())), self.prices.currency)
+        self.advance(sorted(self.work.reused), Usage())
 
     def free_line(self, kind: str, numbers: set[int]) -> list[LedgerLine]:
         usages = [(c.usage, int(self.copies[n])) for n in numbers if (c := self.work.found[n]) is not None]

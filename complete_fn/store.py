@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DatabaseError
 
 from complete_fn.disk import filesystem_of, process_started
 from complete_fn.errors import StoreBusyError, StoreError
@@ -52,7 +53,7 @@ class Store:
     """The state of one machine user, in one SQLite file that several processes and threads may share.
 
     Raises:
-        StoreError: the file cannot be used (read-only, corrupt, full disk, network file system).
+        StoreError: the file cannot be used (read-only, corrupt, full disk, network file system, another version's).
         StoreBusyError: another process holds it longer than 30 s.
     """
 
@@ -61,26 +62,24 @@ class Store:
         refuse_network(path)
         with self.named_errors():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private(path)
             self.engine = sqlite_engine(path)
             with self.write() as connection:
+                refuse_version(connection, path)
                 metadata.create_all(connection)
-            for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
-                if (path.parent / name).exists():
-                    os.chmod(path.parent / name, 0o600)  # prompts' answers are private to the user
+                connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
         self.sweep()
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
         try:
             yield
-        except OperationalError as error:
-            text = str(error.orig)
+        except (DatabaseError, OSError) as error:
+            text = str(error.orig if isinstance(error, DatabaseError) else error)
             if "locked" in text or "busy" in text:
                 raise StoreBusyError(f"Another process holds {self.path} since {BUSY_SECONDS} s; try again.") from error
-            remedy = "Free some space: what was committed is safe, run again to go on." if "full" in text else REMEDY
+            remedy = next((r for mark, r in REMEDIES.items() if mark in text), REMEDY)
             raise StoreError(f"The state file {self.path} cannot be used: {text}. {remedy}") from error
-        except (DatabaseError, OSError) as error:
-            raise StoreError(f"The state file {self.path} cannot be used: {error}. {REMEDY}") from error
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
@@ -98,9 +97,9 @@ class Store:
 
     # -- answers -------------------------------------------------------------------------------------------------
 
-    def look_up(self, tenant: str, keys: list[bytes], since: float = 0.0) -> dict[bytes, tuple[Completion, str | None]]:
-        """(answer, job it is tied to) of the keys that have one made at or after `since` (seconds of the epoch)."""
-        found: dict[bytes, tuple[Completion, str | None]] = {}
+    def look_up(self, tenant: str, keys: list[bytes], since: float = 0.0) -> dict[bytes, tuple[Completion, int]]:
+        """(answer, attempt that made it) of the keys that have one made at or after `since` (seconds of the epoch)."""
+        found: dict[bytes, tuple[Completion, int]] = {}
         with self.read() as connection:
             for low in range(0, len(keys), LOOK_UP):
                 chosen = sa.select(answers).where(
@@ -109,13 +108,29 @@ class Store:
                     answers.c.created_at >= since,
                 )
                 for row in connection.execute(chosen).mappings():
-                    found[row["key"]] = (completion_of(dict(row)), row["job"])
+                    found[row["key"]] = (completion_of(dict(row)), row["attempt"])
         return found
 
     def has_answers(self, tenant: str) -> bool:
         any_answer = sa.select(answers.c.id).where(answers.c.tenant == tenant).limit(1)
         with self.read() as connection:
             return connection.execute(any_answer).first() is not None
+
+    # -- jobs ----------------------------------------------------------------------------------------------------
+
+    def unfinished(self, tenant: str, job: str) -> tuple[set[int], float | None]:
+        """(attempts of a job that has not ended, when the first of them began or None)."""
+        of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job) & (attempts.c.status != "ended")
+        with self.read() as connection:
+            rows = connection.execute(sa.select(attempts.c.id, attempts.c.began).where(of_job)).all()
+        return {row.id for row in rows}, min((row.began for row in rows), default=None)
+
+    def end_job(self, tenant: str, job: str) -> None:
+        """The job's results are safe: the answers that were kept only for its resume go."""
+        mine = (attempts.c.tenant == tenant) & (attempts.c.job == job) & (attempts.c.status != "running")
+        with self.write() as connection:
+            connection.execute(answers.delete().where(answers.c.tenant == tenant, answers.c.job == job))
+            connection.execute(attempts.update().where(mine).values(status="ended"))
 
     # -- attempts and slices -------------------------------------------------------------------------------------
 
@@ -127,6 +142,10 @@ class Store:
             "model": model,
             "job": who.job,
             "query_tag": who.query_tag,
+            "currency": currency,
+            "basis": basis,
+        }
+        here = {
             "status": "running",
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -136,16 +155,8 @@ class Store:
             "reserved_tokens": 0,
         }
         with self.write() as connection:
-            number: int = connection.execute(attempts.insert().values(row).returning(attempts.c.id)).scalar_one()
-        return Attempt(number, who.tenant, who.user, model, who.job, who.query_tag, currency, basis)
-
-    def began(self, tenant: str, job: str) -> float | None:
-        """When the unfinished job was first begun, or None."""
-        unfinished = sa.select(sa.func.min(attempts.c.began)).where(
-            attempts.c.tenant == tenant, attempts.c.job == job, attempts.c.status != "done"
-        )
-        with self.read() as connection:
-            return connection.execute(unfinished).scalar()
+            made = connection.execute(attempts.insert().values(**row, **here).returning(attempts.c.id))
+            return attempt_of({"id": made.scalar_one(), **row})
 
     def admit(self, attempt: Attempt, rows: int, tokens: int) -> None:
         """Note work that is about to be handed to the engine, so that a killed attempt's loss can be told."""
@@ -162,50 +173,59 @@ class Store:
             self.write_lines(connection, attempt, lines, now)
             self.reserve(connection, attempt, -rows, -tokens)
 
-    def finish(self, attempt: Attempt, status: str) -> None:
-        """Close the attempt; a finished job's own answers go, they were kept for its resume only."""
+    def finish(self, attempt: Attempt, status: str) -> bool:
+        """Close a running attempt; what it had admitted and not committed is lost, and not billed."""
         with self.write() as connection:
-            ended = {"status": status, "ended": time.time(), "reserved_rows": 0, "reserved_tokens": 0}
-            connection.execute(attempts.update().where(attempts.c.id == attempt.id).values(ended))
-            if status == "done" and attempt.job:
-                mine = (answers.c.tenant == attempt.tenant) & (answers.c.job == attempt.job)
-                connection.execute(answers.delete().where(mine))
-                same = (attempts.c.tenant == attempt.tenant) & (attempts.c.job == attempt.job)
-                connection.execute(attempts.update().where(same).values(status="done"))
+            mine = (attempts.c.id == attempt.id) & (attempts.c.status == "running")
+            columns = attempts.c.reserved_rows, attempts.c.reserved_tokens
+            left = connection.execute(sa.select(*columns).where(mine)).first()
+            if left is None:
+                return False
+            connection.execute(attempts.update().where(mine).values(status=status, ended=time.time()))
+            if left.reserved_rows > 0:
+                lost = LedgerLine("lost", left.reserved_rows, left.reserved_tokens)
+                self.write_lines(connection, attempt, [lost], time.time())
+        return True
 
     def reserve(self, connection: sa.Connection, attempt: Attempt, rows: int, tokens: int) -> None:
-        connection.execute(
-            attempts.update()
-            .where(attempts.c.id == attempt.id)
-            .values(
-                reserved_rows=attempts.c.reserved_rows + rows,
-                reserved_tokens=attempts.c.reserved_tokens + tokens,
-            )
-        )
+        more = {
+            "reserved_rows": attempts.c.reserved_rows + rows,
+            "reserved_tokens": attempts.c.reserved_tokens + tokens,
+        }
+        connection.execute(attempts.update().where(attempts.c.id == attempt.id).values(more))
 
     def write_lines(self, connection: sa.Connection, attempt: Attempt, lines: list[LedgerLine], at: float) -> None:
         if lines:
             connection.execute(ledger.insert(), [ledger_row(attempt, line, at) for line in lines])
 
     def sweep(self) -> int:
-        """Turn the reservations of attempts whose process is gone into unbilled `lost` lines; returns how many."""
+        """Close attempts whose process is gone; returns how many."""
         running = sa.select(attempts).where(attempts.c.status == "running", attempts.c.host == socket.gethostname())
         with self.read() as connection:
-            dead = [r for r in connection.execute(running).mappings().all() if gone(r["pid"], r["pid_started"])]
-        for row in dead:
-            with self.write() as connection:
-                mine = (attempts.c.id == row["id"]) & (attempts.c.status == "running")
-                taken = connection.execute(attempts.update().where(mine).values(status="lost", ended=time.time()))
-                if taken.rowcount and row["reserved_rows"]:
-                    lost = LedgerLine("lost", row["reserved_rows"], row["reserved_tokens"])
-                    who = Attempt(
-                        row["id"], row["tenant"], row["user"], row["model"], row["job"], row["query_tag"], "-", "-"
-                    )
-                    self.write_lines(connection, who, [lost], time.time())
-        return len(dead)
+            rows = connection.execute(running).mappings().all()
+        dead = [attempt_of(r) for r in rows if gone(r["pid"], r["pid_started"])]
+        return sum(self.finish(attempt, "lost") for attempt in dead)
 
 
+VERSION = 1
 REMEDY = "Point COMPLETE_FN_HOME at a folder on a local disk that you may write to."
+BROKEN = (
+    "Move the file away: the next run begins a new one (`sqlite3 FILE .recover` shows what can be read of this one)."
+)
+REMEDIES = {
+    "full": "Free some space: what was committed is safe, run again to go on.",
+    "No space": "Free some space: what was committed is safe, run again to go on.",
+    "malformed": BROKEN,
+    "not a database": BROKEN,
+}
+
+
+def make_private(path: Path) -> None:
+    """The file with mode 0600 before SQLite writes to it; its -wal and -shm take their mode from it."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+        with suppress(FileNotFoundError):
+            os.chmod(path.parent / name, 0o600)
 
 
 def sqlite_engine(path: Path) -> sa.Engine:
@@ -216,7 +236,8 @@ def sqlite_engine(path: Path) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def connected(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # BEGIN is ours, so that a writer can take the lock at once
-        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # takes effect in a new file only
+        use_wal(connection)
         connection.execute("PRAGMA synchronous=NORMAL")
 
     @sa.event.listens_for(engine, "begin")
@@ -226,8 +247,31 @@ def sqlite_engine(path: Path) -> sa.Engine:
     return engine
 
 
-def refuse_network(path: Path) -> None:
-    kind = filesystem_of(path)
+def use_wal(connection: Any) -> None:
+    """Switch to the write-ahead log. SQLite does not wait for a lock here, so two first openers need us to."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def refuse_version(connection: sa.Connection, path: Path) -> None:
+    found = connection.exec_driver_sql("PRAGMA user_version").scalar()
+    if found not in (0, VERSION):
+        raise StoreError(
+            f"The state file {path} has version {found}, this complete-fn reads version {VERSION}. "
+            "Use the complete-fn that wrote it, or point COMPLETE_FN_HOME at another folder."
+        )
+
+
+def refuse_network(path: Path, mounts: str | None = None) -> None:
+    """Args: mounts as in `disk.filesystem_of`."""
+    kind = filesystem_of(path, mounts)
     if kind in NETWORK:
         raise StoreError(f"{path} is on a network file system ({kind}), where SQLite's locks do not hold. {REMEDY}")
 
@@ -235,6 +279,10 @@ def refuse_network(path: Path) -> None:
 def gone(pid: int, started: float) -> bool:
     now = process_started(pid)
     return now is None or (bool(started) and now != started)
+
+
+def attempt_of(row: Mapping[Any, Any]) -> Attempt:
+    return Attempt(**{f.name: row[f.name] for f in fields(Attempt)})
 
 
 def answer_row(attempt: Attempt, stored: Stored, now: float) -> dict[str, Any]:
@@ -252,7 +300,7 @@ def answer_row(attempt: Attempt, stored: Stored, now: float) -> dict[str, Any]:
         "prompt_tokens": c.usage.prompt_tokens,
         "cached_tokens": c.usage.cached_tokens,
         "completion_tokens": c.usage.completion_tokens,
-        "bytes": 200 + len(c.text or ""),
+        "bytes": 200 + len((c.text or "").encode()),
         "created_at": now,
     }
 

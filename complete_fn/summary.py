@@ -15,8 +15,9 @@ def summarise(call: Call, work: Work, seconds: float) -> Summary:
     copies = work.plan.copies().tolist()
     prices = call.model.prices
     completions = list(enumerate(work.completions))
+    reused = work.reused - work.resumed
     computed = total(c.usage for n, c in completions if n not in work.reused)
-    free = total(times(c.usage, copies[n] - (n not in work.reused)) for n, c in completions)
+    free = total(times(c.usage, copies[n] - (n not in reused)) for n, c in completions if n not in work.resumed)
     failed: Counter[str] = Counter()
     for n, c in completions:
         if c.error is not None:
@@ -26,7 +27,8 @@ def summarise(call: Call, work: Work, seconds: float) -> Summary:
         nulls=work.plan.prompts.null_count,
         distinct=len(completions),
         computed=len(completions) - len(work.reused),
-        reused=sum(copies[n] for n in work.reused),
+        reused=sum(copies[n] for n in reused),
+        resumed=sum(copies[n] for n in work.resumed),
         failed=failed,
         usage=computed,
         cost=amount(prices, computed),

@@ -18,7 +18,7 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
-# Answers by (tenant, key). Rows with `job` set are kept for the resume of that job only and go when it is done.
+# Answers by (tenant, key). Rows with `job` set are kept for the resume of that job only and go when it has ended.
 answers = Table(
     "answers",
     metadata,
@@ -64,7 +64,8 @@ ledger = Table(
     Index("ledger_at", "at"),
 )
 
-# One row per execution of run(); reserved_* is the work admitted and not yet committed.
+# One row per execution of run(); reserved_* is the work admitted and not yet committed. `status`: running, then done,
+# cancelled, failed or lost (killed); ended once the job it belongs to has.
 attempts = Table(
     "attempts",
     metadata,
@@ -82,5 +83,16 @@ attempts = Table(
     Column("ended", Float),
     Column("reserved_rows", BigInteger, nullable=False),
     Column("reserved_tokens", BigInteger, nullable=False),
+    Column("currency", String(8), nullable=False),
+    Column("basis", String(8), nullable=False),
     Index("attempts_status", "status"),
+    Index("attempts_job", "job"),
+)
+
+# When each kind of upkeep was last done.
+upkeep = Table(
+    "upkeep",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("at", Float, nullable=False),
 )

@@ -11,8 +11,11 @@ import pyarrow as pa
 from complete_fn.keys import Call, answer_keys
 from complete_fn.options import CacheMode
 from complete_fn.plan import BatchPlan
+from complete_fn.plan.batch import to_texts
 from complete_fn.store import Store, Stored
 from complete_fn.types import Asker, Completion
+
+ASKED_AGAIN = ("budget_exceeded", "cancelled", "timeout")  # row errors that a resumed job may find gone
 
 
 @dataclass
@@ -47,12 +50,14 @@ class Work:
     def texts(self, numbers: list[int]) -> Iterator[tuple[int, str]]:
         """(number, prompt) of some distinct prompts."""
         rows = self.plan.first[numbers]
-        return zip(numbers, self.plan.prompts.take(pa.array(rows)).to_pylist(), strict=True)
+        return zip(numbers, to_texts(self.plan.prompts.take(pa.array(rows))), strict=True)
 
     def stored(self, number: int, completion: Completion) -> Stored | None:
         """How this answer is to be kept: for all, for this job's resume, or not at all."""
         if self.shared and completion.error is None:
             return Stored(self.keys[number], completion)
+        if completion.error is not None and completion.error.code in ASKED_AGAIN:
+            return None
         return Stored(self.job_keys[number], completion, self.who.job) if self.job_keys else None
 
     def look_again(self, numbers: Any, store: Store) -> None:
@@ -77,25 +82,25 @@ def known_answers(call: Call, plan: BatchPlan, store: Store, who: Asker, cache: 
                 rows = plan.first[low : low + len(texts)].tolist()
                 job_keys.extend(answer_keys(k, [f"{who.job}|{r}"])[0] for k, r in zip(plain, rows, strict=True))
     work = Work(plan, who, shared, keys, job_keys, found=[None] * len(plan.first))
-    began = store.began(who.tenant, who.job) if who.job else None
+    mine, began = store.unfinished(who.tenant, who.job) if who.job else (set(), None)
     if cache == "refresh":
         work.since = began if began is not None else float("inf")
     if store.has_answers(who.tenant):
-        fill(work, store, keys if shared else [], work.since)
-        if began is not None:
-            fill(work, store, job_keys, 0.0)
+        fill(work, store, keys if shared else [], work.since, mine)
+        fill(work, store, job_keys if mine else [], 0.0, mine)
     return work
 
 
-def fill(work: Work, store: Store, keys: list[bytes], since: float) -> None:
+def fill(work: Work, store: Store, keys: list[bytes], since: float, mine: set[int]) -> None:
+    """Take the stored answers of `keys`; those made by the attempts `mine` are this job's own, resumed."""
     step = 50_000
     for low in range(0, len(keys), step):
         chosen = keys[low : low + step]
         known = store.look_up(work.who.tenant, chosen, since)
         for number, key in enumerate(chosen, low):
             if key in known and work.found[number] is None:
-                completion, job = known[key]
+                completion, attempt = known[key]
                 work.found[number] = completion
                 work.reused.add(number)
-                if job is not None:
+                if attempt in mine:
                     work.resumed.add(number)

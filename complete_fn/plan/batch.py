@@ -38,7 +38,7 @@ class BatchPlan:
         end = len(self.first) if stop is None else stop
         for low in range(start, end, step):
             rows = self.first[low : min(low + step, end)]
-            yield low, self.prompts.take(pa.array(rows)).to_pylist()
+            yield low, to_texts(self.prompts.take(pa.array(rows)))
 
     def rows_of_distinct(self) -> Rows:
         """[n] the distinct prompt of each row in the caller's order, -1 for NULL."""
@@ -54,6 +54,15 @@ class BatchPlan:
         """Answers of the m distinct prompts (an Arrow array) -> n answers in the caller's order, NULL for NULL."""
         of_row = self.rows_of_distinct()
         return answers.take(pa.array(of_row, mask=of_row < 0))
+
+
+def to_texts(column: Any) -> list[str]:
+    """The strings of an Arrow column; bytes that are not UTF-8 become lone surrogates, so that their row can fail."""
+    try:
+        texts: list[str] = column.to_pylist()
+        return texts
+    except UnicodeDecodeError:
+        return [b.decode("utf-8", "surrogateescape") for b in column.cast(pa.large_binary()).to_pylist()]
 
 
 def with_first(plan: BatchPlan, starts: npt.NDArray[np.bool_]) -> BatchPlan:

@@ -1,0 +1,102 @@
+"""Bounds of the stored answers, by age and by size. The ledger is never touched."""
+
+from __future__ import annotations
+
+import time
+
+import sqlalchemy as sa
+
+from complete_fn.store import Store
+from complete_fn.tables import answers, attempts, upkeep
+
+HOUR, DAY, GIB = 3600.0, 86_400.0, 2.0**30
+JOB_DAYS = 30.0  # an unfinished job can be resumed for so long
+CHUNK = 2_000  # answers that go in one transaction
+PAGES = 4_096  # pages given back to the file system in one
+
+
+def prune(store: Store, gib: float, days: float, now: float | None = None) -> int:
+    """Delete answers older than `days`, then the oldest until the file is below `gib`; returns how many went.
+
+    Does nothing within an hour of the last time. Answers that an unfinished job keeps for its resume stay 30 days.
+    """
+    now = time.time() if now is None else now
+    if not due(store, now):
+        return 0
+    gone = delete(store, expendable(now) & (answers.c.created_at < now - days * DAY))
+    if used_bytes(store) > gib * GIB:
+        gone += shrink(store, gib, now)
+    forget_attempts(store, now)
+    give_back(store)
+    return gone
+
+
+def due(store: Store, now: float) -> bool:
+    """Whether upkeep is due; if so it counts as done from here on, so that no second process does it too."""
+    recent = sa.select(upkeep.c.at).where(upkeep.c.name == "prune", upkeep.c.at > now - HOUR)
+    with store.read() as connection:
+        if connection.execute(recent).first() is not None:
+            return False
+    with store.write() as connection:
+        if connection.execute(recent).first() is not None:
+            return False
+        connection.execute(upkeep.delete())
+        connection.execute(upkeep.insert().values(name="prune", at=now))
+    return True
+
+
+def expendable(now: float) -> sa.ColumnElement[bool]:
+    return answers.c.job.is_(None) | (answers.c.created_at < now - JOB_DAYS * DAY)
+
+
+def shrink(store: Store, gib: float, now: float) -> int:
+    """To nine tenths of the bound, so that not every session has to."""
+    gone = 0
+    while used_bytes(store) > 0.9 * gib * GIB:
+        chunk = delete(store, expendable(now), CHUNK)
+        if not chunk:
+            break
+        gone += chunk
+    return gone
+
+
+def delete(store: Store, which: sa.ColumnElement[bool], most: int | None = None) -> int:
+    """Delete the answers that match, oldest first, chunk by chunk so that other writers get their turn."""
+    gone = 0
+    while most is None or gone < most:
+        oldest = sa.select(answers.c.id).where(which).order_by(answers.c.created_at).limit(CHUNK)
+        with store.write() as connection:
+            chunk = connection.execute(answers.delete().where(answers.c.id.in_(oldest))).rowcount
+        gone += chunk
+        if chunk < CHUNK:
+            break
+    return gone
+
+
+def used_bytes(store: Store) -> int:
+    """Bytes of the state file that hold something."""
+    with store.read() as connection:
+        pages, empty, size = (
+            connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+    return int((pages - empty) * size)
+
+
+def forget_attempts(store: Store, now: float) -> None:
+    """Attempts without a job to resume are of no use once they are over; the ledger has what they did."""
+    over = (attempts.c.status != "running") & (attempts.c.began < now - JOB_DAYS * DAY)
+    with store.write() as connection:
+        connection.execute(attempts.delete().where(over))
+
+
+def give_back(store: Store) -> None:
+    """Hand the empty pages back to the file system, a few at a time."""
+    while True:
+        with store.write() as connection:
+            before = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
+            if not before:
+                return
+            connection.exec_driver_sql(f"PRAGMA incremental_vacuum({PAGES})").fetchall()
+            if connection.exec_driver_sql("PRAGMA freelist_count").scalar_one() >= before:
+                return
