@@ -131,4 +131,5 @@ def skipping_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
                 return None
             return watcher.finished(common.seq_lens_cpu_upper_bound.tolist())
 
-    return subclass_attention_backend("SwiftKV", backend, SkippingBuilder)
+    skipping: type[AttentionBackend] = subclass_attention_backend("SwiftKV", backend, SkippingBuilder)
+    return skipping

@@ -85,8 +85,8 @@ class TensorFolder:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise InputError(f"'{folder}' has no .safetensors file. Other formats are never loaded: convert it first.")
-        self.files = [safe_open(path, framework="pt") for path in files]
-        self.home = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118
+        opened: list[Any] = [safe_open(path, framework="pt") for path in files]
+        self.home = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
     def __contains__(self, name: str) -> bool:
         return name in self.home
@@ -113,7 +113,7 @@ def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, sha
     if len(shards) == 1:
         shards[0][0].replace(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(shards, 1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         path.replace(folder / final)

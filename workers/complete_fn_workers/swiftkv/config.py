@@ -21,14 +21,13 @@ class LlamaSwiftKVConfig(LlamaConfig):  # type: ignore[misc]
     model_type = "llama_swiftkv"
 
     swiftkv: bool = True
-    num_key_value_layers: int | None = None
+    num_key_value_layers: int = 0
     key_value_group_size: int = 1
     swiftkv_skip_prefill: bool = True
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
-        if self.num_key_value_layers is None:
-            self.num_key_value_layers = self.num_hidden_layers
+        self.num_key_value_layers = self.num_key_value_layers or self.num_hidden_layers
 
     def validate_architecture(self) -> None:
         super().validate_architecture()

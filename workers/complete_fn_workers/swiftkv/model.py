@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-import regex
+import regex  # type: ignore[import-untyped]
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
@@ -153,7 +153,7 @@ class EarlyUnit(nn.Module):
         for layer in model.layers[: model.kept_layers]:
             hidden, residual = layer(positions, hidden, residual)
         x, stream = model.norm_swiftkv(hidden, residual)
-        caches = [tensor for layer in model.owners for tensor in layer.self_attn.keys_values(positions, x)]
+        caches = [tensor for owner in model.owners for tensor in owner.keys_values(positions, x)]
         return stream, *caches
 
 
@@ -172,7 +172,7 @@ class LateUnit(nn.Module):
         for layer in model.layers[model.kept_layers :]:
             hidden, residual = layer(positions, hidden, residual)
         hidden, _ = model.norm(hidden, residual)
-        return hidden
+        return hidden  # type: ignore[no-any-return]
 
 
 class SwiftKVModel(nn.Module):
@@ -193,8 +193,11 @@ class SwiftKVModel(nn.Module):
         )
         self.norm_swiftkv = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.owners = [
-            layer for i, layer in enumerate(self.layers) if i >= self.kept_layers and config.cache_owner(i) == i
+        later = range(self.kept_layers, config.num_hidden_layers)
+        self.owners: list[LateAttention] = [
+            self.layers[i].self_attn  # type: ignore[misc]
+            for i in later
+            if config.cache_owner(i) == i
         ]
         with set_model_tag("swiftkv_early"):
             self.early = EarlyUnit(vllm_config=vllm_config, prefix=prefix, model=[self])
@@ -220,9 +223,9 @@ class SwiftKVModel(nn.Module):
         if context.attn_metadata is None:  # a profiling run: the most any step can need
             return self.late_on_all(positions, stream)
         for owner, keys, values in zip(self.owners, caches[::2], caches[1::2], strict=True):
-            name = _encode_layer_name(owner.self_attn.attn.layer_name)
+            name = _encode_layer_name(owner.attn.layer_name)
             torch.ops.vllm.unified_kv_cache_update(keys, values, name)
-        kept: KeptTokens | None = context.attn_metadata[self.owners[0].self_attn.attn.layer_name].swiftkv_kept
+        kept: KeptTokens | None = context.attn_metadata[self.owners[0].attn.layer_name].swiftkv_kept
         if kept is None:
             return self.late_on_all(positions, stream)
         return self.late_on_some(kept, positions, stream, context)

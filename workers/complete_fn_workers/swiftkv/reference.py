@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        out: Tensor = normal.to(x.dtype) * self.weight.to(x.dtype)
+        return out
 
 
 class Rotary(NamedTuple):
@@ -135,6 +137,7 @@ class SwiftKVAttention(Attention):
 
     def __init__(self, s: Shape, owner: bool) -> None:
         super().__init__(s)
+        self.owner = owner
         self.q_proj_swiftkv = nn.Linear(s.hidden_size, s.num_attention_heads * s.head_dim, bias=False)
         if owner:
             self.k_proj_swiftkv = nn.Linear(s.hidden_size, s.num_key_value_heads * s.head_dim, bias=False)
@@ -169,13 +172,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(s.hidden_size, s.rms_norm_eps)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self.rest(h + self.self_attn(self.input_layernorm(h), cos, sin))
+        return self.fed_forward(h + self.self_attn(self.input_layernorm(h), cos, sin))
 
-    def student(self, h: Tensor, cache: tuple[Tensor, Tensor], rotary: Rotary) -> Tensor:
-        return self.rest(h + self.self_attn.student(self.input_layernorm(h), cache, rotary))
-
-    def rest(self, h: Tensor) -> Tensor:
-        return h + self.mlp(self.post_attention_layernorm(h))
+    def fed_forward(self, h: Tensor) -> Tensor:
+        out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+        return out
 
 
 class States(NamedTuple):
@@ -190,6 +191,9 @@ class Llama(nn.Module):
 
     With `swiftkv` it holds teacher and student at once: `forward` is the teacher, `student` the SwiftKV form.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(
         self, shape: Shape, swiftkv: SwiftKV | None = None, tied: bool = True, scaling: RopeScaling | None = None
@@ -228,25 +232,25 @@ class Llama(nn.Module):
     def early(self, tokens: Tensor) -> tuple[Tensor, Rotary]:
         """The layers that teacher and student have in common: the residual stream after layer K - 1."""
         h, rotary = self.embedded(tokens)
-        for layer in self.layers[: self.kept_layers]:
+        for layer in list(self.layers)[: self.kept_layers]:
             h = layer(h, *rotary)
         return h, rotary
 
     def teacher_late(self, h: Tensor, rotary: Rotary) -> States:
         before = h
-        for layer in self.layers[self.kept_layers :]:
-            before = h
-            h = layer(h, *rotary)
+        for layer in self.late_layers:
+            before, h = h, layer(h, *rotary)
         return States(self.norm(h), before)
 
     def student_late(self, h: Tensor, rotary: Rotary) -> States:
         x, before = self.norm_swiftkv(h), h
         cache: tuple[Tensor, Tensor] | None = None
-        for layer in self.layers[self.kept_layers :]:
-            if hasattr(layer.self_attn, "k_proj_swiftkv"):
-                cache = layer.self_attn.cache(x, rotary)
+        for layer, attention in zip(self.late_layers, self.late_attentions, strict=True):
+            if attention.owner:
+                cache = attention.cache(x, rotary)
+            assert cache is not None
             before = h
-            h = layer.student(h, cache, rotary)
+            h = layer.fed_forward(h + attention.student(layer.input_layernorm(h), cache, rotary))
         return States(self.norm(h), before)
 
     def student(self, tokens: Tensor) -> Tensor:
@@ -257,6 +261,14 @@ class Llama(nn.Module):
     def kept_layers(self) -> int:
         return self.shape.num_hidden_layers if self.swiftkv is None else self.swiftkv.num_key_value_layers
 
+    @property
+    def late_layers(self) -> list[Layer]:
+        return cast(list[Layer], list(self.layers)[self.kept_layers :])
+
+    @property
+    def late_attentions(self) -> list[SwiftKVAttention]:
+        return [cast(SwiftKVAttention, layer.self_attn) for layer in self.late_layers]
+
     def logits(self, hidden: Tensor) -> Tensor:
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return F.linear(hidden, weight.to(hidden.dtype))
@@ -265,16 +277,15 @@ class Llama(nn.Module):
         """The published start: norm of layer K, teacher's queries, the group's mean of teacher's keys and values."""
         swiftkv = self.swiftkv
         assert swiftkv is not None
-        start, size = swiftkv.num_key_value_layers, swiftkv.key_value_group_size
+        attentions, size = self.late_attentions, swiftkv.key_value_group_size
         with torch.no_grad():
-            self.norm_swiftkv.weight.copy_(self.layers[start].input_layernorm.weight)
-            for i, layer in enumerate(self.layers[start:], start):
-                a = layer.self_attn
-                a.q_proj_swiftkv.weight.copy_(a.q_proj.weight)
-                if swiftkv.is_owner(i):
-                    group = [member.self_attn for member in self.layers[i : i + size]]
-                    a.k_proj_swiftkv.weight.copy_(group_mean(m.k_proj.weight for m in group))
-                    a.v_proj_swiftkv.weight.copy_(group_mean(m.v_proj.weight for m in group))
+            self.norm_swiftkv.weight.copy_(self.late_layers[0].input_layernorm.weight)
+            for i, own in enumerate(attentions):
+                own.q_proj_swiftkv.weight.copy_(own.q_proj.weight)
+                if own.owner:
+                    group = attentions[i : i + size]
+                    own.k_proj_swiftkv.weight.copy_(group_mean(member.k_proj.weight for member in group))
+                    own.v_proj_swiftkv.weight.copy_(group_mean(member.v_proj.weight for member in group))
 
 
 def group_mean(weights: Iterable[Tensor]) -> Tensor:
