@@ -1,0 +1,231 @@
+"""The main path on EchoEngine and on engines of our own: order, reuse, budgets, interruption, two askers at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from complete_fn import CompletionWarning, EchoEngine, Session
+from complete_fn.errors import EngineError, InvalidOptionError, RowFailedError, UnknownModelError
+from complete_fn.tables import ledger
+from complete_fn.types import Asker, Completion, CompletionRequest
+
+
+@pytest.fixture
+def priced(tmp_path: Path) -> Path:
+    path = tmp_path / "models.toml"
+    path.write_text(
+        "[models.echo]\ncheckpoint = 'echo'\nmax_model_len = 64\ndefault_max_tokens = 8\n"
+        "prices = { input = 1, cached_input = 0.5, output = 2 }\n"
+    )
+    return path
+
+
+def session(tmp_path: Path, priced: Path, engine: object | None = None, **more: object) -> Session:
+    return Session(engine=engine or EchoEngine(64), home=tmp_path / "home", models_file=priced, **more)  # type: ignore[arg-type]
+
+
+def lines(s: Session) -> list[dict[str, object]]:
+    with s.store.read() as connection:
+        return [dict(r) for r in connection.execute(sa.select(ledger)).mappings()]
+
+
+def test_rows_come_back_in_their_order_with_nulls(tmp_path: Path, priced: Path) -> None:
+    answers = session(tmp_path, priced).complete("echo", ["b b", None, "a", "b b", ""])
+    assert answers.text.to_pylist() == ["b b", None, "a", "b b", ""]
+    sources = [d and d["source"] for d in answers.details.to_pylist()]
+    assert sources == ["computed", None, "computed", "duplicate", "computed"]
+
+
+def test_row_costs_add_up_to_the_summary_and_to_the_ledger(tmp_path: Path, priced: Path) -> None:
+    s = session(tmp_path, priced)
+    answers = s.complete("echo", ["one two", "one two", "three", None])
+    costs = [d["cost"] for d in answers.details.to_pylist() if d]
+    assert sum(costs) == answers.summary.cost == Decimal(3 * 1 + 3 * 2) / 1_000_000
+    billed = [line for line in lines(s) if line["cost_nano"]]
+    assert sum(int(str(line["cost_nano"])) for line in billed) == 9_000
+    (duplicate,) = [line for line in lines(s) if line["price_class"] == "duplicate"]
+    assert (duplicate["rows"], duplicate["tokens"], duplicate["saved_nano"]) == (1, 4, 6_000)
+
+
+def test_known_answers_are_not_asked_again_and_cost_nothing(tmp_path: Path, priced: Path) -> None:
+    engine = EchoEngine(64)
+    s = session(tmp_path, priced, engine)
+    s.complete("echo", ["x", "y"])
+    again = s.complete("echo", ["y", "x", "z"])
+    assert len(engine.requests) == 3
+    assert again.summary.reused == 2
+    assert [d["source"] for d in again.details.to_pylist()] == ["cache", "cache", "computed"]
+    assert again.details.to_pylist()[0]["cost"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({}, 1),
+        ({"cache": "refresh"}, 2),
+        ({"cache": "off"}, 2),
+        ({"temperature": 0.5}, 4),
+        ({"temperature": 0.5, "seed": 1}, 4),
+        ({"max_tokens": 3}, 1),
+    ],
+)
+def test_only_greedy_answers_are_merged_and_reused(
+    tmp_path: Path, priced: Path, options: dict[str, object], asked: int
+) -> None:
+    engine = EchoEngine(64)
+    s = session(tmp_path, priced, engine)
+    s.complete("echo", ["x", "x"], options)
+    s.complete("echo", ["x", "x"], options)
+    assert len(engine.requests) == asked
+
+
+def test_answers_differ_by_everything_that_changes_them(tmp_path: Path, priced: Path) -> None:
+    engine = EchoEngine(64)
+    s = session(tmp_path, priced, engine)
+    for options in ({}, {"max_tokens": 1}, {"top_p": 0.5}, {"stop": "x"}, {"response_format": {"type": "object"}}):
+        s.complete("echo", ["one two"], options)
+    assert len(engine.requests) == 5
+
+
+def test_another_tenant_pays_in_full(tmp_path: Path, priced: Path) -> None:
+    engine = EchoEngine(64)
+    for tenant in ("a", "b"):
+        session(tmp_path, priced, engine, who=Asker(tenant=tenant)).complete("echo", ["x"])
+    assert len(engine.requests) == 2
+
+
+def test_echo_answers_are_never_taken_for_a_real_models(tmp_path: Path, priced: Path) -> None:
+    session(tmp_path, priced, EchoEngine(64)).complete("echo", ["x"])
+
+    class Other(EchoEngine):
+        pass
+
+    engine = Other(64)
+    session(tmp_path, priced, engine).complete("echo", ["x"])
+    assert len(engine.requests) == 1
+
+
+def test_a_failed_row_is_null_warned_of_and_in_the_details(tmp_path: Path, priced: Path) -> None:
+    s = session(tmp_path, priced)
+    with pytest.warns(CompletionWarning, match="1 of 2 rows have no answer .1 prompt_too_long."):
+        answers = s.complete("echo", ["ok", "w " * 100])
+    assert answers.text.to_pylist() == ["ok", None]
+    assert answers.details.to_pylist()[1]["error"]["code"] == "prompt_too_long"
+    with pytest.raises(RowFailedError):
+        s.complete("echo", ["w " * 100], {"strict": True})
+
+
+def test_query_faults_are_raised_before_anything_is_asked(tmp_path: Path, priced: Path) -> None:
+    engine = EchoEngine(64)
+    s = Session(home=tmp_path, models_file=priced)
+    with pytest.raises(UnknownModelError):
+        s.complete("no-such-model", ["x"])
+    with pytest.raises(InvalidOptionError):
+        session(tmp_path, priced, engine).complete("echo", ["x"], {"temperature": 9})
+    assert engine.requests == []
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompts=st.lists(st.text("ab ", max_size=40), max_size=30), cap=st.integers(0, 400))
+def test_a_budget_is_never_passed(tmp_path_factory: pytest.TempPathFactory, prompts: list[str], cap: int) -> None:
+    tmp_path = tmp_path_factory.mktemp("budget")
+    priced = tmp_path / "models.toml"
+    priced.write_text("[models.echo]\ncheckpoint = 'e'\nmax_model_len = 64\nprices = { input = 1, output = 2 }\n")
+    limit = Decimal(cap) / 1_000_000
+    s = session(tmp_path, priced, max_cost=limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompletionWarning)
+        answers = s.complete("echo", prompts, {"max_tokens": 20})
+    assert answers.summary.cost <= limit
+    assert sum(int(str(line["cost_nano"])) for line in lines(s)) <= cap * 1_000
+    for prompt, details in zip(prompts, answers.details.to_pylist(), strict=True):
+        assert (details["value"] is not None) == (details["error"] is None), prompt
+
+
+def test_the_budget_holds_over_several_calls(tmp_path: Path, priced: Path) -> None:
+    # One row may cost 65 tokens in and 8 out at most: 65 * 1 + 8 * 2 = 80 (the context bounds the prompt at 64).
+    s = session(tmp_path, priced, max_cost="0.000100")
+    assert s.complete("echo", ["a"]).text.to_pylist() == ["a"]
+    with pytest.warns(CompletionWarning, match="budget_exceeded"):
+        assert s.complete("echo", [f"b {n}" for n in range(40)]).text.null_count > 0
+    assert s.summary.cost <= Decimal("0.000100")
+
+
+class Slow(EchoEngine):
+    """Echoes with a pause before each answer, and fails after `good` of them if told so."""
+
+    def __init__(self, pause: float, good: int | None = None, error: BaseException | None = None) -> None:
+        super().__init__(64)
+        self.pause, self.good, self.error = pause, good, error
+
+    def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+        for position, completion in super().stream(requests, tenant):
+            time.sleep(self.pause)
+            if self.good is not None and position >= self.good and self.error is not None:
+                raise self.error
+            yield position, completion
+
+
+@pytest.mark.parametrize("error", [EngineError("gone"), KeyboardInterrupt()])
+def test_what_was_finished_before_a_fault_is_kept_and_not_paid_again(
+    tmp_path: Path, priced: Path, error: BaseException
+) -> None:
+    prompts = [f"p {n}" for n in range(10)]
+    with pytest.raises(type(error)):
+        session(tmp_path, priced, Slow(0, 6, error)).complete("echo", prompts)
+    engine = Slow(0)
+    s = session(tmp_path, priced, engine)
+    answers = s.complete("echo", prompts)
+    assert answers.text.to_pylist() == prompts
+    assert len(engine.requests) == 4
+    assert sum(int(str(line["tokens"])) for line in lines(s) if line["price_class"] == "input") == 20
+
+
+def test_a_slice_is_committed_by_time_even_when_the_engine_is_slow(
+    tmp_path: Path, priced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("complete_fn.slices.SLICE_SECONDS", 0.1)
+    s = session(tmp_path, priced, Slow(0.4))
+    worker = threading.Thread(target=lambda: s.complete("echo", ["a", "b", "c"]))
+    worker.start()
+    time.sleep(1.0)
+    committed = len([line for line in lines(s) if line["price_class"] == "output"])
+    worker.join()
+    assert committed >= 1
+
+
+def test_two_threads_that_ask_the_same_pay_once(tmp_path: Path, priced: Path) -> None:
+    engine = Slow(0.01)
+    s = session(tmp_path, priced, engine)
+    prompts = [f"p {n}" for n in range(30)]
+    results: list[list[str]] = []
+    workers = [
+        threading.Thread(target=lambda: results.append(s.complete("echo", prompts).text.to_pylist())) for _ in range(4)
+    ]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert results == [prompts] * 4
+    assert len(engine.requests) == 30
+    assert sum(int(str(line["tokens"])) for line in lines(s) if line["price_class"] == "input") == 60
+
+
+def test_a_demonstration_model_warns_once_of_what_it_never_learnt(tmp_path: Path) -> None:
+    s = Session(engine=EchoEngine(), home=tmp_path)
+    with pytest.warns(CompletionWarning, match="demonstration model.*smollm2-360m"):
+        s.complete("demo-llama", ["Write a poem."])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        s.complete("demo-llama", ["Write another."])
+        s.complete("demo-llama", ["Name the section: x"])
