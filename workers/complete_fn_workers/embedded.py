@@ -82,7 +82,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class EmbeddedEngine:
-    """vLLM on this machine, behind the `Engine` protocol. The child starts with the first row."""
+    """vLLM on this machine, behind the `Engine` protocol. The child, `pid`, starts with the first row."""
 
     def __init__(self, model: Model, place: EnginePlace) -> None:
         self.model = model
@@ -91,6 +91,7 @@ class EmbeddedEngine:
         self.lifeline: Link | None = None
         self.child: subprocess.Popen[bytes] | None = None
         self.owner = os.getpid()
+        self.pid: int | None = None
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         """As in `Engine.stream`. At most 2 x max_num_seqs requests are in flight; a dead child is restarted once."""
@@ -139,6 +140,7 @@ class EmbeddedEngine:
         if "failed" in message:
             raise EngineError(self.obituary(f"cannot start: {message['failed']}"))
         ready: dict[str, Any] = message["ready"]
+        self.pid = int(ready["pid"])
         return ready
 
     def obituary(self, what: str) -> str:
