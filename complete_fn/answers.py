@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from complete_fn.catalogue import Prices
 from complete_fn.plan.batch import BatchPlan
-from complete_fn.prices import amount
+from complete_fn.prices import amount, at_prices
 from complete_fn.types import Completion, Usage
 
 USAGE = pa.struct([("prompt_tokens", pa.int64()), ("cached_tokens", pa.int64()), ("completion_tokens", pa.int64())])
@@ -80,7 +80,7 @@ class Summary:
             *([f"{self.resumed:,} resumed"] if self.resumed else []),
             f"{u.prompt_tokens:,} tokens in{share}",
             f"{u.completion_tokens:,} out",
-            f"{self.currency} {self.cost:.6f} at {self.basis} prices (saved {self.saved:.6f})",
+            f"{self.currency} {self.cost:.6f} {at_prices(self.basis)} (saved {self.saved:.6f})",
             f"{self.seconds:.1f} s",
         ]
         if self.failed:

@@ -31,6 +31,16 @@ def prune(store: Store, gib: float, days: float, now: float | None = None) -> in
     return gone
 
 
+def clear(store: Store, model: str | None = None, before: float | None = None) -> int:
+    """Delete answers, those kept for unfinished jobs too: of one model, or made before a time, or all."""
+    which = sa.true() if model is None else answers.c.model == model
+    if before is not None:
+        which = which & (answers.c.created_at < before)
+    gone = delete(store, which)
+    give_back(store)
+    return gone
+
+
 def due(store: Store, now: float) -> bool:
     """Whether upkeep is due; if so it counts as done from here on, so that no second process does it too."""
     recent = sa.select(upkeep.c.at).where(upkeep.c.name == "prune", upkeep.c.at > now - HOUR)

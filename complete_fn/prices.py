@@ -26,5 +26,10 @@ def worst_case(prices: Prices, prompt_tokens: int, max_tokens: int) -> Decimal:
     return amount(prices, Usage(prompt_tokens, 0, max_tokens))
 
 
+def at_prices(basis: str) -> str:
+    """What a sum rests on, in words: "at example prices", "at your prices", "at metered prices"."""
+    return f"at {'your' if basis == 'yours' else basis} prices"
+
+
 def nano(money: Decimal) -> int:
     return int(money.scaleb(9).to_integral_value(ROUND_HALF_EVEN))

@@ -129,7 +129,7 @@ class Session:
         )
         if strict:
             raise RowFailedError(text)
-        warnings.warn(f"{text} complete_details() shows each.", CompletionWarning, stacklevel=4)
+        warnings.warn(f"{text} The details show each.", CompletionWarning, stacklevel=4)
 
     def warn_of_strangers(self, model: Model, prompts: Any) -> None:
         """One warning for a demonstration model that is asked something it never learnt."""
