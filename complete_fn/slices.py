@@ -15,6 +15,7 @@ from complete_fn.types import Asker, Completion, Usage
 from complete_fn.work import Work
 
 SLICE_ROWS, SLICE_SECONDS = 256, 2.0
+WAITING_ROWS = 4 * SLICE_ROWS  # an engine that is faster than the disk waits
 
 
 class Slices:
@@ -64,6 +65,7 @@ class Slices:
             if len(self.waiting) >= SLICE_ROWS:
                 self.due = True
                 self.change.notify_all()
+            self.change.wait_for(lambda: self.failure is not None or len(self.waiting) < WAITING_ROWS)
         self.raise_failure()
 
     def flush(self) -> None:
@@ -82,7 +84,8 @@ class Slices:
         while not (self.stopping or self.failure):
             with self.change:
                 self.change.wait_for(lambda: self.due or self.stopping, SLICE_SECONDS)
-                done, self.waiting, self.due = self.waiting, [], False
+                done, self.waiting = self.waiting[:SLICE_ROWS], self.waiting[SLICE_ROWS:]
+                self.due = bool(self.waiting)
                 self.committing = True
             try:
                 self.commit(done)
