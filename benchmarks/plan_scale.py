@@ -52,7 +52,8 @@ def main() -> None:
         seconds = time.perf_counter() - began
         beyond = max(peak_bytes() - before, 0)
         print(
-            f"{rows:>11,} prompts, {column.nbytes / 1e6:,.0f} MB, {len(plan.first):,} distinct, {len(plan.parts) - 1} parts: "
+            f"{rows:>11,} prompts in {column.num_chunks} chunks, {column.nbytes / 1e6:,.0f} MB, "
+            f"{len(plan.first):,} distinct, {len(plan.parts) - 1} parts: "
             f"{seconds:.1f} s, {seconds / (rows * np.log2(rows)) * 1e9:.1f} ns per n log n, "
             f"peak beyond the input {beyond / 1e6:,.0f} MB ({beyond / column.nbytes:.2f} of it)"
         )

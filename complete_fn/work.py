@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-
 from complete_fn.keys import Call, answer_keys
 from complete_fn.options import CacheMode
 from complete_fn.plan import BatchPlan
@@ -50,7 +48,7 @@ class Work:
     def texts(self, numbers: list[int]) -> Iterator[tuple[int, str]]:
         """(number, prompt) of some distinct prompts."""
         rows = self.plan.first[numbers]
-        return zip(numbers, to_texts(self.plan.prompts.take(pa.array(rows))), strict=True)
+        return zip(numbers, to_texts(self.plan.gather.take(rows)), strict=True)
 
     def stored(self, number: int, completion: Completion) -> Stored | None:
         """How this answer is to be kept: for all, for this job's resume, or not at all."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from complete_fn.plan.gather import Gatherer
 
 Rows: TypeAlias = npt.NDArray[np.int64]
 
@@ -33,12 +36,16 @@ class BatchPlan:
     first: Rows = field(default_factory=lambda: np.empty(0, np.int64))
     parts: Rows = field(default_factory=lambda: np.zeros(1, np.int64))
 
+    @cached_property
+    def gather(self) -> Gatherer:
+        return Gatherer(self.prompts)
+
     def texts(self, start: int = 0, stop: int | None = None, step: int = 1024) -> Iterator[tuple[int, list[str]]]:
         """(number of the first, texts) of distinct prompts start..stop in execution order, `step` at a time."""
         end = len(self.first) if stop is None else stop
         for low in range(start, end, step):
             rows = self.first[low : min(low + step, end)]
-            yield low, to_texts(self.prompts.take(pa.array(rows)))
+            yield low, to_texts(self.gather.take(rows))
 
     def rows_of_distinct(self) -> Rows:
         """[n] the distinct prompt of each row in the caller's order, -1 for NULL."""

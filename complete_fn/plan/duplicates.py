@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.plan.batch import BatchPlan, with_first
@@ -16,6 +15,6 @@ def merge_duplicates(plan: BatchPlan) -> BatchPlan:
     if plan.mergeable:
         for low in range(1, len(plan.order), WINDOW):
             high = min(low + WINDOW, len(plan.order))
-            texts = plan.prompts.take(pa.array(plan.order[low - 1 : high])).combine_chunks()
+            texts = plan.gather.take(plan.order[low - 1 : high])
             starts[low:high] = pc.not_equal(texts[1:], texts[:-1]).to_numpy(zero_copy_only=False)
     return with_first(plan, starts)

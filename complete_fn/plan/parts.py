@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 import pyarrow.compute as pc
 
 from complete_fn.plan.batch import BatchPlan
-from complete_fn.plan.duplicates import WINDOW
 
 PART_TOKENS = 2_000_000  # about a minute of one small GPU
 BYTES_PER_TOKEN = 3.5  # English prose with Llama 3's tokenizer has 4 to 4.5: this errs on the large side
@@ -24,10 +23,8 @@ def cut_parts(plan: BatchPlan, part_tokens: int = PART_TOKENS) -> BatchPlan:
     return replace(plan, parts=np.append(starts, m).astype(np.int64))
 
 
-def estimated_tokens(plan: BatchPlan) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def estimated_tokens(plan: BatchPlan) -> npt.NDArray[np.int64]:
     """[m] tokens of each distinct prompt, from its length in bytes."""
-    lengths = np.empty(len(plan.first), np.int64)
-    for low in range(0, len(plan.first), WINDOW):
-        texts = plan.prompts.take(pa.array(plan.first[low : low + WINDOW]))
-        lengths[low : low + WINDOW] = pc.binary_length(texts).to_numpy()
-    return np.ceil(lengths / BYTES_PER_TOKEN).astype(np.int64)
+    lengths: npt.NDArray[np.int64] = pc.binary_length(plan.prompts).to_numpy()[plan.first]
+    tokens: npt.NDArray[np.int64] = np.ceil(lengths / BYTES_PER_TOKEN).astype(np.int64)
+    return tokens

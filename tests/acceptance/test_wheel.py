@@ -1,4 +1,4 @@
-"""The wheel: four packages and nothing else, working with the sources gone, in a project with a `workers/` of its own."""
+"""The wheel: four packages, nothing else, working with the sources gone in a project with its own `workers/`."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_gpu_models_say_that_they_were_not_run() -> None:
 
 
 def test_a_near_miss_is_suggested() -> None:
-    with pytest.raises(UnknownModelError, match="'lama-8b' is not in the catalogue. Did you mean 'llama-8b'"):
+    with pytest.raises(UnknownModelError, match=r"'lama-8b' is not in the catalogue. Did you mean 'llama-8b'"):
         find_model("lama-8b")
 
 

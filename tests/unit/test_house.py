@@ -40,7 +40,7 @@ def test_a_missing_library_names_the_command_that_brings_it(tmp_path: Path, monk
     (tmp_path / "needs_vllm.py").write_text("import vllm_absent_for_test\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(__import__("complete_fn.wiring", fromlist=["x"]).REMEDIES, "vllm_absent_for_test", "do this")
-    with pytest.raises(EngineMissingError, match="'vllm_absent_for_test' is not installed. Bring it with: do this"):
+    with pytest.raises(EngineMissingError, match=r"'vllm_absent_for_test' is not installed. Bring it with: do this"):
         resolve("needs_vllm:thing")
 
 

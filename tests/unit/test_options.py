@@ -58,7 +58,7 @@ def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
 
 
 def test_an_unknown_option_gets_the_nearest_name() -> None:
-    with pytest.raises(InvalidOptionError, match="'max_token'.*Did you mean 'max_tokens'"):
+    with pytest.raises(InvalidOptionError, match=r"'max_token'.*Did you mean 'max_tokens'"):
         parse_options({"max_token": 3})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -69,7 +71,7 @@ def test_parts_cover_the_work_and_keep_their_bound(prompts: list[str], bound: in
     assert parts[0] == 0
     assert parts[-1] == len(plan.first)
     assert parts == sorted(set(parts))
-    for low, high in zip(parts, parts[1:], strict=False):
+    for low, high in itertools.pairwise(parts):
         assert high - low == 1 or tokens[low:high].sum() <= bound + tokens[low:high].max()
 
 

@@ -36,7 +36,7 @@ def test_a_template_without_fields_is_the_same_prompt_for_every_row() -> None:
 
 @pytest.mark.parametrize("template", ["{", "}", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{}", "{0}", '{"a": 1}'])
 def test_anything_but_a_name_is_refused_and_quoted(template: str) -> None:
-    with pytest.raises(InvalidOptionError, match="only {name} is replaced"):
+    with pytest.raises(InvalidOptionError, match=r"only {name} is replaced"):
         parse_template(template)
 
 
