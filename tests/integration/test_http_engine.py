@@ -1,0 +1,333 @@
+"""HttpEngine against a real HTTP server that answers as endpoints do, friendly and not."""
+
+from __future__ import annotations
+
+import http.server
+import itertools
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from complete_fn.catalogue import Model
+from complete_fn.errors import EngineBusyError, EngineError, RequestError
+from complete_fn.http_engine import HttpEngine, open_engine
+from complete_fn.settings import Settings
+from complete_fn.types import Completion, CompletionRequest, Message, SamplingParams
+
+Reply = tuple[int, dict[str, Any], dict[str, str]]
+Script = Callable[[dict[str, Any]], Reply]
+
+
+def said(text: str, reason: str = "stop", tokens: int = 2) -> Reply:
+    usage = {
+        "prompt_tokens": 11,
+        "completion_tokens": tokens,
+        "prompt_tokens_details": {"cached_tokens": 8},
+    }
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+    return 200, {"object": "chat.completion", "choices": [choice], "usage": usage}, {}
+
+
+def refused(status: int, message: str, code: str | None = None, **headers: str) -> Reply:
+    return status, {"error": {"message": message, "code": code}}, {k.replace("_", "-"): v for k, v in headers.items()}
+
+
+class Endpoint:
+    """A server whose replies a test scripts. `asked` has all bodies, `most` the most requests at one time."""
+
+    def __init__(self) -> None:
+        self.script: Script = lambda body: said(body["messages"][-1]["content"].upper())
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.now = self.most = self.hung_up = 0
+        self.lock = threading.Lock()
+        endpoint = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with endpoint.lock:
+                    endpoint.asked.append(body)
+                    endpoint.keys.append(self.headers.get("authorization"))
+                    endpoint.now += 1
+                    endpoint.most = max(endpoint.most, endpoint.now)
+                try:
+                    self.reply(*endpoint.script(body))
+                except OSError:
+                    endpoint.hung_up += 1
+                finally:
+                    with endpoint.lock:
+                        endpoint.now -= 1
+
+            def do_GET(self) -> None:
+                self.reply(200, {"data": [{"id": "served-model"}]}, {})
+
+            def reply(self, status: int, found: dict[str, Any], headers: dict[str, str]) -> None:
+                content = json.dumps(found).encode()
+                self.send_response(status)
+                for name, value in {**headers, "content-length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            request_queue_size = 128  # the default of 5 resets connections that come at once
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    found = Endpoint()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+@pytest.fixture
+def connect(endpoint: Endpoint, tmp_path: Any) -> Iterator[Callable[..., HttpEngine]]:
+    opened: list[HttpEngine] = []
+
+    def make(**changes: Any) -> HttpEngine:
+        entry = {"url": endpoint.url, "engine": "http", "default_max_tokens": 50, **changes}
+        opened.append(open_engine(Model("remote", "served-model", **entry), Settings(tmp_path, None, None)))
+        return opened[-1]
+
+    yield make
+    for engine in opened:
+        engine.close()
+
+
+def ask(engine: HttpEngine, *prompts: Any, schema: str | None = None, **sampling: Any) -> list[Completion]:
+    requests = [CompletionRequest("remote", p, SamplingParams(**sampling), schema) for p in prompts]
+    answers = dict(engine.stream(requests, "tenant-7"))
+    return [answers[n] for n in range(len(prompts))]
+
+
+def code(completion: Completion) -> str | None:
+    return completion.error.code if completion.error else None
+
+
+def test_answers_usage_and_what_is_sent(endpoint: Endpoint, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REMOTE_KEY", "sesame")
+    engine = connect(api_key_env="REMOTE_KEY")
+    turns = (Message("system", "brief"), Message("user", "hello"))
+    first, second = ask(engine, "hello", turns, seed=3, stop=("X",), top_k=5)
+    assert (first.text, first.finish_reason, first.error) == ("HELLO", "stop", None)
+    assert (first.usage.prompt_tokens, first.usage.cached_tokens, first.usage.completion_tokens) == (11, 8, 2)
+    assert second.text == "HELLO"
+    body = next(b for b in endpoint.asked if len(b["messages"]) == 1)
+    assert body["messages"] == [{"role": "user", "content": "hello"}]
+    assert {k: body[k] for k in ("model", "temperature", "top_p", "top_k", "seed", "stop", "max_tokens")} == {
+        "model": "served-model",
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 5,
+        "seed": 3,
+        "stop": ["X"],
+        "max_tokens": 50,
+    }
+    assert "cache_salt" not in body
+    assert set(endpoint.keys) == {"Bearer sesame"}
+
+
+def test_key_is_never_logged(
+    endpoint: Endpoint, connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("REMOTE_KEY", "sesame-4711")
+    caplog.set_level(logging.DEBUG)
+    endpoint.script = lambda body: refused(401, "bad key")
+    with pytest.raises(EngineError, match=r"refuses the key.*REMOTE_KEY") as raised:
+        ask(connect(api_key_env="REMOTE_KEY"), "hello")
+    assert "4711" not in caplog.text + str(raised.value)
+
+
+def test_missing_key_is_named_before_anything_is_sent(endpoint: Endpoint, connect: Any) -> None:
+    with pytest.raises(EngineError, match="REMOTE_KEY_THAT_IS_NOT_SET"):
+        ask(connect(api_key_env="REMOTE_KEY_THAT_IS_NOT_SET"), "hello")
+    assert not endpoint.asked
+
+
+def test_cache_salt_and_extra_body_only_where_asked_for(endpoint: Endpoint, connect: Any) -> None:
+    ask(connect(engine_args={"cache_salt": True, "extra_body": {"chat_template_kwargs": {"x": 1}}}), "hello")
+    assert endpoint.asked[0]["cache_salt"] == "tenant-7"
+    assert endpoint.asked[0]["chat_template_kwargs"] == {"x": 1}
+
+
+def test_response_format_is_sent_and_the_answer_checked(endpoint: Endpoint, connect: Any) -> None:
+    schema = '{"type":"object","required":["a"]}'
+    endpoint.script = lambda body: said('{"a": 1}' if body["messages"][0]["content"] == "good" else '{"b": 1}')
+    good, bad = ask(connect(), "good", "bad", schema=schema)
+    assert (code(good), code(bad)) == (None, "schema_mismatch")
+    assert endpoint.asked[0]["response_format"]["json_schema"]["schema"] == json.loads(schema)
+
+
+def test_length_is_truncated_unless_the_caller_asked(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = lambda body: said("cut", "length", tokens=body["max_tokens"])
+    engine = connect()
+    (own,) = ask(engine, "x")
+    (callers,) = ask(engine, "x", max_tokens=3)
+    assert (code(own), own.text) == ("truncated", "cut")
+    assert (code(callers), callers.finish_reason) == (None, "length")
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (
+            refused(400, "This model's maximum context length is 4096 tokens", "context_length_exceeded"),
+            "prompt_too_long",
+        ),
+        (refused(400, "The decoder prompt (length 5000) is longer than the maximum model length"), "prompt_too_long"),
+        (refused(413, "Payload Too Large"), "prompt_too_long"),
+        (refused(400, "flagged", "content_filter"), "blocked"),
+        (refused(422, "messages: field required"), "invalid_request"),
+        (refused(500, "out of ideas"), "invalid_request"),
+        (said("", "content_filter"), "blocked"),
+    ],
+)
+def test_refusals_of_one_row(endpoint: Endpoint, connect: Any, reply: Reply, expected: str) -> None:
+    endpoint.script = lambda body: reply if body["messages"][0]["content"] == "bad" else said("fine")
+    good, bad = ask(connect(), "good", "bad")
+    assert (code(good), code(bad)) == (None, expected)
+
+
+def test_answer_gets_what_room_there_is(endpoint: Endpoint, connect: Any) -> None:
+    """Prompt and default limit are too much together: asked again without the limit, and only then."""
+    endpoint.script = lambda body: (
+        refused(400, "'max_tokens' is too large: 50. This model's maximum context length is 60 tokens")
+        if "max_tokens" in body
+        else said("short")
+    )
+    (answer,) = ask(connect(), "x")
+    assert (answer.text, answer.error, len(endpoint.asked)) == ("short", None, 2)
+
+
+def test_busy_endpoint_is_waited_for_as_it_says(endpoint: Endpoint, connect: Any) -> None:
+    turns = itertools.count()
+    endpoint.script = lambda body: refused(429, "slow down", Retry_After="0.3") if next(turns) < 2 else said("now")
+    began = time.monotonic()
+    (answer,) = ask(connect(), "x")
+    assert answer.text == "now"
+    assert time.monotonic() - began >= 0.6
+    assert len(endpoint.asked) == 3
+
+
+def test_endpoint_that_stays_busy_is_an_engine_error(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = lambda body: refused(503, "full", Retry_After="100000")
+    with pytest.raises(EngineBusyError, match="stays busy"):
+        ask(connect(), "x")
+    assert len(endpoint.asked) == 1
+
+
+def test_unknown_model_names_what_is_served(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = lambda body: refused(404, "The model does not exist")
+    with pytest.raises(EngineError, match="It serves 'served-model'"):
+        ask(connect(engine_args={"served_name": "other"}), "x")
+
+
+def test_nobody_at_the_url_names_it(connect: Any) -> None:
+    with pytest.raises(EngineError, match=r"Nobody answers at http://127.0.0.1:9/v1"):
+        ask(connect(url="http://127.0.0.1:9/v1"), "x")
+
+
+@pytest.mark.parametrize("url", [None, "localhost:8000", "ftp://host/v1"])
+def test_url_must_be_http(tmp_path: Any, url: str | None) -> None:
+    with pytest.raises(RequestError, match="http"):
+        open_engine(Model("remote", "m", url=url, engine="http"), Settings(tmp_path, None, None))
+
+
+def test_what_is_no_endpoint_is_said(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = lambda body: (200, {"hello": "world"}, {})
+    with pytest.raises(EngineError, match="no OpenAI-compatible endpoint"):
+        ask(connect(), "x")
+
+
+def test_timeout_is_a_row_error(endpoint: Endpoint, connect: Any) -> None:
+    def slow(body: dict[str, Any]) -> Reply:
+        time.sleep(1.0 if body["messages"][0]["content"] == "slow" else 0)
+        return said("done")
+
+    endpoint.script = slow
+    slow_one, quick = ask(connect(engine_args={"timeout": 0.3}), "slow", "quick")
+    assert (code(slow_one), code(quick)) == ("timeout", None)
+
+
+def test_lone_surrogate_and_no_messages_fail_alone(endpoint: Endpoint, connect: Any) -> None:
+    bad, none, good = ask(connect(), "a\ud800b", (), "good")
+    assert (code(bad), code(none), code(good)) == ("invalid_request", "invalid_request", None)
+    assert len(endpoint.asked) == 1
+
+
+def test_concurrency_is_bounded_and_requests_are_drawn_as_they_are_needed(endpoint: Endpoint, connect: Any) -> None:
+    drawn = 0
+
+    def endless() -> Iterator[CompletionRequest]:
+        nonlocal drawn
+        for n in itertools.count():
+            drawn += 1
+            yield CompletionRequest("remote", f"row {n}")
+
+    def brief(body: dict[str, Any]) -> Reply:
+        time.sleep(0.01)
+        return said(body["messages"][0]["content"])
+
+    endpoint.script = brief
+    stream = connect(engine_args={"concurrency": 4}).stream(endless(), "me")
+    seen = [next(stream) for _ in range(40)]
+    stream.close()
+    assert drawn <= 44
+    assert endpoint.most <= 4
+    assert all(completion.text == f"row {number}" for number, completion in seen)
+
+
+def test_closing_the_stream_hangs_up(endpoint: Endpoint, connect: Any) -> None:
+    """What is in flight is cancelled: the endpoint sees its client go and can stop computing."""
+
+    def slow_after_first(body: dict[str, Any]) -> Reply:
+        if body["messages"][0]["content"] != "0":
+            time.sleep(0.5)
+        return 200, {**said("x" * 2_000_000)[1]}, {}
+
+    endpoint.script = slow_after_first
+    stream = connect(engine_args={"concurrency": 4}).stream(
+        (CompletionRequest("remote", str(n)) for n in range(8)), "me"
+    )
+    next(stream)
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 0.2
+    time.sleep(1.0)
+    assert endpoint.hung_up >= 3
+    assert len(endpoint.asked) <= 5
+
+
+def test_threads_share_one_engine(endpoint: Endpoint, connect: Any) -> None:
+    engine = connect()
+    found: dict[int, list[Completion]] = {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: ask(engine, *(f"{n} {m}" for m in range(20)))}))
+        for n in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all([c.text for c in found[n]] == [f"{n} {m}" for m in range(20)] for n in range(6))
+
+
+def test_count_tokens_by_the_endpoint(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = lambda body: (200, {"count": len(body["prompt"].split())}, {})
+    assert connect().count_tokens(["one two three", ""]) == [3, 0]
