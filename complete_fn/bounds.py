@@ -107,6 +107,8 @@ def give_back(store: Store) -> None:
             before = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
             if not before:
                 return
-            connection.exec_driver_sql(f"PRAGMA incremental_vacuum({PAGES})").fetchall()
+            cursor = connection.connection.cursor()
+            cursor.execute(f"PRAGMA incremental_vacuum({PAGES})")
+            cursor.fetchall()  # each step frees one page
             if connection.exec_driver_sql("PRAGMA freelist_count").scalar_one() >= before:
                 return
