@@ -69,7 +69,8 @@ def to_texts(column: Any) -> list[str]:
         texts: list[str] = column.to_pylist()
         return texts
     except UnicodeDecodeError:
-        return [b.decode("utf-8", "surrogateescape") for b in column.cast(pa.large_binary()).to_pylist()]
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [b if b is None else b.decode("utf-8", "surrogateescape") for b in raw]
 
 
 def with_first(plan: BatchPlan, starts: npt.NDArray[np.bool_]) -> BatchPlan:

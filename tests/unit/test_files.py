@@ -1,0 +1,272 @@
+"""Files in, files out: the input's rows and columns come back as they were, with the new column behind them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import stat
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from complete_fn.errors import InputError
+from complete_fn.files import Place, place_of, read_csv, read_jsonl, read_rows
+from complete_fn.outputs import refuse_output, write_rows
+from complete_fn.plan.batch import to_texts
+
+TABLE = pa.table(
+    {
+        "n": pa.array([1, None, 3], pa.int8()),
+        "text": ["a,b", 'say "x"\r\n\U0001f980', None],
+        "list": pa.array([[1], [], None], pa.list_(pa.int32())),
+        "when": pa.array([datetime(2026, 1, 2, 3, 4, 5, 6, UTC)] * 3),
+        "day": [date(2026, 1, 2)] * 3,
+        "money": pa.array([Decimal("1.50")] * 3),
+        "raw": [b"\xff\x00", b"", None],
+        "kind": pa.array(["x", "y", "x"]).dictionary_encode(),
+    },
+    metadata={"origin": "a test"},
+)
+NEW = {"completion": pa.array(["one", None, 'th"ree,\n'], pa.large_string())}
+
+
+def through(place: Place, source: Place, new: dict[str, Any] = NEW) -> None:
+    write_rows(place, read_rows(source)[0], new, overwrite=False)
+
+
+def put(path: Path, content: bytes) -> Place:
+    path.write_bytes(content)
+    return place_of(str(path))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "feather"])
+def test_columnar_files_keep_types_and_metadata(tmp_path: Path, suffix: str) -> None:
+    source = tmp_path / "in.parquet"
+    pq.write_table(TABLE, source)
+    target = place_of(str(tmp_path / f"out.{suffix}"))
+    through(target, place_of(str(source)))
+    found = read_rows(target)[0].table()
+    assert found.column_names == [*TABLE.column_names, "completion"]
+    assert found.drop_columns(["completion"]).cast(TABLE.schema).equals(TABLE)
+    assert found["completion"].to_pylist() == NEW["completion"].to_pylist()
+    assert found.schema.metadata[b"origin"] == b"a test"
+    assert found.schema.field("n").type == pa.int8()
+
+
+def test_a_table_as_jsonl(tmp_path: Path) -> None:
+    pq.write_table(TABLE, tmp_path / "in.parquet")
+    through(place_of(str(tmp_path / "out.jsonl.gz")), place_of(str(tmp_path / "in.parquet")))
+    lines = gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes()).splitlines()
+    first = json.loads(lines[0])
+    assert (first["raw"], first["when"]) == ("/wA=", "2026-01-02T03:04:05.000006+00:00")
+    assert (first["money"], first["day"], first["list"], first["kind"]) == (1.5, "2026-01-02", [1], "x")
+    assert list(first) == [*TABLE.column_names, "completion"]
+    assert [json.loads(line)["completion"] for line in lines] == NEW["completion"].to_pylist()
+
+
+def test_a_table_as_csv(tmp_path: Path) -> None:
+    pq.write_table(TABLE.select(["n", "text", "list"]), tmp_path / "in.parquet")
+    through(place_of(str(tmp_path / "out.csv")), place_of(str(tmp_path / "in.parquet")))
+    assert (tmp_path / "out.csv").read_bytes().decode() == (
+        'n,text,list,completion\n1,"a,b",[1],one\n,"say ""x""\r\n\U0001f980",[],\n3,,,"th""ree,\n"\n'
+    )
+
+
+csv_value = st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00")))
+
+
+@given(st.lists(st.tuples(csv_value, csv_value), min_size=1, max_size=8))
+def test_csv_values_come_back_byte_for_byte(rows: list[tuple[str | None, str | None]]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = pa.table({name: pa.array([r[n] for r in rows], pa.string()) for n, name in enumerate(("a", "b\n"))})
+        pq.write_table(table, f"{folder}/in.parquet")
+        new = {"c": pa.array(["x"] * len(rows))}
+        through(place_of(f"{folder}/out.csv"), place_of(f"{folder}/in.parquet"), new)
+        found = read_rows(place_of(f"{folder}/out.csv"))[0].table()
+    assert found.column_names == ["a", "b\n", "c"]
+    assert list(zip(found["a"].to_pylist(), found["b\n"].to_pylist(), strict=True)) == rows
+
+
+def test_csv_has_no_types_and_keeps_what_it_has(tmp_path: Path) -> None:
+    source = put(tmp_path / "in.csv", b'\xef\xbb\xbfzip,x\r\n007,1.50\r\n,""\r\n\xff,true\r\n')
+    rows, _ = read_rows(source)
+    assert rows.column("zip").slice(0, 2).to_pylist() == ["007", None]
+    assert to_texts(rows.column("zip"))[2] == "\udcff"
+    through(place_of(str(tmp_path / "out.csv")), source)
+    lines = (tmp_path / "out.csv").read_bytes().split(b"\n")
+    assert lines[:4] == [b"zip,x,completion", b"007,1.50,one", b',"",', b'\xff,true,"th""ree,']
+
+
+def test_a_csv_row_may_be_large() -> None:
+    rows = read_csv(b'a,b\n"' + b"x\n" * 1_000_000 + b'",2\n')
+    assert rows.count == 1
+    assert len(rows.column("a")[0].as_py()) == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.parquet", b"PAR1" + b"\x00" * 50, r"'.*x.parquet' cannot be read as parquet: .*its writer was killed"),
+        ("x.parquet", b"", "cannot be read as parquet"),
+        ("x.arrow", b"ARROW1\x00\x00abc", "cannot be read as arrow"),
+        ("x.csv", b"", "The CSV is empty"),
+        ("x.csv", b"a,a\n1,2\n", "names 'a' 2 times"),
+        ("x.csv", b"a,b\n1\n", "Expected 2 columns, got 1"),
+        ("x.csv", b"\xff,b\n1,2\n", "not UTF-8"),
+        ("x.jsonl", b'{"a": 1}\n{"a": ', "Line 2 of the JSONL is not JSON"),
+        ("x.jsonl", b'{"a": 1}\n\n[1]\n', "Line 3 of the JSONL is no object but list"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "cannot be read: Truncated compressed stream"),
+        ("x.csv.gz", b"a,b\n1,2\n", "cannot be read"),
+        ("x.txt", b"hello", r"The format of '.*x.txt' is not known. Say --format"),
+    ],
+)
+def test_unusable_inputs_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_rows(place_of(str(tmp_path / name)))
+
+
+def test_a_half_written_parquet_is_refused(tmp_path: Path) -> None:
+    pq.write_table(TABLE, tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    with pytest.raises(InputError, match="still be being written"):
+        read_rows(put(tmp_path / "half.parquet", whole[: len(whole) // 2]))
+    with pytest.raises(InputError, match="cannot be read as parquet"):
+        read_rows(put(tmp_path / "torn.parquet", b"PAR1" + b"\xff" * (len(whole) - 804) + whole[-800:]))
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "."])
+def test_what_cannot_be_opened_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"cannot be read: (No such file|Is a directory)"):
+        read_rows(Place(str(tmp_path / name), "csv"))
+
+
+LINES = [
+    rb'{"text": "\ud800 alone", "n": 1.50, "big": 123456789012345678901234567890}',
+    b'{"n":2,   "text": "\xff"}',
+    rb'{"other": {"k": ["\udc00"]}}',
+    b"{ }",
+    '{"text": "\U0001f980", "n": null}'.encode(),
+]
+
+
+def test_jsonl_lines_come_back_byte_for_byte(tmp_path: Path) -> None:
+    source = put(tmp_path / "in.jsonl", b"\n".join(LINES[:2]) + b"\n\n" + b"\r\n".join(LINES[2:]))
+    new = {"completion": pa.array(["a", None, "b\n", "c", "\U0001f980"])}
+    through(place_of(str(tmp_path / "out.jsonl")), source, new)
+    assert (tmp_path / "out.jsonl").read_bytes().splitlines() == [
+        LINES[0][:-1] + b', "completion": "a"}',
+        LINES[1][:-1] + b', "completion": null}',
+        LINES[2][:-1] + rb', "completion": "b\n"}',
+        b'{"completion": "c"}',
+        LINES[4][:-1] + ', "completion": "\U0001f980"}'.encode(),
+    ]
+
+
+def test_jsonl_columns_are_text_and_missing_ones_null() -> None:
+    rows = read_jsonl(b"\n".join(LINES))
+    assert rows.names == ["text", "n", "big", "other"]
+    assert rows.column("n").to_pylist() == ["1.5", "2", None, None, None]
+    texts = to_texts(rows.column("text"))
+    assert texts[4] == "\U0001f980"
+    assert texts[2:4] == [None, None]
+    for text in texts[:2]:
+        with pytest.raises(UnicodeEncodeError):
+            text.encode()
+
+
+def test_jsonl_as_a_table_loses_nothing(tmp_path: Path) -> None:
+    source = put(tmp_path / "in.jsonl", b"\n".join(LINES))
+    through(place_of(str(tmp_path / "out.parquet")), source, {"c": pa.array(["x"] * 5)})
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert found[0] == {
+        "text": "\\ud800 alone",
+        "n": 1.5,
+        "big": "123456789012345678901234567890",
+        "other": None,
+        "c": "x",
+    }
+    assert [row["text"] for row in found[1:]] == ["\\udcff", None, None, "\U0001f980"]
+    assert found[2]["other"] == {"k": ["\\udc00"]}
+
+
+def test_details_are_nested_in_jsonl_and_json_in_csv(tmp_path: Path) -> None:
+    source = put(tmp_path / "in.csv", b"a,b\n1,2\n")
+    new = {"d": pa.array([{"cost": Decimal("0.000000123"), "error": {"code": "timeout"}}])}
+    through(place_of(str(tmp_path / "o.jsonl")), source, new)
+    assert json.loads((tmp_path / "o.jsonl").read_text())["d"] == {"cost": 1.23e-7, "error": {"code": "timeout"}}
+    through(place_of(str(tmp_path / "o.csv")), source, new)
+    text = read_rows(place_of(str(tmp_path / "o.csv")))[0].column("d")[0].as_py()
+    assert json.loads(text) == {"cost": 1.23e-7, "error": {"code": "timeout"}}
+
+
+def test_an_output_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = put(tmp_path / "in.csv", b"a,b\n1,2\n")
+    (tmp_path / "out.csv").write_text("before")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    rows, _ = read_rows(source)
+    with pytest.raises(InputError, match=r"No space left on device\. The answers are kept"):
+        write_rows(place_of(str(tmp_path / "out.csv")), rows, {"c": pa.array(["x"])}, overwrite=True)
+    assert (tmp_path / "out.csv").read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    source = put(tmp_path / "in.csv", b"a,b\n1,2\n")
+    target = place_of(str(tmp_path / "out.csv"))
+    refuse_output(target, overwrite=False)
+    (tmp_path / "out.csv").write_text("another's")
+    with pytest.raises(InputError, match=r"exists\. Say --overwrite"):
+        through(target, source, {"c": pa.array(["x"])})
+    assert (tmp_path / "out.csv").read_text() == "another's"
+
+
+def test_an_output_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        through(place_of(str(tmp_path / "o.csv")), put(tmp_path / "i.csv", b"a,b\n1,2\n"), {"c": pa.array(["x"])})
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "o.csv").stat().st_mode) == 0o640
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real.csv").write_text("before")
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    rows, _ = read_rows(put(tmp_path / "i.csv", b"a,b\n1,2\n"))
+    write_rows(place_of(str(tmp_path / "link.csv")), rows, {"c": pa.array(["x"])}, overwrite=True)
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "real.csv").read_text() == "a,b,c\n1,2,x\n"
+
+
+def test_unusable_outputs_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "there.csv").write_text("")
+    for name, message in [("there.csv", "exists"), (".", "is a folder"), ("no/such.csv", "No such file or directory")]:
+        with pytest.raises(InputError, match=message):
+            refuse_output(Place(str(tmp_path / name), "csv"), overwrite=False)
+    with pytest.raises(InputError, match="cannot be written"):
+        refuse_output(Place("/proc/x.csv", "csv"), overwrite=True)
+    refuse_output(Place("/dev/null", "csv"), overwrite=False)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "zst"])
+def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+    through(place_of(str(tmp_path / f"o.csv.{suffix}")), put(tmp_path / "i.csv", b"a,b\n1,2\n"), {"c": pa.array(["x"])})
+    assert (tmp_path / f"o.csv.{suffix}").read_bytes()[:3] not in (b"a,b", b"")
+    assert read_rows(place_of(str(tmp_path / f"o.csv.{suffix}")))[0].table().to_pylist() == [
+        {"a": "1", "b": "2", "c": "x"}
+    ]
