@@ -69,9 +69,12 @@ def test_two_tensor_parallel_ranks(tmp_path: Path) -> None:
 
 
 @long
-def test_fp8_cache_differs_from_the_reference_no_more_than_plain_llama_with_it(tmp_path: Path) -> None:
+def test_fp8_cache_differs_from_the_reference_no_more_than_plain_llama_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FP8 keys and values are rounded, so nothing is exact; SwiftKV must not add to that."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     prompts = random_prompts((1, 33, 200, 777), TINY.vocab_size, seed=5)
     worst = []
     for name, swiftkv in (("plain", None), ("swiftkv", SwiftKV(4, 2))):

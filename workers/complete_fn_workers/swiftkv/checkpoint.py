@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,28 +146,66 @@ def carry_files(parent: Path, folder: Path) -> list[str]:
     return carried
 
 
-def load_model(folder: Path, swiftkv: SwiftKV | None = None, dtype: torch.dtype = torch.float32) -> Llama:
-    """The reference model of a checkpoint. A plain Llama given `swiftkv` becomes a student with the published start.
+def load_model(folder: Path) -> Llama:
+    """The reference model of a checkpoint, in float32.
 
-    A SwiftKV checkpoint without teacher's projections gets zeros there: its `forward` (the teacher) is not to be used.
+    A SwiftKV checkpoint without the teacher's projections gets zeros there: its `forward` is not to be used.
     """
-    config, tensors = read_config(folder), TensorFolder(folder)
+    config = read_config(folder)
     stored = swiftkv_of(config)
-    tied = bool(config.get("tie_word_embeddings", False))
-    model = Llama(shape_of(config), stored or swiftkv, tied, scaling_of(config)).to(dtype)
-    fresh = stored is None and swiftkv is not None
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            stored_name = name if name.startswith("lm_head") else f"model.{name}"
-            if fresh and "_swiftkv" in name:
-                continue
-            if stored is not None and stored_name not in tensors and is_teachers(name, stored):
-                parameter.zero_()
-                continue
-            parameter.copy_(tensors[stored_name])
-    if fresh:
+    model = empty_model(config, stored)
+    fill(model, TensorFolder(folder), lambda name: stored is None or not is_teachers(name, stored))
+    return model
+
+
+def load_pair(parent: Path, swiftkv: SwiftKV | None, student: Path | None = None) -> Llama:
+    """Teacher and student in one float32 model: `parent` a plain Llama or a SwiftKV folder that kept its teacher.
+
+    The student comes from the folder `student`, else from `parent` if that is in SwiftKV form, else it has the
+    published start with `swiftkv`'s sizes.
+
+    Raises:
+        InputError: neither folder has the teacher's projections, or none the student's.
+    """
+    own = read_config(parent)
+    stored = swiftkv_of(read_config(student)) if student else swiftkv_of(own)
+    model = empty_model(own, stored or swiftkv)
+    if model.swiftkv is None:
+        raise InputError(f"'{student or parent}' is no SwiftKV checkpoint. Convert it: `complete-fn swiftkv convert`.")
+    tensors = TensorFolder(parent)
+    last = own["num_hidden_layers"] - 1
+    if f"model.layers.{last}.self_attn.q_proj.weight" not in tensors:
+        raise InputError(f"'{parent}' has no teacher: it was written without. Name its parent instead.")
+    fill(model, tensors, lambda name: True, skip_student=stored is None or student is not None)
+    if student is not None:
+        fill(model, TensorFolder(student), lambda name: True, only_student=True)
+    elif stored is None:
         model.initialise_student()
     return model
+
+
+def empty_model(config: dict[str, Any], swiftkv: SwiftKV | None) -> Llama:
+    return Llama(shape_of(config), swiftkv, bool(config.get("tie_word_embeddings", False)), scaling_of(config))
+
+
+def fill(
+    model: Llama,
+    tensors: TensorFolder,
+    needed: Callable[[str], bool],
+    skip_student: bool = False,
+    only_student: bool = False,
+) -> None:
+    """Copy the stored tensors into the model; one that is not stored must not be `needed`, and becomes zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            of_student = "_swiftkv" in name
+            if (of_student and skip_student) or (only_student and not of_student):
+                continue
+            stored = name if name.startswith("lm_head") else f"model.{name}"
+            if stored not in tensors and not needed(name):
+                parameter.zero_()
+            else:
+                parameter.copy_(tensors[stored])
 
 
 def is_teachers(name: str, swiftkv: SwiftKV) -> bool:

@@ -26,10 +26,14 @@ SETTINGS: dict[str, Any] = {
     "max_model_len": 2304,
     "max_num_seqs": 8,
     "num_gpu_blocks_override": 400,
+    "kv_cache_memory_bytes": 2**28,
     "skip_tokenizer_init": True,
 }
 
 Prompt = list[int]
+
+# vLLM takes process-wide groups down when one of several in-process engines is collected, so none is.
+STARTED: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def serve(folder: Path, **settings: Any) -> Any:
     """A `vllm.LLM` on `folder` with `SETTINGS`, changed by `settings`."""
     from vllm import LLM
 
-    return LLM(str(folder), **(SETTINGS | settings))
+    STARTED.append(LLM(str(folder), **(SETTINGS | settings)))
+    return STARTED[-1]
 
 
 def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[Prompt]:

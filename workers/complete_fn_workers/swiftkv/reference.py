@@ -84,7 +84,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    return scores.masked_fill(later, -1e30).softmax(-1).to(q.dtype) @ v
+    weights: Tensor = scores.masked_fill(later, -1e30).softmax(-1).to(q.dtype)
+    return weights @ v
 
 
 class RMSNorm(nn.Module):

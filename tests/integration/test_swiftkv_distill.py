@@ -1,0 +1,216 @@
+"""From a Llama folder and a table to a distilled SwiftKV checkpoint, through the command line's own entry."""
+
+from __future__ import annotations
+
+# ruff: noqa: E402 - skipped before anything heavy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.torch import load_file
+
+from complete_fn.engine import EchoEngine
+from complete_fn.errors import InputError
+from complete_fn_workers.demo_model.tokenizer import save_tokenizer, train_tokenizer
+from complete_fn_workers.swiftkv import distill as distilling
+from complete_fn_workers.swiftkv.checkpoint import load_model, load_pair
+from complete_fn_workers.swiftkv.cli import main
+from complete_fn_workers.swiftkv.convert import convert
+from complete_fn_workers.swiftkv.distill import Recipe, State, freeze_teacher, train
+from complete_fn_workers.swiftkv.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
+from complete_fn_workers.swiftkv.miniature import TINY, random_model, write_checkpoint
+from complete_fn_workers.swiftkv.reference import SwiftKV
+from complete_fn_workers.swiftkv.scores import forced
+
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "boil")
+TOKENS = torch.randint(2, 512, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parent") / "tiny"
+    write_checkpoint(random_model(TINY, None), folder, dtype=torch.bfloat16)
+    save_tokenizer(train_tokenizer([" ".join(WORDS)] * 4, TINY.vocab_size), folder, TINY.max_position_embeddings)
+    (folder / "LICENSE").write_text("Apache License, Version 2.0")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    choose = random.Random(0)
+    texts = [" ".join(choose.choices(WORDS, k=choose.randrange(3, 40))) for _ in range(120)]
+    table = pa.table({"prompt": texts, "answer": [text.split()[0] for text in texts]})
+    path = tmp_path_factory.mktemp("table") / "prompts.parquet"
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_conversion_keeps_the_teacher_and_starts_as_published(parent: Path, tmp_path: Path, group: int) -> None:
+    convert(parent, tmp_path / "out", SwiftKV(4, group))
+    made, source = load_file(tmp_path / "out/model.safetensors"), load_file(parent / "model.safetensors")
+    assert all(torch.equal(made[name], tensor) for name, tensor in source.items())
+    assert torch.equal(made["model.norm_swiftkv.weight"], source["model.layers.4.input_layernorm.weight"])
+    at = "model.layers.{}.self_attn.{}.weight"
+    for layer in range(4, 8):
+        assert torch.equal(made[at.format(layer, "q_proj_swiftkv")], source[at.format(layer, "q_proj")])
+    owners = {n.split(".")[2] for n in made if "k_proj_swiftkv" in n}
+    assert owners == {str(i) for i in range(4, 8, group)}
+    mean = sum(source[at.format(i, "v_proj")].float() for i in range(4, 4 + group)) / group
+    assert torch.equal(made[at.format(4, "v_proj_swiftkv")], mean.to(torch.bfloat16))
+    # The published start computed by the reference model is the same.
+    by_reference = load_pair(parent, SwiftKV(4, group))
+    assert torch.allclose(by_reference.student(TOKENS), load_model(tmp_path / "out").student(TOKENS), atol=1e-2)
+
+
+def test_conversion_carries_licence_tokenizer_and_card(parent: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(parent), str(tmp_path / "out"), "--drop-teacher"]) == 0
+    out = tmp_path / "out"
+    assert {"LICENSE", "tokenizer.json", "PARENT_README.md", "README.md"} <= {p.name for p in out.iterdir()}
+    assert "license: apache-2.0" in (out / "README.md").read_text()
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["num_key_value_layers"], config["swiftkv"]) == ("llama_swiftkv", 4, True)
+    assert not any("layers.6.self_attn.q_proj." in name for name in load_file(out / "model.safetensors"))
+
+
+def test_lossless_conversion_computes_what_the_parent_does(parent: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(parent), str(tmp_path / "out"), "--lossless"]) == 0
+    student, plain = load_model(tmp_path / "out"), load_model(parent)
+    assert student.kept_layers == 7
+    assert torch.allclose(student.student(TOKENS), plain(TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-key-value-layers", "8"], "use 1 to 7"),
+        (["--key-value-group-size", "3"], "must divide the 4 later layers"),
+    ],
+)
+def test_impossible_layers(
+    parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert main(["convert", str(parent), str(tmp_path / "out"), *argv]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_llama_licence_asks_for_a_llama_name(parent: Path, tmp_path: Path) -> None:
+    licensed = write_checkpoint(random_model(TINY, None), tmp_path / "licensed")
+    (licensed / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT")
+    with pytest.raises(InputError, match="Llama-mine"):
+        convert(licensed, tmp_path / "mine", SwiftKV(4))
+    convert(licensed, tmp_path / "Llama-mine", SwiftKV(4))
+    assert not (tmp_path / "mine.partial").exists()
+
+
+def examples_from(parent: Path, prompts: Path) -> list[Example]:
+    return Encoder(parent).encoded(read_rows(prompts, "prompt", "answer"), TINY.max_position_embeddings)
+
+
+def test_examples_end_with_the_end_of_turn_and_batches_hold_each_once(parent: Path, prompts: Path) -> None:
+    encoder = Encoder(parent)
+    examples = examples_from(parent, prompts)
+    rows = read_rows(prompts, "prompt", "answer")
+    for row, example in zip(rows, examples, strict=True):
+        assert encoder.tokenizer.decode(example.ids[example.start :]) == f"{row.answer}<|eot_id|>"
+        assert encoder.tokenizer.decode(example.ids[: example.start]) == encoder.rendered(row.prompt)
+    seen = []
+    for batch in epoch(examples, 1024, seed=5):
+        assert batch.tokens.numel() <= 1024
+        for ids, judged, real in zip(batch.tokens, batch.answer, batch.real, strict=True):
+            seen.append((ids[real].tolist(), int(judged.nonzero()[0])))
+    assert sorted(seen) == sorted((e.ids, e.start) for e in examples)
+
+
+def run_of(parent: Path, folder: Path, **recipe: Any) -> State:
+    model = load_pair(parent, SwiftKV(4, 2))
+    state = State(folder, freeze_teacher(model, torch.float32), Recipe(lr=1e-3, batch_tokens=1024, **recipe))
+    state.model = model  # type: ignore[attr-defined]
+    return state
+
+
+def test_training_moves_only_the_student_and_brings_it_nearer(parent: Path, prompts: Path, tmp_path: Path) -> None:
+    examples = examples_from(parent, prompts)
+    state = run_of(parent, tmp_path, epochs=4)
+    model = state.model  # type: ignore[attr-defined]
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "swiftkv" not in n}
+    assert {n.split(".")[-2] for n in state.trained} == {
+        "norm_swiftkv", "q_proj_swiftkv", "k_proj_swiftkv", "v_proj_swiftkv",
+    }  # fmt: skip
+    before = forced(model, examples, 1024)
+    train(model, state, examples, report=lambda _: None)
+    after = forced(model, examples, 1024)
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert after.kl < 0.9 * before.kl
+    assert after.teacher_right == before.teacher_right
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    parent: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = examples_from(parent, prompts)
+    whole = run_of(parent, tmp_path / "whole", epochs=2)
+    train(whole.model, whole, examples, report=lambda _: None)  # type: ignore[attr-defined]
+
+    cut = run_of(parent, tmp_path / "cut", epochs=2)
+    taken, real = [], distilling.step
+
+    def interrupted(*arguments: Any) -> None:
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        taken.append(1)
+        real(*arguments)
+
+    monkeypatch.setattr(distilling, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut.model, cut, examples, report=lambda _: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(distilling, "step", real)
+    again = run_of(parent, tmp_path / "cut", epochs=2)
+    assert again.resume()
+    assert again.progress.batches == 5 < sum(1 for _ in epoch(examples, 1024, 0))
+    train(again.model, again, examples, report=lambda _: None)  # type: ignore[attr-defined]
+    assert all(torch.equal(p, again.trained[name]) for name, p in whole.trained.items())
+    with pytest.raises(InputError, match="another lr"):
+        State(tmp_path / "cut", again.trained, Recipe(lr=5e-3, batch_tokens=1024, epochs=2)).resume()
+
+
+def test_distil_writes_a_checkpoint_with_its_figures(parent: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    argv = ["distill", str(parent), str(out), "--prompts", str(prompts), "--epochs", "2", "--lr", "1e-3"]
+    assert main([*argv, "--batch-tokens", "1024", "--held-out", "20"]) == 0
+    report = json.loads((out / "distill.json").read_text())
+    assert report["held_out_after"]["kl"] < report["held_out_before"]["kl"]
+    stored = load_file(out / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    assert "model.layers.4.self_attn.q_proj.weight" not in stored
+    assert torch.equal(stored["model.layers.0.mlp.up_proj.weight"], load_file(parent / "model.safetensors")["model.layers.0.mlp.up_proj.weight"])  # fmt: skip  # noqa: E501
+    served = forced(load_pair(parent, None, out), examples_from(parent, prompts)[5::6], 1024)
+    assert served.kl == pytest.approx(report["held_out_after"]["kl"], rel=0.05)
+
+
+def test_missing_answers_are_the_teachers_and_asked_for_once(tmp_path: Path) -> None:
+    rows = [Row("one", None), Row("two", "given"), Row("one", None), Row("three " * 50, None)]
+    engine = EchoEngine(context=20)
+    made = teacher_answers(rows, engine, "teacher", tmp_path / "run/answers.jsonl", None)
+    assert made == [Row("one", "one"), Row("two", "given"), Row("one", "one")]
+    assert [request.prompt for request in engine.requests] == ["one", "three " * 50]
+    again = EchoEngine(context=20)
+    assert teacher_answers(rows[:3], again, "teacher", tmp_path / "run/answers.jsonl", None) == made
+    assert again.requests == []
+
+
+def test_a_table_without_the_column_names_what_it_has(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["eval", "x", "--teacher", "y", "--prompts", str(prompts), "--prompt-column", "text"]
+    assert main(argv) == 1
+    assert "has no column 'text'" in capsys.readouterr().err
