@@ -70,7 +70,8 @@ def to_texts(column: Any) -> list[str]:
         return texts
     except UnicodeDecodeError:
         raw = column.cast(pa.large_binary()).to_pylist()
-        return [b if b is None else b.decode("utf-8", "surrogateescape") for b in raw]
+        found: list[Any] = [b if b is None else b.decode("utf-8", "surrogateescape") for b in raw]
+        return found
 
 
 def with_first(plan: BatchPlan, starts: npt.NDArray[np.bool_]) -> BatchPlan:
