@@ -1,0 +1,226 @@
+"""Columns to prompts and back: the one place that knows about NULL, prompt types and options that vary by row."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.prompts import as_text, pack_messages, render_column, template_fields
+
+PROMPT = pa.struct([("template", pa.string()), ("fields", pa.map_(pa.string(), pa.string()))])
+POSITION = re.compile(r"(?<!\{)\{(\d+)\}(?!\})")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that share model and options, so that they are one plan. `rows` None: all rows."""
+
+    model: str
+    options: Mapping[str, Any] | None
+    rows: Any = None
+
+
+def whole(column: Any) -> Any:
+    """The column as one Array; extension and dictionary types as what they store."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # more than 2 GiB of text stays in chunks
+        array = pa.concat_arrays([c.cast(pa.large_string()) for c in array.chunks])
+    if isinstance(array.type, pa.BaseExtensionType):
+        array = array.storage
+    return array.cast(array.type.value_type) if pa.types.is_dictionary(array.type) else array
+
+
+def is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def prompt_column(column: Any) -> Any:
+    """[n] large_string: one planned prompt per row, NULL where there is none.
+
+    Args:
+        column: text, `prompt(template, {fields})` structs, or messages as LIST(STRUCT(role, content)).
+
+    Raises:
+        InputError: another type; the message has it and the cast.
+        InvalidOptionError: a template cannot be used.
+    """
+    array = whole(column)
+    kind = array.type
+    if is_text(kind):
+        return array.cast(pa.large_string())
+    if pa.types.is_null(kind):
+        return pa.nulls(len(array), pa.large_string())
+    if pa.types.is_struct(kind) and {"template", "fields"} <= set(kind.names):
+        return rendered(array)
+    if is_list(kind) and pa.types.is_struct(kind.value_type) and {"role", "content"} <= set(kind.value_type.names):
+        return pa.array([conversation(row) for row in array.to_pylist()], pa.large_string())
+    raise InputError(
+        f"The prompt is {kind}; it must be text, prompt(template, {{fields}}) or messages with role and content. "
+        "Cast it: complete(model, CAST(x AS VARCHAR)) in SQL, pl.col('x').cast(pl.String) in Polars."
+    )
+
+
+def is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def conversation(messages: list[Mapping[str, str] | None] | None) -> str | None:
+    """Packed messages; NULL if the list, a message, a role or a content is."""
+    if messages is None or any(m is None or m["role"] is None or m["content"] is None for m in messages):
+        return None
+    return pack_messages([m for m in messages if m is not None])
+
+
+def rendered(structs: Any) -> Any:
+    """[n] large_string from [n] structs of template and fields (a STRUCT or a MAP), template by template."""
+    parts = dict(zip(structs.type.names, structs.flatten(), strict=True))
+    templates = as_text(parts["template"], "template")
+    out = pa.nulls(len(structs), pa.large_string())
+    for template in pc.unique(templates).drop_null().to_pylist():
+        columns = field_columns(template, parts["fields"])
+        texts = render_column(template, columns, len(structs))
+        out = pc.if_else(pc.fill_null(pc.equal(templates, template), False), whole(texts), out)
+    return out
+
+
+def field_columns(template: str, fields: Any) -> dict[str, Any]:
+    """The fields by name, as arrays of n values each."""
+    kind = fields.type
+    if pa.types.is_struct(kind):
+        return dict(zip(kind.names, fields.flatten(), strict=True))
+    if pa.types.is_map(kind):
+        known = pc.unique(fields.keys).to_pylist()
+        return {name: pc.map_lookup(fields, name, "first") for name in known if name in template_fields(template)}
+    if pa.types.is_null(kind):
+        return {}
+    raise InputError(f"The fields of a prompt are {kind}; write them as {{'name': column}} (a STRUCT or a MAP).")
+
+
+def prompt_structs(columns: list[Any]) -> Any:
+    """[n] PROMPT from (template, {fields}) or, as Snowflake writes it, (template with {0} {1}, value, value).
+
+    Raises:
+        InvalidOptionError: a template cannot be used.
+        InputError: a field has no text form, or a template names a field that is not given.
+    """
+    template, *rest = [whole(c) for c in columns]
+    if not (is_text(template.type) or pa.types.is_null(template.type)):
+        raise InputError(f"The template of prompt() is {template.type}; it must be text.")
+    template = template.cast(pa.large_string())
+    if len(rest) == 1 and (pa.types.is_struct(rest[0].type) or pa.types.is_map(rest[0].type)):
+        names, values = named_fields(rest[0])
+    else:
+        names, values = [f"_{n}" for n in range(len(rest))], rest
+        template = numbered(template)
+    texts = [as_text(whole(v), n).cast(pa.string()) for n, v in zip(names, values, strict=True)]
+    for text in pc.unique(template).drop_null().to_pylist():
+        if missing := sorted(set(template_fields(text)) - set(names)):
+            name = missing[0].removeprefix("_") if missing[0][1:].isdigit() else missing[0]
+            raise InputError(f"The template {text!r} names {{{name}}}, which is not among the fields given.")
+    return with_fields(template.cast(pa.string()), names, texts)
+
+
+def named_fields(fields: Any) -> tuple[list[str], list[Any]]:
+    """Names and columns of a STRUCT, or of a MAP by its distinct keys."""
+    if pa.types.is_struct(fields.type):
+        return list(fields.type.names), fields.flatten()
+    names = [str(n) for n in pc.unique(fields.keys).to_pylist()]
+    return names, [pc.map_lookup(fields, name, "first") for name in names]
+
+
+def numbered(template: Any) -> Any:
+    """`{0}` is no name: the fields of a positional prompt are called `_0`, `_1`, ..."""
+    changed = {t: POSITION.sub(r"{_\1}", t) for t in pc.unique(template).drop_null().to_pylist()}
+    return pa.array([changed.get(t) for t in template.to_pylist()], pa.large_string())
+
+
+def with_fields(template: Any, names: list[str], texts: list[Any]) -> Any:
+    """[n] PROMPT: every row's map has all names, in order."""
+    n, k = len(template), len(names)
+    keys = pa.array(names * n, pa.string())
+    joined = pa.concat_arrays(texts) if texts else pa.array([], pa.string())
+    row_by_row = np.arange(n * k).reshape(k, n).T.ravel()
+    offsets = pa.array(np.arange(n + 1) * k, pa.int32())
+    fields = pa.MapArray.from_arrays(offsets, keys, joined.take(pa.array(row_by_row)))
+    return pa.StructArray.from_arrays([template, fields], fields=list(PROMPT), mask=pc.is_null(template))
+
+
+def is_constant(column: Any) -> bool:
+    return len(column) < 2 or bool(column.slice(1).equals(column.slice(0, len(column) - 1)))
+
+
+def groups(model: Any, options: Any | None) -> Iterator[Group]:
+    """The groups of equal (model, options); rows without a model are in none.
+
+    Raises:
+        InputError: the model is no text. InvalidOptionError: the options are no object.
+    """
+    models = whole(model)
+    if not (is_text(models.type) or pa.types.is_null(models.type)):
+        raise InputError(f"The model is {models.type}; it must be a name (text).")
+    chosen = None if options is None else whole(options)
+    if len(models) == 0 or models.null_count == len(models):
+        return
+    if is_constant(models) and (chosen is None or is_constant(chosen)):
+        yield Group(models[0].as_py(), None if chosen is None else option_mapping(python_values(chosen.slice(0, 1))[0]))
+        return
+    values = [None] * len(models) if chosen is None else python_values(chosen)
+    found: dict[tuple[str, str], list[int]] = {}
+    for row, (name, value) in enumerate(zip(models.to_pylist(), values, strict=True)):
+        if name is not None:
+            found.setdefault((name, json.dumps(option_mapping(value), sort_keys=True, default=str)), []).append(row)
+    for (name, _), rows in found.items():
+        yield Group(name, option_mapping(values[rows[0]]), np.array(rows))
+
+
+def python_values(column: Any) -> list[Any]:
+    return [plain(v) for v in column.to_pylist(maps_as_pydicts="strict")]
+
+
+def plain(value: Any) -> Any:
+    """SQL numbers as Python's: DECIMAL literals become int or float, so that 0.5 and 16 mean what they say."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list) else value
+
+
+def option_mapping(value: Any) -> Mapping[str, Any] | None:
+    """Options from a STRUCT, a MAP or JSON text.
+
+    Raises:
+        InvalidOptionError: none of these.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise InvalidOptionError(f"The options {value!r} are not JSON: {error}") from error
+    if value is None or isinstance(value, Mapping):
+        return value
+    raise InvalidOptionError(f"The options are {value!r}; write them as {{'temperature': 0.5}} or as JSON text.")
+
+
+def by_group(length: int, chosen: list[Group], answer: Callable[[Group], Any], kind: Any) -> Any:
+    """[length] values of `kind`: the answers of each group at its rows, NULL at the rows of none."""
+    if len(chosen) == 1 and chosen[0].rows is None:
+        return whole(answer(chosen[0]))
+    if not chosen:
+        return pa.nulls(length, kind)
+    where = np.full(length, -1, np.int64)
+    at, parts = 0, []
+    for group in chosen:
+        where[group.rows] = np.arange(at, at + len(group.rows))
+        at += len(group.rows)
+        parts.append(whole(answer(group)))
+    return pa.concat_arrays(parts).take(pa.array(where, mask=where < 0))

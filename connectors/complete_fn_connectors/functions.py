@@ -1,0 +1,151 @@
+"""The functions themselves, over Arrow columns: what DuckDB and Polars both call."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from complete_fn.answers import DETAILS, Answers
+from complete_fn.catalogue import Model
+from complete_fn.engine import Engine
+from complete_fn.errors import EngineError, InputError, RequestError
+from complete_fn.options import Options
+from complete_fn.session import CompletionWarning, Session
+from complete_fn_connectors.arrow import Group, by_group, groups, is_text, prompt_column, prompt_structs, whole
+from complete_fn_connectors.interrupt import INTERRUPTS, Interruptible
+
+PAUSE = 0.25  # seconds without a call after which the next one belongs to another query
+
+
+class QuerySession(Session):
+    """A session that is called in pieces by a query engine, on any thread: it can be interrupted, and it warns of
+    failed rows at the first, then each time there are ten times as many, not once a piece."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.counting = threading.Lock()
+        self.running, self.ended = 0, 0.0
+        self.failures: Counter[str] = Counter()
+        self.warn_at = 1
+
+    def engine_of(self, model: Model) -> Engine:
+        return Interruptible(super().engine_of(model), INTERRUPTS)
+
+    def complete(
+        self, model: str, prompts: Any, options: Mapping[str, Any] | Options | None = None, job: str | None = None
+    ) -> Answers:
+        with self.counting:
+            if self.running == 0 and time.monotonic() - self.ended > PAUSE:
+                self.failures, self.warn_at = Counter(), 1
+            self.running += 1
+        try:
+            return super().complete(model, prompts, options, job)
+        finally:
+            with self.counting:
+                self.running, self.ended = self.running - 1, time.monotonic()
+
+    def report_failures(self, answers: Answers, strict: bool) -> None:
+        if strict:
+            super().report_failures(answers, strict)
+        with self.counting:
+            self.failures += answers.summary.failed
+            total, counts = self.failures.total(), dict(self.failures)
+            loud = total >= self.warn_at
+            self.warn_at = max(self.warn_at, 10 * total if loud else 0)
+        if loud:
+            first = next(c.error for c in answers.completions if c.error is not None)
+            listed = ", ".join(f"{n:,} {code}" for code, n in counts.items())
+            warn(
+                f"{total:,} rows have no answer ({listed}); one of them: {first.message} complete_details() shows each."
+            )
+
+    def take_summary(self) -> str:
+        """One line on everything since the last call."""
+        with self.lock:
+            summary, self.summary = self.summary, type(self.summary)()
+        return summary.line()
+
+
+def warn(text: str) -> None:
+    """A CompletionWarning at the caller's own line, as far as its thread shows one."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, CompletionWarning, stacklevel=level)
+
+
+def answered(
+    session: Session, columns: tuple[Any, ...], pick: Callable[[Answers, Group], Any], kind: Any, lenient: bool = False
+) -> Any:
+    """[n] values of `kind` for the columns model, prompt and perhaps options. `lenient`: query faults are NULL too."""
+    if len(columns) not in (2, 3):
+        raise InputError(f"{len(columns)} arguments were given; write complete(model, prompt [, options]).")
+    length = len(columns[0])
+
+    def answer(group: Group) -> Any:
+        rows = prompts if group.rows is None else prompts.take(pa.array(group.rows))
+        try:
+            return pick(session.complete(group.model, rows, group.options), group)
+        except (RequestError, EngineError) as error:
+            return swallowed(error, len(rows), kind, lenient)
+
+    try:
+        prompts = prompt_column(columns[1])
+        found = list(groups(columns[0], columns[2] if len(columns) == 3 else None))
+    except RequestError as error:
+        return swallowed(error, length, kind, lenient)
+    return by_group(length, found, answer, kind)
+
+
+def swallowed(error: Exception, length: int, kind: Any, lenient: bool) -> Any:
+    if not lenient:
+        raise error
+    warn(f"try_complete: {length:,} rows are NULL: {error}")
+    return pa.nulls(length, kind)
+
+
+def complete(session: Session, *columns: Any) -> Any:
+    """[n] large_string: the answers; NULL for a NULL prompt or model and for a row that failed."""
+    return answered(session, columns, lambda a, _: a.text, pa.large_string())
+
+
+def try_complete(session: Session, *columns: Any) -> Any:
+    """As `complete`, and NULL instead of an error where the query itself is at fault."""
+    return answered(session, columns, lambda a, _: a.text, pa.large_string(), lenient=True)
+
+
+def complete_details(session: Session, *columns: Any) -> Any:
+    """[n] DETAILS: value, error, finish_reason, usage, cost and source of each row."""
+    return answered(session, columns, lambda a, _: a.details, DETAILS)
+
+
+def prompt(session: Session, *columns: Any) -> Any:
+    """[n] structs that keep the fields apart from the template until the prompt is rendered."""
+    return prompt_structs(list(columns))
+
+
+def count_tokens(session: Session, *columns: Any) -> Any:
+    """[n] int64: tokens of each text by the model's own tokenizer; NULL for NULL.
+
+    Raises:
+        InputError: the text is no text. UnknownModelError: no such model.
+    """
+    if len(columns) != 2:
+        raise InputError(f"{len(columns)} arguments were given; write count_tokens(model, text).")
+    texts = whole(columns[1])
+    if not (is_text(texts.type) or pa.types.is_null(texts.type)):
+        raise InputError(f"count_tokens(model, text): the text is {texts.type}. Cast it: CAST(x AS VARCHAR).")
+
+    def count(group: Group) -> Any:
+        values = (texts if group.rows is None else texts.take(pa.array(group.rows))).to_pylist()
+        numbers = iter(session.count_tokens(group.model, [v for v in values if v is not None]))
+        return pa.array([None if v is None else next(numbers) for v in values], pa.int64())
+
+    return by_group(len(texts), list(groups(columns[0], None)), count, pa.int64())
