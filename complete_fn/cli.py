@@ -63,11 +63,11 @@ def run_verb(given: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"complete-fn {__version__}")
     parser.add_argument("verb", nargs="?", choices=list(VERBS), metavar="VERB", help=argparse.SUPPRESS)
-    verb = parser.parse_args(given[:1]).verb
-    if verb is None:
-        parser.print_help()
-        return OK
     try:
+        verb = parser.parse_args(given[:1]).verb
+        if verb is None:
+            parser.print_help()
+            return OK
         return int(resolve(VERBS[verb])(given[1:]) or OK)
     except SystemExit as leaving:  # argparse's: 0 after --help, 2 after an error
         return FAULT if leaving.code else OK

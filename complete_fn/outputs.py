@@ -67,8 +67,10 @@ def write_rows(place: Place, rows: Rows, new: Mapping[str, Any], overwrite: bool
     path = Path(place.name).resolve()
     try:
         if place.piped:
-            write_to(sys.stdout.buffer, place, rows, new)
-            sys.stdout.buffer.flush()
+            sys.stdout.flush()
+            # A buffer of our own: with PYTHONUNBUFFERED sys.stdout.buffer is raw and writes only a part.
+            with open(sys.stdout.fileno(), "wb", closefd=False) as sink:
+                write_to(sink, place, rows, new)
         elif is_device(path):
             with path.open("wb") as device:
                 write_to(device, place, rows, new)
