@@ -161,9 +161,15 @@ def is_constant(column: Any) -> bool:
 def groups(model: Any, options: Any | None) -> Iterator[Group]:
     """The groups of equal (model, options); rows without a model are in none.
 
+    Args:
+        model: a column of names, or one name for all rows; then `options` is one mapping or None.
+
     Raises:
         InputError: the model is no text. InvalidOptionError: the options are no object.
     """
+    if isinstance(model, str):
+        yield Group(model, options)
+        return
     models = whole(model)
     if not (is_text(models.type) or pa.types.is_null(models.type)):
         raise InputError(f"The model is {models.type}; it must be a name (text).")

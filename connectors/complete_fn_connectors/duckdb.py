@@ -177,6 +177,7 @@ def register(
 def close_all() -> None:
     """At exit: without it nanobind reports the functions and their connections as leaked."""
     INTERRUPTS.raise_all()
+    INTERRUPTS.let_finish(1.0)
     for con, reference in list(REGISTERED.items()):
         registration = reference()
         with contextlib.suppress(duckdb.Error, AttributeError):  # DuckDB 1 has no abort() and needs none

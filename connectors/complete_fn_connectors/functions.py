@@ -76,8 +76,8 @@ class QuerySession(Session):
 def warn(text: str) -> None:
     """A CompletionWarning at the caller's own line, as far as its thread shows one."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn"):
-        level, frame = level + 1, frame.f_back
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn"):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     warnings.warn(text, CompletionWarning, stacklevel=level)
 
 
@@ -87,7 +87,7 @@ def answered(
     """[n] values of `kind` for the columns model, prompt and perhaps options. `lenient`: query faults are NULL too."""
     if len(columns) not in (2, 3):
         raise InputError(f"{len(columns)} arguments were given; write complete(model, prompt [, options]).")
-    length = len(columns[0])
+    length = len(columns[1])
 
     def answer(group: Group) -> Any:
         rows = prompts if group.rows is None else prompts.take(pa.array(group.rows))
@@ -107,7 +107,7 @@ def answered(
 def swallowed(error: Exception, length: int, kind: Any, lenient: bool) -> Any:
     if not lenient:
         raise error
-    warn(f"try_complete: {length:,} rows are NULL: {error}")
+    warn(f"Rows that are NULL because the query is at fault: {length:,}. {error}")
     return pa.nulls(length, kind)
 
 

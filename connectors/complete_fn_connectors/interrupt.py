@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterable, Iterator
 
 from complete_fn.engine import Engine
@@ -65,8 +67,16 @@ class Interrupts:
         with self.lock:
             self.number += 1
 
+    def let_finish(self, seconds: float) -> None:
+        """Wait, at most so long, until the engines' threads have noticed that nobody listens any more."""
+        end = time.monotonic() + seconds
+        for pump in list(PUMPS):
+            if pump.stopped:
+                pump.join(max(0.0, end - time.monotonic()))
+
 
 INTERRUPTS = Interrupts()
+PUMPS: weakref.WeakSet[Pump] = weakref.WeakSet()
 
 
 class Interruptible:
@@ -116,6 +126,7 @@ class Pump(threading.Thread):
         self.done: queue.SimpleQueue[tuple[int, Completion] | tuple[()] | BaseException | None] = queue.SimpleQueue()
         self.gate = threading.Lock()
         self.stopped = False
+        PUMPS.add(self)
 
     def run(self) -> None:
         stream = self.engine.stream(self.admitted(), self.tenant)

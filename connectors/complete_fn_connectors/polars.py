@@ -1,0 +1,178 @@
+"""Polars: completion expressions, and the `.llm` namespace, which exists once this module is imported.
+
+import polars as pl
+from complete_fn_connectors.polars import complete, prompt
+
+df.with_columns(answer=complete("demo-llama", prompt("Name the section: {description}")))
+df.with_columns(answer=pl.col("text").llm.complete("demo-llama", max_tokens=20))
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from complete_fn.engine import Engine
+from complete_fn.options import parse_options
+from complete_fn.prompts import template_fields
+from complete_fn.types import Asker
+from complete_fn_connectors import functions
+from complete_fn_connectors.functions import QuerySession
+from complete_fn_connectors.interrupt import INTERRUPTS
+
+IntoExpr = pl.Expr | str
+
+USAGE = pl.Struct({"prompt_tokens": pl.Int64, "cached_tokens": pl.Int64, "completion_tokens": pl.Int64})
+DETAILS = pl.Struct(
+    {
+        "value": pl.String,
+        "error": pl.Struct({"code": pl.String, "message": pl.String}),
+        "finish_reason": pl.String,
+        "usage": USAGE,
+        "cost": pl.Decimal(18, 9),
+        "source": pl.String,
+    }
+)
+
+LOCK = threading.Lock()
+DEFAULT: list[QuerySession] = []
+
+
+def configure(
+    *,
+    engine: Engine | str | None = None,
+    max_cost: Any = None,
+    home: Path | str | None = None,
+    models_file: Path | str | None = None,
+    query_tag: str | None = None,
+    progress: bool | None = None,
+) -> QuerySession:
+    """Set what expressions made from now on are answered with; returns it, for `session=` and `take_summary()`.
+
+    Args:
+        engine: URL of an OpenAI-compatible server or an `Engine`, for every model; None takes each model's own.
+        max_cost: never spend more in all; what it does not cover is NULL with `budget_exceeded`.
+        home: folder of answers and ledger; None takes COMPLETE_FN_HOME or the platform's.
+        models_file: TOML over the built-in catalogue.
+        query_tag: marks the ledger's lines.
+        progress: show a bar; None shows one when a person is looking.
+
+    Raises:
+        InvalidOptionError: `max_cost` is no amount.
+    """
+    session = QuerySession(
+        engine=engine,
+        max_cost=max_cost,
+        home=home,
+        models_file=models_file,
+        who=Asker(query_tag=query_tag),
+        progress=progress,
+    )
+    with LOCK:
+        DEFAULT[:] = [session]
+    return session
+
+
+def default_session() -> QuerySession:
+    with LOCK:
+        if not DEFAULT:
+            DEFAULT.append(QuerySession())
+        return DEFAULT[0]
+
+
+def summary() -> str:
+    """One line on everything that the default session answered since the last call."""
+    return default_session().take_summary()
+
+
+def complete(model: str, prompt: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
+    """The answer of each row, String. NULL for a NULL prompt and for a row that failed (with one warning).
+
+    Args:
+        prompt: an expression or a column's name: text, `prompt(...)`, or messages (a list of structs).
+        options: temperature, top_p, top_k, max_tokens, seed, stop, response_format, cache, strict.
+
+    Raises:
+        UnknownModelError, InvalidOptionError: at once, not when the query runs.
+    """
+    return call(functions.complete, pl.String(), model, prompt, session, options)
+
+
+def try_complete(model: str, prompt: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
+    """As `complete`, and NULL also where the query itself is at fault."""
+    return call(functions.try_complete, pl.String(), model, prompt, session, options, lenient=True)
+
+
+def complete_details(model: str, prompt: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
+    """value, error, finish_reason, usage, cost and source of each row, as a Struct. Arguments as `complete`."""
+    return call(functions.complete_details, DETAILS, model, prompt, session, options)
+
+
+def count_tokens(model: str, text: IntoExpr, *, session: QuerySession | None = None) -> pl.Expr:
+    """Tokens of each text by the model's own tokenizer, Int64."""
+    return call(functions.count_tokens, pl.Int64(), model, text, session, None)
+
+
+def prompt(template: str, **fields: IntoExpr) -> pl.Expr:
+    """A prompt per row whose fields stay apart from the template; `{name}` takes the field or else the column.
+
+    Raises:
+        InvalidOptionError: the template has more than names in braces.
+    """
+    columns = {n: fields.get(n, n) for n in template_fields(template)}
+    values = pl.struct([as_expression(c).alias(n) for n, c in columns.items()]) if columns else pl.lit(None)
+    return pl.struct(template=pl.lit(template), fields=values).alias("prompt")
+
+
+def as_expression(column: IntoExpr) -> pl.Expr:
+    return pl.col(column) if isinstance(column, str) else column
+
+
+def call(
+    function: Callable[..., Any],
+    dtype: pl.DataType,
+    model: str,
+    column: IntoExpr,
+    session: QuerySession | None,
+    options: dict[str, Any] | None,
+    lenient: bool = False,
+) -> pl.Expr:
+    """`function` over whole columns; in the streaming engine over its chunks."""
+    chosen = session or default_session()
+    if not lenient:
+        chosen.model(model)
+        parse_options(options)
+    INTERRUPTS.listen()
+
+    def answer(series: pl.Series) -> pl.Series:
+        if series.is_empty():
+            return pl.Series(series.name, [], dtype)
+        values = function(chosen, model, series.to_arrow(), *([] if options is None else [options]))
+        return pl.Series(series.name, values if isinstance(values, pa.Array) else values.combine_chunks(), dtype)
+
+    return as_expression(column).map_batches(answer, return_dtype=dtype, is_elementwise=True)
+
+
+@pl.api.register_expr_namespace("llm")
+class Llm:
+    """`pl.col("text").llm`: the functions of this module with the expression as the prompt."""
+
+    def __init__(self, expression: pl.Expr) -> None:
+        self.expression = expression
+
+    def complete(self, model: str, **options: Any) -> pl.Expr:
+        return complete(model, self.expression, **options)
+
+    def try_complete(self, model: str, **options: Any) -> pl.Expr:
+        return try_complete(model, self.expression, **options)
+
+    def complete_details(self, model: str, **options: Any) -> pl.Expr:
+        return complete_details(model, self.expression, **options)
+
+    def count_tokens(self, model: str, *, session: QuerySession | None = None) -> pl.Expr:
+        return count_tokens(model, self.expression, session=session)
