@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import duckdb
+
 from complete_fn_connectors.duckdb import register
 
 SAMPLE = Path(__file__).with_name("packages.parquet")
@@ -54,7 +55,7 @@ def main() -> None:
     for title, query in QUERIES.items():
         print(f"\n\033[1m{title}\033[0m" if sys.stdout.isatty() else f"\n# {title}")
         print(textwrap.indent(textwrap.dedent(query).strip(), "    "))
-        con.sql(query).show(max_width=118, max_col_width=58)
+        con.sql(query).show(max_width=150, max_col_width=66)
         print(registered.summary())
     print("\nEvery token is in the ledger: COMPLETE_FN_HOME=.cache/demo .venv/bin/complete-fn usage")
     registered.close()
