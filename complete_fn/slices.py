@@ -1,4 +1,4 @@
-"""Slices: answers gathered and committed at least every 2 s or 256 rows, together with their ledger lines."""
+"""Slices: answers gathered and committed at least every 2 s or 64 rows, together with their ledger lines."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from complete_fn.store import Store
 from complete_fn.types import Asker, Completion, Usage
 from complete_fn.work import Work
 
-SLICE_ROWS, SLICE_SECONDS = 256, 2.0
-WAITING_ROWS = 4 * SLICE_ROWS  # an engine that is faster than the disk waits
+SLICE_ROWS, SLICE_SECONDS = 64, 2.0
+WAITING_ROWS = 16 * SLICE_ROWS  # an engine that is faster than the disk waits
 
 
 class Slices:
