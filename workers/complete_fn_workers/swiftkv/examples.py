@@ -90,7 +90,8 @@ class Encoder:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+        # Too long rows are ours to leave out; without the number the tokenizer does not warn of them.
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), model_max_length=10**9)
         if self.tokenizer.eos_token is None:
             raise InputError(f"The tokenizer of '{folder}' names no eos_token, so an answer's end cannot be taught.")
 
