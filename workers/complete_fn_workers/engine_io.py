@@ -6,6 +6,7 @@ import fcntl
 import os
 import queue
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -169,4 +170,6 @@ class Connections:
                 return
             self.socket_file.unlink(missing_ok=True)
             # No orderly shutdown: the engine may be in the middle of a long step, and nobody waits for its answers.
+            if os.getpgid(0) == os.getpid():
+                os.killpg(0, signal.SIGTERM)  # vLLM's workers of a tensor-parallel model too
             os._exit(0)
