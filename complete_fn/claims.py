@@ -14,6 +14,7 @@ class Claims:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.events: dict[Key, threading.Event] = {}
+        self.releases = 0  # how often keys were let go: answers may have come into the store since
 
     def take(self, tenant: str, keys: Iterable[bytes]) -> tuple[set[bytes], dict[bytes, threading.Event]]:
         """(keys now mine, events of those that another run is computing)."""
@@ -31,6 +32,7 @@ class Claims:
 
     def release(self, tenant: str, keys: Iterable[bytes]) -> None:
         with self.lock:
+            self.releases += 1
             events = [self.events.pop((tenant, key), None) for key in keys]
         for event in events:
             if event is not None:

@@ -51,6 +51,7 @@ def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode 
     """
     began = time.monotonic()
     plan = make_plan(prompts, mergeable=call.sampling.greedy)
+    seen = CLAIMS.releases
     work = known_answers(call, plan, tools.store, who, cache)
     tools.progress.start(len(plan.order))
     try:
@@ -58,6 +59,9 @@ def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode 
             slices.reuse()
             while missing := work.missing():
                 with claimed(work, missing, who.tenant) as (mine, theirs):
+                    if work.shared and CLAIMS.releases != seen:  # committed between our look-up and our claim
+                        work.look_again(mine, tools.store)
+                    mine = [n for n in mine if work.found[n] is None]
                     compute(mine, call, work, slices, tools, who)
                 wait(theirs)
                 work.look_again(theirs, tools.store)
