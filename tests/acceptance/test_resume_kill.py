@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections import Counter
@@ -93,24 +94,11 @@ class Place:
     folder: Path
     arguments: list[str]
 
-    def start(self) -> subprocess.Popen[str]:
-        variables = {
-            "COMPLETE_FN_HOME": str(self.folder / "home"),
-            "COMPLETE_FN_MODELS": str(self.folder / "models.toml"),
-        }
-        return subprocess.Popen(
-            [
-                *COMMAND,
-                *self.arguments,
-                str(self.folder / "in.parquet"),
-                "-o",
-                str(self.folder / "out.parquet"),
-                "--details",
-            ],
-            env={**os.environ, **variables},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        here = {"COMPLETE_FN_HOME": str(self.folder / "home"), "COMPLETE_FN_MODELS": str(self.folder / "models.toml")}
+        files = [str(self.folder / "in.parquet"), "-o", str(self.folder / "out.parquet"), "--details"]
+        command = [*COMMAND, *self.arguments, *files]
+        return subprocess.Popen(command, env={**os.environ, **here}, stderr=stderr, text=True)
 
     def finish(self) -> str:
         """Run to the end; what it said."""
@@ -218,7 +206,9 @@ def test_killed_runs_go_on(endpoint: SlowEndpoint, tmp_path: Path) -> None:
         lost_rows, lost_tokens, lost_cost = place.lost()
         assert lost_rows >= 1
         assert lost_cost == 0
-        assert f"was killed with at most {lost_rows} rows, about {lost_tokens} tokens, uncommitted: not billed" in said
+        assert (
+            f"was killed with at most {lost_rows:,} rows, about {lost_tokens:,} tokens, uncommitted: not billed" in said
+        )
         found = [(n, c, e and e.replace(kind.upper(), "UNDISTURBED")) for n, _, c, e in outcome(place)]
         assert found == whole
         assert place.billed() == tokens_of(place)
@@ -268,6 +258,25 @@ def test_an_interrupted_run_says_so_and_ends_soon(endpoint: SlowEndpoint, tmp_pa
     assert [p.name for p in place.folder.iterdir() if p.name.endswith(".part")] == []
 
 
+def test_a_person_sees_a_bar_and_a_summary(endpoint: SlowEndpoint, tmp_path: Path) -> None:
+    place = make_place(tmp_path, endpoint, "watched")
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+    running = place.start(stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # the terminal's end
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    os.close(ours)
+    assert running.wait(60) == 3
+    text = seen.decode()
+    assert "slow:" in text
+    assert "/314 " in text  # rows with a prompt
+    assert " tokens/s, USD 0." in text
+    assert text.rstrip().splitlines()[-1].startswith("320 rows · ")
+
+
 def test_an_endpoint_that_goes_away_leaves_what_was_committed(tmp_path: Path) -> None:
     endpoint = SlowEndpoint()
     place = make_place(tmp_path, endpoint, "gone")
@@ -281,3 +290,51 @@ def test_an_endpoint_that_goes_away_leaves_what_was_committed(tmp_path: Path) ->
     assert running.returncode == 1
     assert "rows committed. The same command goes on from there." in said
     assert place.billed() == place.stored_tokens() > 0
+
+
+REAL_ROWS, KILLS = 2000, 10
+SAMPLE = Path(__file__).parents[2] / "sql" / "examples" / "packages.parquet"
+
+
+@pytest.mark.long
+@pytest.mark.engine
+@pytest.mark.timeout(7200)
+def test_ten_kills_of_a_real_run(tmp_path: Path) -> None:
+    """2,000 rows on the embedded engine, killed at ten moments, each run finished by the same command."""
+    table = pq.read_table(SAMPLE)
+    table = pa.concat_tables([table, table]).slice(0, REAL_ROWS)
+    rows = pa.table({"id": range(REAL_ROWS), "text": table["description"]})
+
+    def place(name: str) -> Place:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "models.toml").write_text("")
+        pq.write_table(rows, folder / "in.parquet")
+        return Place(folder, ["-m", "demo-llama", "-p", "Write a one-line synopsis: {text}"])
+
+    undisturbed = place("undisturbed")
+    undisturbed.finish()
+    times = undisturbed.commits()
+    assert len(times) >= 20
+    whole = outcome(undisturbed)
+    seed = int(times[0])
+    draw = random.Random(seed)
+    for n, moment in enumerate(sorted(draw.uniform(0, times[-1] - times[0]) for _ in range(KILLS))):
+        killed = place(f"killed{n}")
+        assert killed.kill_after(moment), f"ended before {moment:.1f} s"
+        committed = len(killed.stored())
+        assert killed.billed() == killed.stored_tokens()
+        said = killed.finish()
+        lost_rows, lost_tokens, lost_cost = killed.lost()
+        assert lost_cost == 0
+        assert f"at most {lost_rows:,} rows, about {lost_tokens:,} tokens, uncommitted: not billed" in said
+        found = outcome(killed)
+        assert [row[:3] for row in found] == [row[:3] for row in whole]
+        assert killed.billed() == tokens_of(killed)
+        different = [(a, b) for a, b in zip(whole, found, strict=True) if a != b]
+        print(
+            f"seed {seed}, kill {n} at {moment:.1f} s: {committed} committed, {lost_rows} lost, {len(different)} differ"
+        )
+        for a, b in different:
+            print(f"  row {a[0]}: {a[3]!r} / {b[3]!r}")
+        assert len(different) <= 0.01 * REAL_ROWS
