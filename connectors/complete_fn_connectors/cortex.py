@@ -12,7 +12,6 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
 from duckdb.func import ARROW
 
 from complete_fn.answers import Answers
@@ -58,6 +57,11 @@ def options_column(length: int, parameters: Any, response_format: Any) -> Any:
 
 
 def flag(column: Any, name: str) -> bool:
+    """Whether the argument is true, the same for all rows; NULL and not given are false.
+
+    Raises:
+        InputError: it is no BOOLEAN, or differs by row.
+    """
     values = whole(column)
     if not (pa.types.is_boolean(values.type) or pa.types.is_null(values.type)):
         raise InputError(f"{name} is {values.type}; it must be true or false. Write {FORM}.")
@@ -175,7 +179,7 @@ class Catalog:
         path = Path(self.folder.name) / "snowflake.duckdb"
         with duckdb.connect() as builder:
             for name in ("complete", "try_complete", "count_tokens", *CORTEX_TYPES):
-                builder.create_function(name, pc.is_null, None, "BOOLEAN", type=ARROW)
+                builder.create_function(name, lambda *columns: columns[0], None, "VARCHAR", type=ARROW)
             builder.execute(f"ATTACH '{path}' AS snowflake")
             builder.execute(sql("cortex_catalog.sql"))
         return path

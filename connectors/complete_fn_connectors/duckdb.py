@@ -19,7 +19,7 @@ from complete_fn_connectors import cortex as snowflake
 from complete_fn_connectors import functions
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.interrupt import INTERRUPTS
-from complete_fn_connectors.planning import at_plan_time, folding_addresses
+from complete_fn_connectors.planning import at_plan_time, places
 
 Column = Any
 Function = Callable[..., Column]
@@ -160,7 +160,7 @@ def register(
     if cortex:
         snowflake.refuse_clash(con)
     INTERRUPTS.listen()
-    folding_addresses()
+    places()
     registration = Registration(con, session)
     try:
         for name, (function, kind) in (FUNCTIONS | (snowflake.CORTEX_TYPES if cortex else {})).items():

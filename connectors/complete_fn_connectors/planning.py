@@ -2,16 +2,16 @@
 
 DuckDB evaluates a call whose arguments are all constant while it plans: EXPLAIN and PREPARE would pay for an answer.
 At most of these places it takes an exception as a sign to keep the call and evaluate it when the query runs. Nothing
-in the arguments tells the two apart, but the native call stack does. Once per process a probe that always raises is
-planned on a database of our own, and the innermost return address of each place where DuckDB went on is noted. Where
-it does not go on (LIMIT, VALUES, CASE on a constant, arguments of table functions), and on platforms whose C library
-has no `backtrace` (Windows, musl), a constant call is answered while planning, as by any other function.
+in the arguments tells the two apart, but the native call stack does: once per process a probe that raises is planned
+on a database of our own, and the return addresses of the optimiser and of the places where it went on are noted. Where
+DuckDB does not go on (LIMIT, VALUES, CASE on a constant, arguments of table functions), and on platforms whose C
+library has no `backtrace` (Windows, musl), a constant call is answered while planning, as by any other function.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -30,15 +30,41 @@ PLANNED = (
     "SELECT max(probe('x') || i) FROM range(3) t(i) GROUP BY probe('x')",
     "SELECT p FROM (SELECT 'a' || i p FROM range(3) t(i)) WHERE p = probe('x')",
     "SELECT coalesce(probe('x'), 'y'), probe('x') || 'z', upper(probe('x')), probe('x') = 'y'",
+    "SELECT CASE WHEN i > length(probe('x')) THEN probe('x') ELSE probe('y')::VARCHAR END FROM range(3) t(i)",
     "SELECT CASE WHEN probe('x') = 'y' THEN 1 END",
 )
-RUN = (
-    "SELECT probe('x' || i) = 'y', upper(probe('x' || i)) || 'z' FROM range(1) t(i)",
-    "SELECT coalesce(probe('x' || i), 'z'), CASE WHEN probe('x' || i) = 'y' THEN 1 END FROM range(1) t(i)",
-    "SELECT count(*) FROM range(1) t(i) WHERE probe('x' || i) = 'x' OR length(probe('y' || i)) > i",
-    "SELECT * FROM range(length(probe('x')))",
-    "SELECT * FROM range(length(upper(probe('x')) || 'z'))",
-)
+NEEDED = ("SELECT * FROM range(length(upper(probe('x'))))", "SELECT 1 LIMIT length(probe('x') || 'z')")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Return addresses: of running a plan, and of where planning evaluates a constant and can do without."""
+
+    executor: frozenset[int] = frozenset()
+    optional: frozenset[int] = frozenset()
+
+
+class Probe:
+    """A function that raises at its first `refusals` calls in a query and remembers from where it was called."""
+
+    def __init__(self) -> None:
+        self.refusals = 0
+        self.stacks: list[list[int]] = []
+
+    def __call__(self, texts: Any) -> Any:
+        self.stacks.append(native_stack())
+        if len(self.stacks) <= self.refusals:
+            raise ValueError("not while planning")
+        return pa.array(["x"] * len(texts), pa.string())
+
+    def called_from(self, con: duckdb.DuckDBPyConnection, query: str, refusals: int) -> tuple[list[list[int]], bool]:
+        """The stacks of all calls that `query` makes, and whether DuckDB could do without the refused ones."""
+        self.refusals, self.stacks = refusals, []
+        try:
+            con.execute(query).fetchall()
+        except duckdb.Error:
+            return self.stacks, False
+        return self.stacks, True
 
 
 def native_stack() -> list[int]:
@@ -52,44 +78,33 @@ def native_stack() -> list[int]:
 
 
 @cache
-def folding_addresses() -> frozenset[int]:
-    """Return addresses that are on the stack only where DuckDB folds a constant and can go without.
-
-    Call it before the first query, outside of any function that DuckDB calls.
-    """
-    seen: list[list[int]] = []
-    refuse = False
-
-    def probe(texts: Any) -> Any:
-        seen.append(native_stack())
-        if refuse:
-            raise ValueError("not while planning")
-        return pa.array(["x"] * len(texts), pa.string())
-
+def places() -> Places:
+    """Found by planning the queries of PLANNED, then running them. Call it outside of functions that DuckDB calls."""
+    probe = Probe()
+    folded: list[list[int]] = []
+    needed: list[list[int]] = []
+    run: list[list[int]] = []
     with duckdb.connect() as con:
         con.create_function("probe", probe, ["VARCHAR"], "VARCHAR", type=ARROW)
-        for query in RUN:
-            con.execute(query).fetchall()
-        running = {address for stack in seen for address in stack}
-        refuse = True
-        swallowed: set[int] = set()
-        surfaced: set[int] = set()
         for query in PLANNED:
-            seen.clear()
-            last: set[int] = swallowed
-            try:
-                con.execute(f"EXPLAIN {query}").fetchall()
-            except duckdb.Error:
-                last = surfaced
-            found = [next((a for a in stack if a not in running), 0) for stack in seen]
-            swallowed.update(found[:-1])
-            last.update(found[-1:])
-        with contextlib.suppress(duckdb.Error):
-            con.remove_function("probe")
-    return frozenset(swallowed - surfaced - {0})
+            stacks, went_on = probe.called_from(con, f"EXPLAIN {query}", refusals=1_000)
+            folded += stacks if went_on else stacks[:-1]
+            needed += [] if went_on else stacks[-1:]
+            run += probe.called_from(con, query, refusals=len(stacks))[0][len(stacks) :] if went_on else []
+        evaluated = [stack for query in NEEDED for stack in probe.called_from(con, query, refusals=0)[0]]
+        con.remove_function("probe")
+    if not run or not all(folded):
+        return Places()
+    elsewhere = {address for stack in run + evaluated for address in stack}
+    optional, wanted = ({next((a for a in s if a not in elsewhere), 0) for s in stacks} for stacks in (folded, needed))
+    executor = set.intersection(*map(set, run)).difference(*folded, *needed, *evaluated)
+    return Places(frozenset(executor), frozenset(optional - wanted - {0}))
 
 
 def at_plan_time() -> bool:
-    """Whether DuckDB calls to fold a constant that it can fold later. For calls of one row: folding makes no other."""
-    addresses = folding_addresses()
-    return bool(addresses) and not addresses.isdisjoint(native_stack())
+    """Whether DuckDB calls to fold a constant that it can do without. For calls of one row: folding makes no other."""
+    known = places()
+    if not known.executor or not known.optional:
+        return False
+    stack = native_stack()
+    return known.executor.isdisjoint(stack) and not known.optional.isdisjoint(stack)
