@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 
-from complete_fn.errors import CompleteError
+from complete_fn.cli import Parser
+from complete_fn.errors import InvalidOptionError
 from complete_fn_workers.swiftkv import verbs
+
+VERBS: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
+    "convert": verbs.convert_verb,
+    "distill": verbs.distill_verb,
+    "eval": verbs.eval_verb,
+}
 
 USAGE = """complete-fn swiftkv <verb> ...
 
@@ -20,22 +26,21 @@ USAGE = """complete-fn swiftkv <verb> ...
 
 
 def main(argv: list[str]) -> int:
-    """Run one verb. Exit code: 0 done, 1 the request cannot be carried out, 3 `check` found a difference."""
-    known: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
-        "convert": verbs.convert_verb,
-        "distill": verbs.distill_verb,
-        "eval": verbs.eval_verb,
-    }
+    """Run one verb.
+
+    Returns:
+        0: done. 3: `check` found a difference.
+
+    Raises:
+        RequestError: the verb, its options or its files cannot be used.
+    """
     if argv[:1] == ["check"]:
         from complete_fn_workers.swiftkv.exact import main as check
 
         return check(argv[1:])
-    if not argv or argv[0] not in known:
-        print(USAGE, file=sys.stdout if argv in ([], ["--help"], ["-h"]) else sys.stderr)
-        return 0 if argv in (["--help"], ["-h"]) else 1
-    parser = argparse.ArgumentParser(prog=f"complete-fn swiftkv {argv[0]}")
-    try:
-        return known[argv[0]](parser, argv[1:])
-    except CompleteError as error:
-        print(f"complete-fn: {error}", file=sys.stderr)
-        return 1
+    if argv[:1] in ([], ["--help"], ["-h"]):
+        print(USAGE)
+        return 0
+    if argv[0] not in VERBS:
+        raise InvalidOptionError(f"There is no verb {argv[0]!r}. `complete-fn swiftkv --help` lists all.")
+    return VERBS[argv[0]](Parser(prog=f"complete-fn swiftkv {argv[0]}"), argv[1:])
