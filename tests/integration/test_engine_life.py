@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -22,7 +23,7 @@ from complete_fn.types import CompletionRequest, SamplingParams
 
 pytestmark = pytest.mark.engine
 PARENT = """
-import sys, itertools
+import itertools, os, sys, time
 from pathlib import Path
 from complete_fn.catalogue import Model
 from complete_fn.settings import Settings
@@ -32,6 +33,11 @@ from complete_fn_workers.embedded import open_engine
 folder, home, how = sys.argv[1:]
 engine = open_engine(Model("tiny", folder, engine_args={"max_num_seqs": 8}), Settings(Path(home), None, 0.25))
 rows = (CompletionRequest("tiny", f"row {n}", SamplingParams(max_tokens=8)) for n in itertools.count())
+if how == "fork":
+    next(engine.stream(rows, "me"))
+    if os.fork() == 0:
+        time.sleep(20)
+        os._exit(0)
 if how == "loading":
     engine.start()
     print("started", engine.child.pid, flush=True)
@@ -87,19 +93,23 @@ def own_engine(needs_vllm: None, tiny_entry: Model, tmp_path: Path) -> Iterator[
     opened.close()
 
 
-@pytest.mark.parametrize("how", ["kill", "kill while loading", "ctrl-c", "exception", "finish"])
+@pytest.mark.parametrize("how", ["kill", "kill while loading", "fork, then kill", "ctrl-c", "exception", "finish"])
 def test_no_orphan(needs_vllm: None, tiny_model: Path, tmp_path: Path, how: str) -> None:
-    parent, child = start_parent(tiny_model, tmp_path, "loading" if "loading" in how else how)
+    script = {"kill while loading": "loading", "fork, then kill": "fork"}.get(how, how)
+    parent, child = start_parent(tiny_model, tmp_path, script)
     try:
-        if how.startswith("kill"):
+        if "kill" in how:
             parent.kill()
         elif how == "ctrl-c":
             os.killpg(parent.pid, signal.SIGINT)  # as a terminal does, to all of the foreground group
-        _, errors = parent.communicate(timeout=2.0 if how == "ctrl-c" else 10.0)
+        assert parent.wait(timeout=2.0 if how == "ctrl-c" else 10.0) is not None
         assert gone_within(child, 2.5), f"the engine {child} lives on after {how}"
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
         if alive(child):
             os.kill(child, signal.SIGKILL)
+    _, errors = parent.communicate(timeout=10)
     expected = {"ctrl-c": "KeyboardInterrupt", "exception": "RuntimeError: the consumer fails"}.get(how)
     assert (errors.strip().splitlines() or [""])[-1] == (expected or ""), "something stray on the terminal"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import hashlib
 import importlib.util
@@ -26,7 +25,12 @@ from complete_fn.wiring import missing
 from complete_fn_workers.allocator import allocator_environment
 from complete_fn_workers.machine import available_cores, usable_cpus
 
+if sys.platform == "win32":
+    raise EngineError("The embedded engine needs Linux. Elsewhere use an endpoint: set the model's url.")
+import fcntl
+
 SOCKET_PATH_BYTES = 100  # the kernel's limit is 108 on Linux and 104 on macOS, with the closing zero
+LOCAL_HOME = "Set COMPLETE_FN_HOME to a folder on a local disk."
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 
 
@@ -136,9 +140,17 @@ def private_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the file lock; the kernel lets go of it when its holder dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold the file lock; the kernel lets go of it when its holder dies.
+
+    Raises:
+        EngineError: the file system has no locks, as some network file systems.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            file = held.enter_context(path.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise EngineError(f"{str(path)!r} cannot be locked: {error.strerror}. {LOCAL_HOME}") from error
         yield
 
 
@@ -187,7 +199,9 @@ def start(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[bytes]]:
             )
     except OSError as error:
         ours.close()
-        raise EngineError(f"The engine cannot be started: {error}. See {str(place.log)!r}.") from error
+        raise EngineError(
+            f"The engine of {place.spec.checkpoint!r} cannot be started: {error}. {LOCAL_HOME}"
+        ) from error
     finally:
         listener.close()
         theirs.close()
