@@ -19,6 +19,8 @@ from complete_fn.prompts import as_text, pack_messages, render_column, template_
 PROMPT = pa.struct([("template", pa.string()), ("fields", pa.map_(pa.string(), pa.string()))])
 POSITION = re.compile(r"(?<!\{)\{(\d+)\}(?!\})")
 
+NUMBERED = re.compile(r"\{_(\d+)\}")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -124,8 +126,8 @@ def prompt_structs(columns: list[Any]) -> Any:
     texts = [as_text(whole(v), n).cast(pa.string()) for n, v in zip(names, values, strict=True)]
     for text in pc.unique(template).drop_null().to_pylist():
         if missing := sorted(set(template_fields(text)) - set(names)):
-            name = missing[0].removeprefix("_") if missing[0][1:].isdigit() else missing[0]
-            raise InputError(f"The template {text!r} names {{{name}}}, which is not among the fields given.")
+            shown, field = (NUMBERED.sub(r"{\1}", t) for t in (text, f"{{{missing[0]}}}"))
+            raise InputError(f"The template {shown!r} names {field}, which is not among the fields given.")
     return with_fields(template.cast(pa.string()), names, texts)
 
 

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,19 +21,22 @@ from complete_fn.session import CompletionWarning, Session
 from complete_fn_connectors.arrow import Group, by_group, groups, is_text, prompt_column, prompt_structs, whole
 from complete_fn_connectors.interrupt import INTERRUPTS, Interruptible
 
+VECTOR = 2048  # rows of a full call by DuckDB: another one of the same query is likely to follow
 PAUSE = 0.25  # seconds without a call after which the next one belongs to another query
+LOUD, WITHIN = 5, 1.0  # at most so many warnings in so many seconds
 
 
 class QuerySession(Session):
     """A session that is called in pieces by a query engine, on any thread: it can be interrupted, and it warns of
-    failed rows at the first, then each time there are ten times as many, not once a piece."""
+    failed rows at the first piece of a query, then each time there are ten times as many, not at every piece."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.counting = threading.Lock()
-        self.running, self.ended = 0, 0.0
+        self.running, self.ended, self.full = 0, 0.0, False
         self.failures: Counter[str] = Counter()
         self.warn_at = 1
+        self.warnings: deque[float] = deque([-WITHIN] * LOUD, LOUD)
 
     def engine_of(self, model: Model) -> Engine:
         return Interruptible(super().engine_of(model), INTERRUPTS)
@@ -42,9 +45,10 @@ class QuerySession(Session):
         self, model: str, prompts: Any, options: Mapping[str, Any] | Options | None = None, job: str | None = None
     ) -> Answers:
         with self.counting:
-            if self.running == 0 and time.monotonic() - self.ended > PAUSE:
+            if self.running == 0 and (not self.full or time.monotonic() - self.ended > PAUSE):
                 self.failures, self.warn_at = Counter(), 1
             self.running += 1
+            self.full = len(prompts) >= VECTOR
         try:
             return super().complete(model, prompts, options, job)
         finally:
@@ -57,14 +61,15 @@ class QuerySession(Session):
         with self.counting:
             self.failures += answers.summary.failed
             total, counts = self.failures.total(), dict(self.failures)
-            loud = total >= self.warn_at
-            self.warn_at = max(self.warn_at, 10 * total if loud else 0)
-        if loud:
-            first = next(c.error for c in answers.completions if c.error is not None)
-            listed = ", ".join(f"{n:,} {code}" for code, n in counts.items())
-            warn(
-                f"{total:,} rows have no answer ({listed}); one of them: {first.message} complete_details() shows each."
-            )
+            if total < self.warn_at or time.monotonic() - self.warnings[0] < WITHIN:
+                return
+            self.warn_at = 10 * total
+            self.warnings.append(time.monotonic())
+        first = next(c.error for c in answers.completions if c.error is not None)
+        listed = ", ".join(f"{n:,} {code}" for code, n in counts.items())
+        warn(
+            f"Rows without an answer so far: {total:,} ({listed}). One: {first.message} complete_details() shows each."
+        )
 
     def take_summary(self) -> str:
         """One line on everything since the last call."""
