@@ -1,4 +1,7 @@
-"""Slices: answers gathered and committed at least every 2 s or 64 rows, together with their ledger lines."""
+"""Slices: answers gathered and committed every 2 s or 64 rows, together with their ledger lines.
+
+An engine that is faster than the commits fills slices of up to 256 rows, and then waits.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from complete_fn.types import Asker, Completion, Usage
 from complete_fn.work import Work
 
 SLICE_ROWS, SLICE_SECONDS = 64, 2.0
-WAITING_ROWS = 16 * SLICE_ROWS  # an engine that is faster than the disk waits
+MOST_ROWS, WAITING_ROWS = 256, 1024
 
 
 class Slices:
@@ -84,7 +87,7 @@ class Slices:
         while not (self.stopping or self.failure):
             with self.change:
                 self.change.wait_for(lambda: self.due or self.stopping, SLICE_SECONDS)
-                done, self.waiting = self.waiting[:SLICE_ROWS], self.waiting[SLICE_ROWS:]
+                done, self.waiting = self.waiting[:MOST_ROWS], self.waiting[MOST_ROWS:]
                 self.due = bool(self.waiting)
                 self.committing = True
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -59,6 +60,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.writing = threading.Lock()  # our threads take turns at once; SQLite's busy wait sleeps up to 100 ms
         refuse_network(path)
         with self.named_errors():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -84,13 +86,16 @@ class Store:
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
         options = {"begin": "BEGIN IMMEDIATE"}
-        with self.named_errors(), self.engine.connect().execution_options(**options) as connection, connection.begin():
+        with self.writing, self.named_errors(), self.connect(**options) as connection, connection.begin():
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        with self.named_errors(), self.engine.connect() as connection, connection.begin():
+        with self.named_errors(), self.connect() as connection, connection.begin():
             yield connection
+
+    def connect(self, **options: Any) -> sa.Connection:
+        return self.engine.connect().execution_options(**options)
 
     def close(self) -> None:
         self.engine.dispose()
