@@ -52,6 +52,8 @@ def test_config(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     [
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
         ({"enable_lora": True}, "Merge the adapter"),
+        ({"runner": "pooling"}, "generates text only"),
+        ({"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}}, "KV connector"),
         ({"kv_sharing_fast_prefill": True}, "leave kv_sharing_fast_prefill off"),
     ],
 )
@@ -64,7 +66,8 @@ def engine_config(**changes: Any) -> Any:
     parallel = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
     hf_config = SimpleNamespace(num_key_value_layers=4, num_hidden_layers=8)
     made: dict[str, Any] = {
-        "model_config": SimpleNamespace(hf_config=hf_config),
+        "model_config": SimpleNamespace(hf_config=hf_config, runner_type="generate"),
+        "kv_transfer_config": None,
         "parallel_config": SimpleNamespace(**(parallel | {"use_ubatching": False} | changes.pop("parallel", {}))),
         "lora_config": None,
         "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),

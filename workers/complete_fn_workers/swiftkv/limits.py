@@ -47,6 +47,10 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise ValueError("SwiftKV does not support context parallelism. Use tensor_parallel_size.")
     if parallel.use_ubatching:
         raise ValueError("SwiftKV does not support micro-batching (enable_dbo). Switch it off.")
+    if vllm_config.model_config.runner_type != "generate":
+        raise ValueError("SwiftKV generates text only: pooling reads prompt tokens that the later layers do not see.")
+    if vllm_config.kv_transfer_config is not None:
+        raise ValueError("SwiftKV with a KV connector (kv_transfer_config) has not been tried. Leave it out.")
     if vllm_config.lora_config is not None:
         raise ValueError("SwiftKV does not support LoRA. Merge the adapter into the checkpoint first.")
     if vllm_config.cache_config.kv_sharing_fast_prefill:
