@@ -109,6 +109,7 @@ class Interruptible:
                     raise KeyboardInterrupt("the query was interrupted; finished rows are kept")
         finally:
             pump.stop()
+            del pump  # a traceback would keep the thread, whose end then meets the pending signal and prints it
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         return self.engine.count_tokens(texts)
