@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import queue
@@ -47,6 +48,7 @@ class Connections:
         self.selector = selectors.DefaultSelector()
         self.alarm, self.bell = socket.socketpair()
         self.alarm.setblocking(False)
+        self.bell.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ)
         self.selector.register(self.alarm, selectors.EVENT_READ)
         self.alone_since = time.monotonic()
@@ -78,7 +80,8 @@ class Connections:
                     return  # the reading side notices and drops it
             if frame:
                 connection.unsent += frame
-                self.bell.send(b"!")
+                with contextlib.suppress(BlockingIOError):  # it rings already
+                    self.bell.send(b"!")
 
     def drained(self, seconds: float) -> None:
         """Wait until everything is sent, at most so long."""

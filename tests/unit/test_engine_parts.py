@@ -1,0 +1,118 @@
+"""The parts of the embedded engine that need no engine: frames, places, allocator, checks of answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from complete_fn.settings import Settings
+from complete_fn.structured import checked
+from complete_fn.token_counts import encodable
+from complete_fn.types import Completion, CompletionRequest, Message
+from complete_fn_workers.allocator import KEEP_MEMORY, allocator_environment, find_tcmalloc
+from complete_fn_workers.embedded import sendable
+from complete_fn_workers.engine_launch import EngineSpec, engine_environment, engine_key, engine_place, thread_binding
+from complete_fn_workers.engine_wire import Frames, pack
+from complete_fn_workers.machine import available_cores, memory_bytes
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@given(st.lists(st.dictionaries(TEXTS, TEXTS, max_size=3), max_size=5), st.integers(1, 9))
+def test_frames_survive_any_cut(messages: list[dict[str, str]], size: int) -> None:
+    stream = b"".join(pack(m) for m in messages)
+    frames = Frames()
+    received = [m for at in range(0, len(stream), size) for m in frames.feed(stream[at : at + size])]
+    assert received == messages
+    assert not frames.buffer
+
+
+def test_lone_surrogate_cannot_be_packed_and_is_found_before() -> None:
+    with pytest.raises(UnicodeEncodeError):
+        pack({"rows": [[0, "a\ud800"]]})
+    assert not sendable(CompletionRequest("m", "a\ud800"))
+    assert not sendable(CompletionRequest("m", (Message("user", "fine"), Message("user", "\udfff"))))
+    assert not sendable(CompletionRequest("m", ()))
+    assert sendable(CompletionRequest("m", ""))
+    assert encodable("a\ud800𝄞") == "a?𝄞"
+
+
+def spec(folder: Path) -> EngineSpec:
+    return EngineSpec(str(folder), None, None, {"max_num_seqs": 4}, None)
+
+
+def test_key_tells_engines_apart(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, None, None)
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"1")
+    first = spec(tmp_path)
+    key = engine_key(first, settings)
+    assert key == engine_key(spec(tmp_path), settings)
+    assert key != engine_key(replace(first, engine_args={"max_num_seqs": 5}), settings)
+    assert key != engine_key(replace(first, kv_cache_gib=2.0), settings)
+    time.sleep(0.01)
+    weights.write_bytes(b"2")
+    assert key != engine_key(first, settings), "a checkpoint trained anew must not be answered by the old engine"
+
+
+def test_folders_are_private_even_if_they_were_not(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "home" / "engines").mkdir(parents=True)
+    (tmp_path / "home" / "engines").chmod(0o755)
+    place = engine_place(spec(tmp_path), Settings(tmp_path / "home", None, None))
+    assert place.folder.stat().st_mode & 0o077 == 0
+    assert len(os.fsencode(place.socket)) <= 100
+
+
+def test_ranks_share_the_cpus() -> None:
+    shares = [share.split(",") for share in thread_binding(2).split("|")]
+    cpus = [cpu for share in shares for cpu in share]
+    assert len(shares) == 2
+    assert len(set(cpus)) == len(cpus) or len(cpus) == 2  # one CPU only: both ranks sit on it
+
+
+def test_users_own_allocator_is_left_alone() -> None:
+    assert allocator_environment({"LD_PRELOAD": "/opt/libjemalloc.so.2"}) == {}
+    assert allocator_environment({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}) == {}
+
+
+def test_allocator_without_and_with_tcmalloc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import complete_fn_workers.allocator as allocator
+
+    monkeypatch.setattr(allocator, "LIBRARY_FOLDERS", (str(tmp_path),))
+    assert find_tcmalloc() is None
+    assert allocator_environment({}) == {"GLIBC_TUNABLES": KEEP_MEMORY}
+    library = tmp_path / "x86_64-linux-gnu" / "libtcmalloc_minimal.so.4"
+    library.parent.mkdir()
+    library.touch()
+    assert allocator_environment({"LD_PRELOAD": "/a.so"}) == {"LD_PRELOAD": f"{library}:/a.so"}
+
+
+def test_childs_environment_keeps_vllm_inside_and_local_models_offline(tmp_path: Path) -> None:
+    environment = engine_environment(spec(tmp_path))
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert int(environment["OMP_NUM_THREADS"]) == available_cores()
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment
+    assert memory_bytes() > 1 << 28
+
+
+def test_answers_are_checked_against_the_schema() -> None:
+    schema = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+    good, broken, cut = Completion('{"a": 1}', "stop"), Completion('{"a": "x"}', "stop"), Completion('{"a', "length")
+    assert checked(good, schema) is good
+    assert checked(broken, None) is broken
+    for bad, words in ((broken, "at a"), (cut, "cut by max_tokens")):
+        found = checked(bad, schema)
+        assert found.error is not None
+        assert found.error.code == "schema_mismatch"
+        assert words in found.error.message
+        assert found.text == bad.text
