@@ -9,11 +9,15 @@ from complete_fn.errors import InvalidOptionError
 
 
 class Budget:
-    """`limit` of one currency, shared by any number of threads; spent + reserved never exceeds it."""
+    """`limit` of one currency, shared by any number of threads; spent + reserved never exceeds it.
 
-    def __init__(self, limit: Decimal) -> None:
+    `spent` counts from what was spent before, `name` is what a refused row is told.
+    """
+
+    def __init__(self, limit: Decimal, spent: Decimal = Decimal(0), name: str = "max_cost") -> None:
         self.limit = limit
-        self.spent = Decimal(0)
+        self.name = name
+        self.spent = spent
         self.reserved = Decimal(0)
         self.lock = threading.Lock()
 

@@ -5,6 +5,10 @@ CompleteError
 │   ├── UnknownModelError       the model is neither in the catalogue nor a folder nor a Hub id
 │   ├── InvalidOptionError      an option, schema or template cannot be used
 │   ├── InputError              a file, column or table cannot be read or written as asked
+│   ├── TooLargeError           an upload or body is above the service's limit
+│   ├── NotFoundError           the service has no such file, job or batch of this tenant
+│   ├── KeyRefusedError         the API key is missing, unknown or revoked
+│   ├── ScopeError              the API key does not allow this
 │   └── BudgetExceededError     `max_cost` cannot be kept (only with `strict`)
 ├── EngineError             the operator: the engine cannot start, died twice, or its URL does not answer
 │   ├── EngineMissingError      a library of the engine is not installed
@@ -56,6 +60,34 @@ class InputError(RequestError):
     """The input or output cannot be used."""
 
     code = "invalid_input"
+
+
+class TooLargeError(InputError):
+    """The upload is too large."""
+
+    status = 413
+    code = "too_large"
+
+
+class NotFoundError(RequestError):
+    """There is nothing of this name."""
+
+    status = 404
+    code = "not_found"
+
+
+class KeyRefusedError(RequestError):
+    """The API key is missing, unknown or revoked."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class ScopeError(RequestError):
+    """The API key does not allow this."""
+
+    status = 403
+    code = "not_allowed"
 
 
 class BudgetExceededError(RequestError):

@@ -165,7 +165,7 @@ class Admission:
 
 def refuse(numbers: list[int], slices: Slices, budget: Budget) -> None:
     left = budget.limit - budget.spent
-    message = f"max_cost {budget.limit} leaves {left:.9f}, less than the row may cost at list price."
+    message = f"{budget.name} {budget.limit} leaves {left:.9f}, less than the row may cost at list price."
     for number in numbers:
         slices.add(number, Completion.failed("budget_exceeded", message))
     slices.flush()

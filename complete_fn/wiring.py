@@ -21,6 +21,8 @@ VERBS: dict[str, str] = {
     "models": "complete_fn.cli_state:models_main",
     "usage": "complete_fn.cli_state:usage_main",
     "cache": "complete_fn.cli_state:cache_main",
+    "serve": "complete_fn.cli_serve:serve_main",
+    "keys": "complete_fn.cli_serve:keys_main",
     "setup-engine": "complete_fn_workers.setup_engine:main",
     "swiftkv": "complete_fn_workers.swiftkv.cli:main",
 }
@@ -33,6 +35,9 @@ REMEDIES: dict[str, str] = {
     "safetensors": "complete-fn setup-engine",
     "duckdb": "pip install 'complete-fn[duckdb]'",
     "polars": "pip install 'complete-fn[polars]'",
+    "fastapi": "pip install 'complete-fn[service]'",
+    "uvicorn": "pip install 'complete-fn[service]'",
+    "python_multipart": "pip install 'complete-fn[service]'",
 }
 
 

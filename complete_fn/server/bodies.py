@@ -1,0 +1,124 @@
+"""Bodies of the OpenAI routes, with OpenAI's defaults. A field that would change the answer is here or is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from complete_fn.catalogue import Model
+from complete_fn.errors import RequestError
+from complete_fn.keys import Call
+from complete_fn.options import parse_options
+from complete_fn.prompts import pack_messages
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class SamplingBody(Body):
+    """What chat completions and completions share. `user`, `metadata` and their like are taken and not used."""
+
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: Literal[1] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def call(self, model: Model, max_tokens: int | None, response_format: Any = None) -> Call:
+        """The call with OpenAI's defaults: temperature 1, top_p 1; `max_tokens` None takes what the context leaves."""
+        given = {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "seed": self.seed,
+            "stop": self.stop or None,
+            "max_tokens": max_tokens or model.max_model_len,
+            "response_format": response_format,
+        }
+        options = parse_options(given)
+        return Call(model, options.sampling, options.response_format)
+
+
+class ChatBody(SamplingBody):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "demo-llama", "messages": [{"role": "user", "content": "Name the section: a text editor"}]}
+            ]
+        },
+    )
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    response_format: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def prompt(self) -> str:
+        return pack_messages([{"role": ROLES[m.role], "content": content(m)} for m in self.messages])
+
+    def chat_call(self, model: Model) -> Call:
+        return self.call(model, self.max_completion_tokens or self.max_tokens, schema_of(self.response_format))
+
+
+class CompletionBody(SamplingBody):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "demo-llama", "prompt": "Name the section: vim", "max_tokens": 16}]}
+    )
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+
+    def completion_call(self, model: Model) -> Call:
+        return self.call(model, self.max_tokens)
+
+
+def content(message: ChatMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "".join(part.text for part in message.content)
+
+
+def schema_of(given: dict[str, Any] | None) -> Any:
+    """OpenAI's response_format as what `parse_options` takes."""
+    kind = (given or {}).get("type")
+    if given is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind == "json_schema":
+        return given
+    raise RequestError(f"response_format.type = {kind!r} is not one of 'text', 'json_object', 'json_schema'.")

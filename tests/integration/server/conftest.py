@@ -1,0 +1,87 @@
+"""A real server in a thread of the test, on a port of its own, answered by engines that ship with the core."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from complete_fn import EchoEngine
+from complete_fn.server.app import make_app
+from complete_fn.service import Service
+
+MODELS = """
+[models.echo]
+checkpoint = 'echo'
+max_model_len = 64
+default_max_tokens = 8
+prices = { input = 1, cached_input = 0.5, output = 2 }
+
+[models.other]
+checkpoint = 'other'
+max_model_len = 64
+prices = { input = 10, cached_input = 5, output = 20 }
+"""
+
+
+@dataclass
+class Running:
+    """A server that runs: its service, its address, and clients for it."""
+
+    service: Service
+    url: str
+    server: uvicorn.Server
+
+    def http(self, key: str = "") -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+
+    def openai(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
+
+
+@pytest.fixture
+def models_file(tmp_path: Path) -> Path:
+    path = tmp_path / "models.toml"
+    path.write_text(MODELS)
+    return path
+
+
+@pytest.fixture
+def serve(tmp_path: Path, models_file: Path) -> Iterator[Callable[..., Running]]:
+    """Call it for a server: `serve(engine=..., loopback=...)`; all end with the test."""
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(engine: Any = None, loopback: bool = True, home: Path | None = None, **more: Any) -> Running:
+        service = Service(home or tmp_path / "home", models_file, engine or EchoEngine(64), **more)
+        listener = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(make_app(service, loopback), log_level="warning", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        running.append((server, thread))
+        until = time.monotonic() + 10
+        while not server.started and time.monotonic() < until:
+            time.sleep(0.01)
+        return Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+
+    yield start
+    for server, _ in running:
+        server.should_exit = True
+    for _, thread in running:
+        thread.join(10)
+
+
+@pytest.fixture
+def running(serve: Callable[..., Running]) -> Running:
+    """A server on EchoEngine, loopback, without keys."""
+    return serve()

@@ -1,0 +1,94 @@
+"""Keys, scopes, tenants and their budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import openai
+import pytest
+
+from complete_fn import EchoEngine
+
+
+def ask(client: openai.OpenAI, text: str, **more: Any) -> str | None:
+    messages: list[Any] = [{"role": "user", "content": text}]
+    return (
+        client.chat.completions.create(model="echo", messages=messages, temperature=0, **more)
+        .choices[0]
+        .message.content
+    )
+
+
+def test_once_there_is_a_key_nobody_gets_in_without_one(running: Any) -> None:
+    assert ask(running.openai("anything"), "open") == "open"
+    key = running.service.keys.create("acme", "ann")
+    name, secret = key.split("-")[1:]
+    assert ask(running.openai(key), "x") == "x"
+    wrong = [f"cfn-{name}-{secret[:-1]}{'0' if secret[-1] != '0' else '1'}", f"cfn-{'0' * 12}-{secret}", "cfn", "none"]
+    for bad in wrong:
+        with pytest.raises(openai.AuthenticationError):
+            ask(running.openai(bad), "x")
+    with running.http() as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/healthz").status_code == 200
+    running.service.keys.revoke(name)
+    with pytest.raises(openai.AuthenticationError):
+        ask(running.openai(key), "x")
+    with pytest.raises(openai.AuthenticationError):  # revoking the last key does not open the door
+        ask(running.openai(), "x")
+
+
+def test_without_a_loopback_bind_keys_are_always_asked_for(serve: Callable[..., Any]) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        ask(serve(loopback=False).openai(), "x")
+
+
+def test_a_key_does_what_its_scopes_say(running: Any) -> None:
+    key = running.service.keys.create("acme", "ann", ["usage"])
+    with pytest.raises(openai.PermissionDeniedError):
+        ask(running.openai(key), "x")
+    assert running.openai(key).models.list().data
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}])
+def test_pages_of_other_sites_cannot_use_a_visitors_service(running: Any, headers: dict[str, str]) -> None:
+    with running.http() as client:
+        assert client.get("/v1/models", headers=headers).status_code == 403
+        assert client.get("/v1/models", headers={"Origin": "http://localhost:3000"}).status_code == 200
+
+
+def test_answers_and_the_prefix_cache_are_not_shared_across_tenants(serve: Callable[..., Any]) -> None:
+    salts = []
+
+    class Salted(EchoEngine):
+        def stream(self, requests: Any, tenant: str) -> Any:
+            salts.append(tenant)
+            return super().stream(requests, tenant)
+
+    engine = Salted(64)
+    running = serve(engine)
+    ann, bob = (running.service.keys.create(tenant, "u") for tenant in ("acme", "bolt"))
+    for key in (ann, ann, bob):
+        ask(running.openai(key), "the same question")
+    assert len(engine.requests) == 2
+    assert salts == ["acme", "bolt"]
+
+
+def test_a_daily_budget_is_never_passed(serve: Callable[..., Any]) -> None:
+    engine = EchoEngine(64)
+    running = serve(engine)
+    key = running.service.keys.create("acme", "ann")
+    other = running.service.keys.create("bolt", "bob")
+    running.service.keys.set_daily_budget("acme", Decimal("0.000132"))
+    client = running.openai(key)
+    # A row costs 3 + 2 x 2 = 7 millionths and reserves 64 + 2 x 2 = 68: the tenth is the last that 132 can cover.
+    for n in range(10):
+        assert ask(client, f"{n} b c", max_tokens=2) == f"{n} b"
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client, "10 b c", max_tokens=2)
+    assert caught.value.status_code == 402
+    assert "daily budget" in caught.value.message
+    assert ask(running.openai(other), "x", max_tokens=2) == "x"
+    assert running.service.spent_since("acme", 0.0) == Decimal("0.000070")
