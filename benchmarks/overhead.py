@@ -116,7 +116,8 @@ def ask(child: subprocess.Popen[str], message: dict[str, Any]) -> dict[str, Any]
 
 def ours(model: str, prompts: list[str], salt: str, home: str) -> dict[str, Any]:
     con = duckdb.connect()
-    registered = register(con, home=home, who=Asker(tenant=salt), progress=False)
+    registered = register(con, home=home, progress=False)
+    registered.session.who = Asker(tenant=salt)
     con.register("docs", pa.table({"row": range(len(prompts)), "prompt": prompts}))
     query = f"SELECT complete_details('{model}', prompt, {{'max_tokens': {MAX_TOKENS}, 'cache': 'off'}}) d FROM docs"
     began = time.perf_counter()
