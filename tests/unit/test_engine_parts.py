@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -116,3 +118,35 @@ def test_answers_are_checked_against_the_schema() -> None:
         assert found.error.code == "schema_mismatch"
         assert words in found.error.message
         assert found.text == bad.text
+
+
+SLOW_READER = """
+import socket, time, pathlib, tempfile
+from complete_fn_workers.engine_io import Connections
+from complete_fn_workers.engine_wire import Frames
+
+folder = pathlib.Path(tempfile.mkdtemp())
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(str(folder / "s"))
+listener.listen()
+ours, theirs = socket.socketpair()
+connections = Connections(listener, theirs, (folder / "s", folder / "l"))
+(connection,) = connections.open
+began = time.monotonic()
+for n in range(40):
+    connections.send(connection, {"done": [n, "x" * 100_000]})
+assert time.monotonic() - began < 1.0, "a parent that does not read stalls the engine"
+assert connection.unsent, "the socket took it all: the test shows nothing"
+frames, numbers = Frames(), []
+while len(numbers) < 40:
+    numbers += [m["done"][0] for m in frames.feed(ours.recv(1 << 20))]
+assert numbers == list(range(40))
+ours.close()
+time.sleep(5)
+print("still here")
+"""
+
+
+def test_parent_that_does_not_read_stalls_nobody_and_the_child_ends_when_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", SLOW_READER], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("", "")
