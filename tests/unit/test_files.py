@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from complete_fn.errors import InputError
@@ -83,6 +83,7 @@ def test_a_table_as_csv(tmp_path: Path) -> None:
 csv_value = st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00")))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(csv_value, csv_value), min_size=1, max_size=8))
 def test_csv_values_come_back_byte_for_byte(rows: list[tuple[str | None, str | None]]) -> None:
     import tempfile
