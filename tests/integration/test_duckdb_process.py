@@ -23,7 +23,7 @@ class Slow:
         for position, request in enumerate(requests):
             time.sleep(60 if request.prompt == "stuck" else 0.02)
             if position == 20:
-                print("running", threading.current_thread() is threading.main_thread(), flush=True)
+                print("running", flush=True)
             yield position, Completion(request.prompt, "stop", usage=Usage(2, 0, 2))
     def count_tokens(self, texts):
         return [len(t) for t in texts]
@@ -37,28 +37,36 @@ RUN = """
 print("ready", flush=True)
 try:
     run()
-    print("finished")
-except BaseException as error:
-    print("raised", type(error).__name__, str(error).replace("\\n", " "), flush=True)
+    print("ran to its end")
+except BaseException as raised:
+    for _ in range(3):
+        try:  # Polars' streaming engine may deliver a second KeyboardInterrupt here
+            print("raised", type(raised).__name__, str(raised).replace("\\n", " "), flush=True)
+            break
+        except KeyboardInterrupt:
+            pass
 print(con.execute("SELECT 42").fetchall())
 """
 
 
 def interrupted(script: str, home: Path, after: str = "running") -> tuple[str, str, float]:
-    """stdout, stderr and the seconds from Ctrl-C, sent once `after` has been printed, to the process's end."""
+    """stdout, stderr and the seconds from Ctrl-C, sent once `after` has been printed, to the error the query raised."""
     command = [sys.executable, "-c", script, str(home)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         seen = ""
         while after not in seen:
             line = process.stdout.readline()
-            assert line, seen + (process.stderr.read() if process.stderr else "")
+            assert line, seen + process.stderr.read()
             seen += line
         process.send_signal(signal.SIGINT)
         sent = time.monotonic()
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-    return seen + out, err, time.monotonic() - sent
+        while line and "raised" not in line:
+            line = process.stdout.readline()
+            seen += line
+        seconds = time.monotonic() - sent
+        return seen + process.stdout.read(), process.stderr.read(), seconds
 
 
 def kept(home: Path) -> tuple[int, set[str]]:
@@ -91,7 +99,7 @@ def test_ctrl_c_gets_through_an_engine_that_is_stuck(tmp_path: Path) -> None:
     script = script.replace("run()\n", "threading.Timer(1, lambda: print('stuck now', flush=True)).start(); run()\n")
     out, _, seconds = interrupted(script, tmp_path, "stuck now")
     assert "KeyboardInterrupt" in out
-    assert seconds < 2 + 1  # at exit the engine's thread is given a second
+    assert seconds < 2
 
 
 def test_ctrl_c_reaches_queries_of_other_threads(tmp_path: Path) -> None:
