@@ -56,15 +56,15 @@ def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode 
     tools.progress.start(len(plan.order))
     try:
         with Slices(call, work, tools.store, who, tools.progress) as slices:
-            slices.reuse()
+            slices.reuse(work.reused)
             while missing := work.missing():
                 with claimed(work, missing, who.tenant) as (mine, theirs):
                     if work.shared and CLAIMS.releases != seen:  # committed between our look-up and our claim
-                        work.look_again(mine, tools.store)
+                        slices.reuse(work.look_again(mine, tools.store))
                     mine = [n for n in mine if work.found[n] is None]
                     compute(mine, call, work, slices, tools, who)
                 wait(theirs)
-                work.look_again(theirs, tools.store)
+                slices.reuse(work.look_again(theirs, tools.store))
     finally:
         tools.progress.stop()
     return Answers(plan, work.completions, call.model.prices, summarise(call, work, time.monotonic() - began))

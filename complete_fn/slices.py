@@ -123,13 +123,13 @@ class Slices:
         spared = total(times(usage, copies) for usage, copies in again)
         return computed + free(self.prices, "duplicate", sum(c for _, c in again), spared)
 
-    def reuse(self) -> None:
+    def reuse(self, numbers: set[int]) -> None:
         """Ledger lines, at no cost, for what the store answered."""
-        resumed, reused = self.work.resumed, self.work.reused - self.work.resumed
+        resumed, reused = numbers & self.work.resumed, numbers - self.work.resumed
         lines = [line for kind, ns in (("resumed", resumed), ("reused", reused)) for line in self.free_line(kind, ns)]
         if lines:
             self.store.commit(self.attempt, [], lines, 0, 0)
-        self.advance(sorted(self.work.reused), Usage())
+        self.advance(sorted(numbers), Usage())
 
     def free_line(self, kind: str, numbers: set[int]) -> list[LedgerLine]:
         usages = [(c.usage, int(self.copies[n])) for n in numbers if (c := self.work.found[n]) is not None]

@@ -58,12 +58,15 @@ class Work:
             return None
         return Stored(self.job_keys[number], completion, self.who.job) if self.job_keys else None
 
-    def look_again(self, numbers: Any, store: Store) -> None:
-        """Take what another thread has committed meanwhile."""
+    def look_again(self, numbers: Any, store: Store) -> set[int]:
+        """Take what another thread has committed meanwhile; the numbers of what was found."""
         wanted = {self.keys[n]: n for n in numbers}
-        for key, (completion, _) in store.look_up(self.who.tenant, list(wanted), self.since).items():
+        known = store.look_up(self.who.tenant, list(wanted), self.since)
+        found = {wanted[key] for key in known}
+        for key, (completion, _) in known.items():
             self.found[wanted[key]] = completion
-            self.reused.add(wanted[key])
+        self.reused |= found
+        return found
 
 
 def known_answers(call: Call, plan: BatchPlan, store: Store, who: Asker, cache: CacheMode) -> Work:

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -355,6 +356,25 @@ def test_the_ledger_bills_what_was_computed(
     assert answered == rows
     assert all(x["cost_nano"] == 0 for x in lines if x["price_class"] not in ("input", "cached_input", "output"))
     store.close()
+
+
+def test_rows_that_another_thread_computed_have_their_line(store: Store) -> None:
+    class Slow(EchoEngine):
+        def stream(self, requests: Any, tenant: str) -> Iterator[tuple[int, Completion]]:
+            for position, completion in super().stream(requests, tenant):
+                time.sleep(0.005)
+                yield position, completion
+
+    prompts = text_column([f"p {n}" for n in range(50)] + ["p 1"])
+    runs = [threading.Thread(target=run, args=(Call(MODEL), prompts, Tools(Slow(), store), WHO)) for _ in range(3)]
+    for each in runs:
+        each.start()
+    for each in runs:
+        each.join()
+    lines = rows_of(store, ledger)
+    rows = {c: sum(x["rows"] for x in lines if x["price_class"] == c) for c in ("input", "duplicate", "reused")}
+    assert rows["input"] == 50
+    assert sum(rows.values()) == 3 * 51
 
 
 def test_rounding_stays_below_a_nano_unit_a_line(store: Store) -> None:
