@@ -7,6 +7,7 @@ them has let go, however it did (see `engine_launch`). Imports neither torch nor
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -14,7 +15,6 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
-from select import select
 from typing import Any
 
 from complete_fn.catalogue import Model
@@ -62,7 +62,12 @@ class Link:
         return self.messages.pop(0)
 
     def readable(self) -> bool:
-        return bool(self.messages) or bool(select([self.link], [], [], 0)[0])
+        try:
+            return bool(self.messages) or self.link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) is not None
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # broken, which the next `receive` says
 
     def close(self) -> None:
         self.link.close()
@@ -131,7 +136,8 @@ class EmbeddedEngine:
             if self.lifeline is not None and self.owner == os.getpid() and not ended(self.lifeline):
                 return
             self.release()
-            link, self.child = join_engine(self.place)
+            link, child = join_engine(self.place)
+            self.child = child or self.child
             self.lifeline, self.owner = Link(link), os.getpid()
 
     def greeting(self, link: Link) -> dict[str, Any]:
@@ -144,6 +150,9 @@ class EmbeddedEngine:
         return ready
 
     def obituary(self, what: str) -> str:
+        end = self.child.poll() if self.child is not None else None
+        if end is not None and end < 0:
+            what += f" (signal {-end}{'; perhaps out of memory' if end == -signal.SIGKILL else ''})"
         tail = log_tail(self.place.log)
         return f"The engine of model {self.model.name!r} {what}\nThe end of its log {str(self.place.log)!r}:\n{tail}"
 
