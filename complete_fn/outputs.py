@@ -35,9 +35,9 @@ def refuse_output(place: Place, overwrite: bool) -> None:
         if sys.stdout.isatty() and place.format in ("parquet", "arrow"):
             raise InputError(f"{place.format} is nothing for a terminal: write to a file with -o, or --format jsonl.")
         return
-    path = Path(place.name).resolve()
-    if is_device(path):
+    if is_device(Path(place.name)):
         return
+    path = Path(place.name).resolve()
     if path.is_dir():
         raise InputError(f"The output {place.name!r} is a folder.")
     refuse_existing(place, overwrite)
@@ -64,7 +64,7 @@ def write_rows(place: Place, rows: Rows, new: Mapping[str, Any], overwrite: bool
     Raises:
         InputError: the output cannot be written; nothing of it is left behind.
     """
-    path = Path(place.name).resolve()
+    path = Path(place.name)
     try:
         if place.piped:
             sys.stdout.flush()
@@ -75,7 +75,7 @@ def write_rows(place: Place, rows: Rows, new: Mapping[str, Any], overwrite: bool
             with path.open("wb") as device:
                 write_to(device, place, rows, new)
         else:
-            write_whole(path, place, rows, new, overwrite)
+            write_whole(path.resolve(), place, rows, new, overwrite)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -264,6 +264,15 @@ def test_unusable_outputs_are_refused(tmp_path: Path) -> None:
     refuse_output(Place("/dev/null", "csv"), overwrite=False)
 
 
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    source = put(tmp_path / "in.csv", b"a,b\n1,2\n")
+    reading, writing = os.pipe()
+    through(Place(f"/dev/fd/{writing}", "csv"), source, {"c": pa.array(["x"])})
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        assert pipe.read() == b"a,b,c\n1,2,x\n"
+
+
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "zst"])
 def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     through(place_of(str(tmp_path / f"o.csv.{suffix}")), put(tmp_path / "i.csv", b"a,b\n1,2\n"), {"c": pa.array(["x"])})
