@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from complete_fn.errors import InvalidOptionError, KeyRefusedError, ScopeError
 from complete_fn.prices import nano
-from complete_fn.service_tables import api_keys, tenants
+from complete_fn.service_tables import TABLES, api_keys, tenants
 from complete_fn.store import Store
 from complete_fn.tables import metadata
 
@@ -66,7 +66,7 @@ class KeyStore:
     def __init__(self, store: Store) -> None:
         self.store = store
         with store.write() as connection:
-            metadata.create_all(connection, tables=[api_keys, tenants])
+            metadata.create_all(connection, tables=TABLES)
 
     def create(self, tenant: str, user: str, scopes: Sequence[str] = tuple(SCOPES)) -> str:
         """A new key; this is the only time that it can be read.

@@ -21,16 +21,19 @@ from complete_fn.catalogue import Model, load_catalogue
 from complete_fn.engine import Engine
 from complete_fn.engines import at_engine, close_engines, engine_for
 from complete_fn.errors import UnknownModelError
+from complete_fn.job_store import JobStore
 from complete_fn.key_store import KeyStore
 from complete_fn.keys import Call
 from complete_fn.ledger import money
 from complete_fn.options import CacheMode
+from complete_fn.queue import InlineQueue, JobQueue
 from complete_fn.runner import Tools, run
 from complete_fn.settings import load_settings
 from complete_fn.stoppable import StoppableEngine
 from complete_fn.store import Store
 from complete_fn.tables import ledger
 from complete_fn.types import Asker
+from complete_fn.uploads import Uploads
 
 
 class Budgets(Budget):
@@ -55,9 +58,8 @@ class Budgets(Budget):
     def name(self) -> str:  # type: ignore[override]
         return self.tightest.name
 
-    @property
-    def idle(self) -> bool:
-        return all(b.idle for b in self.budgets)
+    def hopeless(self, worst: Decimal) -> bool:
+        return any(b.hopeless(worst) for b in self.budgets)
 
     def reserve(self, worst: Decimal) -> bool:
         for number, budget in enumerate(self.budgets):
@@ -112,6 +114,9 @@ class Service:
         self.idle_seconds = idle_seconds
         self.store = Store(self.settings.home / "state.sqlite3")
         self.keys = KeyStore(self.store)
+        self.jobs = JobStore(self.store)
+        self.uploads = Uploads(self.store, self.folder / "files", limits.upload_bytes)
+        self.queue: JobQueue = InlineQueue()
         self.lock = threading.Lock()
         self.days: dict[tuple[str, str], Budget] = {}
         self.running = 0
@@ -122,6 +127,9 @@ class Service:
     def folder(self) -> Path:
         """Uploads and results."""
         return self.settings.home / "service"
+
+    def job_folder(self, job: str) -> Path:
+        return self.folder / "jobs" / job
 
     def models(self) -> dict[str, Model]:
         return load_catalogue(self.settings.models_file)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
 
 from complete_fn.server.auth import ServiceOf
+from complete_fn.server.refusals import refusal
 
 router = APIRouter(tags=["health"])
 
@@ -14,7 +16,9 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz", summary="API and state accept work, models loaded or not")
-def readyz(service: ServiceOf) -> dict[str, str]:
+@router.get("/readyz", summary="API and workers accept work, models loaded or not", response_model=None)
+def readyz(request: Request, service: ServiceOf) -> dict[str, str] | JSONResponse:
     service.keys.any()  # a StoreError becomes a 5xx
+    if not request.app.state.loop.alive():
+        return refusal(503, "A worker thread has ended. Restart the service.", "worker_gone")
     return {"status": "ready"}

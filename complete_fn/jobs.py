@@ -1,0 +1,118 @@
+"""A job and its parts: what they are, and which status may follow which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from complete_fn.errors import JobError
+
+# A job that is told to stop is `stopping` until its last running part has let go, then what `ends_as` says.
+JOB_MOVES: dict[str, tuple[str, ...]] = {
+    "queued": ("running", "stopping", "completed", "failed", "cancelled", "expired"),
+    "running": ("stopping", "completed", "failed", "cancelled", "expired"),
+    "stopping": ("failed", "cancelled", "expired"),
+    "completed": (),
+    "failed": (),
+    "cancelled": (),
+    "expired": (),
+}
+# A part goes back to `queued` when its lease runs out, its worker drains, or the engine failed.
+PART_MOVES: dict[str, tuple[str, ...]] = {
+    "queued": ("running", "cancelled", "failed"),
+    "running": ("queued", "done", "cancelled", "failed"),
+    "done": (),
+    "cancelled": (),
+    "failed": (),
+}
+JOB_OPEN = ("queued", "running", "stopping")
+LEASE_SECONDS = 30.0
+TRIES = 3  # of a part whose engine fails
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Bulk work of one tenant. `kind` is `table` or `batch`; times in seconds of the epoch, money in 1e-9.
+
+    `request` is the submitted specification as JSON, `nulls` counts the rows that need no answer.
+    """
+
+    id: str
+    tenant: str
+    user: str
+    kind: str
+    status: str
+    ends_as: str | None
+    model: str
+    rows: int
+    nulls: int
+    max_cost_nano: int | None
+    currency: str
+    basis: str
+    priority: int
+    idempotency_key: str | None
+    request: str
+    query_tag: str | None
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+    deadline: float | None
+    error: str | None
+
+    @property
+    def over(self) -> bool:
+        return self.status not in JOB_OPEN
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A token-bounded piece of a job: the unit of placement and retry.
+
+    Attributes:
+        options: what `parse_options` takes, as JSON.
+        tokens: estimated, prompts and answers.
+        fence: counts the claims; only the last claimant's commit counts.
+        tries: claims that did not end well.
+        result: file of the answers in the job's folder, once there is one.
+        failed: rows without an answer, once there is a result.
+    """
+
+    id: int
+    job: str
+    tenant: str
+    number: int
+    status: str
+    model: str
+    options: str
+    rows: int
+    tokens: int
+    fence: int
+    worker: str | None
+    lease_until: float
+    tries: int
+    result: str | None
+    failed: int
+
+    @property
+    def name(self) -> str:
+        """Under which `run` knows this work, so that it can be resumed."""
+        return f"{self.job}/{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How far a job is. Tokens and cost are those of the ledger: what was committed, no more, no less."""
+
+    done: int
+    failed: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cost_nano: int
+
+
+def refuse_move(job: Job, status: str) -> None:
+    """Raises:
+    JobError: a job of this status cannot become `status`.
+    """
+    if status not in JOB_MOVES[job.status]:
+        raise JobError(f"Job {job.id} is {job.status}; it cannot become {status}.")

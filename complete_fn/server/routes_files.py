@@ -1,0 +1,77 @@
+"""`/v1/files`: tables to answer and batches to run, and what batches left, in OpenAI's form."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, File, Form, Query, UploadFile
+from fastapi.responses import FileResponse
+
+from complete_fn.errors import InputError
+from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.uploads import Upload
+
+PURPOSES = ("batch", "user_data")
+Limit = Annotated[int, Query(ge=1, le=1000)]
+
+router = APIRouter(tags=["files"])
+
+
+def file_body(upload: Upload) -> dict[str, Any]:
+    return {
+        "id": upload.id,
+        "object": "file",
+        "bytes": upload.bytes,
+        "created_at": int(upload.created_at),
+        "filename": upload.name,
+        "purpose": upload.purpose,
+        "status": "processed",
+    }
+
+
+def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+    """A page in OpenAI's form; `found` has one more than `limit` where there are more."""
+    shown = found[:limit]
+    ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": shown, **ends, "has_more": len(found) > limit}
+
+
+@router.post("/v1/files", summary="Upload a table (.parquet, .csv, .jsonl) or a batch (.jsonl)")
+def upload_file(
+    service: ServiceOf, caller: Caller, file: Annotated[UploadFile, File()], purpose: Annotated[str, Form()]
+) -> dict[str, Any]:
+    caller.require("jobs")
+    if purpose not in PURPOSES:
+        raise InputError(f"purpose = {purpose!r} is not one of {', '.join(PURPOSES)}.")
+    name = (file.filename or "").replace("\\", "/").rpartition("/")[2]
+    Upload("", caller.tenant, name, purpose, 0, 0.0).format  # noqa: B018  refuses names that say no format
+    return file_body(service.uploads.save(caller.tenant, name, purpose, file.file))
+
+
+@router.get("/v1/files", summary="The tenant's files, newest first")
+def list_files(
+    service: ServiceOf, caller: Caller, purpose: str | None = None, limit: Limit = 100, after: str | None = None
+) -> dict[str, Any]:
+    caller.require("jobs")
+    found = service.uploads.newest(caller.tenant, limit + 1, after, purpose)
+    return page([file_body(f) for f in found], limit)
+
+
+@router.get("/v1/files/{file_id}", summary="One file")
+def get_file(file_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    return file_body(service.uploads.get(caller.tenant, file_id))
+
+
+@router.get("/v1/files/{file_id}/content", summary="A file's bytes")
+def get_content(file_id: str, service: ServiceOf, caller: Caller) -> FileResponse:
+    caller.require("jobs")
+    upload = service.uploads.get(caller.tenant, file_id)
+    return FileResponse(service.uploads.path(upload), media_type="application/octet-stream")
+
+
+@router.delete("/v1/files/{file_id}", summary="Delete a file; jobs keep their own copy")
+def delete_file(file_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    service.uploads.delete(service.uploads.get(caller.tenant, file_id))
+    return {"id": file_id, "object": "file", "deleted": True}

@@ -1,0 +1,218 @@
+"""Jobs in the store: who gets which part, whose commit counts, how a job ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from complete_fn.errors import JobError, NotFoundError
+from complete_fn.job_store import JobStore, worker_name
+from complete_fn.jobs import JOB_MOVES, PART_MOVES, TRIES, Job
+from complete_fn.key_store import KeyStore
+from complete_fn.store import Store
+
+PIECE = {"model": "m", "options": "{}", "rows": 10, "tokens": 100}
+
+
+def job(name: str, tenant: str = "acme", **more: Any) -> Job:
+    made = Job(
+        id=name,
+        tenant=tenant,
+        user="u",
+        kind="table",
+        status="queued",
+        ends_as=None,
+        model="m",
+        rows=20,
+        nulls=0,
+        max_cost_nano=None,
+        currency="USD",
+        basis="example",
+        priority=0,
+        idempotency_key=None,
+        request="{}",
+        query_tag=None,
+        created_at=time.time(),
+        started_at=None,
+        ended_at=None,
+        deadline=None,
+        error=None,
+    )
+    return replace(made, **more)
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[JobStore]:
+    store = Store(tmp_path / "state.sqlite3")
+    KeyStore(store)  # makes the service's tables
+    yield JobStore(store)
+    store.close()
+
+
+ME = worker_name(0)
+
+
+def test_every_status_that_can_be_reached_is_known() -> None:
+    for moves in (JOB_MOVES, PART_MOVES):
+        assert {s for reached in moves.values() for s in reached} <= set(moves)
+
+
+def test_parts_are_claimed_in_order_and_end_their_job(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE, PIECE])
+    first, second = jobs.claim(ME), jobs.claim(ME)
+    assert first is not None
+    assert second is not None
+    assert (first.number, second.number, jobs.claim(ME)) == (0, 1, None)
+    assert jobs.get("acme", "a").status == "running"
+    assert jobs.finish(first, "done", "r0", 0)
+    assert jobs.get("acme", "a").status == "running"
+    assert jobs.finish(second, "done", "r1", 0)
+    assert jobs.get("acme", "a").status == "completed"
+
+
+def test_a_job_without_work_is_completed_at_once(jobs: JobStore) -> None:
+    assert jobs.create(job("a"), []).status == "completed"
+
+
+def test_tenants_take_turns_and_priority_counts_within_one(jobs: JobStore) -> None:
+    jobs.create(job("big"), [PIECE] * 4)
+    jobs.create(job("urgent", priority=5), [PIECE])
+    jobs.create(job("other", tenant="bolt", priority=-5), [PIECE] * 2)
+    order = [part.job for n in range(7) if (part := jobs.claim(ME, now=time.time() + n)) is not None]
+    assert order == ["urgent", "other", "big", "other", "big", "big", "big"]
+
+
+def test_a_part_is_claimed_once_by_many_threads(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE] * 40)
+    claimed: list[int] = []
+
+    def take() -> None:
+        while (part := jobs.claim(ME)) is not None:
+            claimed.append(part.number)
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == list(range(40))
+
+
+def test_a_commit_after_the_lease_went_to_another_is_void(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE])
+    late = jobs.claim(ME)
+    assert late is not None
+    assert jobs.sweep(now=time.time() + 60) == 1
+    assert jobs.lost([late]) == {late.id: "lease"}
+    now = jobs.claim(ME)
+    assert now is not None
+    assert now.fence == late.fence + 1
+    assert not jobs.finish(late, "done", "stale", 3)
+    jobs.give_back(late, error="stale")
+    jobs.fail(late, "stale")
+    assert jobs.finish(now, "done", "fresh", 0)
+    (part,) = jobs.parts("a")
+    assert (part.status, part.result, part.failed) == ("done", "fresh", 0)
+    assert jobs.get("acme", "a").status == "completed"
+
+
+def test_renewed_leases_are_not_swept_those_of_dead_processes_at_once(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE, PIECE])
+    mine = jobs.claim(ME)
+    assert mine is not None
+    jobs.renew([mine], now=time.time() + 60)
+    host = ME.split("|")[0]
+    assert jobs.claim(f"{host}|999999999|1.0|0") is not None
+    assert jobs.sweep() == 1
+    assert [p.status for p in jobs.parts("a")] == ["running", "queued"]
+
+
+def test_the_last_try_fails_the_job_and_cancels_what_waits(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE, PIECE])
+    for _ in range(TRIES):
+        part = jobs.claim(ME)
+        assert part is not None
+        assert part.number == 0
+        jobs.give_back(part, error="No memory.")
+    ended = jobs.get("acme", "a")
+    assert (ended.status, ended.error) == ("failed", "No memory.")
+    assert [p.status for p in jobs.parts("a")] == ["failed", "cancelled"]
+
+
+def test_draining_does_not_count_as_a_try(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE])
+    for _ in range(TRIES + 2):
+        part = jobs.claim(ME)
+        assert part is not None
+        jobs.give_back(part)
+    assert jobs.get("acme", "a").status == "running"
+
+
+def test_a_stopped_job_ends_when_its_running_part_has_let_go(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE, PIECE])
+    part = jobs.claim(ME)
+    assert part is not None
+    assert jobs.stop(jobs.get("acme", "a"), "cancelled").status == "stopping"
+    assert jobs.claim(ME) is None
+    assert jobs.lost([part]) == {part.id: "job"}
+    assert jobs.finish(part, "cancelled", "r", 1)
+    ended = jobs.get("acme", "a")
+    assert ended.status == "cancelled"
+    with pytest.raises(JobError, match="is cancelled"):
+        jobs.stop(ended, "cancelled")
+
+
+def test_a_part_given_back_to_a_stopping_job_is_not_run_again(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE])
+    part = jobs.claim(ME)
+    assert part is not None
+    jobs.stop(jobs.get("acme", "a"), "cancelled")
+    jobs.give_back(part)
+    assert jobs.get("acme", "a").status == "cancelled"
+
+
+def test_a_job_expires_at_its_deadline(jobs: JobStore) -> None:
+    now = time.time()
+    jobs.create(job("a", deadline=now + 10), [PIECE])
+    jobs.create(job("b"), [PIECE])
+    assert jobs.expire(now) == []
+    assert jobs.expire(now + 11) == ["a"]
+    assert (jobs.get("acme", "a").status, jobs.get("acme", "b").status) == ("expired", "queued")
+
+
+def test_jobs_of_other_tenants_are_not_there(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE])
+    with pytest.raises(NotFoundError):
+        jobs.get("bolt", "a")
+    assert jobs.newest("bolt", "table", 10, None) == []
+
+
+def test_pages_go_on_behind_the_last_one_seen(jobs: JobStore) -> None:
+    for n in range(5):
+        jobs.create(job(f"j{n}", created_at=float(n // 2)), [PIECE])
+    first = jobs.newest("acme", "table", 2, None)
+    second = jobs.newest("acme", "table", 9, first[-1].id)
+    assert [j.id for j in first + second] == ["j4", "j3", "j2", "j1", "j0"]
+
+
+def test_two_submissions_with_one_idempotency_key_make_one_job(jobs: JobStore) -> None:
+    made: list[str] = []
+
+    def submit(n: int) -> None:
+        made.append(jobs.create(job(f"j{n}", idempotency_key="k"), [PIECE]).id)
+
+    threads = [threading.Thread(target=submit, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made)) == 1
+    with pytest.raises(JobError, match="idempotency key"):
+        jobs.create(job("x", idempotency_key="k", request='{"other": 1}'), [PIECE])
+    assert jobs.create(job("y", tenant="bolt", idempotency_key="k"), [PIECE]).id == "y"
