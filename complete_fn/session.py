@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pyarrow as pa
@@ -18,11 +21,11 @@ from complete_fn.budget import Budget, parse_cap
 from complete_fn.catalogue import Model, find_model, load_catalogue
 from complete_fn.engine import Engine
 from complete_fn.engines import at_engine, engine_for
-from complete_fn.errors import RowFailedError
+from complete_fn.errors import InvalidOptionError, RowFailedError
 from complete_fn.keys import Call
 from complete_fn.options import Options, parse_options
 from complete_fn.progress import Quiet, progress_for
-from complete_fn.prompts import text_column
+from complete_fn.prompts import escaped, plain_column
 from complete_fn.runner import Tools, run
 from complete_fn.settings import load_settings
 from complete_fn.store import Store
@@ -31,6 +34,15 @@ from complete_fn.types import Asker
 
 class CompletionWarning(UserWarning):
     """Rows without an answer, or a prompt that the model was not made for."""
+
+
+def warn(text: str) -> None:
+    """A CompletionWarning at the caller's own line, as far as its thread shows one."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, CompletionWarning, stacklevel=level)
 
 
 class Session:
@@ -69,6 +81,8 @@ class Session:
         self.lock = threading.Lock()
         self.opened: Store | None = None
         self.warned: set[str] = set()
+        self.currency: str | None = None
+        self.jobs: set[str] = set()
 
     @property
     def store(self) -> Store:
@@ -91,7 +105,12 @@ class Session:
         return engine_for(model, self.settings)
 
     def complete(
-        self, model: str, prompts: Any, options: Mapping[str, Any] | Options | None = None, job: str | None = None
+        self,
+        model: str,
+        prompts: Any,
+        options: Mapping[str, Any] | Options | None = None,
+        job: str | None = None,
+        planned: bool = False,
     ) -> Answers:
         """Answer a column of prompts.
 
@@ -99,7 +118,8 @@ class Session:
             prompts: Arrow array of strings, or a Python sequence of strings and None.
             options: see `options.parse_options`.
             job: a name under which an interrupted run is resumed, also where answers may not be reused; call
-                `end_job` when the results are safe.
+                `end_job` when the results are safe. What its earlier attempts spent counts against `max_cost`.
+            planned: the column is large_string as `prompts.render_column` or `pack_messages` make it.
 
         Raises:
             RequestError: unknown model or invalid option; nothing was run.
@@ -108,17 +128,38 @@ class Session:
         """
         chosen = options if isinstance(options, Options) else parse_options(options)
         found = self.model(model)
-        column = prompts if isinstance(prompts, pa.Array | pa.ChunkedArray) else text_column(prompts)
+        column = prompts if planned else escaped(plain_column(prompts))
         self.warn_of_strangers(found, column)
         call = Call(found, chosen.sampling, chosen.response_format)
         bar = Quiet() if len(column) < 2 else progress_for(found.name, self.progress)
-        tools = Tools(self.engine_of(found), self.store, self.budget, bar)
+        tools = Tools(self.engine_of(found), self.store, self.budget_of(found, job), bar)
         answers = run(call, column, tools, replace(self.who, job=job), chosen.cache)
         with self.lock:
             self.summary = self.summary + answers.summary
         if answers.summary.failed:
             self.report_failures(answers, chosen.strict)
         return answers
+
+    def budget_of(self, model: Model, job: str | None) -> Budget | None:
+        """The session's budget, after what earlier attempts of an unfinished job have spent of it.
+
+        Raises:
+            InvalidOptionError: the model is priced in another currency than the first one was.
+        """
+        if self.budget is None:
+            return None
+        with self.lock:
+            self.currency = self.currency or model.prices.currency
+            if model.prices.currency != self.currency:
+                raise InvalidOptionError(
+                    f"max_cost counts {self.currency}, but {model.name!r} is priced in {model.prices.currency}. "
+                    "Use one session for each currency."
+                )
+            counted = job is None or job in self.jobs
+            self.jobs.add(job or "")
+        if not counted and job is not None:
+            self.budget.settle(Decimal(0), self.store.spent(self.who.tenant, job))
+        return self.budget
 
     def report_failures(self, answers: Answers, strict: bool) -> None:
         failed = answers.summary.failed
@@ -129,7 +170,7 @@ class Session:
         )
         if strict:
             raise RowFailedError(text)
-        warnings.warn(f"{text} The details show each.", CompletionWarning, stacklevel=4)
+        warn(f"{text} The details show each.")
 
     def warn_of_strangers(self, model: Model, prompts: Any) -> None:
         """One warning for a demonstration model that is asked something it never learnt."""
@@ -147,7 +188,7 @@ class Session:
                 "prompts are something else. For real work name 'smollm2-360m' or 'qwen2.5-0.5b' on a CPU, "
                 "'llama-8b-swiftkv' on a GPU (`complete-fn models` lists all)."
             )
-            warnings.warn(text, CompletionWarning, stacklevel=4)
+            warn(text)
 
     def count_tokens(self, model: str, texts: list[str]) -> list[int]:
         """Tokens of each text by the model's own tokenizer."""

@@ -103,3 +103,9 @@ def engine(needs_vllm: None, tiny_entry: Model, tmp_path_factory: pytest.TempPat
     opened = open_engine(tiny_entry, Settings(tmp_path_factory.mktemp("home"), None, None))
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def engine_home(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state folder for tests that ask catalogue models by name; their engines are shared by the whole session."""
+    return tmp_path_factory.mktemp("engine-home")

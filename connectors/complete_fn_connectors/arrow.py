@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.prompts import as_text, pack_messages, render_column, template_fields
+from complete_fn.prompts import as_text, escaped, pack_messages, render_column, template_fields
 
 PROMPT = pa.struct([("template", pa.string()), ("fields", pa.map_(pa.string(), pa.string()))])
 POSITION = re.compile(r"(?<!\{)\{(\d+)\}(?!\})")
@@ -58,7 +58,7 @@ def prompt_column(column: Any) -> Any:
     array = whole(column)
     kind = array.type
     if is_text(kind):
-        return array.cast(pa.large_string())
+        return escaped(array.cast(pa.large_string()))
     if pa.types.is_null(kind):
         return pa.nulls(len(array), pa.large_string())
     if pa.types.is_struct(kind) and {"template", "fields"} <= set(kind.names):

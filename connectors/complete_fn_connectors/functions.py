@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +15,7 @@ from complete_fn.catalogue import Model
 from complete_fn.engine import Engine
 from complete_fn.errors import EngineError, InputError, RequestError
 from complete_fn.options import Options
-from complete_fn.session import CompletionWarning, Session
+from complete_fn.session import Session, warn
 from complete_fn_connectors.arrow import Group, by_group, groups, is_text, prompt_column, prompt_structs, whole
 from complete_fn_connectors.interrupt import INTERRUPTS, Interruptible
 
@@ -42,7 +40,12 @@ class QuerySession(Session):
         return Interruptible(super().engine_of(model), INTERRUPTS)
 
     def complete(
-        self, model: str, prompts: Any, options: Mapping[str, Any] | Options | None = None, job: str | None = None
+        self,
+        model: str,
+        prompts: Any,
+        options: Mapping[str, Any] | Options | None = None,
+        job: str | None = None,
+        planned: bool = False,
     ) -> Answers:
         with self.counting:
             if self.running == 0 and (not self.full or time.monotonic() - self.ended > PAUSE):
@@ -50,7 +53,7 @@ class QuerySession(Session):
             self.running += 1
             self.full = len(prompts) >= VECTOR
         try:
-            return super().complete(model, prompts, options, job)
+            return super().complete(model, prompts, options, job, planned)
         finally:
             with self.counting:
                 self.running, self.ended = self.running - 1, time.monotonic()
@@ -78,14 +81,6 @@ class QuerySession(Session):
         return summary.line()
 
 
-def warn(text: str) -> None:
-    """A CompletionWarning at the caller's own line, as far as its thread shows one."""
-    level, frame = 1, sys._getframe()
-    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn"):
-        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
-    warnings.warn(text, CompletionWarning, stacklevel=level)
-
-
 def answered(
     session: Session, columns: tuple[Any, ...], pick: Callable[[Answers, Group], Any], kind: Any, lenient: bool = False
 ) -> Any:
@@ -97,7 +92,7 @@ def answered(
     def answer(group: Group) -> Any:
         rows = prompts if group.rows is None else prompts.take(pa.array(group.rows))
         try:
-            return pick(session.complete(group.model, rows, group.options), group)
+            return pick(session.complete(group.model, rows, group.options, planned=True), group)
         except (RequestError, EngineError) as error:
             return swallowed(error, len(rows), kind, lenient)
 
