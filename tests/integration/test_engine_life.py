@@ -93,7 +93,10 @@ def own_engine(needs_vllm: None, tiny_entry: Model, tmp_path: Path) -> Iterator[
     opened.close()
 
 
-@pytest.mark.parametrize("how", ["kill", "kill while loading", "fork, then kill", "ctrl-c", "exception", "finish"])
+LONG = [pytest.param(how, marks=pytest.mark.long) for how in ("fork, then kill", "exception")]
+
+
+@pytest.mark.parametrize("how", ["kill", "kill while loading", "ctrl-c", "finish", *LONG])
 def test_no_orphan(needs_vllm: None, tiny_model: Path, tmp_path: Path, how: str) -> None:
     script = {"kill while loading": "loading", "fork, then kill": "fork"}.get(how, how)
     parent, child = start_parent(tiny_model, tmp_path, script)
@@ -150,6 +153,7 @@ def test_killed_engine_is_restarted_once_and_no_row_is_lost(own_engine: Any) -> 
     assert own_engine.pid != first
 
 
+@pytest.mark.long
 def test_second_death_in_a_stream_is_an_engine_error_that_names_the_log(own_engine: Any) -> None:
     killed: set[int] = set()
 
