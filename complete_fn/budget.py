@@ -33,11 +33,10 @@ class Budget:
             self.reserved -= worst
             self.spent += actual
 
-    @property
-    def idle(self) -> bool:
-        """Nothing is reserved: what does not fit now never will."""
+    def hopeless(self, worst: Decimal) -> bool:
+        """Nothing is reserved and it still does not fit: no money will come back for it."""
         with self.lock:
-            return self.reserved == 0
+            return self.reserved == 0 and self.spent + worst > self.limit
 
 
 def parse_cap(value: object) -> Decimal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 
@@ -19,12 +20,13 @@ class Claims:
     def take(self, tenant: str, keys: Iterable[bytes]) -> tuple[set[bytes], dict[bytes, threading.Event]]:
         """(keys now mine, events of those that another run is computing)."""
         mine: set[bytes] = set()
+        done = threading.Event()  # one for all keys of the call: they are let go together
         theirs: dict[bytes, threading.Event] = {}
         with self.lock:
             for key in keys:
                 event = self.events.get((tenant, key))
                 if event is None:
-                    self.events[tenant, key] = threading.Event()
+                    self.events[tenant, key] = done
                     mine.add(key)
                 elif key not in mine:
                     theirs[key] = event
@@ -33,10 +35,19 @@ class Claims:
     def release(self, tenant: str, keys: Iterable[bytes]) -> None:
         with self.lock:
             self.releases += 1
-            events = [self.events.pop((tenant, key), None) for key in keys]
-        for event in events:
-            if event is not None:
-                event.set()
+            events = {self.events.pop((tenant, key), None) for key in keys}
+        for event in events - {None}:
+            event.set()
 
 
 CLAIMS = Claims()
+
+
+def after_fork() -> None:
+    """A forked child has none of the threads that would release these claims."""
+    CLAIMS.lock = threading.Lock()
+    CLAIMS.events.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)

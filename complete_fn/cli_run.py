@@ -116,7 +116,7 @@ def complete_rows(
     tell = Teller(session, job, asked.quiet)
     tell.last_stop()
     try:
-        answers = session.complete(asked.model, prompts, options, job)
+        answers = session.complete(asked.model, prompts, options, job, planned=True)
     except KeyboardInterrupt:
         tell.committed("Interrupted")
         return INTERRUPTED

@@ -11,7 +11,11 @@ from complete_fn.types import Completion, CompletionRequest, Usage
 
 
 class Engine(Protocol):
-    """Turns requests into completions. Implementations are safe to call from several threads at once."""
+    """Turns requests into completions. Implementations are safe to call from several threads at once.
+
+    An engine may have a text attribute `identity`: engines of one class and identity share stored answers. Without it
+    the answers of an object are reused by that object only.
+    """
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         """Yield (position of the request, its completion) as each is done, in any order.
@@ -47,6 +51,7 @@ class EchoEngine:
     def __init__(self, context: int = 4096) -> None:
         self.context = context
         self.requests: list[CompletionRequest] = []
+        self.identity = f"context {context}"  # echoes of equal context are the same answers
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         for position, request in enumerate(requests):

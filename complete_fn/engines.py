@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
+import uuid
+import weakref
 from dataclasses import replace
+from urllib.parse import urlsplit
 
-from complete_fn.catalogue import Model
+from complete_fn.catalogue import Model, Prices
 from complete_fn.engine import Engine
 from complete_fn.errors import RequestError
 from complete_fn.keys import checkpoint_digest
@@ -14,6 +18,7 @@ from complete_fn.settings import Settings
 from complete_fn.wiring import ENGINES, resolve
 
 OPEN: dict[tuple[str, str], Engine] = {}
+IDENTITIES: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
 LOCK = threading.Lock()
 
 
@@ -26,7 +31,7 @@ def engine_for(model: Model, settings: Settings) -> Engine:
     """
     if model.engine not in ENGINES:
         raise RequestError(f"Model {model.name!r} asks for engine {model.engine!r}; there are {', '.join(ENGINES)}.")
-    key = (checkpoint_digest(model), repr(sorted(model.engine_args.items())))
+    key = (checkpoint_digest(model), repr((replace(model, prices=Prices(), note="", tried=""), settings)))
     with LOCK:
         if key not in OPEN:
             OPEN[key] = resolve(ENGINES[model.engine])(model, settings)
@@ -40,8 +45,23 @@ def at_engine(model: Model, engine: Engine | str | None) -> Model:
     if isinstance(engine, str):
         if not engine.startswith(("http://", "https://")):
             raise RequestError(f"engine = {engine!r} is not an http:// or https:// URL.")
-        return replace(model, engine="http", url=engine)
-    return replace(model, engine=f"object:{type(engine).__qualname__}")
+        same_host = model.url is not None and urlsplit(model.url).netloc == urlsplit(engine).netloc
+        return replace(model, engine="http", url=engine, api_key_env=model.api_key_env if same_host else None)
+    return replace(model, engine=f"object:{type(engine).__module__}.{type(engine).__qualname__}:{identity(engine)}")
+
+
+def identity(engine: Engine) -> str:
+    """What tells this engine's answers from another's: its own `identity`, else something no other object has."""
+    own = getattr(engine, "identity", None)
+    if isinstance(own, str):
+        return own
+    return IDENTITIES.setdefault(engine, uuid.uuid4().hex)
+
+
+def after_fork() -> None:
+    """A forked child may have been born while another thread held the lock."""
+    global LOCK
+    LOCK = threading.Lock()
 
 
 def close_engines() -> None:
@@ -52,4 +72,6 @@ def close_engines() -> None:
         engine.close()
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)
 atexit.register(close_engines)

@@ -24,7 +24,7 @@ from complete_fn.prices import amount, at_prices
 from complete_fn.prompts import MESSAGES_MARK
 from complete_fn.reports import mean_output
 from complete_fn.store import Store
-from complete_fn.token_counts import count_with, tokenizer_file
+from complete_fn.token_counts import count_with, template_tokens, tokenizer_file
 from complete_fn.types import Asker, Usage
 from complete_fn.work import known_answers
 
@@ -122,47 +122,6 @@ def ratio_estimate(counted: Numbers, lengths: Numbers, length: float, population
     spread = ((counted - ratio * lengths) ** 2).sum() / (n - 1)
     variance = population**2 * (1 - n / population) / n * spread
     return ratio * length, 1.96 * math.sqrt(variance)
-
-
-def template_tokens(model: Model) -> int | None:
-    """Tokens that the chat template puts around one user message; None without a template or Jinja to render it."""
-    file = tokenizer_file(model)
-    if file is None:
-        return None
-    template = chat_template(file.parent)
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ModuleNotFoundError:
-        return None
-    config = read_json(file.parent / "tokenizer_config.json")
-    special = {k: v if isinstance(v, str) else "" for k, v in config.items() if k.endswith("_token")}
-    try:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        around = environment.from_string(template).render(
-            messages=[{"role": "user", "content": "x"}], add_generation_prompt=True, **special
-        )
-    except TemplateError:
-        return None
-    together, alone = count_with(file, [around, "x"])
-    return together - alone if template else None
-
-
-def chat_template(folder: Any) -> str:
-    """The folder's chat template: a file of its own, or a field of tokenizer_config.json; empty if there is none."""
-    own = folder / "chat_template.jinja"
-    if own.exists():
-        return str(own.read_text("utf-8"))
-    found = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return found if isinstance(found, str) else ""
-
-
-def read_json(path: Any) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def report(e: Estimate) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import math
 import re
 import time
 from typing import Any
@@ -13,9 +14,11 @@ import httpx
 
 from complete_fn.catalogue import Model
 from complete_fn.errors import EngineBusyError, EngineError
+from complete_fn.plan.parts import BYTES_PER_TOKEN
 from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 
-BUSY = (429, 502, 503, 504)
+BUSY = (429, 503)  # the endpoint says itself that it did nothing
+BROKEN = (502, 504)
 WAITS, WAIT_S, FIRST_WAIT_S = 8, 120.0, 1.0
 TOO_LONG = re.compile(
     r"context.{0,12}(length|window|size)|maximum (context|input|prompt)|max_model_len|too (long|many tokens)"
@@ -57,8 +60,8 @@ class Endpoint:
             if reply.status_code == 400 and too_long(reply):
                 # Prompt and answer together may be too much: let the endpoint give the answer what room there is.
                 body.pop(self.max_tokens_field)
-                return await self.outcome(await self.ask(body), asked=None)
-            return await self.outcome(reply, request.sampling.max_tokens)
+                return await self.outcome(await self.ask(body), None, body)
+            return await self.outcome(reply, request.sampling.max_tokens, body)
         except httpx.TimeoutException:
             return Completion.failed("timeout", f"{self.url} did not answer within {self.client.timeout.read:g} s.")
 
@@ -110,7 +113,7 @@ class Endpoint:
     async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         try:
             return await self.client.post(self.url + path, json=body)
-        except httpx.ConnectError as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise EngineError(
                 f"Nobody answers at {self.url} ({error}). Start the endpoint, for example with `vllm serve` or "
                 f"`ollama serve`, or set the url of model {self.model.name!r}."
@@ -120,16 +123,20 @@ class Endpoint:
         except httpx.TransportError as error:
             raise EngineError(f"{self.url} broke the connection: {type(error).__name__}: {error}") from error
 
-    async def outcome(self, reply: httpx.Response, asked: int | None) -> Completion:
+    async def outcome(self, reply: httpx.Response, asked: int | None, sent: dict[str, Any]) -> Completion:
         """What a reply means; `asked` is the caller's max_tokens, None where the limit is not the caller's."""
         status, why = reply.status_code, complaint(reply)
         if status == 200:
-            return completion(reply, asked)
+            return completion(reply, asked, sent)
         if status in (401, 403):
             source = f"the environment variable {self.model.api_key_env}" if self.model.api_key_env else "api_key_env"
             raise EngineError(f"{self.url} refuses the key ({status}): {why} Check {source}.")
         if status == 404:
             raise EngineError(f"{self.url} does not serve {self.served_name!r} (404): {why} {await self.served()}")
+        if 300 <= status < 400:
+            raise EngineError(f"{self.url} points elsewhere ({status}); set the url to where it really is.")
+        if status in BROKEN:  # the row may have been paid for: it is not sent again behind the caller's back
+            return Completion.failed("timeout", f"A gateway gave up on the row ({status}): {why}")
         if status == 413 or too_long(reply):
             return Completion.failed("prompt_too_long", why)
         if "content_filter" in reply.text or "content_policy" in reply.text:
@@ -158,25 +165,36 @@ class Endpoint:
         await self.client.aclose()
 
 
-def completion(reply: httpx.Response, asked: int | None) -> Completion:
+def completion(reply: httpx.Response, asked: int | None, sent: dict[str, Any]) -> Completion:
     try:
         found = reply.json()
         choice, usage = found["choices"][0], found.get("usage") or {}
         text, reason = choice["message"].get("content"), choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise EngineError(f"{reply.url} is no OpenAI-compatible endpoint; it says: {reply.text[:200]}") from error
-    details = usage.get("prompt_tokens_details") or {}
-    used = Usage(
-        int(usage.get("prompt_tokens") or 0),
-        int(details.get("cached_tokens") or 0),
-        int(usage.get("completion_tokens") or 0),
-    )
+    used = reported(usage) if usage else guessed(sent, text or "")
     if reason == "content_filter":
         return Completion(None, reason, RowError("blocked", "The endpoint's content filter stopped the answer."), used)
     if reason == "length" and (asked is None or used.completion_tokens < asked):
         why = f"The answer was cut after {used.completion_tokens} tokens by a limit that was not asked for."
         return Completion(text or "", reason, RowError("truncated", why), used)
     return Completion(text or "", reason, None, used)
+
+
+def reported(usage: dict[str, Any]) -> Usage:
+    details = usage.get("prompt_tokens_details") or {}
+    prompt = max(0, int(usage.get("prompt_tokens") or 0))
+    cached = max(0, int(details.get("cached_tokens") or 0))
+    return Usage(prompt, min(cached, prompt), max(0, int(usage.get("completion_tokens") or 0)))
+
+
+def guessed(sent: dict[str, Any], answer: str) -> Usage:
+    """Where an endpoint reports no usage, a row is billed by its bytes rather than not at all."""
+    asked = "".join(str(m["content"]) for m in sent["messages"])
+    return Usage(
+        prompt_tokens=math.ceil(len(asked.encode()) / BYTES_PER_TOKEN),
+        completion_tokens=math.ceil(len(answer.encode("utf-8", "replace")) / BYTES_PER_TOKEN),
+    )
 
 
 def too_long(reply: httpx.Response) -> bool:

@@ -11,6 +11,21 @@ from pathlib import Path
 from complete_fn.catalogue import Model
 from complete_fn.types import SamplingParams
 
+# engine_args that change how fast an answer comes, not what it says.
+SPEED_ONLY = frozenset(
+    (
+        "block_size",
+        "concurrency",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "tensor_parallel_size",
+        "timeout",
+    )
+)
 SMALL = 64 * 1024 * 1024  # files up to this size are hashed by content, larger ones by size and time
 
 
@@ -24,17 +39,16 @@ class Call:
 
     @property
     def fingerprint(self) -> bytes:
-        """SHA-256 over checkpoint, revision, precision, limits, sampling and schema (not the engine's version)."""
-        arguments = self.model.engine_args
+        """SHA-256 over checkpoint, revision, engine_args, limits, sampling and schema (not the engine's version)."""
         what = {
             "checkpoint": checkpoint_digest(self.model),
-            "precision": [str(arguments.get(k)) for k in ("dtype", "quantization", "kv_cache_dtype")],
+            "engine_args": {k: v for k, v in self.model.engine_args.items() if k not in SPEED_ONLY},
             "max_model_len": self.model.max_model_len,
             "max_tokens": self.sampling.max_tokens or self.model.default_max_tokens,
             "sampling": asdict(self.sampling),
             "response_format": self.response_format,
         }
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).digest()
+        return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).digest()
 
 
 def checkpoint_digest(model: Model) -> str:

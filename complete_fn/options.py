@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import jsonschema
+import referencing.exceptions
+import referencing.jsonschema
 
 from complete_fn.errors import InvalidOptionError
 from complete_fn.types import SamplingParams
@@ -118,7 +120,7 @@ def canonical_schema(given: Any) -> str:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidOptionError(f"response_format is not JSON: {error}") from error
     if isinstance(schema, Mapping) and schema.get("type") == "json_schema":
         wrapped = schema.get("json_schema")
@@ -135,10 +137,45 @@ def canonical_schema(given: Any) -> str:
     except jsonschema.SchemaError as error:
         where = "/".join(str(p) for p in error.absolute_path) or "the top"
         raise InvalidOptionError(f"response_format is not a valid JSON schema at {where}: {error.message}") from error
+    check_references(schema)
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode()) > SCHEMA_BYTES:
         raise InvalidOptionError(f"response_format has {len(text.encode())} bytes; at most {SCHEMA_BYTES} are taken.")
     return text
+
+
+def check_references(schema: Any) -> None:
+    """Raises InvalidOptionError for a `$ref` that leaves the schema, leads nowhere, or only leads to itself."""
+    root = referencing.Registry().with_resource("", referencing.jsonschema.DRAFT202012.create_resource(schema))
+    resolver = root.resolver()
+    for given in references(schema):
+        reference, seen = given, set[str]()
+        while reference not in seen:
+            seen.add(reference)
+            try:
+                found = resolver.lookup(reference).contents if reference.startswith("#") else None
+            except referencing.exceptions.Unresolvable:
+                found = None
+            if found is None:
+                raise InvalidOptionError(f"response_format has $ref {reference!r}, which is not within the schema.")
+            following = found.get("$ref") if isinstance(found, Mapping) else None
+            if not isinstance(following, str):
+                break
+            reference = following
+        else:
+            raise InvalidOptionError(f"response_format has $ref {given!r}, which leads only to itself.")
+
+
+def references(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name in ("$ref", "$dynamicRef") and isinstance(inner, str):
+                yield inner
+            else:
+                yield from references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from references(inner)
 
 
 def without_nulls(value: Any) -> Any:

@@ -47,7 +47,7 @@ def template_fields(template: str) -> list[str]:
 
 
 def render_column(template: str, columns: Mapping[str, Any], length: int) -> pa.ChunkedArray:
-    """One prompt per row, large_string; a row with a NULL field is NULL.
+    """One planned prompt (see `escaped`) per row, large_string; a row with a NULL field is NULL.
 
     Args:
         columns: arrays of `length` values by field name; what is no string is cast as SQL casts it.
@@ -66,8 +66,8 @@ def render_column(template: str, columns: Mapping[str, Any], length: int) -> pa.
             parts.append(as_text(columns[name], name))
     if not any(isinstance(p, pa.ChunkedArray | pa.Array) for p in parts):
         whole = "".join(p.as_py() for p in parts)
-        return pa.chunked_array([pa.repeat(pa.scalar(whole, pa.large_string()), length)])
-    joined = pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string()))
+        return pa.chunked_array([pa.repeat(pa.scalar(escape(whole), pa.large_string()), length)])
+    joined = escaped(pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string())))
     return joined if isinstance(joined, pa.ChunkedArray) else pa.chunked_array([joined])
 
 
@@ -88,6 +88,21 @@ def as_text(column: Any, name: str) -> Any:
         raise InputError(f"Column {name!r} is {kind}, which has no text form: {error}") from error
 
 
+def plain_column(prompts: Any) -> Any:
+    """Texts in any Arrow string type or as a Python sequence -> large_string.
+
+    Raises:
+        InputError: the values are no text.
+    """
+    if not isinstance(prompts, pa.Array | pa.ChunkedArray):
+        return text_column(prompts)
+    kind = prompts.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        whole = prompts.combine_chunks() if isinstance(prompts, pa.ChunkedArray) else prompts
+        return whole.cast(pa.large_binary()).view(pa.large_string())
+    return as_text(prompts, "prompt")
+
+
 def text_column(texts: Sequence[str | None]) -> pa.Array:
     """Python strings as large_string; lone surrogates are kept as bytes that are not UTF-8: their rows will fail.
 
@@ -103,7 +118,21 @@ def text_column(texts: Sequence[str | None]) -> pa.Array:
         raise InputError(f"The prompts are not all text: {error}") from error
 
 
-MESSAGES_MARK = "\x00messages:"  # a NUL cannot begin a prompt that a person wrote in SQL
+MESSAGES_MARK = "\x00messages:"  # no text of a user's begins like this once it is escaped
+
+
+def escape(text: str) -> str:
+    """A user's text as a planned prompt: a NUL in front is doubled, so that no data can pose as packed messages."""
+    return "\x00" + text if text.startswith("\x00") else text
+
+
+def escaped(column: Any) -> Any:
+    """`escape` for a column of texts."""
+    marked = pc.starts_with(column, "\x00")
+    if not pc.any(marked).as_py():
+        return column
+    nul = pa.scalar("\x00", pa.large_string())
+    return pc.if_else(marked, pc.binary_join_element_wise(nul, column, pa.scalar("", pa.large_string())), column)
 
 
 def pack_messages(messages: list[Mapping[str, str]]) -> str:
@@ -114,6 +143,8 @@ def pack_messages(messages: list[Mapping[str, str]]) -> str:
 
 def unpack(text: str) -> str | tuple[Message, ...]:
     """What a planned text stands for: itself, or the messages packed in it."""
-    if not text.startswith(MESSAGES_MARK):
+    if not text.startswith("\x00"):
         return text
+    if not text.startswith(MESSAGES_MARK):
+        return text[1:]
     return tuple(Message(role, content) for role, content in json.loads(text[len(MESSAGES_MARK) :]))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from complete_fn.answers import Answers
 from complete_fn.budget import Budget
 from complete_fn.claims import CLAIMS
 from complete_fn.engine import Engine
+from complete_fn.errors import EngineError
 from complete_fn.keys import Call
 from complete_fn.options import CacheMode
 from complete_fn.plan import make_plan
 from complete_fn.prices import amount, worst_case
 from complete_fn.progress import Progress, Quiet
+from complete_fn.prompt_bound import PromptBound
 from complete_fn.prompts import unpack
 from complete_fn.slices import Slices
 from complete_fn.store import Store
@@ -25,7 +27,6 @@ from complete_fn.types import Asker, Completion, CompletionRequest
 from complete_fn.work import Work, known_answers
 
 ADMIT = 128  # rows noted in the store as handed to the engine at a time
-PROMPT_OVERHEAD = 64  # tokens that a chat template may add to a prompt
 NOT_TEXT = "The prompt has a lone surrogate or bytes that are not UTF-8, which no tokenizer takes."
 
 
@@ -91,9 +92,11 @@ class claimed:
 
 def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: Tools, who: Asker) -> None:
     """Stream the distinct prompts through the engine; what the budget refuses waits for money to come back."""
+    bound = PromptBound(call.model)
     while numbers:
-        admission = Admission(call, work, slices, tools.budget)
-        stream = tools.engine.stream(admission.requests(numbers), who.tenant)
+        turn = numbers if tools.budget is None or bound.known else numbers[:1]
+        admission = Admission(call, work, slices, tools.budget, bound)
+        stream = tools.engine.stream(admission.requests(turn), who.tenant)
         try:
             for position, completion in stream:
                 slices.add(admission.sent[position], admission.settled(position, completion))
@@ -101,21 +104,21 @@ def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: T
             close(stream)
             slices.flush()
             admission.return_unsettled()
-        if len(admission.refused) == len(numbers) and tools.budget is not None and tools.budget.idle:
-            refuse(admission.refused, slices, tools.budget)
-            return
-        if len(admission.refused) == len(numbers):
+        admission.check_complete()
+        again = refuse_hopeless(admission.refused, slices, tools.budget)
+        if len(again) == len(turn):
             time.sleep(0.05)  # another thread holds the reservations
-        numbers = admission.refused
+        numbers = numbers[len(turn) :] + again
 
 
 class Admission:
     """Hands prompts to the engine as it draws them, each within the budget; remembers what was sent."""
 
-    def __init__(self, call: Call, work: Work, slices: Slices, budget: Budget | None) -> None:
-        self.call, self.work, self.slices, self.budget = call, work, slices, budget
+    def __init__(self, call: Call, work: Work, slices: Slices, budget: Budget | None, bound: PromptBound) -> None:
+        self.call, self.work, self.slices, self.budget, self.bound = call, work, slices, budget, bound
         self.sent: list[int] = []
-        self.refused: list[int] = []
+        self.answered = 0
+        self.refused: dict[int, Decimal] = {}
         self.held: dict[int, Decimal] = {}
 
     def requests(self, numbers: list[int]) -> Iterator[CompletionRequest]:
@@ -140,21 +143,26 @@ class Admission:
         if self.budget is None:
             return True
         model = self.call.model
-        prompt_tokens = len(text.encode("utf-8", "surrogatepass")) + PROMPT_OVERHEAD  # a token has at least a byte
-        if model.max_model_len is not None:
-            prompt_tokens = min(prompt_tokens, model.max_model_len)
-        worst = worst_case(model.prices, prompt_tokens, self.call.sampling.max_tokens or model.default_max_tokens)
+        answer = self.call.sampling.max_tokens or model.default_max_tokens
+        worst = worst_case(model.prices, self.bound.of(text), answer)
         if not self.budget.reserve(worst):
-            self.refused.append(number)
+            self.refused[number] = worst
             return False
         self.held[number] = worst
         return True
 
     def settled(self, position: int, completion: Completion) -> Completion:
+        self.answered += 1
         worst = self.held.pop(self.sent[position], None)
         if self.budget is not None and worst is not None:
             self.budget.settle(worst, amount(self.call.model.prices, completion.usage))
-        return completion
+            self.bound.learn(completion.usage)
+        return storable(completion)
+
+    def check_complete(self) -> None:
+        if self.answered < len(self.sent):
+            lost = len(self.sent) - self.answered
+            raise EngineError(f"The engine ended its stream with {lost} of {len(self.sent)} rows unanswered.")
 
     def return_unsettled(self) -> None:
         for worst in self.held.values():
@@ -163,12 +171,42 @@ class Admission:
         self.held.clear()
 
 
-def refuse(numbers: list[int], slices: Slices, budget: Budget) -> None:
-    left = budget.limit - budget.spent
-    message = f"{budget.name} {budget.limit} leaves {left:.9f}, less than the row may cost at list price."
-    for number in numbers:
+def refuse_hopeless(refused: dict[int, Decimal], slices: Slices, budget: Budget | None) -> list[int]:
+    """Fail the rows that no returning money can pay for; returns those that may be tried again."""
+    if budget is None:
+        return []
+    again = []
+    for number, worst in refused.items():
+        if not budget.hopeless(worst):
+            again.append(number)
+            continue
+        left = budget.limit - budget.spent
+        message = f"{budget.name} {budget.limit} leaves {left:.9f}; the row may cost {worst:.9f} at list price."
         slices.add(number, Completion.failed("budget_exceeded", message))
     slices.flush()
+    return again
+
+
+def storable(completion: Completion) -> Completion:
+    """The completion without lone surrogates, which an endpoint's JSON can hold and no database takes."""
+    error = completion.error
+    if is_utf8(completion.text) and (error is None or is_utf8(error.message)):
+        return completion
+    cleaned = None if error is None else replace(error, message=without_surrogates(error.message))
+    text = None if completion.text is None else without_surrogates(completion.text)
+    return replace(completion, text=text, error=cleaned)
+
+
+def is_utf8(text: str | None) -> bool:
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def without_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def wait(theirs: dict[int, threading.Event]) -> None:

@@ -118,6 +118,7 @@ class Service:
         self.uploads = Uploads(self.store, self.folder / "files", limits.upload_bytes)
         self.queue: JobQueue = InlineQueue()
         self.lock = threading.Lock()
+        self.outputs_lock = threading.Lock()
         self.days: dict[tuple[str, str], Budget] = {}
         self.running = 0
         self.last_run = time.monotonic()

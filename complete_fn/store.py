@@ -7,9 +7,11 @@ import socket
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from sqlalchemy.exc import DatabaseError
 
 from complete_fn.disk import filesystem_of, process_started
 from complete_fn.errors import StoreBusyError, StoreError
-from complete_fn.ledger import LedgerLine
+from complete_fn.ledger import LedgerLine, money
 from complete_fn.tables import answers, attempts, ledger, metadata
 from complete_fn.types import Asker, Completion, RowError, Usage
 
@@ -50,6 +52,9 @@ class Attempt:
     basis: str
 
 
+STORES: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
 class Store:
     """The state of one machine user, in one SQLite file that several processes and threads may share.
 
@@ -70,7 +75,13 @@ class Store:
                 refuse_version(connection, path)
                 metadata.create_all(connection)
                 connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
+        STORES.add(self)
         self.sweep()
+
+    def after_fork(self) -> None:
+        """A forked child opens connections of its own: SQLite's must not be shared."""
+        self.writing = threading.Lock()
+        self.engine.dispose(close=False)
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
@@ -129,6 +140,13 @@ class Store:
         with self.read() as connection:
             rows = connection.execute(sa.select(attempts.c.id, attempts.c.began).where(of_job)).all()
         return {row.id for row in rows}, min((row.began for row in rows), default=None)
+
+    def spent(self, tenant: str, job: str) -> Decimal:
+        """Money billed to the attempts of a job that has not ended."""
+        mine, _ = self.unfinished(tenant, job)
+        total = sa.select(sa.func.coalesce(sa.func.sum(ledger.c.cost_nano), 0)).where(ledger.c.attempt.in_(mine))
+        with self.read() as connection:
+            return money(connection.execute(total).scalar_one())
 
     def end_job(self, tenant: str, job: str) -> None:
         """The job's results are safe: the answers that were kept only for its resume go."""
@@ -337,3 +355,12 @@ def completion_of(row: Mapping[str, Any]) -> Completion:
         usage=Usage(row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"]),
         source="cache",
     )
+
+
+def after_fork() -> None:
+    for store in STORES:
+        store.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)

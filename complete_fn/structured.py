@@ -25,9 +25,11 @@ def checked(completion: Completion, response_format: str | None) -> Completion:
 def mismatch(text: str, response_format: str) -> str | None:
     try:
         value = json.loads(text)
+        broken = next(validator(response_format).iter_errors(value), None)
     except ValueError as error:
         return f"The answer is not JSON: {error}."
-    broken = next(validator(response_format).iter_errors(value), None)
+    except RecursionError:
+        return "The answer is nested too deeply to be checked."
     if broken is None:
         return None
     where = "/".join(str(step) for step in broken.absolute_path) or "the top"
@@ -37,5 +39,7 @@ def mismatch(text: str, response_format: str) -> str | None:
 @lru_cache(maxsize=64)
 def validator(response_format: str) -> Any:
     import jsonschema
+    import referencing
 
-    return jsonschema.Draft202012Validator(json.loads(response_format))
+    # An empty registry: a reference to elsewhere is an error, never a request over the network.
+    return jsonschema.Draft202012Validator(json.loads(response_format), registry=referencing.Registry())

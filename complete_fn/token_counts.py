@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,3 +48,44 @@ def read(file: Path, written_ns: int) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def template_tokens(model: Model) -> int | None:
+    """Tokens that the chat template puts around one user message; None without a template or Jinja to render it."""
+    file = tokenizer_file(model)
+    if file is None:
+        return None
+    template = chat_template(file.parent)
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ModuleNotFoundError:
+        return None
+    config = read_json(file.parent / "tokenizer_config.json")
+    special = {k: v if isinstance(v, str) else "" for k, v in config.items() if k.endswith("_token")}
+    try:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        around = environment.from_string(template).render(
+            messages=[{"role": "user", "content": "x"}], add_generation_prompt=True, **special
+        )
+    except TemplateError:
+        return None
+    together, alone = count_with(file, [around, "x"])
+    return together - alone if template else None
+
+
+def chat_template(folder: Any) -> str:
+    """The folder's chat template: a file of its own, or a field of tokenizer_config.json; empty if there is none."""
+    own = folder / "chat_template.jinja"
+    if own.exists():
+        return str(own.read_text("utf-8"))
+    found = read_json(folder / "tokenizer_config.json").get("chat_template")
+    return found if isinstance(found, str) else ""
+
+
+def read_json(path: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -13,7 +13,12 @@ from complete_fn.plan.batch import to_texts
 from complete_fn.store import Store, Stored
 from complete_fn.types import Asker, Completion
 
-ASKED_AGAIN = ("budget_exceeded", "cancelled", "timeout")  # row errors that a resumed job may find gone
+ASKED_AGAIN = (
+    "budget_exceeded",
+    "cancelled",
+    "invalid_request",
+    "timeout",
+)  # row errors that a resumed job may find gone
 
 
 @dataclass

@@ -14,7 +14,7 @@ from complete_fn.catalogue import Model
 from complete_fn.errors import EngineBusyError
 from complete_fn.key_store import Principal
 from complete_fn.keys import Call
-from complete_fn.prompts import text_column
+from complete_fn.prompts import escape, text_column
 from complete_fn.server.auth import Caller, ServiceOf, asker
 from complete_fn.server.bodies import ChatBody, CompletionBody
 from complete_fn.server.refusals import refusal
@@ -72,8 +72,7 @@ async def chat(body: ChatBody, request: Request, service: ServiceOf, caller: Cal
 @router.post("/v1/completions", summary="Answer one prompt or several", response_model=None)
 async def complete(body: CompletionBody, request: Request, service: ServiceOf, caller: Caller) -> Response:
     caller.require("complete")
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    rows = await answer(request, service, body.completion_call(service.model(body.model)), prompts, caller)
+    rows = await answer(request, service, body.completion_call(service.model(body.model)), body.texts(), caller)
     if isinstance(rows, Response):
         return rows
     if body.stream:

@@ -1,0 +1,38 @@
+"""How many tokens a row's prompt can have at most, for a budget that is never passed."""
+
+from __future__ import annotations
+
+from complete_fn.catalogue import Model
+from complete_fn.prompts import unpack
+from complete_fn.token_counts import template_tokens
+from complete_fn.types import Usage
+
+
+class PromptBound:
+    """The most tokens that a row's prompt can have: its bytes, as a token has at least one, and the template's.
+
+    The template of a local tokenizer is counted. An endpoint's is not known: its tokens are at most those of the
+    shortest whole prompt seen. Until one is seen 1,024 are assumed, and rows are sent one at a time.
+    """
+
+    UNSEEN, MARGIN = 1024, 8
+
+    def __init__(self, model: Model) -> None:
+        self.limit = model.max_model_len
+        self.template = template_tokens(model) if model.engine == "embedded" else None
+
+    @property
+    def known(self) -> bool:
+        return self.template is not None
+
+    def of(self, text: str) -> int:
+        """Tokens at most, for a prompt as it is planned."""
+        prompt = unpack(text)
+        turns = 1 if isinstance(prompt, str) else max(1, len(prompt))
+        template = self.UNSEEN if self.template is None else self.template + self.MARGIN
+        tokens = len(text.encode("utf-8", "surrogatepass")) + turns * template
+        return tokens if self.limit is None else min(tokens, self.limit)
+
+    def learn(self, usage: Usage) -> None:
+        if usage.prompt_tokens and (self.template is None or usage.prompt_tokens < self.template):
+            self.template = usage.prompt_tokens
