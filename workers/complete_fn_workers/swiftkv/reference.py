@@ -78,7 +78,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, each [batch, heads, length, head_dim]; spelled out where the CPU kernel is slower than that."""
+    """Causal attention, each [batch, heads, length, head_dim]; spelled out where the CPU kernel is slower than that.
+
+    Scores are in the inputs' own type outside of a compiled model, which for bfloat16 is two to three times as fast.
+    """
+    length = q.shape[2]
+    if torch.compiler.is_compiling():
+        return attend_compiled(q, k, v)
+    if length > 1024:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    later = torch.full((length, length), -1e30, dtype=q.dtype, device=q.device).triu(1)
+    flat_q, flat_k, flat_v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    masks = later.expand(len(flat_q), length, length)
+    scores = torch.baddbmm(masks, flat_q, flat_k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return (scores.softmax(-1) @ flat_v).view_as(q)
+
+
+def attend_compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     length = q.shape[2]
     if length > 256:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
