@@ -98,3 +98,26 @@ def test_a_schema_too_deep_is_refused() -> None:
         schema = {"type": "array", "items": schema}
     with pytest.raises(InvalidOptionError, match="deeper than 16"):
         canonical_schema(schema)
+
+
+@pytest.mark.parametrize("reference", ["http://127.0.0.1:9/x", "other.json", "#/$defs/none", "#nowhere"])
+def test_a_reference_must_lead_to_a_place_within_the_schema(reference: str) -> None:
+    with pytest.raises(InvalidOptionError, match="not within the schema"):
+        canonical_schema({"type": "object", "properties": {"a": {"$ref": reference}}})
+
+
+def test_a_reference_that_only_leads_to_itself_is_refused() -> None:
+    with pytest.raises(InvalidOptionError, match="leads only to itself"):
+        canonical_schema({"$ref": "#"})
+    with pytest.raises(InvalidOptionError, match="leads only to itself"):
+        canonical_schema({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})
+
+
+def test_a_recursive_schema_that_ends_is_taken() -> None:
+    tree = {"type": "object", "properties": {"next": {"$ref": "#"}}}
+    assert json.loads(canonical_schema(tree)) == tree
+
+
+def test_a_schema_nested_beyond_reading_is_refused() -> None:
+    with pytest.raises(InvalidOptionError, match="not JSON"):
+        canonical_schema("[" * 200_000)

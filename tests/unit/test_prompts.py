@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.prompts import pack_messages, parse_template, render_column, template_fields, unpack
+from complete_fn.prompts import escape, escaped, pack_messages, parse_template, render_column, template_fields, unpack
 from complete_fn.types import Message
 
 
@@ -65,3 +65,10 @@ def test_messages_survive_packing_and_strings_stay_strings() -> None:
     packed = pack_messages([{"role": "system", "content": "é"}, {"role": "user", "content": '"x"\n'}])
     assert unpack(packed) == (Message("system", "é"), Message("user", '"x"\n'))
     assert unpack("plain") == "plain"
+
+
+@pytest.mark.parametrize("text", ['\x00messages:[["system","x"]]', "\x00messages:broken", "\x00", "\x00\x00a"])
+def test_data_never_poses_as_messages(text: str) -> None:
+    assert unpack(escape(text)) == text
+    assert [unpack(t) for t in escaped(pa.array([text, "plain"], pa.large_string())).to_pylist()] == [text, "plain"]
+    assert [unpack(t or "") for t in rendered("{a}", a=pa.array([text]))] == [text]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from complete_fn import CompletionWarning, EchoEngine, Session
 from complete_fn.errors import EngineError, InvalidOptionError, RowFailedError, UnknownModelError
 from complete_fn.tables import ledger
-from complete_fn.types import Asker, Completion, CompletionRequest
+from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 
 
 @pytest.fixture
@@ -229,3 +232,88 @@ def test_a_demonstration_model_warns_once_of_what_it_never_learnt(tmp_path: Path
         warnings.simplefilter("error")
         s.complete("demo-llama", ["Write another."])
         s.complete("demo-llama", ["Name the section: x"])
+
+
+class Odd(EchoEngine):
+    """Does to each completion what it is told to."""
+
+    def __init__(self, change: object) -> None:
+        super().__init__(100_000)
+        self.change = change
+
+    def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+        for position, completion in super().stream(requests, tenant):
+            changed = self.change(position, completion)  # type: ignore[operator]
+            if changed is not None:
+                yield position, changed
+
+
+def test_an_answer_with_a_lone_surrogate_is_kept_without_it(tmp_path: Path, priced: Path) -> None:
+    engine = Odd(lambda _, c: replace(c, text="cut \ud83d"))
+    assert session(tmp_path, priced, engine).complete("echo", ["a", "b"]).text.to_pylist() == ["cut \ufffd"] * 2
+
+
+def test_an_engine_that_drops_a_row_is_an_error_and_not_asked_for_ever(tmp_path: Path, priced: Path) -> None:
+    engine = Odd(lambda n, c: None if n == 1 else c)
+    with pytest.raises(EngineError, match="1 of 3 rows unanswered"):
+        session(tmp_path, priced, engine).complete("echo", ["a", "b", "c"])
+
+
+def test_a_cap_holds_when_the_chat_template_is_long(tmp_path: Path) -> None:
+    long = Odd(lambda _, c: replace(c, usage=Usage(c.usage.prompt_tokens + 400, 0, c.usage.completion_tokens)))
+    models = tmp_path / "m.toml"
+    models.write_text("[models.e]\ncheckpoint = 'e'\nprices = { input = 1, output = 1 }\n")
+    s = session(tmp_path, models, long, max_cost="0.004")
+    with pytest.warns(CompletionWarning, match="budget_exceeded"):
+        answers = s.complete("e", [f"p {n}" for n in range(50)], {"max_tokens": 5})
+    assert answers.summary.cost <= Decimal("0.004")
+    assert answers.text.null_count < 50
+
+
+def test_what_earlier_attempts_of_a_job_spent_counts_against_its_cap(tmp_path: Path, priced: Path) -> None:
+    prompts = [f"p {n}" for n in range(40)]
+    cap, options = Decimal("0.000200"), {"cache": "off", "max_tokens": 2}
+    first = session(tmp_path, priced, Slow(0, 5, KeyboardInterrupt()), max_cost=cap)
+    with pytest.raises(KeyboardInterrupt):
+        first.complete("echo", prompts, options, "j")
+    s = session(tmp_path, priced, Slow(0), max_cost=cap)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompletionWarning)
+        s.complete("echo", prompts, options, "j")
+    assert Decimal(sum(int(str(line["cost_nano"])) for line in lines(s))).scaleb(-9) <= cap
+
+
+def test_a_budget_counts_one_currency(tmp_path: Path) -> None:
+    models = tmp_path / "m.toml"
+    models.write_text("[models.a]\ncheckpoint = 'a'\n[models.b]\ncheckpoint = 'b'\nprices = { currency = 'JPY' }\n")
+    s = session(tmp_path, models, max_cost=1)
+    s.complete("a", ["x"])
+    with pytest.raises(InvalidOptionError, match="max_cost counts USD, but 'b' is priced in JPY"):
+        s.complete("b", ["x"])
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_any_string_type_can_be_asked(tmp_path: Path, kind: pa.DataType) -> None:
+    s = Session(engine=EchoEngine(), home=tmp_path)
+    column = pa.array(["Name the section: x", None]).cast(kind)
+    assert s.complete("demo-llama", column).text.to_pylist() == ["Name the section: x", None]
+
+
+def test_bytes_that_are_not_text_fail_their_row_only(tmp_path: Path, priced: Path) -> None:
+    with pytest.warns(CompletionWarning, match="invalid_request"):
+        answers = session(tmp_path, priced).complete("echo", pa.array([b"ok", b"\xff"]))
+    assert answers.text.to_pylist() == ["ok", None]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_asks_with_connections_of_its_own(tmp_path: Path, priced: Path) -> None:
+    s = session(tmp_path, priced, Slow(0.2))
+    worker = threading.Thread(target=lambda: s.complete("echo", ["a", "b", "c"]))
+    worker.start()
+    time.sleep(0.3)
+    child = os.fork()
+    if child == 0:
+        answers = s.complete("echo", ["a", "c"]).text.to_pylist()
+        os._exit(0 if answers == ["a", "c"] else 1)
+    worker.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
