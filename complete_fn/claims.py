@@ -35,8 +35,8 @@ class Claims:
     def release(self, tenant: str, keys: Iterable[bytes]) -> None:
         with self.lock:
             self.releases += 1
-            events = {self.events.pop((tenant, key), None) for key in keys}
-        for event in events - {None}:
+            events = {event for key in keys if (event := self.events.pop((tenant, key), None))}
+        for event in events:
             event.set()
 
 

@@ -93,6 +93,7 @@ class Interruptible:
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         pump = Pump(self.engine, requests, tenant)
         pump.start()
+        looked = time.monotonic()
         try:
             while True:
                 try:
@@ -105,8 +106,10 @@ class Interruptible:
                     return
                 if item:
                     yield item
-                if self.interrupts.count() != self.seen:
-                    raise KeyboardInterrupt("the query was interrupted; finished rows are kept")
+                if not item or time.monotonic() - looked > POLL_SECONDS:
+                    looked = time.monotonic()
+                    if self.interrupts.count() != self.seen:
+                        raise KeyboardInterrupt("the query was interrupted; finished rows are kept")
         finally:
             pump.stop()
             del pump  # a traceback would keep the thread, whose end then meets the pending signal and prints it
