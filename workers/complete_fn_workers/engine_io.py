@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from complete_fn_workers.engine_wire import RECEIVE_BYTES, Frames, pack
 
@@ -90,6 +90,12 @@ class Connections:
             time.sleep(0.02)
 
     def run(self) -> None:
+        try:
+            self.serve()
+        finally:
+            end()  # a child that nobody can reach must not stay
+
+    def serve(self) -> None:
         while True:
             for key, events in self.selector.select(TICK_S):
                 if key.fileobj is self.listener:
@@ -109,7 +115,7 @@ class Connections:
     def accept(self) -> None:
         try:
             link, _ = self.listener.accept()
-        except BlockingIOError:
+        except OSError:  # nobody is there, or no descriptor is left for them: they will knock again
             return
         self.admit(link)
 
@@ -132,8 +138,11 @@ class Connections:
         if not received:
             self.drop(connection)
             return
-        for message in connection.frames.feed(received):
-            self.inbox.put((connection, message))
+        try:
+            for message in connection.frames.feed(received):
+                self.inbox.put((connection, message))
+        except ValueError:  # whoever this is, it does not speak our protocol
+            self.drop(connection)
 
     def drop(self, connection: Connection) -> None:
         if connection.closed:
@@ -163,7 +172,11 @@ class Connections:
 
     def leave(self) -> None:
         """End the child, unless a parent is just connecting: it holds the lock while it does."""
-        with self.lock_file.open("w") as lock:
+        try:
+            lock = self.lock_file.open("w")
+        except OSError:  # the folder is gone, and with it every way to find us
+            end()
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -172,7 +185,11 @@ class Connections:
             if self.open:
                 return
             self.socket_file.unlink(missing_ok=True)
-            # No orderly shutdown: the engine may be in the middle of a long step, and nobody waits for its answers.
-            if os.getpgid(0) == os.getpid():
-                os.killpg(0, signal.SIGTERM)  # vLLM's workers of a tensor-parallel model too
-            os._exit(0)
+            end()
+
+
+def end() -> NoReturn:
+    """No orderly shutdown: the engine may be in the middle of a long step, and nobody waits for its answers."""
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGTERM)  # vLLM's workers of a tensor-parallel model too
+    os._exit(0)
