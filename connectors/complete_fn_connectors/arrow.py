@@ -46,7 +46,7 @@ def is_text(kind: Any) -> bool:
 
 
 def prompt_column(column: Any) -> Any:
-    """[n] large_string: one planned prompt per row, NULL where there is none.
+    """[n] large_string: one planned prompt (see `prompts.escaped`) per row, NULL where there is none.
 
     Args:
         column: text, `prompt(template, {fields})` structs, or messages as LIST(STRUCT(role, content)).
