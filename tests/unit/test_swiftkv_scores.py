@@ -48,7 +48,8 @@ def test_macro_f1() -> None:
 
 def test_comparison_counts_a_failed_row_as_an_empty_answer() -> None:
     rows = [Row("yes", "yes"), Row('{"a": 1}', '{"a": 1}'), Row("too long for the student", "no")]
-    scores = compare_answers({"teacher": ("t", EchoEngine()), "student": ("s", EchoEngine(context=5))}, rows, None)
+    engines = {"t": EchoEngine(), "s": EchoEngine(context=5)}
+    scores = compare_answers({"teacher": "t", "student": "s"}, engines.__getitem__, rows, None)
     assert scores["teacher"]["exact_match"] == pytest.approx(2 / 3)
     assert scores["student"]["same_as_teacher"] == pytest.approx(2 / 3)
     assert scores["student"]["json_valid"] == 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from complete_fn.engine import Engine
@@ -27,13 +27,17 @@ def answers_of(model: str, engine: Engine, rows: list[Row], max_tokens: int | No
 
 
 def compare_answers(
-    models: Mapping[str, tuple[str, Engine]], rows: list[Row], max_tokens: int | None
+    models: Mapping[str, str], open_engine: Callable[[str], Engine], rows: list[Row], max_tokens: int | None
 ) -> dict[str, dict[str, float]]:
     """Per role (`teacher`, `student`): the scores of `LABELS`. Those that need the truth are over rows that have one.
 
-    A row that the engine failed counts as an empty answer: it is no answer to the one who asked.
+    One engine is open at a time. A row that it failed counts as an empty answer: it is none to the one who asked.
     """
-    completions = {role: answers_of(name, engine, rows, max_tokens) for role, (name, engine) in models.items()}
+    completions: dict[str, list[Completion]] = {}
+    for role, model in models.items():
+        engine = open_engine(model)
+        completions[role] = answers_of(model, engine, rows, max_tokens)
+        engine.close()
     texts = {role: [c.text or "" for c in found] for role, found in completions.items()}
     known = [i for i, row in enumerate(rows) if row.answer is not None]
     truth = [rows[i].answer or "" for i in known]

@@ -190,7 +190,7 @@ def eval_verb(parser: argparse.ArgumentParser, argv: list[str]) -> int:
         found["forced"] = asdict(forced(load_pair(a.teacher, None, a.student), examples, a.batch_tokens))
     if not a.no_answers:
         models = {"teacher": str(a.teacher), "student": str(a.student)}
-        found["answers"] = compare_answers({k: (m, engine_of(m)) for k, m in models.items()}, rows, a.max_tokens)
+        found["answers"] = compare_answers(models, engine_of, rows, a.max_tokens)
     print(table(found))
     if a.json:
         a.json.write_text(json.dumps(found, indent=2) + "\n")
