@@ -43,8 +43,14 @@ class UsageLine:
     lost_tokens: int
 
 
-def usage(store: Store, by: Sequence[str] = ("day", "model"), since: float = 0.0) -> list[UsageLine]:
-    """The ledger from `since` (seconds of the epoch) on, one line per group, currency and price basis."""
+def usage(
+    store: Store, by: Sequence[str] = ("day", "model"), since: float = 0.0, tenant: str | None = None
+) -> list[UsageLine]:
+    """The ledger from `since` (seconds of the epoch) on, one line per group, currency and price basis.
+
+    Args:
+        tenant: only its lines; None takes all.
+    """
     groups = [GROUPS[name] for name in by]
     split = [*groups, ledger.c.currency, ledger.c.basis]
     sums = sa.select(
@@ -58,8 +64,11 @@ def usage(store: Store, by: Sequence[str] = ("day", "model"), since: float = 0.0
         summed(ledger.c.rows, "lost"),
         summed(ledger.c.tokens, "lost"),
     )
+    chosen = ledger.c.at >= since
+    if tenant is not None:
+        chosen = chosen & (ledger.c.tenant == tenant)
     with store.read() as connection:
-        rows = connection.execute(sums.where(ledger.c.at >= since).group_by(*split).order_by(*split)).all()
+        rows = connection.execute(sums.where(chosen).group_by(*split).order_by(*split)).all()
     return [usage_line(row, len(groups)) for row in rows]
 
 

@@ -154,7 +154,7 @@ class Service:
         call: Call,
         prompts: Any,
         who: Asker,
-        stop: threading.Event,
+        stop: threading.Event | None = None,
         cache: CacheMode = "on",
         budget: Budget | None = None,
     ) -> Answers:
@@ -165,7 +165,7 @@ class Service:
             EngineError, StoreError: see `runner.run`.
         """
         budgets = [b for b in (budget, self.day_budget(who.tenant)) if b is not None]
-        engine = StoppableEngine(self.engine_of(call.model), stop)
+        engine = StoppableEngine(self.engine_of(call.model), stop or threading.Event())
         with self.at_work():
             return run(call, prompts, Tools(engine, self.store, Budgets(budgets) if budgets else None), who, cache)
 

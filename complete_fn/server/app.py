@@ -10,12 +10,26 @@ from anyio import to_thread
 from fastapi import FastAPI
 
 from complete_fn import __version__
-from complete_fn.server import routes_completions, routes_files, routes_health, routes_jobs
+from complete_fn.server import (
+    routes_batches,
+    routes_completions,
+    routes_files,
+    routes_health,
+    routes_jobs,
+    routes_usage,
+)
 from complete_fn.server.refusals import Bounds, add_refusals
 from complete_fn.service import Service
 from complete_fn.worker_loop import AT_ONCE, WorkerLoop
 
-ROUTERS = (routes_health.router, routes_completions.router, routes_files.router, routes_jobs.router)
+ROUTERS = (
+    routes_health.router,
+    routes_completions.router,
+    routes_files.router,
+    routes_jobs.router,
+    routes_batches.router,
+    routes_usage.router,
+)
 DESCRIPTION = """\
 COMPLETE(model, prompt) over HTTP. Any OpenAI client works with `base_url` at `/v1`. Models are named as in the
 catalogue. Errors are `{"error": {"message", "type", "param", "code"}}` everywhere."""

@@ -10,7 +10,7 @@ from complete_fn.catalogue import Model
 from complete_fn.errors import RequestError
 from complete_fn.keys import Call
 from complete_fn.options import parse_options
-from complete_fn.prompts import pack_messages
+from complete_fn.prompts import escape, pack_messages
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -101,6 +101,10 @@ class CompletionBody(SamplingBody):
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
+
+    def texts(self) -> list[str]:
+        """The prompts as `run` takes them."""
+        return [escape(text) for text in ([self.prompt] if isinstance(self.prompt, str) else self.prompt)]
 
     def completion_call(self, model: Model) -> Call:
         return self.call(model, self.max_tokens)

@@ -14,7 +14,7 @@ from complete_fn.catalogue import Model
 from complete_fn.errors import EngineBusyError
 from complete_fn.key_store import Principal
 from complete_fn.keys import Call
-from complete_fn.prompts import escape, text_column
+from complete_fn.prompts import text_column
 from complete_fn.server.auth import Caller, ServiceOf, asker
 from complete_fn.server.bodies import ChatBody, CompletionBody
 from complete_fn.server.refusals import refusal

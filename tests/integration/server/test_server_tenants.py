@@ -92,3 +92,18 @@ def test_a_daily_budget_is_never_passed(serve: Callable[..., Any]) -> None:
     assert "daily budget" in caught.value.message
     assert ask(running.openai(other), "x", max_tokens=2) == "x"
     assert running.service.spent_since("acme", 0.0) == Decimal("0.000070")
+
+
+def test_usage_shows_a_tenant_its_own_lines_only(running: Any) -> None:
+    ann, bob = (running.service.keys.create(tenant, "u") for tenant in ("acme", "bolt"))
+    ask(running.openai(ann), "one two")
+    ask(running.openai(ann), "one two")
+    ask(running.openai(bob), "three")
+    with running.http(ann) as client:
+        (line,) = client.get("/v1/usage", params={"by": "model,user"}).json()["data"]
+        assert (line["model"], line["user"], line["rows"], line["input_tokens"]) == ("echo", "u", 2, 2)
+        assert (line["cost"], line["saved"]) == ("0.000006000", "0.000006000")
+        assert client.get("/v1/usage", params={"since": "2999-01-01"}).json()["data"] == []
+        assert client.get("/v1/usage", params={"by": "tenant"}).status_code == 400
+    with running.http(running.service.keys.create("acme", "ann", ["complete"])) as client:
+        assert client.get("/v1/usage").status_code == 403

@@ -1,0 +1,140 @@
+"""Lines of a batch: what was asked, checked before anything is run, and what is answered, in OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import ValidationError
+
+from complete_fn.errors import CompleteError, InputError, TooLargeError
+from complete_fn.jobs import Job
+from complete_fn.keys import Call
+from complete_fn.prompts import text_column
+from complete_fn.server.bodies import ChatBody, CompletionBody
+from complete_fn.server.replies import Detail, chat_body, completion_body, refused
+from complete_fn.service import Service
+from complete_fn.submit import Group
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ENDPOINTS = (CHAT, COMPLETIONS)
+MOST_KINDS = 1_000  # different models and settings in one batch: each is a run of its own
+NEVER_RUN = {"expired": "batch_expired", "cancelled": "batch_cancelled"}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One request of a batch."""
+
+    custom_id: str
+    call: Call
+    prompt: str
+
+
+def read_lines(service: Service, source: bytes, endpoint: str) -> list[Line]:
+    """Raises:
+    InputError: a line cannot be run; the message has its number.
+    TooLargeError: more lines than a batch may have.
+    """
+    lines: list[Line] = []
+    seen: dict[str, int] = {}
+    for number, raw in enumerate(source.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        if len(lines) == service.limits.batch_rows:
+            raise TooLargeError(f"The batch has more than {service.limits.batch_rows:,} requests. Split it.")
+        try:
+            line = read_line(service, raw, endpoint)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(step) for step in ("body", *first["loc"]))
+            raise InputError(f"Line {number}: {place}: {first['msg']}.") from error
+        except (CompleteError, ValueError, RecursionError) as error:
+            raise InputError(f"Line {number}: {error or 'nested too deep'}") from error
+        if line.custom_id in seen:
+            raise InputError(f"Line {number}: custom_id {line.custom_id!r} is that of line {seen[line.custom_id]} too.")
+        seen[line.custom_id] = number
+        lines.append(line)
+    if not lines:
+        raise InputError("The batch has no requests.")
+    return lines
+
+
+def read_line(service: Service, raw: bytes, endpoint: str) -> Line:
+    found = json.loads(raw)
+    if not isinstance(found, dict):
+        raise ValueError(f"it is no object but {type(found).__name__}.")
+    name = found.get("custom_id")
+    if not isinstance(name, str) or not 0 < len(name) <= 512:
+        raise ValueError("custom_id must be a text of 1 to 512 characters.")
+    if found.get("method") != "POST" or found.get("url") != endpoint:
+        raise ValueError(f"method and url must be 'POST' and the batch's endpoint, {endpoint!r}.")
+    body = found.get("body")
+    if endpoint == CHAT:
+        chat = ChatBody.model_validate(body)
+        refuse_stream(chat.stream)
+        return Line(name, chat.chat_call(service.model(chat.model)), chat.prompt())
+    plain = CompletionBody.model_validate(body)
+    refuse_stream(plain.stream)
+    if not isinstance(plain.prompt, str):
+        raise ValueError("prompt must be one text in a batch.")
+    return Line(name, plain.completion_call(service.model(plain.model)), plain.texts()[0])
+
+
+def refuse_stream(stream: bool) -> None:
+    if stream:
+        raise ValueError("stream is nothing for a batch.")
+
+
+def groups(lines: Sequence[Line]) -> list[Group]:
+    """Lines that can be answered by one run, together.
+
+    Raises:
+        InputError: too many different settings.
+    """
+    rows: dict[tuple[str, str], list[int]] = {}
+    for number, line in enumerate(lines):
+        rows.setdefault((line.call.model.name, options(line.call)), []).append(number)
+    if len(rows) > MOST_KINDS:
+        raise InputError(f"The batch has {len(rows):,} different models and settings; {MOST_KINDS:,} are taken.")
+    return [
+        Group(
+            lines[numbers[0]].call.model,
+            json.loads(given),
+            np.array(numbers),
+            pa.chunked_array([text_column([lines[n].prompt for n in numbers])]),
+        )
+        for (_, given), numbers in rows.items()
+    ]
+
+
+def options(call: Call) -> str:
+    """The call's options as `parse_options` takes them."""
+    given = {**asdict(call.sampling), "response_format": call.response_format}
+    return json.dumps({k: v for k, v in given.items() if v not in (None, ())}, sort_keys=True)
+
+
+def answer_lines(job: Job, source: bytes, details: Sequence[Detail | None]) -> Iterator[tuple[bool, bytes]]:
+    """(whether it is an answer, the line) for each request, in order: for the output file or the error file."""
+    requests = (json.loads(raw) for raw in source.removeprefix(b"\xef\xbb\xbf").split(b"\n") if raw.strip())
+    for number, (asked, row) in enumerate(zip(requests, details, strict=True)):
+        name = f"{job.id}_{number}"
+        line: dict[str, Any] = {"id": name, "custom_id": asked["custom_id"], "response": None, "error": None}
+        why = None if row is None else refused(row)
+        if row is None or (why is not None and why[2] == "cancelled"):
+            code = NEVER_RUN.get(job.status, "batch_failed")
+            line["error"] = {"code": code, "message": job.error or f"The batch was {job.status} before this was done."}
+        elif why is not None:
+            status, message, code = why
+            body: Any = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+            line["response"] = {"status_code": status, "request_id": name, "body": body}
+        else:
+            model = asked["body"]["model"]
+            body = chat_body(model, row) if asked["url"] == CHAT else completion_body(model, [row])
+            line["response"] = {"status_code": 200, "request_id": name, "body": body}
+        good = line["error"] is None and why is None
+        yield good, json.dumps(line, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,151 @@
+"""`/v1/batches`, as OpenAI has them: a job whose rows are requests, and whose results are files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import ConfigDict, Field
+
+from complete_fn.errors import InputError
+from complete_fn.job_results import details_of
+from complete_fn.jobs import Job
+from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.batch_lines import answer_lines, groups, read_lines
+from complete_fn.server.bodies import Body
+from complete_fn.server.routes_files import Limit, page
+from complete_fn.service import Service
+from complete_fn.submit import SOURCE, keep, new_job
+
+DAY = 86_400
+STATUS = {"queued": "in_progress", "running": "in_progress", "stopping": "finalizing"}
+OUTPUTS = "outputs.json"
+Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+
+router = APIRouter(tags=["batches"])
+
+
+class BatchBody(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "input_file_id": "file-0123456789abcdef01234567",
+                    "endpoint": "/v1/chat/completions",
+                    "completion_window": "24h",
+                }
+            ]
+        }
+    )
+    input_file_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    completion_window: Literal["24h"]
+    metadata: Metadata | None = None
+
+
+@router.post("/v1/batches", summary="Run an uploaded file of requests")
+def create_batch(body: BatchBody, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    """A line that cannot be run, or a custom_id used twice, is refused here, before anything is paid for."""
+    caller.require("jobs")
+    upload = service.uploads.get(caller.tenant, body.input_file_id)
+    if upload.purpose != "batch":
+        raise InputError(f"File {upload.id} has purpose {upload.purpose!r}; upload it with purpose 'batch'.")
+    source = service.uploads.path(upload)
+    lines = read_lines(service, source.read_bytes(), body.endpoint)
+    job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
+    return batch_body(service, keep(service, job, groups(lines), source))
+
+
+@router.get("/v1/batches", summary="The tenant's batches, newest first")
+def list_batches(service: ServiceOf, caller: Caller, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+    caller.require("jobs")
+    found = service.jobs.newest(caller.tenant, "batch", limit + 1, after)
+    return page([batch_body(service, job) for job in found], limit)
+
+
+@router.get("/v1/batches/{batch_id}", summary="How far a batch is")
+def get_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    return batch_body(service, service.jobs.get(caller.tenant, batch_id, "batch"))
+
+
+@router.post("/v1/batches/{batch_id}/cancel", summary="Stop a batch; the answers that are done stay")
+def cancel_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    job = service.jobs.get(caller.tenant, batch_id, "batch")
+    return batch_body(service, service.jobs.stop(job, "cancelled"))
+
+
+@router.delete(
+    "/v1/batches/{batch_id}", summary="Delete a batch and its stored answers; files are deleted by themselves"
+)
+def delete_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    job = service.jobs.get(caller.tenant, batch_id, "batch")
+    service.jobs.delete(job)
+    shutil.rmtree(service.job_folder(job.id), ignore_errors=True)
+    return {"id": job.id, "object": "batch", "deleted": True}
+
+
+def batch_body(service: Service, job: Job) -> dict[str, Any]:
+    asked = json.loads(job.request)
+    counts = service.jobs.counts(job)
+    outputs = outputs_of(service, job) if job.over else {"output": None, "errors": None}
+    status = STATUS.get(job.status, job.status)
+    if job.status == "stopping" and job.ends_as == "cancelled":
+        status = "cancelling"
+    errors = {"object": "list", "data": [{"code": "batch_failed", "message": job.error, "line": None, "param": None}]}
+    return {
+        "id": job.id,
+        "object": "batch",
+        "endpoint": asked["endpoint"],
+        "errors": errors if job.error else None,
+        "input_file_id": asked["input_file_id"],
+        "completion_window": asked["completion_window"],
+        "status": status,
+        "output_file_id": outputs["output"],
+        "error_file_id": outputs["errors"],
+        "created_at": int(job.created_at),
+        "in_progress_at": second(job.started_at),
+        "expires_at": second(job.deadline),
+        **{f"{end}_at": ended(job, end) for end in ("completed", "failed", "expired", "cancelled")},
+        "request_counts": {"total": job.rows, "completed": counts.done - counts.failed, "failed": counts.failed},
+        "metadata": asked["metadata"],
+    }
+
+
+def second(at: float | None) -> int | None:
+    return None if at is None else int(at)
+
+
+def ended(job: Job, status: str) -> int | None:
+    return second(job.ended_at) if job.status == status else None
+
+
+def outputs_of(service: Service, job: Job) -> dict[str, str | None]:
+    """Ids of the files of answers and of errors, written when they are first asked for; None for an empty one."""
+    note = service.job_folder(job.id) / OUTPUTS
+    with service.outputs_lock:
+        if not note.exists():
+            note.write_text(json.dumps(write_outputs(service, job)))
+    found: dict[str, str | None] = json.loads(note.read_text())
+    return found
+
+
+def write_outputs(service: Service, job: Job) -> dict[str, str | None]:
+    source = (service.job_folder(job.id) / SOURCE).read_bytes()
+    stem = f"file-{job.id.removeprefix('batch_')}"
+    made: dict[str, str | None] = {"output": None, "errors": None}
+    lines = list(answer_lines(job, source, details_of(service, job).to_pylist()))
+    for good, kind in ((True, "output"), (False, "errors")):
+        chosen = [line for is_good, line in lines if is_good == good]
+        if not chosen:
+            continue
+        made[kind] = f"{stem}-{kind[:3]}"
+        name = f"{job.id}_{kind}.jsonl"
+        with service.uploads.writing(job.tenant, name, "batch_output", made[kind]) as (sink, _):
+            sink.writelines(chosen)
+    return made

@@ -1,0 +1,64 @@
+"""The service on real engines: the embedded one answers a chat and a job; idle ones are let go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from complete_fn import engines
+from complete_fn.catalogue import Model
+from complete_fn.keys import Call
+from complete_fn.prompts import text_column
+from complete_fn.service import Service
+from complete_fn.types import Asker
+
+
+@pytest.mark.engine
+def test_a_chat_and_a_job_on_the_embedded_engine(
+    serve: Callable[..., Any], engine: Any, tiny_entry: Model, models_file: Path
+) -> None:
+    models_file.write_text(
+        f"[models.tiny]\ncheckpoint = '{tiny_entry.checkpoint}'\nmax_model_len = 1024\ndefault_max_tokens = 24\n"
+        "prices = { input = 1, output = 2 }\n"
+    )
+    running = serve(engine)
+    reply = running.openai().chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Name the section"}], temperature=0, max_tokens=5
+    )
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage.completion_tokens == 5
+    with running.http() as client:
+        lines = b"\n".join(b'{"text": "package %d"}' % n for n in range(40))
+        file = client.post("/v1/files", files={"file": ("t.jsonl", lines)}, data={"purpose": "user_data"}).json()["id"]
+        body = {"model": "tiny", "prompt": "Name {text}", "source": {"file_id": file}, "options": {"max_tokens": 4}}
+        job = client.post("/v1/jobs", json=body).json()["id"]
+        deadline = time.monotonic() + 120
+        while (state := client.get(f"/v1/jobs/{job}").json())["status"] != "completed" and time.monotonic() < deadline:
+            time.sleep(0.2)
+        rows = client.get(f"/v1/jobs/{job}/results", params={"format": "jsonl"}).text.splitlines()
+    assert state["rows"] == {"total": 40, "done": 40, "failed": 0, "null": 0}
+    assert state["usage"]["completion_tokens"] <= 160
+    assert len(rows) == 40
+
+
+def test_engines_are_let_go_when_idle_and_opened_again(tmp_path: Path, models_file: Path) -> None:
+    with models_file.open("a") as file:
+        file.write("\n[models.own]\nengine = 'echo'\ncheckpoint = 'own'\n")
+    service = Service(tmp_path / "home", models_file, idle_seconds=0.2)
+    call = Call(service.model("own"))
+
+    def open_ones() -> list[Any]:
+        return [e for key, e in engines.OPEN.items() if "own" in key[0]]
+
+    for text in ("a", "b"):
+        assert service.complete(call, text_column([text]), Asker()).text.to_pylist() == [text]
+        service.upkeep()
+        assert len(open_ones()) == 1
+        time.sleep(0.3)
+        service.upkeep()
+        assert open_ones() == []
+    service.close()
