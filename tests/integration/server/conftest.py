@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ class Running:
 
     service: Service
     url: str
-    server: uvicorn.Server
 
     def http(self, key: str = "") -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -49,39 +49,53 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
 
 
-@pytest.fixture
-def models_file(tmp_path: Path) -> Path:
-    path = tmp_path / "models.toml"
+def write_models(folder: Path) -> Path:
+    path = folder / "models.toml"
     path.write_text(MODELS)
     return path
+
+
+@contextmanager
+def at_service(service: Service, loopback: bool = True) -> Iterator[Running]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(make_app(service, loopback), log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    until = time.monotonic() + 30
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.01)
+    yield Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture
+def models_file(tmp_path: Path) -> Path:
+    return write_models(tmp_path)
 
 
 @pytest.fixture
 def serve(tmp_path: Path, models_file: Path) -> Iterator[Callable[..., Running]]:
     """Call it for a server: `serve(engine=..., loopback=...)`; all end with the test."""
-    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+    with ExitStack() as stack:
 
-    def start(engine: Any = None, loopback: bool = True, home: Path | None = None, **more: Any) -> Running:
-        service = Service(home or tmp_path / "home", models_file, engine or EchoEngine(64), **more)
-        listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(make_app(service, loopback), log_level="warning", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        running.append((server, thread))
-        until = time.monotonic() + 10
-        while not server.started and time.monotonic() < until:
-            time.sleep(0.01)
-        return Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+        def start(engine: Any = None, loopback: bool = True, **more: Any) -> Running:
+            service = Service(tmp_path / "home", models_file, engine or EchoEngine(64), **more)
+            return stack.enter_context(at_service(service, loopback))
 
-    yield start
-    for server, _ in running:
-        server.should_exit = True
-    for _, thread in running:
-        thread.join(10)
+        yield start
 
 
 @pytest.fixture
 def running(serve: Callable[..., Running]) -> Running:
     """A server on EchoEngine, loopback, without keys."""
     return serve()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Such a server for all tests that leave nothing behind in it: no keys, no jobs."""
+    folder = tmp_path_factory.mktemp("shared")
+    with at_service(Service(folder / "home", write_models(folder), EchoEngine(64))) as found:
+        yield found

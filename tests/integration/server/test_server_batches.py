@@ -94,8 +94,8 @@ def test_completions_are_batched_too(running: Any) -> None:
         ('{"custom_id": ' + "[" * 100_000, "recursion"),
     ],
 )
-def test_a_line_that_cannot_run_is_refused_at_once_by_number(running: Any, line: Any, words: str) -> None:
-    client = running.openai()
+def test_a_line_that_cannot_run_is_refused_at_once_by_number(shared: Any, line: Any, words: str) -> None:
+    client = shared.openai()
     with pytest.raises(openai.BadRequestError) as caught:
         start(client, [request("a", "x"), line])
     assert "Line 2" in caught.value.message

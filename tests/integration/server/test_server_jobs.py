@@ -258,14 +258,14 @@ def test_an_engine_that_cannot_work_fails_the_job_after_three_tries(serve: Calla
         ({"source": {"file_id": "x", "uri": "file:///etc/passwd"}}, 400, "not supported"),
     ],
 )
-def test_what_cannot_run_is_refused_at_once(running: Any, change: dict[str, Any], status: int, words: str) -> None:
-    with running.http() as client:
+def test_what_cannot_run_is_refused_at_once(shared: Any, change: dict[str, Any], status: int, words: str) -> None:
+    with shared.http() as client:
         body = {"model": "echo", "prompt": "{text}", "source": {"file_id": upload(client, parquet_bytes(ROWS))}}
         reply = client.post("/v1/jobs", json={**body, **change})
         assert reply.status_code == status
         assert words in reply.json()["error"]["message"]
         assert client.get("/v1/jobs").json()["data"] == []
-    assert not list((running.service.folder / "jobs").glob("*"))
+    assert not list((shared.service.folder / "jobs").glob("*"))
 
 
 @pytest.mark.parametrize(

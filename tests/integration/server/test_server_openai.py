@@ -21,10 +21,10 @@ def user(text: str) -> list[Any]:
     return [{"role": "user", "content": text}]
 
 
-def test_models_are_those_of_the_catalogue(running: Any) -> None:
-    names = [m.id for m in running.openai().models.list()]
+def test_models_are_those_of_the_catalogue(shared: Any) -> None:
+    names = [m.id for m in shared.openai().models.list()]
     assert {"echo", "other", "demo-llama"} <= set(names)
-    assert running.openai().models.retrieve("echo").id == "echo"
+    assert shared.openai().models.retrieve("echo").id == "echo"
 
 
 def test_chat_answers_with_usage_and_openai_defaults(serve: Callable[..., Any]) -> None:
@@ -50,23 +50,21 @@ def test_completions_take_several_prompts_and_sixteen_tokens(serve: Callable[...
     assert engine.requests[0].sampling.max_tokens == 16
 
 
-def test_cut_by_the_callers_limit_is_an_answer(running: Any) -> None:
-    reply = running.openai().chat.completions.create(model="echo", messages=user("a b c"), max_completion_tokens=2)
+def test_cut_by_the_callers_limit_is_an_answer(shared: Any) -> None:
+    reply = shared.openai().chat.completions.create(model="echo", messages=user("a b c"), max_completion_tokens=2)
     assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("a b", "length")
 
 
-def test_streams_end_as_openai_ends_them(running: Any) -> None:
+def test_streams_end_as_openai_ends_them(shared: Any) -> None:
     chunks = list(
-        running.openai().chat.completions.create(
+        shared.openai().chat.completions.create(
             model="echo", messages=user("a b"), stream=True, stream_options={"include_usage": True}
         )
     )
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "a b"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].usage.completion_tokens == 2
-    text = "".join(
-        c.choices[0].text for c in running.openai().completions.create(model="echo", prompt="x", stream=True)
-    )
+    text = "".join(c.choices[0].text for c in shared.openai().completions.create(model="echo", prompt="x", stream=True))
     assert text == "x"
 
 
@@ -89,9 +87,9 @@ def test_cached_prompt_tokens_are_told(serve: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "lama", "/etc/passwd", "..", "meta-llama/Llama-3.1-8B", "~"])
-def test_only_catalogue_names_are_models(running: Any, name: str) -> None:
+def test_only_catalogue_names_are_models(shared: Any, name: str) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
-        running.openai().chat.completions.create(model=name, messages=user("x"))
+        shared.openai().chat.completions.create(model=name, messages=user("x"))
     assert caught.value.code == "model_not_found"
 
 
@@ -110,10 +108,8 @@ def test_only_catalogue_names_are_models(running: Any, name: str) -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}}, None),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_openais_form(
-    running: Any, change: dict[str, Any], param: str | None
-) -> None:
-    with running.http() as client:
+def test_what_cannot_be_done_is_refused_in_openais_form(shared: Any, change: dict[str, Any], param: str | None) -> None:
+    with shared.http() as client:
         reply = client.post("/v1/chat/completions", json={"model": "echo", "messages": user("x"), **change})
     error = reply.json()["error"]
     assert reply.status_code == 400
@@ -121,9 +117,9 @@ def test_what_cannot_be_done_is_refused_in_openais_form(
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
 
 
-def test_a_prompt_that_is_too_long_has_openais_code(running: Any) -> None:
+def test_a_prompt_that_is_too_long_has_openais_code(shared: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        running.openai().chat.completions.create(model="echo", messages=user("w " * 70))
+        shared.openai().chat.completions.create(model="echo", messages=user("w " * 70))
     assert caught.value.code == "context_length_exceeded"
 
 
@@ -138,8 +134,8 @@ def test_json_that_breaks_the_schema_is_no_answer(serve: Callable[..., Any]) -> 
         )
 
 
-def test_strange_bodies_and_paths_get_clear_refusals(running: Any) -> None:
-    with running.http() as client:
+def test_strange_bodies_and_paths_get_clear_refusals(shared: Any) -> None:
+    with shared.http() as client:
         replies = {
             400: client.post("/v1/chat/completions", content=b"{nothing", headers={"Content-Type": "application/json"}),
             404: client.get("/v1/nothing"),
@@ -204,8 +200,8 @@ def test_a_client_that_goes_away_stops_its_rows_and_pays_for_none(serve: Callabl
     assert sum(line.rows for line in usage(running.service.store)) < 5
 
 
-def test_health(running: Any) -> None:
-    with running.http() as client:
+def test_health(shared: Any) -> None:
+    with shared.http() as client:
         assert client.get("/healthz").json() == {"status": "ok"}
         assert client.get("/readyz").status_code == 200
         assert client.get("/openapi.json").json()["info"]["title"] == "complete-fn"

@@ -53,8 +53,8 @@ def test_a_key_does_what_its_scopes_say(running: Any) -> None:
 
 
 @pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}])
-def test_pages_of_other_sites_cannot_use_a_visitors_service(running: Any, headers: dict[str, str]) -> None:
-    with running.http() as client:
+def test_pages_of_other_sites_cannot_use_a_visitors_service(shared: Any, headers: dict[str, str]) -> None:
+    with shared.http() as client:
         assert client.get("/v1/models", headers=headers).status_code == 403
         assert client.get("/v1/models", headers={"Origin": "http://localhost:3000"}).status_code == 200
 
