@@ -26,6 +26,8 @@ PLANNED = (
     "SELECT 1 FROM range(3) t(i) WHERE probe('x') = 'y' AND i > 1",
     "SELECT 1 FROM range(3) t(i) WHERE length(probe('x')) > i",
     "SELECT 1 FROM range(3) t(i) WHERE i > 1 OR probe('x') IN ('y', 'z')",
+    "SELECT i FROM probed WHERE probe('x') = 'x' AND i > 2",
+    "SELECT i FROM probed WHERE p = probe('x') OR i < length(probe('x'))",
     "SELECT i FROM range(3) t(i) ORDER BY probe('x')",
     "SELECT max(probe('x') || i) FROM range(3) t(i) GROUP BY probe('x')",
     "SELECT p FROM (SELECT 'a' || i p FROM range(3) t(i)) WHERE p = probe('x')",
@@ -86,6 +88,7 @@ def places() -> Places:
     run: list[list[int]] = []
     with duckdb.connect() as con:
         con.create_function("probe", probe, ["VARCHAR"], "VARCHAR", type=ARROW)
+        con.execute("CREATE TABLE probed AS SELECT i, 'a' || i AS p FROM range(3) r(i)")
         for query in PLANNED:
             stacks, went_on = probe.called_from(con, f"EXPLAIN {query}", refusals=1_000)
             folded += stacks if went_on else stacks[:-1]
