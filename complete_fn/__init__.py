@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from complete_fn.client import Client
     from complete_fn.engine import EchoEngine, Engine
     from complete_fn.errors import CompleteError
     from complete_fn.session import CompletionWarning, Session
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 HOMES = {
+    "Client": "client",
     "CompleteError": "errors",
     "Completion": "types",
     "CompletionRequest": "types",
@@ -25,6 +27,7 @@ HOMES = {
 }
 
 __all__ = [
+    "Client",
     "CompleteError",
     "Completion",
     "CompletionRequest",

@@ -21,6 +21,7 @@ WHAT = {
     "usage": "sum the ledger: rows, tokens and cost by day and model",
     "cache": "show or clear the stored answers",
     "serve": "serve OpenAI's API and jobs for tables from this machine",
+    "jobs": "submit, watch and fetch jobs of a service",
     "keys": "make, list and revoke API keys of the service; bound a tenant's spending",
     "setup-engine": "install the embedded engine (vLLM) into this Python environment",
     "swiftkv": "make SwiftKV checkpoints: convert, distill, eval",

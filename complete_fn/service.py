@@ -35,6 +35,8 @@ from complete_fn.tables import ledger
 from complete_fn.types import Asker
 from complete_fn.uploads import Uploads
 
+TABLES_AT_ONCE = 2
+
 
 class Budgets(Budget):
     """Several budgets that must all cover a row; told as the one with the least left."""
@@ -119,6 +121,7 @@ class Service:
         self.queue: JobQueue = InlineQueue()
         self.lock = threading.Lock()
         self.outputs_lock = threading.Lock()
+        self.tables_at_once = threading.BoundedSemaphore(TABLES_AT_ONCE)  # whole tables are in memory meanwhile
         self.days: dict[tuple[str, str], Budget] = {}
         self.running = 0
         self.last_run = time.monotonic()

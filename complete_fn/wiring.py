@@ -22,6 +22,7 @@ VERBS: dict[str, str] = {
     "usage": "complete_fn.cli_state:usage_main",
     "cache": "complete_fn.cli_state:cache_main",
     "serve": "complete_fn.cli_serve:serve_main",
+    "jobs": "complete_fn.cli_jobs:main",
     "keys": "complete_fn.cli_serve:keys_main",
     "setup-engine": "complete_fn_workers.setup_engine:main",
     "swiftkv": "complete_fn_workers.swiftkv.cli:main",

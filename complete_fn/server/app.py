@@ -18,6 +18,7 @@ from complete_fn.server import (
     routes_jobs,
     routes_usage,
 )
+from complete_fn.server.auth import Door
 from complete_fn.server.refusals import Bounds, add_refusals
 from complete_fn.service import Service
 from complete_fn.worker_loop import AT_ONCE, WorkerLoop
@@ -54,8 +55,9 @@ def make_app(service: Service, loopback: bool = True, workers: int = AT_ONCE) ->
         service.close()
 
     app = FastAPI(title="complete-fn", version=__version__, description=DESCRIPTION, lifespan=lifespan)
-    app.state.service, app.state.loopback = service, loopback
+    app.state.service = service
     add_refusals(app)
+    app.add_middleware(Door, service=service, loopback=loopback)
     app.add_middleware(Bounds, upload_bytes=service.limits.upload_bytes, body_bytes=service.limits.body_bytes)
     for router in ROUTERS:
         app.include_router(router)

@@ -6,10 +6,13 @@ import ipaddress
 from typing import Annotated
 from urllib.parse import urlsplit
 
+from anyio import to_thread
 from fastapi import Depends, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from complete_fn.errors import KeyRefusedError, ScopeError
+from complete_fn.errors import CompleteError, KeyRefusedError, ScopeError
 from complete_fn.key_store import REFUSED, Principal
+from complete_fn.server.refusals import of_complete_error
 from complete_fn.service import Service
 from complete_fn.types import Asker
 
@@ -20,18 +23,40 @@ def service_of(request: Request) -> Service:
 
 
 def principal(request: Request) -> Principal:
-    """Raises:
-    KeyRefusedError: a key is needed and the one sent is none.
-    ScopeError: without keys, a page in a browser asks under another site's name.
-    """
-    service = service_of(request)
-    if request.app.state.loopback and not service.keys.any():
-        refuse_strange_pages(request)
-        return Principal()
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        raise KeyRefusedError(REFUSED)
-    return service.keys.check(key.strip())
+    found: Principal = request.state.principal
+    return found
+
+
+class Door:
+    """Lets nobody under /v1/ without saying who they are; asks before a byte of the body is read."""
+
+    def __init__(self, app: ASGIApp, service: Service, loopback: bool) -> None:
+        self.app = app
+        self.service = service
+        self.loopback = loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            request = Request(scope)
+            try:
+                request.state.principal = await to_thread.run_sync(self.identify, request)
+            except CompleteError as error:
+                await (await of_complete_error(request, error))(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def identify(self, request: Request) -> Principal:
+        """Raises:
+        KeyRefusedError: a key is needed and the one sent is none.
+        ScopeError: without keys, a page in a browser asks under another site's name.
+        """
+        if self.loopback and not self.service.keys.any():
+            refuse_strange_pages(request)
+            return Principal()
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            raise KeyRefusedError(REFUSED)
+        return self.service.keys.check(key.strip())
 
 
 def refuse_strange_pages(request: Request) -> None:

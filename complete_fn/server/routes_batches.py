@@ -54,9 +54,11 @@ def create_batch(body: BatchBody, service: ServiceOf, caller: Caller) -> dict[st
     if upload.purpose != "batch":
         raise InputError(f"File {upload.id} has purpose {upload.purpose!r}; upload it with purpose 'batch'.")
     source = service.uploads.path(upload)
-    lines = read_lines(service, source.read_bytes(), body.endpoint)
-    job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
-    return batch_body(service, keep(service, job, groups(lines), source))
+    with service.tables_at_once:
+        lines = read_lines(service, source.read_bytes(), body.endpoint)
+        job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
+        job = keep(service, job, groups(lines), source)
+    return batch_body(service, job)
 
 
 @router.get("/v1/batches", summary="The tenant's batches, newest first")

@@ -111,7 +111,9 @@ def create_job(
         idempotency_key=body.idempotency_key or idempotency_key or None,
         query_tag=body.query_tag,
     )
-    return job_body(service, submit_table(service, caller, spec))
+    with service.tables_at_once:
+        job = submit_table(service, caller, spec)
+    return job_body(service, job)
 
 
 @router.get("/v1/jobs", summary="The tenant's jobs, newest first")
@@ -156,7 +158,8 @@ def get_results(
     job = service.jobs.get(caller.tenant, job_id, "table")
     sink = tempfile.TemporaryFile(dir=service.folder)  # noqa: SIM115  closed when it has been sent
     try:
-        write_results(service, job, format, details, partial, sink)
+        with service.tables_at_once:
+            write_results(service, job, format, details, partial, sink)
         sink.seek(0)
     except BaseException:
         sink.close()

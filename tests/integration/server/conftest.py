@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,14 @@ class Running:
 
     service: Service
     url: str
+    end: Callable[[], None] = lambda: None
 
     def http(self, key: str = "") -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=180)
 
     def openai(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=180)
 
 
 def write_models(folder: Path) -> Path:
@@ -82,7 +83,8 @@ def serve(tmp_path: Path, models_file: Path) -> Iterator[Callable[..., Running]]
 
         def start(engine: Any = None, loopback: bool = True, **more: Any) -> Running:
             service = Service(tmp_path / "home", models_file, engine or EchoEngine(64), **more)
-            return stack.enter_context(at_service(service, loopback))
+            own = stack.enter_context(ExitStack())
+            return replace(own.enter_context(at_service(service, loopback)), end=own.close)
 
         yield start
 

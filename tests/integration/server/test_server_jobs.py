@@ -149,16 +149,17 @@ def test_max_cost_is_never_passed(running: Any) -> None:
 
 
 class Slow(EchoEngine):
-    """A row takes a fiftieth of a second; the stream's end is noted."""
+    """A row takes a while; the stream's end is noted."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.02) -> None:
         super().__init__(64)
+        self.seconds = seconds
         self.closed = threading.Event()
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         try:
             for found in super().stream(requests, tenant):
-                time.sleep(0.02)
+                time.sleep(self.seconds)
                 yield found
         finally:
             self.closed.set()
@@ -188,6 +189,26 @@ def test_cancelling_stops_the_engine_and_keeps_and_bills_what_is_done(serve: Cal
     assert Decimal(ended["cost"]["amount"]) == len(done) * Decimal(9) / 1_000_000
     time.sleep(0.3)
     assert len(engine.requests) == asked
+
+
+def test_a_service_that_ends_gives_its_parts_back_and_the_next_goes_on(serve: Callable[..., Any]) -> None:
+    slow, quick = Slow(), Slow(0)
+    rows = [{"text": f"row {n}"} for n in range(400)]
+    first = serve(slow)
+    with first.http() as client:
+        job = submit(client, upload(client, parquet_bytes(rows)), options={"temperature": 0.5})["id"]
+        while client.get(f"/v1/jobs/{job}").json()["rows"]["done"] < 64:
+            time.sleep(0.05)
+    first.end()
+    running = serve(quick)
+    with running.http() as client:
+        ended = wait(client, job)
+        assert [r["completion"] for r in results(client, job)] == [f"Say: row {n}" for n in range(400)]
+        (part,) = running.service.jobs.parts(job)
+    assert (part.tries, part.fence) == (0, 2)
+    # What the first had committed was not computed again, though sampled answers are never shared.
+    assert 64 <= 400 - len(quick.requests) <= len(slow.requests)
+    assert Decimal(ended["cost"]["amount"]) == 400 * Decimal(9) / 1_000_000
 
 
 def test_rows_that_are_done_can_be_fetched_before_the_job_is_over(

@@ -1,0 +1,196 @@
+"""`complete-fn jobs`: bulk work on a service, from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from complete_fn.cli import INTERRUPTED, OK, SOME_FAILED, Parser
+from complete_fn.cli_state import print_table
+from complete_fn.client import Client, RemoteJob
+from complete_fn.errors import InputError
+from complete_fn.files import SUFFIXES
+from complete_fn.settings import secret
+
+DESCRIPTION = """\
+Run jobs on a service (`complete-fn serve`).
+
+  complete-fn jobs submit in.parquet -m M -p 'Name the section: {description}' --wait -o out.parquet
+
+The service's address is --url or COMPLETE_FN_URL; an API key is taken from COMPLETE_FN_KEY."""
+HERE = "http://127.0.0.1:8000"
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("complete-fn jobs", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="submit|list|show|wait|results|cancel|delete", parser_class=Parser
+    )
+    add_submit(verbs.add_parser("submit", help="begin a job over a .parquet, .csv or .jsonl file; prints its id"))
+    verbs.add_parser("list", help="the newest jobs")
+    for name, what in (
+        ("show", "how far a job is"),
+        ("wait", "until a job is over, with a bar"),
+        ("results", "write a job's rows with their answers"),
+        ("cancel", "stop a job; the rows that are done stay"),
+        ("delete", "delete a job's input, results and stored answers"),
+    ):
+        verbs.add_parser(name, help=what).add_argument("id")
+    add_output(verbs.choices["results"], required=True)
+    for each in verbs.choices.values():
+        each.add_argument("--url", default=secret("COMPLETE_FN_URL") or HERE, help=f"of the service (default: {HERE})")
+    asked = parser.parse_args(argv)
+    client = Client(asked.url, secret("COMPLETE_FN_KEY"))
+    try:
+        return ON_JOB[asked.verb](asked, client)
+    finally:
+        client.close()
+
+
+def add_submit(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("input")
+    add("-m", "--model", required=True, help="a name of the service's catalogue")
+    add("-p", "--prompt", required=True, help="the template: {column} is replaced, {{ and }} are braces")
+    add("--column", default="completion", help="name of the new column (default: completion)")
+    add("--option", action="append", default=[], metavar="K=V", help="any option by name; V is JSON or text")
+    add("--max-cost", metavar="AMOUNT", help="never spend more, in the currency of the model's prices")
+    add("--query-tag", metavar="TAG", help="marks the job's lines in the ledger")
+    add("--idempotency-key", metavar="KEY", help="submitting again with the same key finds the first job")
+    add("--wait", action="store_true", help="until the job is over, with a bar")
+    add_output(parser, required=False)
+
+
+def add_output(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("-o", "--output", required=required, metavar="FILE", help=".parquet, .csv, .jsonl or .arrow")
+    parser.add_argument("--details", action="store_true", help="add error, usage, cost and source of each row")
+
+
+def submit(asked: argparse.Namespace, client: Client) -> int:
+    if asked.output is not None:
+        format_of(asked.output)
+    job = client.submit(
+        asked.input,
+        asked.model,
+        asked.prompt,
+        options=given_options(asked.option),
+        column=asked.column,
+        max_cost=asked.max_cost,
+        query_tag=asked.query_tag,
+        idempotency_key=asked.idempotency_key,
+    )
+    print(job.id)
+    if not (asked.wait or asked.output):
+        return OK
+    return follow(asked, job)
+
+
+def follow(asked: argparse.Namespace, job: RemoteJob) -> int:
+    """Wait for a job; Ctrl-C leaves it running."""
+    try:
+        state = job.wait()
+    except KeyboardInterrupt:
+        print(f"The job goes on: complete-fn jobs wait {job.id}", file=sys.stderr)
+        return INTERRUPTED
+    if getattr(asked, "output", None):
+        write(asked, job)
+    print(line(state), file=sys.stderr)
+    return SOME_FAILED if state["rows"]["failed"] or state["status"] != "completed" else OK
+
+
+def write(asked: argparse.Namespace, job: RemoteJob) -> None:
+    kind, target = format_of(asked.output), Path(asked.output)
+    beside = target.with_name(f".{target.name}.part")
+    try:
+        with beside.open("wb") as sink:
+            for chunk in job.download(kind, asked.details):
+                sink.write(chunk)
+        beside.replace(target)
+    except OSError as error:
+        raise InputError(f"The output {asked.output!r} cannot be written: {error.strerror}.") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def format_of(name: str) -> str:
+    found = SUFFIXES.get(Path(name).suffix.lower())
+    if found is None:
+        raise InputError(f"The format of {name!r} is not known: end it with .parquet, .csv, .jsonl or .arrow.")
+    return found
+
+
+def given_options(pairs: list[str]) -> dict[str, Any]:
+    """`k=v` pairs as JSON values or text; the service checks them."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise InputError(f"--option {pair!r} is not of the form name=value.")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
+def line(state: dict[str, Any]) -> str:
+    rows, cost = state["rows"], state["cost"]
+    failed = f", {rows['failed']:,} failed" if rows["failed"] else ""
+    return f"{state['status']}: {rows['done']:,} of {rows['total']:,} rows{failed}, {cost['currency']} {cost['amount']}"
+
+
+def list_jobs(_: argparse.Namespace, client: Client) -> int:
+    lines = [
+        (
+            job["id"],
+            job["status"],
+            job["model"],
+            f"{job['rows']['done']:,}/{job['rows']['total']:,}",
+            job["cost"]["amount"],
+            datetime.fromtimestamp(job["created_at"]).strftime("%Y-%m-%d %H:%M"),
+        )
+        for job in client.jobs()
+    ]
+    print_table([("ID", "STATUS", "MODEL", "ROWS", "COST", "CREATED"), *lines])
+    return OK
+
+
+def show(asked: argparse.Namespace, client: Client) -> int:
+    state = client.job(asked.id).state()
+    print(line(state))
+    if state["eta_seconds"] is not None:
+        print(f"about {state['eta_seconds']:,.0f} s left")
+    if state["error"]:
+        print(state["error"])
+    return OK
+
+
+def results(asked: argparse.Namespace, client: Client) -> int:
+    write(asked, client.job(asked.id))
+    return OK
+
+
+def cancel(asked: argparse.Namespace, client: Client) -> int:
+    client.job(asked.id).cancel()
+    return OK
+
+
+def delete(asked: argparse.Namespace, client: Client) -> int:
+    client.job(asked.id).delete()
+    return OK
+
+
+ON_JOB: dict[str, Callable[[argparse.Namespace, Client], int]] = {
+    "submit": submit,
+    "list": list_jobs,
+    "show": show,
+    "wait": lambda asked, client: follow(asked, client.job(asked.id)),
+    "results": results,
+    "cancel": cancel,
+    "delete": delete,
+}

@@ -1,0 +1,206 @@
+"""A service's jobs from Python: submit a table, wait with a bar, fetch the rows with their answers as Arrow."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow as pa
+
+from complete_fn.errors import CompleteError, EngineError, InputError, JobError
+from complete_fn.progress import progress_for
+from complete_fn.types import Usage
+
+OVER = ("completed", "failed", "cancelled", "expired")
+FIRST_WAIT, LONGEST_WAIT = 0.2, 2.0
+CHUNK = 1 << 20
+
+
+class Client:
+    """A service at `url` ("http://host:8000", with or without /v1).
+
+    Raises:
+        EngineError: nobody answers there.
+        CompleteError: what the service refuses, as the error that its code names.
+    """
+
+    def __init__(self, url: str, key: str | None = None, timeout: float = 300.0) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.http = httpx.Client(base_url=f"{self.url}/v1", headers=headers, timeout=timeout)
+
+    def submit(
+        self,
+        source: Any,
+        model: str,
+        prompt: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        column: str = "completion",
+        max_cost: Decimal | float | str | None = None,
+        query_tag: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> RemoteJob:
+        """Begin a job.
+
+        Args:
+            source: path of a .parquet, .csv or .jsonl file, an Arrow table, or a frame that Arrow can read (Polars,
+                pandas, DuckDB).
+            prompt: a template over the columns, as in `complete-fn run`.
+        """
+        name, content = contents(source)
+        with content:
+            uploaded = self.ask("POST", "/files", files={"file": (name, content)}, data={"purpose": "user_data"})
+        file = uploaded.json()["id"]
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "source": {"file_id": file},
+            "options": dict(options or {}),
+            "column": column,
+            "max_cost": None if max_cost is None else str(max_cost),
+            "query_tag": query_tag,
+            "idempotency_key": idempotency_key,
+        }
+        try:
+            return RemoteJob(self, self.ask("POST", "/jobs", json=body).json()["id"])
+        finally:
+            self.ask("DELETE", f"/files/{file}")  # the job has its own copy
+
+    def job(self, name: str) -> RemoteJob:
+        return RemoteJob(self, name)
+
+    def jobs(self, limit: int = 20) -> list[dict[str, Any]]:
+        """The newest jobs, as `RemoteJob.state` gives them."""
+        found: list[dict[str, Any]] = self.ask("GET", "/jobs", params={"limit": limit}).json()["data"]
+        return found
+
+    def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        try:
+            reply = self.http.request(method, path, **more)
+        except httpx.TransportError as error:
+            raise EngineError(f"Nobody answers at {self.url} ({error}). Start it with `complete-fn serve`.") from error
+        refuse(reply)
+        return reply
+
+    def close(self) -> None:
+        self.http.close()
+
+
+@dataclass(frozen=True)
+class RemoteJob:
+    """A job of a service."""
+
+    client: Client
+    id: str
+
+    def state(self) -> dict[str, Any]:
+        """Status, rows, usage, cost, seconds left."""
+        found: dict[str, Any] = self.client.ask("GET", f"/jobs/{self.id}").json()
+        return found
+
+    def wait(self, progress: bool | None = None) -> dict[str, Any]:
+        """Return the state once the job is over.
+
+        Args:
+            progress: show a bar; None shows one when a person is looking.
+
+        Raises:
+            JobError: it failed; the message says why.
+        """
+        now = self.state()
+        bar, pause = progress_for(now["model"], progress), FIRST_WAIT
+        bar.start(now["rows"]["total"])
+        shown, used, paid = 0, Usage(), Decimal(0)
+        try:
+            while True:
+                rows, usage, cost = now["rows"]["done"], Usage(**now["usage"]), Decimal(now["cost"]["amount"])
+                bar.advance(rows - shown, less(usage, used), cost - paid, now["cost"]["currency"])
+                shown, used, paid = rows, usage, cost
+                if now["status"] in OVER:
+                    break
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_WAIT)
+                now = self.state()
+        finally:
+            bar.stop()
+        if now["status"] == "failed":
+            raise JobError(f"Job {self.id} failed: {now['error']}")
+        return now
+
+    def results(self, details: bool = False, partial: bool = False) -> pa.Table:
+        """The rows with their answers.
+
+        Args:
+            partial: only the rows that are done, also before the job is over.
+        """
+        query = {"format": "arrow", "details": details, "partial": partial}
+        reply = self.client.ask("GET", f"/jobs/{self.id}/results", params=query)
+        return pa.ipc.open_stream(reply.content).read_all()
+
+    def download(self, format: str, details: bool = False) -> Iterator[bytes]:
+        """The results as a file of that format, in pieces."""
+        query: dict[str, str | bool] = {"format": format, "details": details}
+        with self.client.http.stream("GET", f"/jobs/{self.id}/results", params=query) as reply:
+            if reply.is_error:
+                reply.read()
+                refuse(reply)
+            yield from reply.iter_bytes(CHUNK)
+
+    def cancel(self) -> None:
+        self.client.ask("POST", f"/jobs/{self.id}/cancel")
+
+    def delete(self) -> None:
+        """Delete its input, results and stored answers."""
+        self.client.ask("DELETE", f"/jobs/{self.id}")
+
+
+def contents(source: Any) -> tuple[str, Any]:
+    """(file name, open file) of what is to be uploaded."""
+    if isinstance(source, str | Path):
+        try:
+            return Path(source).name, Path(source).open("rb")
+        except OSError as error:
+            raise InputError(f"{str(source)!r} cannot be read: {error.strerror}.") from error
+    from pyarrow import parquet
+
+    try:
+        table = source if isinstance(source, pa.Table) else pa.table(source)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"A {type(source).__name__} is neither a path nor a table that Arrow can read.") from error
+    sink = io.BytesIO()
+    parquet.write_table(table, sink)
+    sink.seek(0)
+    return "table.parquet", sink
+
+
+def refuse(reply: httpx.Response) -> None:
+    """Raise what the service's error code names."""
+    if not reply.is_error:
+        return
+    try:
+        error = reply.json()["error"]
+        message, code = str(error["message"]), error["code"]
+    except (ValueError, KeyError, TypeError):
+        message, code = f"{reply.url} answers {reply.status_code}; is a complete-fn service there?", None
+    raise next((kind for kind in kinds(CompleteError) if kind.code == code), EngineError)(message)
+
+
+def kinds(root: type[CompleteError]) -> Iterator[type[CompleteError]]:
+    yield root
+    for kind in root.__subclasses__():
+        yield from kinds(kind)
+
+
+def less(a: Usage, b: Usage) -> Usage:
+    return Usage(
+        a.prompt_tokens - b.prompt_tokens,
+        a.cached_tokens - b.cached_tokens,
+        a.completion_tokens - b.completion_tokens,
+    )

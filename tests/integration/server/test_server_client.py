@@ -1,0 +1,91 @@
+"""`Client`, `complete-fn jobs` and the `engine='http://...'` of a session, against a running service."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from complete_fn import Client, Session
+from complete_fn.cli import main
+from complete_fn.errors import EngineError, InputError, InvalidOptionError, JobError, KeyRefusedError, UnknownModelError
+
+TABLE = pa.table({"id": [1, 2, 3], "text": ["a", None, "c c"]})
+
+
+@pytest.mark.parametrize("source", [TABLE, polars.from_arrow(TABLE)])
+def test_submit_wait_results(running: Any, source: Any) -> None:
+    client = Client(running.url)
+    job = client.submit(source, "echo", "Say: {text}", max_cost="1", options={"max_tokens": 3})
+    state = job.wait(progress=True)
+    assert (state["status"], state["rows"]["done"]) == ("completed", 3)
+    found = job.results()
+    assert found.column("completion").to_pylist() == ["Say: a", None, "Say: c c"]
+    assert polars.from_arrow(job.results(details=True)).shape == (3, 4)
+    assert [j["id"] for j in client.jobs()] == [job.id]
+    with pytest.raises(JobError):
+        job.cancel()
+    job.delete()
+    assert client.jobs() == []
+    assert client.ask("GET", "/files").json()["data"] == []
+
+
+def test_what_the_service_refuses_is_raised_as_what_it_is(running: Any) -> None:
+    client = Client(running.url + "/v1")
+    with pytest.raises(UnknownModelError, match="catalogue"):
+        client.submit(TABLE, "lama", "{text}")
+    with pytest.raises(InvalidOptionError, match="temprature"):
+        client.submit(TABLE, "echo", "{text}", options={"temprature": 1})
+    with pytest.raises(InputError, match="neither a path nor"):
+        client.submit(7, "echo", "{text}")
+    with pytest.raises(EngineError, match="Nobody answers"):
+        Client("http://127.0.0.1:9").jobs()
+    assert client.ask("GET", "/files").json()["data"] == []
+    running.service.keys.create("acme", "ann")
+    with pytest.raises(KeyRefusedError):
+        client.jobs()
+
+
+def test_jobs_from_the_shell(
+    running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMPLETE_FN_URL", running.url)
+    monkeypatch.setenv("COMPLETE_FN_KEY", running.service.keys.create("acme", "ann"))
+    source, target = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    parquet.write_table(TABLE, source)
+    submit = ["jobs", "submit", str(source), "-m", "echo", "-p", "{text}", "--option", "max_tokens=5"]
+    assert main([*submit, "-o", str(target)]) == 0
+    captured = capsys.readouterr()
+    job = captured.out.strip()
+    assert "completed: 3 of 3 rows" in captured.err
+    assert parquet.read_table(target).column("completion").to_pylist() == ["a", None, "c c"]
+    assert main(["jobs", "results", job, "-o", str(tmp_path / "out.csv"), "--details"]) == 0
+    assert (tmp_path / "out.csv").read_text().startswith("id,text,completion,completion_details\n")
+    for verb in ("list", "show", "wait", "delete"):
+        assert main(["jobs", verb, *([job] if verb != "list" else [])]) == 0
+    assert main(["jobs", "show", job]) == 1
+    assert f"no job '{job}'" in capsys.readouterr().err
+    assert main([*submit, "-o", "out.xyz"]) == 1
+    assert main([*submit[:2], str(tmp_path / "none.csv"), *submit[3:]]) == 1
+    assert main([*submit, "--max-cost", "0", "--wait"]) == 3  # a row that nothing may be spent on has failed
+
+
+def test_a_session_asks_the_service_as_its_engine(running: Any, tmp_path: Path) -> None:
+    session = Session(engine=f"{running.url}/v1", home=tmp_path / "client")
+    assert session.complete("echo", ["one two", None, "one two"]).text.to_pylist() == ["one two", None, "one two"]
+    session.close()
+    assert running.service.spent_since("local", 0.0) > 0
+
+
+def test_an_upload_without_a_key_is_refused_before_it_is_read(serve: Callable[..., Any]) -> None:
+    running = serve(loopback=False)
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as link:
+        link.sendall(b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        assert link.recv(100).startswith(b"HTTP/1.1 401")
