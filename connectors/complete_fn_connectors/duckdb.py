@@ -7,6 +7,7 @@ import contextlib
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import duckdb
@@ -65,19 +66,24 @@ class Registration:
         """One line on all queries since the last call: rows, distinct, tokens, cost and its basis, failures."""
         return self.session.take_summary()
 
+    def interrupt(self) -> None:
+        """Stop all completions of this process, as Ctrl-C does; finished rows are kept. Add it to `con.interrupt()`,
+        which stops a query only between two calls of a function."""
+        INTERRUPTS.raise_all()
+
     def close(self) -> None:
         """Take the functions from the database, without touching its data; answers stay in the state folder.
 
         Raises:
             duckdb.Error: a query of the connection is still being read.
         """
-        if self.catalog is not None:
-            self.catalog.detach()
-            self.catalog = None
         while self.names:
             with contextlib.suppress(duckdb.ConnectionException, duckdb.InvalidInputException):
                 self.con.remove_function(self.names[-1])  # both mean that it is gone already
             self.names.pop()
+        if self.catalog is not None:
+            self.catalog.detach()
+            self.catalog = None
         self.session.close()
         if REGISTERED.get(self.con, no_one)() is self:
             del REGISTERED[self.con]
@@ -117,8 +123,19 @@ def no_one() -> None:
     """What a dead weak reference says."""
 
 
+def refuse_transaction(con: duckdb.DuckDBPyConnection) -> None:
+    """Functions made inside a transaction are gone with its rollback, and cursors do not see them before.
+
+    Raises:
+        InputError: the connection is inside one.
+    """
+    first, second = (con.execute("SELECT txid_current()").fetchall() for _ in range(2))
+    if first == second:
+        raise InputError("The connection is inside a transaction. COMMIT or ROLLBACK it, then register.")
+
+
 def register(
-    con: duckdb.DuckDBPyConnection,
+    con: duckdb.DuckDBPyConnection | ModuleType,
     *,
     engine: Engine | str | None = None,
     max_cost: Any = None,
@@ -134,6 +151,7 @@ def register(
     the first.
 
     Args:
+        con: a connection, or the module `duckdb` for its default connection.
         engine: URL of an OpenAI-compatible server or an `Engine`, for every model; None takes each model's own.
         max_cost: all queries together never spend more; what it does not cover is NULL with `budget_exceeded`.
         home: folder of answers and ledger; None takes COMPLETE_FN_HOME or the platform's.
@@ -143,7 +161,8 @@ def register(
         progress: show a bar; None shows one when a person is looking.
 
     Raises:
-        InputError: the database has functions of these names, or a catalog `snowflake` with `cortex`.
+        InputError: the connection is inside a transaction; or the database has functions of these names, or a
+            catalog `snowflake` with `cortex`.
         InvalidOptionError: `max_cost` is no amount.
     """
     session = QuerySession(
@@ -154,6 +173,8 @@ def register(
         who=Asker(query_tag=query_tag),
         progress=progress,
     )
+    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    refuse_transaction(con)
     earlier = REGISTERED.get(con, no_one)()
     if earlier is not None:
         earlier.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -275,6 +277,52 @@ def test_registering_a_cursor_of_a_registered_connection_is_refused(con: duckdb.
     with pytest.raises(InputError, match="has a function named 'complete' already"):
         register(con.cursor(), engine=EchoEngine())
     assert column(con.cursor(), "SELECT complete('m', 'still there')") == ["still there"]
+
+
+def test_registering_inside_a_transaction_is_refused(tmp_path: Path) -> None:
+    with duckdb.connect() as con:
+        con.begin()
+        with pytest.raises(InputError, match=r"inside a transaction\. COMMIT or ROLLBACK it, then register"):
+            register(con, engine=EchoEngine(), home=tmp_path)
+        con.rollback()
+        register(con, engine=EchoEngine(), home=tmp_path)
+        con.begin()
+        assert column(con, "SELECT complete('m', 'x')") == ["x"]
+        con.rollback()
+        assert column(con, "SELECT complete('m', 'y')") == ["y"]
+
+
+def test_the_module_stands_for_its_default_connection(tmp_path: Path) -> None:
+    register(duckdb, engine=EchoEngine(), home=tmp_path)
+    with register(duckdb.default_connection(), engine=EchoEngine(), home=tmp_path):
+        assert duckdb.sql("SELECT complete('m', 'x')").fetchall() == [("x",)]
+
+
+def test_an_unread_result_keeps_its_rows_and_stops_nothing_by_halves(tmp_path: Path) -> None:
+    with duckdb.connect() as con:
+        registration = register(con, engine=EchoEngine(), home=tmp_path, cortex=True)
+        con.execute("SELECT complete('m', 'x' || i) FROM range(5) r(i)")
+        with pytest.raises(duckdb.Error, match="unfinished result"):
+            registration.close()
+        assert con.fetchall() == [(f"x{i}",) for i in range(5)]
+        assert column(con, "SELECT SNOWFLAKE.CORTEX.COMPLETE('m', 'still there')") == ["still there"]
+
+
+def test_interrupt_stops_what_runs(tmp_path: Path) -> None:
+    class Endless(EchoEngine):
+        def complete(self, request: CompletionRequest) -> Completion:
+            started.set()
+            time.sleep(0.05)
+            return super().complete(request)
+
+    started = threading.Event()
+    with duckdb.connect() as con, register(con, engine=Endless(), home=tmp_path) as registration:
+        threading.Thread(target=lambda: (started.wait(), time.sleep(0.5), registration.interrupt())).start()
+        began = time.monotonic()
+        with pytest.raises(duckdb.Error, match="the query was interrupted; finished rows are kept"):
+            con.execute("SELECT complete('m', 'x' || i) FROM range(2000) r(i)").fetchall()
+        assert time.monotonic() - began < 10
+        assert column(con, "SELECT complete('m', 'after')") == ["after"]
 
 
 def test_closing_takes_the_functions_away(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
