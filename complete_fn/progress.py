@@ -40,6 +40,10 @@ class Bar:
         self.tokens, self.cost, self.began = 0, Decimal(0), time.monotonic()
         self.bar = bar_type()(total=rows, desc=self.label, unit=" rows", delay=1, smoothing=0.1, dynamic_ncols=True)
 
+    def grow(self, rows: int) -> None:
+        """So many rows more than start() knew of."""
+        self.bar.total += rows
+
     def advance(self, rows: int, usage: Usage, cost: Decimal, currency: str) -> None:
         self.tokens += usage.prompt_tokens + usage.completion_tokens
         self.cost += cost

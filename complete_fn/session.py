@@ -24,7 +24,7 @@ from complete_fn.engines import at_engine, engine_for
 from complete_fn.errors import InvalidOptionError, RowFailedError
 from complete_fn.keys import Call
 from complete_fn.options import Options, parse_options
-from complete_fn.progress import Quiet, progress_for
+from complete_fn.progress import Progress, Quiet, progress_for
 from complete_fn.prompts import escaped, plain_column
 from complete_fn.runner import Tools, run
 from complete_fn.settings import load_settings
@@ -131,14 +131,17 @@ class Session:
         column = prompts if planned else escaped(plain_column(prompts))
         self.warn_of_strangers(found, column)
         call = Call(found, chosen.sampling, chosen.response_format)
-        bar = Quiet() if len(column) < 2 else progress_for(found.name, self.progress)
-        tools = Tools(self.engine_of(found), self.store, self.budget_of(found, job), bar)
+        tools = Tools(self.engine_of(found), self.store, self.budget_of(found, job), self.bar(found, len(column)))
         answers = run(call, column, tools, replace(self.who, job=job), chosen.cache)
         with self.lock:
             self.summary = self.summary + answers.summary
         if answers.summary.failed:
             self.report_failures(answers, chosen.strict)
         return answers
+
+    def bar(self, model: Model, rows: int) -> Progress:
+        """What shows the progress of a run of so many rows."""
+        return Quiet() if rows < 2 else progress_for(model.name, self.progress)
 
     def budget_of(self, model: Model, job: str | None) -> Budget | None:
         """The session's budget, after what earlier attempts of an unfinished job have spent of it.

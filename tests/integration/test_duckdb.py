@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -233,6 +234,24 @@ def test_the_summary_tells_of_all_since_the_last_one(con: duckdb.DuckDBPyConnect
         assert line.startswith("5 rows · 2 distinct · 8 tokens in")
         assert "USD 0.000000 at example prices" in line
         assert registration.summary().startswith("0 rows")
+
+
+def test_a_query_in_pieces_has_one_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Slow(EchoEngine):
+        def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+            time.sleep(0.6)
+            return super().stream(requests, tenant)
+
+    with duckdb.connect() as con:
+        register(con, engine=Slow(), home=tmp_path, progress=True)
+        con.execute("SET threads = 1")
+        con.execute("CREATE TABLE many AS SELECT 'x' || i AS p FROM range(5000) r(i)")
+        assert column(con, "SELECT count(complete('m', p)) FROM many") == [5000]
+        time.sleep(1)  # the bar closes when no further piece comes
+    drawn = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.strip()]
+    assert "5000/5000" in drawn[-1]
+    assert "tokens/s, USD 0.0000" in drawn[-1]
+    assert sum(line.startswith("m: 100%") for line in drawn) >= 1
 
 
 def test_ledger_lines_carry_the_tag(tmp_path: Path) -> None:
