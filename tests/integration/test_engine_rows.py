@@ -102,7 +102,7 @@ def test_megabyte_prompt_fails_and_holds_nobody_up(engine: Any) -> None:
     huge, word, small = ask(engine, "some words and more " * 52_000, "x" * 1_000_000, "small", max_tokens=2)
     assert code(huge) == code(word) == "prompt_too_long"
     assert small.error is None
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 def test_messages_are_rendered_by_the_chat_template(engine: Any) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from complete_fn.settings import Settings
@@ -27,6 +27,7 @@ from complete_fn_workers.machine import available_cores, memory_bytes
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(TEXTS, TEXTS, max_size=3), max_size=5), st.integers(1, 9))
 def test_frames_survive_any_cut(messages: list[dict[str, str]], size: int) -> None:
     stream = b"".join(pack(m) for m in messages)
@@ -51,18 +52,18 @@ def spec(folder: Path) -> EngineSpec:
 
 
 def test_key_tells_engines_apart(tmp_path: Path) -> None:
-    settings = Settings(tmp_path, None, None)
+    home = Settings(tmp_path, None, None)
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"1")
     first = spec(tmp_path)
-    key = engine_key(first, settings)
-    assert key == engine_key(spec(tmp_path), settings)
-    assert key != engine_key(replace(first, engine_args={"max_num_seqs": 5}), settings)
-    assert key != engine_key(replace(first, kv_cache_gib=2.0), settings)
+    key = engine_key(first, home)
+    assert key == engine_key(spec(tmp_path), home)
+    assert key != engine_key(replace(first, engine_args={"max_num_seqs": 5}), home)
+    assert key != engine_key(replace(first, kv_cache_gib=2.0), home)
     time.sleep(0.01)
     weights.write_bytes(b"2")
-    assert key != engine_key(first, settings), "a checkpoint trained anew must not be answered by the old engine"
+    assert key != engine_key(first, home), "a checkpoint trained anew must not be answered by the old engine"
 
 
 def test_folders_are_private_even_if_they_were_not(tmp_path: Path) -> None:

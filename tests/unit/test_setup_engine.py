@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -43,14 +43,15 @@ def test_lock_names_no_index_and_is_small() -> None:
 
 
 def test_second_run_is_quick_and_says_so() -> None:
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "complete_fn_workers.setup_engine", "--check"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert time.monotonic() - began < 2.0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0  # however busy the machine is
     assert ("already installed" in done.stdout) == (done.returncode == 0)
 
 
