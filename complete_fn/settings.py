@@ -5,6 +5,8 @@ COMPLETE_FN_MODELS   a TOML file that adds to or overrides the catalogue (defaul
 COMPLETE_FN_MEMORY   GiB that the embedded engine may take for its KV cache (default: a tenth of RAM, 1 to 8)
 COMPLETE_FN_CACHE_GIB, COMPLETE_FN_CACHE_DAYS
                      bounds of the stored answers (default: 2 GiB, 180 days); the oldest go first
+COMPLETE_FN_URL, COMPLETE_FN_KEY
+                     the service that `complete-fn jobs` asks, and its API key
 """
 
 from __future__ import annotations

@@ -28,11 +28,14 @@ from complete_fn.plan import BatchPlan, make_plan
 from complete_fn.plan.parts import estimated_tokens
 from complete_fn.prices import nano
 from complete_fn.prompts import render_column, template_fields
+from complete_fn.reports import mean_output
+from complete_fn.schema_bounds import refuse_patterns
 from complete_fn.service import Service
 from complete_fn.uploads import read_table
 
 PART_TOKENS = 250_000  # prompts and answers: about a minute of a small engine
 PART_ROWS = 4_096
+LIKELY_OUTPUT = 64  # tokens of an answer of a model that has none in the ledger
 SOURCE = "source"
 RESULT_COLUMN = "completion"
 
@@ -74,7 +77,7 @@ def submit_table(service: Service, caller: Principal, spec: TableSpec) -> Job:
     model = service.model(spec.model)
     if "strict" in spec.options:
         raise InvalidOptionError("'strict' is no option of a job: its results name the rows that failed.")
-    parse_options(spec.options)
+    refuse_patterns(parse_options(spec.options).response_format)
     upload = service.uploads.get(caller.tenant, spec.file_id)
     limits = service.limits
     source = service.uploads.path(upload)
@@ -149,7 +152,7 @@ def keep(service: Service, job: Job, groups: Sequence[Group], source: Path) -> J
         link(source, folder / SOURCE)
         pieces: list[dict[str, Any]] = []
         for group in groups:
-            for rows, prompts, tokens in cut(group):
+            for rows, prompts, tokens in cut(group, likely_output(service, group)):
                 table = pa.table({"row": pa.array(rows), "prompt": prompts})
                 parquet.write_table(table, folder / part_file(len(pieces)))
                 pieces.append(
@@ -181,13 +184,19 @@ def part_file(number: int) -> str:
     return f"part-{number:05}.parquet"
 
 
-def cut(group: Group) -> list[tuple[Any, Any, int]]:
+def likely_output(service: Service, group: Group) -> int:
+    """Tokens of an answer, from the model's past rows."""
+    limit = parse_options(group.options).sampling.max_tokens or group.model.default_max_tokens
+    return min(limit, round(mean_output(service.store, group.model.name) or LIKELY_OUTPUT))
+
+
+def cut(group: Group, output: int) -> list[tuple[Any, Any, int]]:
     """(row numbers, prompts, estimated tokens) of each part; equal prompts and shared prefixes stay together."""
     options = parse_options(group.options)
     plan = make_plan(group.prompts, mergeable=options.sampling.greedy)
     if not len(plan.order):
         return []
-    tokens = estimated_tokens(plan) + (options.sampling.max_tokens or group.model.default_max_tokens)
+    tokens = estimated_tokens(plan) + output
     number = np.cumsum(np.maximum(tokens, PART_TOKENS // PART_ROWS)) // PART_TOKENS
     starts = np.append(np.flatnonzero(np.diff(number, prepend=-1)), len(number))
     return [piece(group, plan, tokens, low, high) for low, high in pairwise(starts.tolist())]

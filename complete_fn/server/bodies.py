@@ -11,6 +11,7 @@ from complete_fn.errors import RequestError
 from complete_fn.keys import Call
 from complete_fn.options import parse_options
 from complete_fn.prompts import escape, pack_messages
+from complete_fn.schema_bounds import refuse_patterns
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -69,6 +70,7 @@ class SamplingBody(Body):
             "response_format": response_format,
         }
         options = parse_options(given)
+        refuse_patterns(options.response_format)
         return Call(model, options.sampling, options.response_format)
 
 

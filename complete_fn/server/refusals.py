@@ -53,7 +53,12 @@ async def of_http(_: Request, error: Exception) -> JSONResponse:
     return refusal(error.status_code, f"{error.detail}.", {404: "not_found", 413: "too_large"}.get(error.status_code))
 
 
+async def of_half_character(_: Request, error: Exception) -> JSONResponse:
+    return refusal(400, "A text has half of a character (a lone surrogate), which cannot be stored.", "invalid_request")
+
+
 def add_refusals(app: FastAPI) -> None:
+    app.add_exception_handler(UnicodeEncodeError, of_half_character)
     app.add_exception_handler(CompleteError, of_complete_error)
     app.add_exception_handler(RequestValidationError, of_validation)
     app.add_exception_handler(HTTPException, of_http)

@@ -30,7 +30,7 @@ def start(client: openai.OpenAI, lines: list[Any], endpoint: Any = CHAT, **more:
 
 
 def wait(client: openai.OpenAI, batch: str, status: str = "completed") -> Any:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         found = client.batches.retrieve(batch)
         if found.status == status:

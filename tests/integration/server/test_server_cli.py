@@ -31,11 +31,11 @@ def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def test_serve_answers_and_ends_on_sigterm(served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     child, url = served
-    assert httpx.get(f"{url}/readyz", timeout=20).status_code == 200
+    assert httpx.get(f"{url}/readyz", timeout=100).status_code == 200
     assert main(["serve", "--port", "0", "--home", str(tmp_path)]) == 1
     assert "Another complete-fn serves from" in capsys.readouterr().err
     child.send_signal(signal.SIGTERM)
-    assert child.wait(20) in (0, -signal.SIGTERM)
+    assert child.wait(100) in (0, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])

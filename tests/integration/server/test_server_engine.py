@@ -36,7 +36,7 @@ def test_a_chat_and_a_job_on_the_embedded_engine(
         file = client.post("/v1/files", files={"file": ("t.jsonl", lines)}, data={"purpose": "user_data"}).json()["id"]
         body = {"model": "tiny", "prompt": "Name {text}", "source": {"file_id": file}, "options": {"max_tokens": 4}}
         job = client.post("/v1/jobs", json=body).json()["id"]
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 250
         while (state := client.get(f"/v1/jobs/{job}").json())["status"] != "completed" and time.monotonic() < deadline:
             time.sleep(0.2)
         rows = client.get(f"/v1/jobs/{job}/results", params={"format": "jsonl"}).text.splitlines()

@@ -47,7 +47,7 @@ def submit(client: httpx.Client, file: str, **more: Any) -> dict[str, Any]:
 
 
 def wait(client: httpx.Client, job: str, until: tuple[str, ...] = ("completed",)) -> dict[str, Any]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         found: dict[str, Any] = client.get(f"/v1/jobs/{job}").json()
         if found["status"] in until:
@@ -173,14 +173,14 @@ def test_cancelling_stops_the_engine_and_keeps_and_bills_what_is_done(serve: Cal
         job = submit(client, upload(client, parquet_bytes(rows)))["id"]
         while len(engine.requests) < 100:
             time.sleep(0.05)
-        began = time.monotonic()
+        before = len(engine.requests)
         assert client.get(f"/v1/jobs/{job}/results").status_code == 409
         assert client.delete(f"/v1/jobs/{job}").status_code == 409
         assert client.post(f"/v1/jobs/{job}/cancel").json()["status"] in ("stopping", "cancelled")
         ended = wait(client, job, ("cancelled",))
-        assert time.monotonic() - began < 5
-        assert engine.closed.wait(2)
+        assert engine.closed.wait(60)
         asked = len(engine.requests)
+        assert asked - before < 5 / engine.seconds  # five seconds of a busy machine's own time
         found = results(client, job, details=True)
         assert client.post(f"/v1/jobs/{job}/cancel").status_code == 409
     done = [r for r in found if r["completion"] is not None]
@@ -215,7 +215,7 @@ def test_rows_that_are_done_can_be_fetched_before_the_job_is_over(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("complete_fn.submit.PART_TOKENS", 400)
-    engine = Slow()
+    engine = Slow(0.05)
     with serve(engine).http() as client:
         job = submit(client, upload(client, parquet_bytes([{"n": n, "text": f"row {n}"} for n in range(400)])))["id"]
         while not (found := results(client, job, partial=True)):
