@@ -46,13 +46,12 @@ class Interrupts:
             outbox.close()
             return
         self.inbox, self.outbox = inbox, outbox
-        if sys.platform != "win32":
-            os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
-        """A forked child's signals are not ours."""
+        """In a forked child: its signals are none of its parent's business."""
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
+        self.lock, self.inbox, self.outbox = threading.Lock(), None, None
 
     def count(self) -> int:
         """How many interrupts there have been."""
@@ -77,6 +76,8 @@ class Interrupts:
 
 INTERRUPTS = Interrupts()
 PUMPS: weakref.WeakSet[Pump] = weakref.WeakSet()
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=INTERRUPTS.forget)
 
 
 class Interruptible:

@@ -150,6 +150,39 @@ def test_ctrl_c_ends_a_polars_query_too(query: str, tmp_path: Path) -> None:
     assert kept(tmp_path)[0] >= 20
 
 
+FORK = """
+import os, signal
+from complete_fn_connectors.interrupt import INTERRUPTS
+signal.signal(signal.SIGINT, lambda *_: None)
+INTERRUPTS.listen()
+if (child := os.fork()) == 0:
+    os.kill(os.getpid(), signal.SIGINT)
+    forgotten = INTERRUPTS.count()
+    INTERRUPTS.listen()
+    os.kill(os.getpid(), signal.SIGINT)
+    os._exit(10 * forgotten + INTERRUPTS.count())
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status), INTERRUPTS.count())
+os.kill(os.getpid(), signal.SIGINT)
+print(INTERRUPTS.count())
+"""
+
+
+def test_a_forked_child_has_interrupts_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["1", "0", "1"]
+
+
+def test_another_librarys_wake_up_descriptor_is_left_alone() -> None:
+    script = FORK[: FORK.index("if (child")].replace(
+        "INTERRUPTS.listen()",
+        "import socket\nmine, _ = socket.socketpair()\nmine.setblocking(False)\nsignal.set_wakeup_fd(mine.fileno())\n"
+        "INTERRUPTS.listen()\nprint(signal.set_wakeup_fd(-1) == mine.fileno(), INTERRUPTS.count())",
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["True", "0"]
+
+
 ENDINGS = {
     "a connection left open": "con.execute(\"SELECT complete('m', 'x' || i) FROM range(5) r(i)\").fetchall()",
     "a result left unread": "con.execute(\"SELECT complete('m', 'x' || i) FROM range(5) r(i)\")",
