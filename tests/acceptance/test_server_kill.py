@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import sqlalchemy as sa
 
 from complete_fn.store import Store
 from complete_fn.tables import attempts
 
-ROWS, KILLS = 6_000, 2
 MODELS = "[models.echo]\nengine = 'echo'\ncheckpoint = 'echo'\nprices = { input = 1, output = 2 }\n"
 
 
@@ -38,16 +38,17 @@ def state(client: httpx.Client, job: str) -> dict[str, Any]:
     return found
 
 
-def test_a_killed_service_goes_on_with_its_jobs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "kills"), [(5_000, 1), pytest.param(40_000, 6, marks=pytest.mark.long)])
+def test_a_killed_service_goes_on_with_its_jobs(tmp_path: Path, size: int, kills: int) -> None:
     home, models = tmp_path / "home", tmp_path / "models.toml"
     models.write_text(MODELS)
     child, client = start(home, models)
-    lines = "\n".join(json.dumps({"id": n, "text": f"row number {n}"}) for n in range(ROWS))
+    lines = "\n".join(json.dumps({"id": n, "text": f"row number {n}"}) for n in range(size))
     file = client.post("/v1/files", files={"file": ("t.jsonl", lines)}, data={"purpose": "user_data"}).json()["id"]
     body = {"model": "echo", "prompt": "{text}", "source": {"file_id": file}}
     job = client.post("/v1/jobs", json=body).json()["id"]
-    for kill in range(KILLS):
-        while (now := state(client, job))["rows"]["done"] < (kill + 1) * ROWS // 8:
+    for kill in range(kills):
+        while (now := state(client, job))["rows"]["done"] < (kill + 1) * size // (kills + 3):
             time.sleep(0.02)
         assert now["status"] == "running"
         child.send_signal(signal.SIGKILL)
@@ -60,10 +61,10 @@ def test_a_killed_service_goes_on_with_its_jobs(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in client.get(f"/v1/jobs/{job}/results?format=jsonl").text.splitlines()]
     child.terminate()
     child.wait(100)
-    assert rows == [{"id": n, "text": f"row number {n}", "completion": f"row number {n}"} for n in range(ROWS)]
-    assert now["rows"] == {"total": ROWS, "done": ROWS, "failed": 0, "null": 0}
+    assert rows == [{"id": n, "text": f"row number {n}", "completion": f"row number {n}"} for n in range(size)]
+    assert now["rows"] == {"total": size, "done": size, "failed": 0, "null": 0}
     # Three words in and out of each row, once: billed tokens are those of the committed rows.
-    assert Decimal(now["cost"]["amount"]) == Decimal(ROWS * (3 * 1 + 3 * 2)) / 1_000_000
+    assert Decimal(now["cost"]["amount"]) == Decimal(size * (3 * 1 + 3 * 2)) / 1_000_000
     store = Store(home / "state.sqlite3")
     with store.read() as connection:
         assert set(connection.execute(sa.select(attempts.c.status)).scalars()) == {"ended"}
