@@ -70,6 +70,7 @@ def kept(home: Path) -> tuple[int, set[str]]:
         return answers, {status for (status,) in state.execute("SELECT status FROM attempts")}
 
 
+ENDED = r"raised .*(KeyboardInterrupt|Query interrupted)"  # DuckDB's own error, where it was faster than ours
 DUCKDB = SLOW + "con = duckdb.connect()\nregister(con, engine=Slow(), home=home)\n"
 MANY = "con.execute(\"CREATE TABLE docs AS SELECT 'doc ' || i AS text FROM range({rows}) r(i)\")\n"
 
@@ -80,7 +81,7 @@ def test_ctrl_c_ends_a_query_within_two_seconds_and_keeps_finished_rows(threads:
     script += "run = lambda: con.execute(\"SELECT count(complete('m', text)) FROM docs\").fetchall()\n" + RUN
     out, err, seconds = interrupted(script, tmp_path)
     assert seconds < 2
-    assert "KeyboardInterrupt" in out
+    assert re.search(ENDED, out)
     assert "[(42,)]" in out  # the connection lives on
     answers, statuses = kept(tmp_path)
     assert answers >= 20
@@ -93,7 +94,7 @@ def test_ctrl_c_gets_through_an_engine_that_is_stuck(tmp_path: Path) -> None:
     script += RUN.replace('"ready"', '"going"')
     script = script.replace("run()\n", "threading.Timer(1, lambda: print('stuck now', flush=True)).start(); run()\n")
     out, _, seconds = interrupted(script, tmp_path, "stuck now")
-    assert "KeyboardInterrupt" in out
+    assert re.search(ENDED, out)
     assert seconds < 2
 
 
