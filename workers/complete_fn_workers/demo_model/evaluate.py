@@ -9,7 +9,7 @@ from pathlib import Path
 
 from complete_fn import Session
 from complete_fn_workers.demo_model.corpus import AS_JSON, SECTION, SYNOPSIS, Package
-from complete_fn_workers.metrics import accuracy, first_sentence, is_json_object, macro_f1, mean_rouge_l
+from complete_fn_workers.metrics import exact_match, first_sentence, is_json_object, macro_f1, mean_rouge_l
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ def evaluate(model: str, packages: Sequence[Package], home: Path) -> Scores:
     ]
     return Scores(
         rows=len(packages),
-        section_accuracy=accuracy(named, sections),
+        section_accuracy=exact_match(named, sections),
         section_macro_f1=macro_f1(named, sections),
         synopsis_rouge_l=mean_rouge_l(written, synopses),
         json_valid=sum(valid) / len(valid),
-        json_section_accuracy=accuracy([p["section"] for p in parsed], sections),
+        json_section_accuracy=exact_match([p["section"] for p in parsed], sections),
         json_synopsis_rouge_l=mean_rouge_l([p["synopsis"] for p in parsed], synopses),
     )
 
@@ -67,7 +67,7 @@ def svm_baseline(train: Sequence[Package], test: Sequence[Package]) -> tuple[flo
     model = LinearSVC().fit(features.fit_transform([p.description for p in train]), [p.section for p in train])
     said = model.predict(features.transform([p.description for p in test])).tolist()
     expected = [p.section for p in test]
-    return accuracy(said, expected), macro_f1(said, expected)
+    return exact_match(said, expected), macro_f1(said, expected)
 
 
 def first_sentence_baseline(packages: Sequence[Package]) -> float:

@@ -7,8 +7,8 @@ from typing import Any
 
 from complete_fn.engine import Engine
 from complete_fn.types import Completion, CompletionRequest, SamplingParams
+from complete_fn_workers.metrics import exact_match, is_json_object, mean, rouge_l
 from complete_fn_workers.swiftkv.examples import Row
-from complete_fn_workers.swiftkv.scores import exact_match, is_json_object, mean, rouge_l
 
 LABELS = {
     "exact_match": "answers equal to the truth",

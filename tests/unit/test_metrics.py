@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("torch")
 
 from complete_fn.engine import EchoEngine
+from complete_fn_workers.metrics import common_subsequence, exact_match, macro_f1, rouge_l
 from complete_fn_workers.swiftkv.evaluate import compare_answers, table
 from complete_fn_workers.swiftkv.examples import Row
-from complete_fn_workers.swiftkv.scores import common_subsequence, exact_match, macro_f1, rouge_l
 
 
 def by_table(a: list[str], b: list[str]) -> int:
