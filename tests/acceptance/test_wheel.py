@@ -76,7 +76,7 @@ from complete_fn_connectors.duckdb import register
 assert not complete_fn.__file__.startswith({str(ROOT)!r}), complete_fn.__file__
 con = duckdb.connect()
 register(con, engine=complete_fn.EchoEngine(), home={str(tmp_path / "home")!r})
-print(con.sql("SELECT complete('any', 'hello table')").fetchone()[0])
+print(con.sql("SELECT complete('any', 'hello table')").fetchall()[0][0])
 """
     done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "hello table", done.stderr
