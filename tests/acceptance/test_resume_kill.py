@@ -310,7 +310,7 @@ def test_ten_kills_of_a_real_run(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "models.toml").write_text("")
         pq.write_table(rows, folder / "in.parquet")
-        return Place(folder, ["-m", "demo-llama", "-p", "Write a one-line synopsis: {text}"])
+        return Place(folder, ["-m", "demo-llama", "-p", "Name the section: {text}"])
 
     undisturbed = place("undisturbed")
     undisturbed.finish()
