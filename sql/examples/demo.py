@@ -17,7 +17,7 @@ QUERIES = {
     "Cortex's own spelling, eight packages": f"""
         SELECT package, section,
                SNOWFLAKE.CORTEX.COMPLETE('{MODEL}', 'Name the section: ' || description) AS answer
-        FROM packages ORDER BY package LIMIT 8
+        FROM packages ORDER BY md5(package) LIMIT 8
     """,
     "One-line synopses, and who really wrote what": f"""
         SELECT synopsis AS maintainers_own,
