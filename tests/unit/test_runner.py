@@ -198,11 +198,14 @@ def test_a_slice_is_committed_by_time_even_when_the_engine_is_slow(
     tmp_path: Path, priced: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("complete_fn.slices.SLICE_SECONDS", 0.1)
-    s = session(tmp_path, priced, Slow(0.4))
-    worker = threading.Thread(target=lambda: s.complete("echo", ["a", "b", "c"]))
+    s = session(tmp_path, priced, Slow(0.3))
+    worker = threading.Thread(target=lambda: s.complete("echo", [f"p {n}" for n in range(20)]))
     worker.start()
-    time.sleep(1.0)
-    committed = len([line for line in lines(s) if line["price_class"] == "output"])
+    committed = 0
+    while worker.is_alive() and not committed:
+        time.sleep(0.05)
+        committed = len([line for line in lines(s) if line["price_class"] == "output"])
+    assert worker.is_alive(), "nothing was committed before the end"
     worker.join()
     assert committed >= 1
 
