@@ -46,7 +46,7 @@ def serve_main(argv: list[str]) -> int:
             "uvicorn:Server",
         )
     )
-    home = Path(asked.home) if asked.home else load_settings().home
+    home = load_settings(asked.home).home
     with alone(home), listening(asked.host, asked.port) as listener:
         service = service_type(home=home, idle_seconds=asked.idle_seconds)
         loopback = is_loopback(listener.getsockname()[0])

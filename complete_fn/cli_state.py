@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from complete_fn.bounds import DAY
@@ -187,7 +186,7 @@ def cache_clear(asked: argparse.Namespace) -> int:
 def open_store(home: str | None) -> Any:
     from complete_fn.store import Store
 
-    return Store((Path(home) if home else load_settings().home) / "state.sqlite3")
+    return Store(load_settings(home).home / "state.sqlite3")
 
 
 def day(at: float) -> str:

@@ -8,8 +8,7 @@ CompleteError
 │   ├── TooLargeError           an upload or body is above the service's limit
 │   ├── NotFoundError           the service has no such file, job or batch of this tenant
 │   ├── KeyRefusedError         the API key is missing, unknown or revoked
-│   ├── ScopeError              the API key does not allow this
-│   └── BudgetExceededError     `max_cost` cannot be kept (only with `strict`)
+│   └── ScopeError              the API key does not allow this
 ├── EngineError             the operator: the engine cannot start, died twice, or its URL does not answer
 │   ├── EngineMissingError      a library of the engine is not installed
 │   └── EngineBusyError         the engine refuses work for now (429, 503)
@@ -88,13 +87,6 @@ class ScopeError(RequestError):
 
     status = 403
     code = "not_allowed"
-
-
-class BudgetExceededError(RequestError):
-    """The budget does not cover the work."""
-
-    status = 402
-    code = "budget_exceeded"
 
 
 class RowFailedError(RequestError):

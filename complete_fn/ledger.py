@@ -10,8 +10,6 @@ from complete_fn.catalogue import Prices
 from complete_fn.prices import amount, nano
 from complete_fn.types import Usage
 
-FREE = ("duplicate", "reused", "resumed", "lost")
-
 
 @dataclass(frozen=True, slots=True)
 class LedgerLine:

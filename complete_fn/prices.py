@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import ROUND_HALF_EVEN, Decimal
 
 from complete_fn.catalogue import Prices
-from complete_fn.types import Cost, Usage
+from complete_fn.types import Usage
 
 NANO = Decimal("1e-9")
 
@@ -15,10 +15,6 @@ def amount(prices: Prices, usage: Usage) -> Decimal:
     fresh = usage.prompt_tokens - usage.cached_tokens
     total = fresh * prices.input + usage.cached_tokens * prices.cached_input + usage.completion_tokens * prices.output
     return (total / 1_000_000).quantize(NANO, ROUND_HALF_EVEN)
-
-
-def cost(prices: Prices, usage: Usage) -> Cost:
-    return Cost(amount(prices, usage), prices.currency, prices.basis)
 
 
 def worst_case(prices: Prices, prompt_tokens: int, max_tokens: int) -> Decimal:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from complete_fn.catalogue import Model
 from complete_fn.prompts import unpack
 from complete_fn.token_counts import template_tokens
@@ -18,8 +20,13 @@ class PromptBound:
     UNSEEN, MARGIN = 1024, 8
 
     def __init__(self, model: Model) -> None:
+        self.model = model
         self.limit = model.max_model_len
-        self.template = template_tokens(model) if model.engine == "embedded" else None
+
+    @cached_property
+    def template(self) -> int | None:
+        """Tokens of the template, None while they are not known. Counted only where a budget asks."""
+        return template_tokens(self.model) if self.model.engine == "embedded" else None
 
     @property
     def known(self) -> bool:

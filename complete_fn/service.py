@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -105,12 +105,7 @@ class Service:
         limits: Limits = Limits(),
         idle_seconds: float = 300.0,
     ) -> None:
-        found = load_settings()
-        self.settings = replace(
-            found,
-            home=Path(home) if home else found.home,
-            models_file=Path(models_file) if models_file else found.models_file,
-        )
+        self.settings = load_settings(home, models_file)
         self.engine = engine
         self.limits = limits
         self.idle_seconds = idle_seconds

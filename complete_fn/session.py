@@ -67,12 +67,7 @@ class Session:
         who: Asker | None = None,
         progress: bool | None = None,
     ) -> None:
-        found = load_settings()
-        self.settings = replace(
-            found,
-            home=Path(home) if home else found.home,
-            models_file=Path(models_file) if models_file else found.models_file,
-        )
+        self.settings = load_settings(home, models_file)
         self.engine = engine
         self.who = who or Asker()
         self.budget = None if max_cost is None else Budget(parse_cap(max_cost))

@@ -33,9 +33,10 @@ class Settings:
     cache_days: float = CACHE_DAYS
 
 
-def load_settings() -> Settings:
-    home = os.environ.get("COMPLETE_FN_HOME")
-    models = os.environ.get("COMPLETE_FN_MODELS")
+def load_settings(home: Path | str | None = None, models_file: Path | str | None = None) -> Settings:
+    """What was given, over the environment, over the platform's folders."""
+    home = home or os.environ.get("COMPLETE_FN_HOME")
+    models = models_file or os.environ.get("COMPLETE_FN_MODELS")
     default_models = Path(platformdirs.user_config_dir(APP)) / "models.toml"
     return Settings(
         home=Path(home) if home else Path(platformdirs.user_data_dir(APP, appauthor=False)),

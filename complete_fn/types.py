@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Literal
 
 Source = Literal["computed", "duplicate", "cache"]
@@ -72,15 +71,6 @@ class RowError:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """An amount of money and what its prices rest on."""
-
-    amount: Decimal
-    currency: str
-    basis: PriceBasis
-
-
-@dataclass(frozen=True, slots=True)
 class Completion:
     """The outcome of one request: `text` or `error`. A text cut by an unset limit is kept beside `truncated`."""
 
@@ -88,7 +78,6 @@ class Completion:
     finish_reason: str | None = None
     error: RowError | None = None
     usage: Usage = Usage()
-    cost: Cost | None = None
     source: Source = "computed"
 
     @classmethod

@@ -21,7 +21,6 @@ from complete_fn.service import Service
 from complete_fn.submit import Group
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-ENDPOINTS = (CHAT, COMPLETIONS)
 MOST_KINDS = 1_000  # different models and settings in one batch: each is a run of its own
 NEVER_RUN = {"expired": "batch_expired", "cancelled": "batch_cancelled"}
 
