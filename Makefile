@@ -5,14 +5,17 @@ BIN := .venv/bin
 STAMP := .venv/.complete-fn-ready
 STATE := .cache/demo
 
-.PHONY: menu setup demo test test-long lint model clean
+.PHONY: menu setup services demo service test test-long lint model gpu-check clean
 
 menu:
 	@echo "make demo       set up, then classify and summarise real Debian packages through DuckDB on vLLM"
 	@echo "make test       set up, then lint, type-check and run every test this machine can run"
 	@echo "make test-long  the long forms of the checks as well"
+	@echo "make service    API, workers, Redis and PostgreSQL on this machine without containers; Ctrl-C ends them"
 	@echo "make setup      only set up: .venv/ with the project, its tools and the engine"
+	@echo "make services   install PostgreSQL and Redis, which the tests start for themselves, where they are missing"
 	@echo "make model      train demo-llama again from Debian's package index (about 95 minutes on two cores)"
+	@echo "make gpu-check  SwiftKV on this machine's CUDA card: tests and speed, as a report to send in (about 10 minutes)"
 	@echo "make clean      remove .venv/ and .cache/"
 
 setup: $(STAMP)
@@ -29,20 +32,39 @@ $(STAMP): pyproject.toml workers/complete_fn_workers/engine.lock
 demo: setup
 	@COMPLETE_FN_HOME=$(STATE) $(BIN)/python sql/examples/demo.py
 
+service: setup services
+	@$(BIN)/python deploy/service.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: setup lint
+# The tests start servers of their own; a server that the system runs is neither used nor touched.
+services:
+	@if PATH="$$PATH:$$(echo /usr/lib/postgresql/*/bin | tr ' ' ':')" && command -v initdb postgres redis-server >/dev/null && \
+	    [ "$$(command -v initdb postgres redis-server | wc -l)" = 3 ] && \
+	    ls /usr/share/postgresql/*/extension/plpython3u.control >/dev/null 2>&1; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql redis-server && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql-plpython3-$$(ls /usr/lib/postgresql | sort -n | tail -1); \
+	else echo "PostgreSQL with PL/Python and Redis are needed: sudo apt-get install postgresql postgresql-plpython3-15 redis-server (or your system's packages)"; exit 1; fi
+
+test: setup services lint
 	$(BIN)/python -m pytest -m "not long and not gpu"
 
-test-long: setup lint
+test-long: setup services lint
 	$(BIN)/python -m pytest -m "not gpu"
 
 model: setup
 	$(BIN)/python -m complete_fn_workers.demo_model.build --out .model
+
+# The card needs vLLM's CUDA build (`pip install 'complete-fn[worker]'`), so the embedded CPU engine is not set up here.
+gpu-check:
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c 'import vllm' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,worker]'
+	@$(BIN)/python benchmarks/gpu_check.py
 
 clean:
 	rm -rf .venv .cache

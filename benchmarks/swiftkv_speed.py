@@ -1,6 +1,6 @@
 """SwiftKV against plain Llama on vLLM: same shapes, random weights, alternating runs, beside the ceiling of the FLOPs.
 
-    python benchmarks/swiftkv_speed.py --quick            both sizes, eager, under 15 minutes on two cores
+    python benchmarks/swiftkv_speed.py --quick            both sizes, eager, about 12 minutes on two cores
     python benchmarks/swiftkv_speed.py --json speed.json  all workloads, eager and compiled
     python benchmarks/swiftkv_speed.py --startup          time until an engine is ready
 
@@ -65,18 +65,23 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """`prompts` of random lengths in `inputs`, of which the first `cached` tokens are in the prefix cache already."""
+    """`prompts` of random lengths in `inputs`, of which the first `cached` tokens are in the prefix cache already.
+
+    `labels`: tokens that are scored at each output token, as `choices` has it.
+    """
 
     name: str
     prompts: int
     inputs: tuple[int, int]
     outputs: int
     cached: int = 0
+    labels: int = 0
 
 
 def workloads(quick: bool, prompts: int) -> list[Workload]:
-    outputs = (1, 32, 250) if quick else (1, 16, 32, 64, 250)
+    outputs = (1, 32, 64) if quick else (1, 16, 32, 64, 250)
     asked = [Workload(f"{n} out", prompts, (1000, 1900), n) for n in outputs]
+    asked.append(Workload("labels", prompts, (1000, 1900), 1, labels=57))
     asked.append(Workload("one prompt", 1, (1900, 1900), 1))
     asked.append(Workload("prefix cached", prompts, (1500, 1900), 1, cached=1280))
     return [*asked, Workload("decode", prompts, (32, 32), 64)]
@@ -139,7 +144,10 @@ def run(llm: Any, work: Workload, prompts: list[list[int]]) -> Timing:
     from vllm import SamplingParams
 
     def ask(tokens: list[list[int]], outputs: int) -> list[Any]:
-        params = SamplingParams(temperature=0, max_tokens=outputs, ignore_eos=True, detokenize=False)
+        scored = list(range(2, 2 + work.labels)) or None
+        params = SamplingParams(
+            temperature=0, max_tokens=outputs, ignore_eos=True, detokenize=False, logprob_token_ids=scored
+        )
         return list(llm.generate([{"prompt_token_ids": t} for t in tokens], params, use_tqdm=False))
 
     llm.reset_prefix_cache()
@@ -216,8 +224,31 @@ def rounds(engines: dict[str, Any], work: Workload, vocab: int, a: argparse.Name
     return [timings for _, timings in kept], max(share for share, _ in kept)
 
 
+def fitted(s: Dims, budget_bytes: float) -> Dims:
+    """`s` with as many layers, a multiple of 8, as fit into `budget_bytes` in bfloat16; the ceiling hardly changes.
+
+    Raises:
+        SystemExit: not even 8 layers fit.
+    """
+    per_layer = (s.parameters - 2 * s.vocab * s.d) / s.layers
+    layers = int((budget_bytes / 2 - 2 * s.vocab * s.d) / per_layer) // 8 * 8
+    if layers < 8:
+        raise SystemExit(
+            f"8 layers of width {s.d} need more than {budget_bytes / 2**30:.1f} GiB. Name smaller --sizes."
+        )
+    return replace(s, layers=min(s.layers, layers))
+
+
+def weight_budget(forms: int, tensor_parallel_size: int) -> float:
+    """Bytes of each form's weights, so that `forms` engines and their caches share the cards."""
+    import torch
+
+    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 8 * 2**30
+    return 0.6 * card * tensor_parallel_size / forms
+
+
 def compare(size: str, mode: str, a: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    s = SIZES[size]
+    s = fitted(SIZES[size], weight_budget(3, a.tensor_parallel_size)) if a.fit else SIZES[size]
     half, group = s.layers // 2, min(4, s.layers // 2)
     forms = {"plain": (None, 1), "SwiftKV": (half, 1), "AcrossKV": (half, group)}
     engines = {
@@ -225,6 +256,8 @@ def compare(size: str, mode: str, a: argparse.Namespace, folder: Path) -> Iterat
         for name, (kept, g) in forms.items()
     }
     for work in workloads(a.quick, a.prompts):
+        if a.only and work.name not in a.only:
+            continue
         timings, foreign = rounds(engines, work, s.vocab, a)
         mean_input = sum(work.inputs) // 2
         plain_flops = flops(s, mean_input, work.outputs, work.cached, s.layers, 1)
@@ -337,6 +370,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"])
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="such as '1 out', 'decode'; default: all")
+    parser.add_argument("--fit", action="store_true", help="fewer layers where the card cannot hold three of a size")
     parser.add_argument("--max-num-batched-tokens", type=int, default=4096)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--startup", action="store_true", help="measure only the time until an engine is ready")

@@ -19,6 +19,7 @@ from complete_fn.types import Completion, Usage
 
 USAGE = pa.struct([("prompt_tokens", pa.int64()), ("cached_tokens", pa.int64()), ("completion_tokens", pa.int64())])
 ERROR = pa.struct([("code", pa.string()), ("message", pa.string())])
+SCORES = pa.map_(pa.string(), pa.float64())
 DETAILS = pa.struct(
     [
         ("value", pa.large_string()),
@@ -27,6 +28,7 @@ DETAILS = pa.struct(
         ("usage", USAGE),
         ("cost", pa.decimal128(18, 9)),
         ("source", pa.string()),
+        ("scores", SCORES),
     ]
 )
 
@@ -35,7 +37,8 @@ DETAILS = pa.struct(
 class Summary:
     """Counts of one or several runs. `usage` and `cost` are what was billed; `saved` what free rows would have cost.
 
-    `reused` rows had stored answers; `resumed` rows were done by an earlier attempt of the same job.
+    `reordered` rows had their fields in another order than the template; `reused` rows had stored answers; `resumed`
+    rows were done by an earlier attempt of the same job.
     """
 
     rows: int = 0
@@ -51,6 +54,7 @@ class Summary:
     currency: str = "USD"
     basis: str = "example"
     seconds: float = 0.0
+    reordered: int = 0
 
     def __add__(self, other: Summary) -> Summary:
         return Summary(
@@ -67,6 +71,7 @@ class Summary:
             other.currency,
             other.basis,
             self.seconds + other.seconds,
+            self.reordered + other.reordered,
         )
 
     def line(self) -> str:
@@ -78,6 +83,7 @@ class Summary:
             f"{self.distinct:,} distinct",
             *([f"{self.reused:,} known"] if self.reused else []),
             *([f"{self.resumed:,} resumed"] if self.resumed else []),
+            *([f"{self.reordered:,} with their fields reordered"] if self.reordered else []),
             f"{u.prompt_tokens:,} tokens in{share}",
             f"{u.completion_tokens:,} out",
             f"{self.currency} {self.cost:.6f} {at_prices(self.basis)} (saved {self.saved:.6f})",
@@ -118,6 +124,7 @@ class Answers:
                 pa.decimal128(18, 9),
             ),
             "source": pa.array([x.source for x in c], pa.string()),
+            "scores": pa.array([x.scores and list(x.scores.items()) for x in c], SCORES),
         }
         of_row = {n: self.plan.scatter(columns[n]) for n in names}
         copy = pa.array(self.is_copy())

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
 from complete_fn.store import Store
-from complete_fn.tables import answers, attempts, upkeep
+from complete_fn.tables import answers, attempts, budgets, upkeep
 
 HOUR, DAY, GIB = 3600.0, 86_400.0, 2.0**30
 JOB_DAYS = 30.0  # an unfinished job can be resumed for so long
 CHUNK = 2_000  # answers that go in one transaction
-PAGES = 4_096  # pages given back to the file system in one
 
 
 def prune(store: Store, gib: float, days: float, now: float | None = None) -> int:
@@ -62,53 +62,55 @@ def expendable(now: float) -> sa.ColumnElement[bool]:
 def shrink(store: Store, gib: float, now: float) -> int:
     """To nine tenths of the bound, so that not every session has to."""
     gone = 0
-    while used_bytes(store) > 0.9 * gib * GIB:
-        chunk = delete(store, expendable(now), CHUNK)
+    while (excess := used_bytes(store) - 0.9 * gib * GIB) > 0:
+        chunk = delete(store, expendable(now) & (answers.c.created_at <= last_of(store, excess, now)))
         if not chunk:
             break
         gone += chunk
     return gone
 
 
-def delete(store: Store, which: sa.ColumnElement[bool], most: int | None = None) -> int:
+def last_of(store: Store, excess: float, now: float) -> float:
+    """When the newest of the oldest answers was made that have `excess` bytes together."""
+    before = sa.func.sum(answers.c.bytes).over(order_by=(answers.c.created_at, answers.c.id)) - answers.c.bytes
+    oldest = sa.select(answers.c.created_at, before.label("before")).where(expendable(now)).subquery()
+    newest = sa.select(sa.func.max(oldest.c.created_at)).where(oldest.c.before < excess)
+    with store.read() as connection:
+        return float(connection.execute(newest).scalar() or 0.0)
+
+
+def delete(store: Store, which: sa.ColumnElement[bool]) -> int:
     """Delete the answers that match, oldest first, chunk by chunk so that other writers get their turn."""
     gone = 0
-    while most is None or gone < most:
+    while True:
         oldest = sa.select(answers.c.id).where(which).order_by(answers.c.created_at).limit(CHUNK)
         with store.write() as connection:
             chunk = connection.execute(answers.delete().where(answers.c.id.in_(oldest))).rowcount
         gone += chunk
         if chunk < CHUNK:
-            break
-    return gone
+            return gone
 
 
 def used_bytes(store: Store) -> int:
-    """Bytes of the state file that hold something."""
+    """Bytes of the SQLite file that hold something; in PostgreSQL those of the stored answers."""
     with store.read() as connection:
-        pages, empty, size = (
-            connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
-            for name in ("page_count", "freelist_count", "page_size")
-        )
-    return int((pages - empty) * size)
+        return store.database.used_bytes(connection)
 
 
 def forget_attempts(store: Store, now: float) -> None:
-    """Attempts without a job to resume are of no use once they are over; the ledger has what they did."""
+    """Attempts and days that are over are of no more use; the ledger has what they did."""
     over = (attempts.c.status != "running") & (attempts.c.began < now - JOB_DAYS * DAY)
+    days_over = budgets.c.name.like("day:%") & (
+        budgets.c.name < f"day:{datetime.fromtimestamp(now - 2 * DAY, UTC).date()}"
+    )
     with store.write() as connection:
         connection.execute(attempts.delete().where(over))
+        connection.execute(budgets.delete().where(days_over))
 
 
 def give_back(store: Store) -> None:
-    """Hand the empty pages back to the file system, a few at a time."""
+    """Hand empty space back to the file system, a little at a time."""
     while True:
         with store.write() as connection:
-            before = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
-            if not before:
-                return
-            cursor = connection.connection.cursor()
-            cursor.execute(f"PRAGMA incremental_vacuum({PAGES})")
-            cursor.fetchall()  # each step frees one page
-            if connection.exec_driver_sql("PRAGMA freelist_count").scalar_one() >= before:
+            if not store.database.give_back(connection):
                 return

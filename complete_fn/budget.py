@@ -1,11 +1,18 @@
-"""A cap that is never passed: money is reserved at the worst case before a row is admitted, the rest returned after."""
+"""Caps that are never passed: the worst case is reserved before a row is admitted, the rest returned after."""
 
 from __future__ import annotations
 
 import threading
 from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING
 
+from complete_fn.catalogue import Prices
 from complete_fn.errors import InvalidOptionError
+from complete_fn.prices import amount
+from complete_fn.types import Usage
+
+if TYPE_CHECKING:
+    from complete_fn.store import Attempt
 
 
 class Budget:
@@ -33,10 +40,70 @@ class Budget:
             self.reserved -= worst
             self.spent += actual
 
+    def for_attempt(self, attempt: Attempt) -> Budget:
+        """What one attempt reserves from: this budget itself, as long as it is one process's."""
+        return self
+
+    def release(self) -> None:
+        """No row is under way: give back what is held."""
+
     def hopeless(self, worst: Decimal) -> bool:
         """Nothing is reserved and it still does not fit: no money will come back for it."""
         with self.lock:
             return self.reserved == 0 and self.spent + worst > self.limit
+
+
+class Caps:
+    """The caps of one run: money, tokens, both or neither. A row is admitted only if each covers its worst case."""
+
+    def __init__(self, prices: Prices, money: Budget | None = None, tokens: Budget | None = None) -> None:
+        self.prices = prices
+        self.budgets = [(b, unit) for b, unit in ((money, self.money), (tokens, whole_tokens)) if b is not None]
+
+    def money(self, usage: Usage) -> Decimal:
+        return amount(self.prices, usage)
+
+    def __bool__(self) -> bool:
+        return bool(self.budgets)
+
+    def reserve(self, worst: Usage) -> bool:
+        for number, (budget, unit) in enumerate(self.budgets):
+            if not budget.reserve(unit(worst)):
+                for earlier, its_unit in self.budgets[:number]:
+                    earlier.settle(its_unit(worst), Decimal(0))
+                return False
+        return True
+
+    def settle(self, worst: Usage, actual: Usage) -> None:
+        for budget, unit in self.budgets:
+            budget.settle(unit(worst), unit(actual))
+
+    def refusal(self, worst: Usage) -> str | None:
+        """Why no return of what is reserved can make room for the row; None while one can."""
+        for budget, unit in self.budgets:
+            if budget.hopeless(unit(worst)):
+                left = budget.limit - budget.spent
+                if unit is whole_tokens:
+                    return f"{budget.name} {budget.limit:,} leaves {left:,}; the row may take {unit(worst):,} tokens."
+                money = f"leaves {left:.9f}; the row may cost {unit(worst):.9f} at list price."
+                return f"{budget.name} {budget.limit} {money}"
+        return None
+
+
+def whole_tokens(usage: Usage) -> Decimal:
+    """Tokens of prompt and answer."""
+    return Decimal(usage.prompt_tokens + usage.completion_tokens)
+
+
+def parse_token_cap(value: object) -> Decimal:
+    """`max_total_tokens` as a Decimal.
+
+    Raises:
+        InvalidOptionError: not a whole number, or below zero.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidOptionError(f"max_total_tokens = {value!r} must be a whole number, at least 0.")
+    return Decimal(value)
 
 
 def parse_cap(value: object) -> Decimal:

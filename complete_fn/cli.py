@@ -21,8 +21,10 @@ WHAT = {
     "usage": "sum the ledger: rows, tokens and cost by day and model",
     "cache": "show or clear the stored answers",
     "serve": "serve OpenAI's API and jobs for tables from this machine",
+    "worker": "run the jobs of a service that was started with a broker",
     "jobs": "submit, watch and fetch jobs of a service",
     "keys": "make, list and revoke API keys of the service; bound a tenant's spending",
+    "connections": "register databases that a tenant's jobs may read and write",
     "setup-engine": "install the embedded engine (vLLM) into this Python environment",
     "swiftkv": "make SwiftKV checkpoints: convert, distill, eval",
 }

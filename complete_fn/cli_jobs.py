@@ -21,6 +21,9 @@ DESCRIPTION = """\
 Run jobs on a service (`complete-fn serve`).
 
   complete-fn jobs submit in.parquet -m M -p 'Name the section: {description}' --wait -o out.parquet
+  complete-fn jobs submit s3://in/docs.parquet -m M -p '{text}' --sink-uri s3://out/answers.parquet
+  complete-fn jobs submit --connection crm --sql 'SELECT id, text FROM docs' -m M -p '{text}' \\
+      --sink-connection crm --sink-table answers --key id --wait
 
 The service's address is --url or COMPLETE_FN_URL; an API key is taken from COMPLETE_FN_KEY."""
 HERE = "http://127.0.0.1:8000"
@@ -29,7 +32,7 @@ HERE = "http://127.0.0.1:8000"
 def main(argv: list[str]) -> int:
     parser = Parser("complete-fn jobs", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(
-        dest="verb", required=True, metavar="submit|list|show|wait|results|cancel|delete", parser_class=Parser
+        dest="verb", required=True, metavar="submit|list|show|wait|results|cancel|rerun|delete", parser_class=Parser
     )
     add_submit(verbs.add_parser("submit", help="begin a job over a .parquet, .csv or .jsonl file; prints its id"))
     verbs.add_parser("list", help="the newest jobs")
@@ -38,10 +41,12 @@ def main(argv: list[str]) -> int:
         ("wait", "until a job is over, with a bar"),
         ("results", "write a job's rows with their answers"),
         ("cancel", "stop a job; the rows that are done stay"),
+        ("rerun", "run a job's failed rows again"),
         ("delete", "delete a job's input, results and stored answers"),
     ):
         verbs.add_parser(name, help=what).add_argument("id")
     add_output(verbs.choices["results"], required=True)
+    verbs.choices["rerun"].add_argument("--max-cost", metavar="AMOUNT", help="another cap for the whole job")
     for each in verbs.choices.values():
         each.add_argument("--url", default=secret("COMPLETE_FN_URL") or HERE, help=f"of the service (default: {HERE})")
     asked = parser.parse_args(argv)
@@ -54,7 +59,13 @@ def main(argv: list[str]) -> int:
 
 def add_submit(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("input")
+    add("input", nargs="?", help="a file to upload, or a URI that the service reads (with ://)")
+    add("--connection", metavar="NAME", help="registered with the service, for --sql")
+    add("--sql", metavar="SELECT", help="one statement for --connection")
+    add("--sink-uri", metavar="URI", help="the service writes the results there, under a root that it allows")
+    add("--sink-connection", metavar="NAME", help="the service writes the results into --sink-table of it")
+    add("--sink-table", metavar="TABLE", help="made if missing; written by upsert")
+    add("--key", metavar="COLUMN", help="of the source; under it a row is written to --sink-table")
     add("-m", "--model", required=True, help="a name of the service's catalogue")
     add("-p", "--prompt", required=True, help="the template: {column} is replaced, {{ and }} are braces")
     add("--column", default="completion", help="name of the new column (default: completion)")
@@ -75,9 +86,10 @@ def submit(asked: argparse.Namespace, client: Client) -> int:
     if asked.output is not None:
         format_of(asked.output)
     job = client.submit(
-        asked.input,
+        source_of(asked),
         asked.model,
         asked.prompt,
+        sink=sink_of(asked),
         options=given_options(asked.option),
         column=asked.column,
         max_cost=asked.max_cost,
@@ -88,6 +100,20 @@ def submit(asked: argparse.Namespace, client: Client) -> int:
     if not (asked.wait or asked.output):
         return OK
     return follow(asked, job)
+
+
+def source_of(asked: argparse.Namespace) -> Any:
+    if (asked.input is None) == (asked.connection is None) or (asked.connection is None) != (asked.sql is None):
+        raise InputError("Name a file or a URI, or --connection together with --sql.")
+    if asked.connection is not None:
+        return {"connection": asked.connection, "sql": asked.sql}
+    return {"uri": asked.input} if "://" in asked.input else asked.input
+
+
+def sink_of(asked: argparse.Namespace) -> dict[str, str] | None:
+    """As given; the service checks that it makes sense."""
+    names = {"uri": asked.sink_uri, "connection": asked.sink_connection, "table": asked.sink_table, "key": asked.key}
+    return {name: value for name, value in names.items() if value is not None} or None
 
 
 def follow(asked: argparse.Namespace, job: RemoteJob) -> int:
@@ -167,6 +193,9 @@ def show(asked: argparse.Namespace, client: Client) -> int:
         print(f"about {state['eta_seconds']:,.0f} s left")
     if state["error"]:
         print(state["error"])
+    if state["sink"]:
+        written, why = f"sink {state['sink']['status']}: {state['sink']['rows']:,} rows", state["sink"]["error"]
+        print(f"{written}; {why}" if why else written)
     return OK
 
 
@@ -177,6 +206,11 @@ def results(asked: argparse.Namespace, client: Client) -> int:
 
 def cancel(asked: argparse.Namespace, client: Client) -> int:
     client.job(asked.id).cancel()
+    return OK
+
+
+def rerun(asked: argparse.Namespace, client: Client) -> int:
+    client.job(asked.id).rerun(asked.max_cost)
     return OK
 
 
@@ -192,5 +226,6 @@ ON_JOB: dict[str, Callable[[argparse.Namespace, Client], int]] = {
     "wait": lambda asked, client: follow(asked, client.job(asked.id)),
     "results": results,
     "cancel": cancel,
+    "rerun": rerun,
     "delete": delete,
 }

@@ -10,21 +10,30 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from complete_fn.answers import Answers
+import pyarrow as pa
+
 from complete_fn.cli import INTERRUPTED, OK, SOME_FAILED, Parser, add_home
 from complete_fn.errors import CompleteError, EngineError, InputError, InvalidOptionError, StoreError
-from complete_fn.estimate import estimate, report
-from complete_fn.files import FORMATS, Place, Rows, place_of, read_rows
+from complete_fn.estimate import Estimate
+from complete_fn.estimate_report import report
+from complete_fn.files import FORMATS, Place, place_of
+from complete_fn.inputs import Limited, Survey, database_url, file_source, is_database, query_source, survey
 from complete_fn.keys import Call
 from complete_fn.options import Options, parse_options
-from complete_fn.outputs import refuse_output, write_rows
-from complete_fn.prompts import render_column, template_fields
+from complete_fn.outputs import refuse_output, writing
+from complete_fn.prompts import template_fields
 from complete_fn.reports import committed_rows, last_stop
+from complete_fn.result_tables import refuse_name
+from complete_fn.row_databases import open_database
 from complete_fn.session import CompletionWarning, Session
 from complete_fn.types import Asker
+from complete_fn.windowed import RunSession, TableTarget, Target, Work, end, prompts_of, run_whole, run_windows
+from complete_fn.windows import Source
 
 DESCRIPTION = """\
 Make a prompt of every row, complete them all, and write the rows with the answers behind them.
@@ -32,17 +41,29 @@ Make a prompt of every row, complete them all, and write the rows with the answe
   complete-fn run --model M --prompt 'Write a one-line synopsis: {description}' in.parquet -o out.parquet
   cat in.jsonl | complete-fn run -m M -p '{text}' --format jsonl - > out.jsonl
 
+  complete-fn run -m M -p '{text}' postgresql://me@host/db --table docs --key id -o postgresql://me@host/db --into done
+
+Databases are read by cursor and written by upsert, a row for each --key; a URL with a password is better named by the
+variable that has it (env:MY_DATABASE). Input beyond 200,000 rows or 256 MiB goes through in windows of that size:
+duplicates are merged and prefixes ordered within a window.
+
 Exit code 0: every row has an answer; 3: some failed (--details says why); 1: the query is wrong; 130: interrupted.
 An interrupted run, killed ones included, goes on where it was when the same command is given again."""
 
 
 def arguments() -> Parser:
     parser = Parser("complete-fn run", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", help="a .parquet, .csv, .jsonl or .arrow file (.gz, .zst, .bz2 too), or - for stdin")
+    what = "a .parquet, .csv, .jsonl or .arrow file (.gz, .zst, .bz2 too), s3://, a database's URL, or - for stdin"
+    parser.add_argument("input", help=what)
     add = parser.add_argument
     add("-m", "--model", required=True, help="a name of the catalogue, a local folder or a Hub id")
     add("-p", "--prompt", required=True, help="the template: {column} is replaced, {{ and }} are braces")
-    add("-o", "--output", default="-", help="the file to write (default: -, stdout)")
+    add("-o", "--output", default="-", help="the file, s3:// object or database to write (default: -, stdout)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--table", help="of the input database")
+    source.add_argument("--sql", metavar="SELECT", help="one statement for the input database")
+    add("--into", metavar="TABLE", help="of the output database; made if missing")
+    add("--key", metavar="COLUMN", help="tells the rows of a database apart; an interrupted run goes on behind it")
     add("--format", choices=FORMATS, help="the format of stdin and stdout")
     add("--column", default="completion", help="name of the new column (default: completion)")
     add("--details", action="store_true", help="add error, usage, cost and source of each row as COLUMN_details")
@@ -55,10 +76,15 @@ def arguments() -> Parser:
     add("--max-tokens", type=int, help="tokens of an answer at most (default: the model's)")
     add("--seed", type=int)
     add("--stop", action="append", help="end the answer before this text; may be repeated")
+    add("--choices", metavar="A,B,C", help="labels: the likeliest is the answer, in one token (--details: scores)")
     add("--response-format", metavar="FILE", help="a JSON schema that every answer satisfies")
     add("--option", action="append", default=[], metavar="K=V", help="any option by name; V is JSON or text")
     add("--cache", choices=("on", "off", "refresh"), help="use and keep answers, neither, or only keep (default: on)")
+    add(
+        "--reorder-fields", action="store_true", help="fields as lines behind the prompt, in the order that costs least"
+    )
     add("--max-cost", metavar="AMOUNT", help="never spend more, in the currency of the model's prices")
+    add("--max-total-tokens", type=int, metavar="N", help="never use more tokens in all, prompts and answers")
     add("--strict", action="store_true", help="one failed row fails the run: exit code 1, no output")
     add("--engine", metavar="URL", help="an OpenAI-compatible endpoint to use in place of the model's own engine")
     add("--query-tag", metavar="TAG", help="marks the run's lines in the ledger")
@@ -74,10 +100,11 @@ def main(argv: list[str]) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
     options = options_of(asked)
-    session = Session(
+    session = RunSession(
         engine=asked.engine,
         home=asked.home,
         max_cost=asked.max_cost,
+        max_total_tokens=asked.max_total_tokens,
         who=Asker(query_tag=asked.query_tag),
         progress=False if asked.quiet else None,
     )
@@ -91,62 +118,103 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def run_file(asked: argparse.Namespace, options: Options, session: Session) -> int:
-    call = Call(session.model(asked.model), options.sampling, options.response_format)
+def run_file(asked: argparse.Namespace, options: Options, session: RunSession) -> int:
+    call = Call.of(session.model(asked.model), options)
     fields = template_fields(asked.prompt)
-    source = place_of(asked.input, asked.format)
-    target = place_of(asked.output, asked.format, default=source.format)
+    source, identity, kind = opened_source(asked)
+    place = None if is_database(asked.output) else place_of(asked.output, asked.format, default=kind)
     if not asked.dry_run:
-        refuse_output(target, asked.overwrite)
-    rows, piped = read_rows(source)
-    refuse_clash(rows, asked.column, asked.details)
+        refuse_target(asked, place)
     if asked.limit is not None:
-        rows = rows.limit(whole(asked.limit))
-    prompts = render_column(asked.prompt, chosen_columns(rows, fields), rows.count)
-    job = job_id(asked, options, call, piped)
+        source = Limited(source, whole(asked.limit))
+    found = survey(source, identity, with_schema=place is not None and place.format != "jsonl")
+    if place is not None:
+        refuse_clash(found.names, asked.column, asked.details)
+    refuse_missing(found.names, fields)
+    job = job_id(asked, options, call, identity)
+    work = Work(session, asked.model, options, asked.prompt, fields, job, asked.column, asked.details)
     if asked.dry_run:
-        print(report(estimate(call, prompts, session.store, Asker(job=job), options.cache, session.budget)))
+        print(report(estimated(work, found)))
         return OK
-    return complete_rows(asked, options, session, rows, prompts, target, job)
+    return complete_rows(asked, work, found, place)
 
 
-def complete_rows(
-    asked: argparse.Namespace, options: Options, session: Session, rows: Rows, prompts: Any, target: Place, job: str
-) -> int:
-    tell = Teller(session, job, asked.quiet)
+def opened_source(asked: argparse.Namespace) -> tuple[Source, str, str | None]:
+    """(source, identity, its format) of the input."""
+    if is_database(asked.input):
+        return *query_source(asked.input, asked.table, asked.sql, asked.key), "jsonl"
+    if asked.table or asked.sql:
+        raise InputError(f"--table and --sql are for databases; {asked.input!r} is a file.")
+    place = place_of(asked.input, asked.format)
+    return *file_source(place), place.format
+
+
+def refuse_target(asked: argparse.Namespace, place: Place | None) -> None:
+    if place is not None:
+        if asked.into:
+            raise InputError(f"--into is for databases; the output {asked.output!r} is a file.")
+        refuse_output(place, asked.overwrite)
+    elif asked.into is None or asked.key is None:
+        raise InputError("To write into a database say --into TABLE and --key COLUMN, which tells the rows apart.")
+    else:
+        refuse_name(asked.into)
+
+
+def complete_rows(asked: argparse.Namespace, work: Work, found: Survey, place: Place | None) -> int:
+    session = work.session
+    tell = Teller(session, work, asked.quiet)
     tell.last_stop()
     try:
-        answers = session.complete(asked.model, prompts, options, job, planned=True)
+        with target_of(asked, place, found.schema) as target:
+            if found.first is not None:
+                run_whole(work, found.first, target)
+            else:
+                session.share_bar(asked.model, found.count)
+                run_windows(work, found, target)
     except KeyboardInterrupt:
         tell.committed("Interrupted")
         return INTERRUPTED
     except (EngineError, StoreError):
         tell.committed("Stopped")
         raise
-    write_rows(target, rows, new_columns(answers, asked.column, asked.details), asked.overwrite)
-    session.end_job(job)
-    tell.say(answers.summary.line())
-    return SOME_FAILED if answers.summary.failed else OK
+    end(work)
+    tell.say(work.summary.line())
+    return SOME_FAILED if work.summary.failed else OK
 
 
-def chosen_columns(rows: Rows, fields: list[str]) -> dict[str, Any]:
+@contextmanager
+def target_of(asked: argparse.Namespace, place: Place | None, schema: Any) -> Iterator[Target]:
+    if place is not None:
+        with writing(place, asked.overwrite, schema) as writer:
+            yield writer
+        return
+    database = open_database(database_url(asked.output))
+    try:
+        yield TableTarget(database, asked.into, asked.key, asked.column, asked.details)
+    finally:
+        database.close()
+
+
+def estimated(work: Work, found: Survey) -> Estimate:
+    """The estimate of all windows as one plan: here alone all prompts are in memory at the same time."""
+    windows = [found.first] if found.first is not None else found.source.windows()
+    chunks = [chunk for rows in windows for chunk in prompts_of(work, rows).chunks]
+    prompts = pa.chunked_array(chunks, pa.large_string())
+    return work.session.estimate(work.model, prompts, work.options, work.job, planned=True)
+
+
+def refuse_missing(names: list[str], fields: list[str]) -> None:
     for name in fields:
-        if name not in rows.names:
-            near = difflib.get_close_matches(name, rows.names, 1)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
             hint = f" Did you mean {{{near[0]}}}?" if near else ""
-            there = ", ".join(rows.names) or "none"
+            there = ", ".join(names) or "none"
             raise InputError(f"The prompt names {{{name}}}, which is no column.{hint} Columns: {there}.")
-    return {name: rows.column(name) for name in fields}
 
 
-def new_columns(answers: Answers, column: str, details: bool) -> dict[str, Any]:
-    found = {column: answers.text}
-    return {**found, f"{column}_details": answers.details} if details else found
-
-
-def refuse_clash(rows: Rows, column: str, details: bool) -> None:
+def refuse_clash(names: list[str], column: str, details: bool) -> None:
     for name in (column, f"{column}_details") if details else (column,):
-        if name in rows.names:
+        if name in names:
             raise InputError(f"The input already has a column {name!r}. Name the new one with --column NAME.")
 
 
@@ -170,6 +238,10 @@ def options_of(asked: argparse.Namespace) -> Options:
     for name in ("temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "cache"):
         if getattr(asked, name) is not None:
             given[name] = getattr(asked, name)
+    if asked.reorder_fields:
+        given["reorder_fields"] = True
+    if asked.choices is not None:
+        given["choices"] = [label.strip() for label in asked.choices.split(",")]
     if asked.strict:
         given["strict"] = True
     if asked.response_format is not None:
@@ -180,22 +252,24 @@ def options_of(asked: argparse.Namespace) -> Options:
     return parse_options(given)
 
 
-def job_id(asked: argparse.Namespace, options: Options, call: Call, piped: bytes | None) -> str:
+def job_id(asked: argparse.Namespace, options: Options, call: Call, identity: str) -> str:
     """Names the work, so that the same command finds what an interrupted one left.
 
-    The input counts by its path, not its content: answers are kept by prompt and row, so changed rows are new anyway.
+    A file counts by its path, not its content: answers are kept by prompt and row, so changed rows are new anyway.
     """
-    source = str(Path(asked.input).resolve()) if piped is None else hashlib.sha256(piped).hexdigest()
-    target = asked.output if asked.output == "-" else str(Path(asked.output).resolve())
-    what = [source, call.fingerprint.hex(), asked.prompt, target, asked.limit, options.cache]
+    plain = asked.output == "-" or "://" in asked.output or is_database(asked.output)
+    target = asked.output if plain else str(Path(asked.output).resolve())
+    into = [asked.into, asked.key] if asked.into else []
+    keys = [asked.prompt, target, asked.limit, options.cache, options.reorder_fields, *into]
+    what = [identity, call.fingerprint.hex(), *keys]
     return hashlib.sha256(json.dumps(what).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Teller:
     """What a person is told of a run on stderr."""
 
-    def __init__(self, session: Session, job: str, quiet: bool) -> None:
-        self.session, self.job, self.quiet = session, job, quiet
+    def __init__(self, session: Session, work: Work, quiet: bool) -> None:
+        self.session, self.work, self.quiet = session, work, quiet
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -203,13 +277,14 @@ class Teller:
 
     def last_stop(self) -> None:
         """How the last attempt of an unfinished job ended, and what was lost with it."""
-        stop = last_stop(self.session.store, self.session.who.tenant, self.job)
+        stop = last_stop(self.session.store, self.session.who.tenant, self.work.job)
         if stop is not None:
             self.say(stop.line())
 
     def committed(self, what: str) -> None:
+        tenant = self.session.who.tenant
         try:
-            rows = committed_rows(self.session.store, self.session.who.tenant, self.job)
+            rows = sum(committed_rows(self.session.store, tenant, job) for job in self.work.jobs())
         except CompleteError:
             return
         self.say(f"{what} with {rows:,} rows committed. The same command goes on from there.")

@@ -7,7 +7,7 @@ import fcntl
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,22 @@ from complete_fn.budget import parse_cap
 from complete_fn.cli import OK, Parser, add_home
 from complete_fn.cli_state import open_store, print_table
 from complete_fn.errors import InvalidOptionError
+from complete_fn.queue import CeleryQueue
+from complete_fn.scaling import parse_workers
 from complete_fn.settings import load_settings
 from complete_fn.wiring import resolve
 
 DESCRIPTION = """\
 Serve OpenAI's API and jobs for tables from this machine: `base_url` http://127.0.0.1:8000/v1, any key.
 
-Models load on demand and go when idle. Needs `pip install 'complete-fn[service]'`."""
+Models load on demand and go when idle. Needs `pip install 'complete-fn[service]'`.
+
+Alone, this process runs the jobs too. With a broker, worker processes do: those that --workers starts and stops here,
+and any `complete-fn worker` with the same broker and state. Needs `pip install 'complete-fn[fleet]'`."""
+NO_BROKER = (
+    "--workers {workers} needs a Redis, over which they learn of work: give --broker redis://127.0.0.1:6379/0 or set "
+    "COMPLETE_FN_BROKER. Without --workers this process runs the jobs itself."
+)
 NO_KEYS = (
     "--host {host} can be reached from other machines and no API key exists. "
     "Make one with `complete-fn keys create --tenant NAME`, or serve on 127.0.0.1."
@@ -35,6 +44,12 @@ def serve_main(argv: list[str]) -> int:
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; others need API keys)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     add("--idle-seconds", type=float, default=300.0, metavar="S", help="let idle engines go after (default: 300)")
+    add("--broker", metavar="URL", help="Redis that tells worker processes of work (default: COMPLETE_FN_BROKER)")
+    add(
+        "--workers",
+        metavar="N|MIN..MAX",
+        help="worker processes to keep here: 0..2 starts up to 2 when there is work, 0 none",
+    )
     add_home(parser)
     asked = parser.parse_args(argv)
     is_loopback, make_app, service_type, uvicorn = (
@@ -46,24 +61,45 @@ def serve_main(argv: list[str]) -> int:
             "uvicorn:Server",
         )
     )
-    home = load_settings(asked.home).home
-    with alone(home), listening(asked.host, asked.port) as listener:
-        service = service_type(home=home, idle_seconds=asked.idle_seconds)
+    settings = load_settings(asked.home)
+    home, broker = settings.home, asked.broker or settings.broker
+    workers = parse_workers(asked.workers) if asked.workers else None
+    if workers and not broker:
+        raise InvalidOptionError(NO_BROKER.format(workers=asked.workers))
+    queue = CeleryQueue(broker) if broker else None
+    with alone(home) if settings.database is None else nullcontext(), listening(asked.host, asked.port) as listener:
+        service = service_type(home=home, idle_seconds=asked.idle_seconds, queue=queue)
         loopback = is_loopback(listener.getsockname()[0])
         if not loopback and not service.keys.any():
             raise InvalidOptionError(NO_KEYS.format(host=asked.host))
         where = f"http://{asked.host}:{listener.getsockname()[1]}"
-        print(f"complete-fn serves {where}/v1 (API: {where}/docs; state: {home}). Ctrl-C ends it.", file=sys.stderr)
-        config = resolve("uvicorn:Config")(
-            make_app(service, loopback), log_level="warning", access_log=False, timeout_graceful_shutdown=10
+        print(
+            f"complete-fn serves {where}/v1 (API: {where}/docs; state: {service.store.place}). Ctrl-C ends it.",
+            file=sys.stderr,
         )
+        app = make_app(service, loopback, rounds=rounds_of(service, broker, workers))
+        config = resolve("uvicorn:Config")(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
         uvicorn(config).run(sockets=[listener])
     return OK
 
 
+def rounds_of(service: Any, broker: str | None, workers: tuple[int, int] | None) -> Any:
+    """What this process does for its worker processes; None where it runs the jobs itself."""
+    if broker is None:
+        return None
+    rounds, fleet, worker_starter = (
+        resolve(name)
+        for name in ("complete_fn.rounds:Rounds", "complete_fn.fleet:Fleet", "complete_fn.fleet:worker_starter")
+    )
+    if workers is None or not workers[1]:
+        return rounds(service)
+    start = worker_starter(service.settings, broker, service.idle_seconds)
+    return rounds(service, fleet(service.workers, start, *workers, service.idle_seconds))
+
+
 @contextmanager
 def alone(home: Path) -> Iterator[None]:
-    """One service per state folder: budgets are kept in its memory.
+    """One API per SQLite file; several may share a PostgreSQL.
 
     Raises:
         InvalidOptionError: another one runs there.
@@ -95,21 +131,29 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def keys_main(argv: list[str]) -> int:
-    from complete_fn.key_store import SCOPES
+    from complete_fn.key_store import SCOPES, USUAL
 
     parser = Parser("complete-fn keys", description="Make, list and revoke the service's API keys.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="create|list|revoke|budget", parser_class=Parser)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(KEY_VERBS), parser_class=Parser)
     create = verbs.add_parser("create", help="make a key; it is shown this once")
     create.add_argument("--tenant", required=True, help="answers, ledger and budget are kept by tenant")
     create.add_argument("--user", default="service", help="whose ledger lines they are (default: service)")
-    create.add_argument("--scopes", default=",".join(SCOPES), help=f"of {', '.join(SCOPES)} (default: all)")
+    create.add_argument(
+        "--scopes", default=",".join(USUAL), help=f"of {', '.join(SCOPES)} (default: {', '.join(USUAL)})"
+    )
     listed = verbs.add_parser("list", help="all keys, without their secrets")
     revoke = verbs.add_parser("revoke", help="a key's use ends at once")
     revoke.add_argument("id", help="as `complete-fn keys list` shows it")
     budget = verbs.add_parser("budget", help="bound what a tenant may spend in a day (UTC)")
     budget.add_argument("tenant")
     budget.add_argument("amount", help="in the currency of the models' prices, or 'none'")
-    for each in (create, listed, revoke, budget):
+    limit = verbs.add_parser("limit", help="bound the tokens a minute that a tenant or one key may use in chats")
+    limit.add_argument("name", metavar="TENANT|ID", help="a tenant, or a key's id as `complete-fn keys list` shows it")
+    limit.add_argument("tokens", metavar="TOKENS_PER_MINUTE", help="prompt and answer, or 'none'")
+    weight = verbs.add_parser("weight", help="a tenant's share of the workers, as a multiple of others'")
+    weight.add_argument("tenant")
+    weight.add_argument("weight", type=float, help="above 0; without one it is 1")
+    for each in (create, listed, revoke, budget, limit, weight):
         add_home(each)
     asked = parser.parse_args(argv)
     return KEY_VERBS[asked.verb](asked)
@@ -130,11 +174,15 @@ def create_key(asked: argparse.Namespace) -> int:
 
 def list_keys(asked: argparse.Namespace) -> int:
     lines = [
-        (k.id, k.tenant, k.user, k.scopes, moment(k.created_at), "revoked" if k.revoked_at else "valid")
+        (k.id, k.tenant, k.user, k.scopes, moment(k.created_at), str(k.tokens_per_minute or ""), state(k))
         for k in key_store(asked).list()
     ]
-    print_table([("ID", "TENANT", "USER", "SCOPES", "CREATED", "STATE"), *lines])
+    print_table([("ID", "TENANT", "USER", "SCOPES", "CREATED", "TOKENS/MIN", "STATE"), *lines])
     return OK
+
+
+def state(key: Any) -> str:
+    return "revoked" if key.revoked_at else "valid"
 
 
 def revoke_key(asked: argparse.Namespace) -> int:
@@ -151,8 +199,37 @@ def set_budget(asked: argparse.Namespace) -> int:
     return OK
 
 
+def set_limit(asked: argparse.Namespace) -> int:
+    per_minute = None if asked.tokens == "none" else int(asked.tokens) if asked.tokens.isdecimal() else 0
+    if per_minute == 0:
+        raise InvalidOptionError(f"TOKENS_PER_MINUTE = {asked.tokens!r} must be a whole number above 0, or 'none'.")
+    store = key_store(asked)
+    lines = store.list()
+    if any(line.id == asked.name for line in lines):
+        store.limit_key(asked.name, per_minute)
+    elif any(line.tenant == asked.name for line in lines):
+        store.limit_tenant(asked.name, per_minute)
+    else:
+        raise InvalidOptionError(f"No key and no tenant is named {asked.name!r}. `complete-fn keys list` shows all.")
+    print(f"{asked.name}: {'no limit' if per_minute is None else f'at most {per_minute:,} tokens a minute'}.")
+    return OK
+
+
+def set_weight(asked: argparse.Namespace) -> int:
+    key_store(asked).set_weight(asked.tenant, asked.weight)
+    print(f"{asked.tenant}: {asked.weight:g} times the share of a tenant without a weight.")
+    return OK
+
+
 def moment(at: float) -> str:
     return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M")
 
 
-KEY_VERBS = {"create": create_key, "list": list_keys, "revoke": revoke_key, "budget": set_budget}
+KEY_VERBS = {
+    "create": create_key,
+    "list": list_keys,
+    "revoke": revoke_key,
+    "budget": set_budget,
+    "limit": set_limit,
+    "weight": set_weight,
+}

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from complete_fn.bounds import DAY
@@ -17,6 +19,7 @@ from complete_fn.catalogue import Model, load_catalogue
 from complete_fn.cli import OK, Parser, add_home
 from complete_fn.errors import InvalidOptionError
 from complete_fn.settings import load_settings
+from complete_fn.wiring import resolve
 
 if TYPE_CHECKING:
     from complete_fn.reports import UsageLine
@@ -71,6 +74,10 @@ def model_object(model: Model) -> dict[str, Any]:
     }
 
 
+VIEWS = """print SQL that gives the ledger views with the names and columns of Cortex's usage history; to install them:
+complete-fn usage --views | sqlite3 STATE.sqlite3, or | psql "$COMPLETE_FN_DATABASE" """
+
+
 def usage_main(argv: list[str]) -> int:
     from complete_fn.reports import GROUPS, usage
 
@@ -80,30 +87,25 @@ def usage_main(argv: list[str]) -> int:
     add("--since", metavar="WHEN", help="from a date on (2026-01-31), or for so long back (7d, 24h)")
     add("--json", action="store_true")
     add("--csv", action="store_true")
+    add("--views", action="store_true", help=VIEWS)
+    add("--focus", metavar="FILE", help="write charges by hour with FOCUS 1.2 column names to a .parquet or .csv file")
     add_home(parser)
     asked = parser.parse_args(argv)
+    if asked.views:
+        kind = open_store(asked.home).engine.dialect.name
+        print(files("complete_fn_sql").joinpath(f"usage_views_{kind}.sql").read_text("utf-8"), end="")
+        return OK
     by = asked.by.split(",")
     if wrong := [name for name in by if name not in GROUPS]:
         raise InvalidOptionError(f"--by {wrong[0]!r} is not one of {', '.join(GROUPS)}.")
     since = moment(asked.since) if asked.since else 0.0
+    if asked.focus:
+        count = resolve("complete_fn.focus:export")(open_store(asked.home), Path(asked.focus), since)
+        print(f"{count:,} charges written to {asked.focus}.")
+        return OK
     lines = usage(open_store(asked.home), by, since)
-    head = (*by, "rows", "input", "cached", "output", "cost", "currency", "basis", "saved", "lost_rows", "lost_tokens")
-    rows = [
-        (
-            *u.group,
-            u.rows,
-            u.input,
-            u.cached,
-            u.output,
-            u.cost,
-            u.currency,
-            u.basis,
-            u.saved,
-            u.lost_rows,
-            u.lost_tokens,
-        )
-        for u in lines
-    ]
+    head = (*by, *USAGE)
+    rows = [usage_row(u) for u in lines]
     if asked.json:
         print(json.dumps([dict(zip(head, row, strict=True)) for row in rows], indent=2, default=float))
     elif asked.csv:
@@ -115,9 +117,14 @@ def usage_main(argv: list[str]) -> int:
     return OK
 
 
+USAGE = (
+    *("rows", "input", "cached", "output", "cost", "currency", "basis", "saved", "lost_rows", "lost_tokens"),
+    *("cache_saved", "device_seconds", "idle_seconds", "aborted_seconds", "saved_seconds"),
+)
+
+
 def usage_row(u: UsageLine) -> tuple[Any, ...]:
-    money = (u.cost, u.currency, u.basis, u.saved)
-    return (*u.group, u.rows, u.input, u.cached, u.output, *money, u.lost_rows, u.lost_tokens)
+    return (*u.group, *(getattr(u, name) for name in USAGE))
 
 
 def shown(value: Any) -> str:
@@ -156,12 +163,12 @@ def cache_stats(asked: argparse.Namespace) -> int:
     store, settings = open_store(asked.home), load_settings()
     found = stored(store)
     if asked.json:
-        every = {"path": str(store.path), "answers": found.count, "for_jobs": found.for_jobs, "bytes": found.bytes}
+        every = {"path": store.place, "answers": found.count, "for_jobs": found.for_jobs, "bytes": found.bytes}
         bounds = {"limit_gib": settings.cache_gib, "limit_days": settings.cache_days}
         print(json.dumps({**every, "models": found.models, **bounds}, indent=2))
         return OK
     lines = [
-        ("state", str(store.path)),
+        ("state", store.place),
         ("answers", f"{found.count:,}" + (f" ({found.for_jobs:,} for unfinished runs)" if found.for_jobs else "")),
         ("size", f"{found.bytes / 2**20:,.1f} MiB with the ledger"),
         ("bounds", f"{settings.cache_gib:g} GiB, {settings.cache_days:g} days; the oldest go first"),
@@ -179,14 +186,14 @@ def cache_clear(asked: argparse.Namespace) -> int:
 
     store = open_store(asked.home)
     before = None if asked.older_than is None else time.time() - asked.older_than * DAY
-    print(f"{clear(store, asked.model, before):,} answers deleted from {store.path}. The ledger stays.")
+    print(f"{clear(store, asked.model, before):,} answers deleted from {store.place}. The ledger stays.")
     return OK
 
 
 def open_store(home: str | None) -> Any:
     from complete_fn.store import Store
 
-    return Store(load_settings(home).home / "state.sqlite3")
+    return Store(load_settings(home).store)
 
 
 def day(at: float) -> str:

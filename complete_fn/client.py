@@ -43,6 +43,7 @@ class Client:
         *,
         options: Mapping[str, Any] | None = None,
         column: str = "completion",
+        sink: Mapping[str, str] | None = None,
         max_cost: Decimal | float | str | None = None,
         query_tag: str | None = None,
         idempotency_key: str | None = None,
@@ -51,17 +52,18 @@ class Client:
 
         Args:
             source: path of a .parquet, .csv or .jsonl file, an Arrow table, or a frame that Arrow can read (Polars,
-                pandas, DuckDB).
+                pandas, DuckDB): they are uploaded. Or what the service reads by itself: {"uri": ...} under a root that
+                it allows, or {"connection": ..., "sql": ...}.
+            sink: where the service is to write the results: {"uri": ...}, or {"connection": ..., "table": ..., "key":
+                ...}.
             prompt: a template over the columns, as in `complete-fn run`.
         """
-        name, content = contents(source)
-        with content:
-            uploaded = self.ask("POST", "/files", files={"file": (name, content)}, data={"purpose": "user_data"})
-        file = uploaded.json()["id"]
+        file = None if isinstance(source, Mapping) else self.upload(source)
         body = {
             "model": model,
             "prompt": prompt,
-            "source": {"file_id": file},
+            "source": dict(source) if file is None else {"file_id": file},
+            "sink": None if sink is None else dict(sink),
             "options": dict(options or {}),
             "column": column,
             "max_cost": None if max_cost is None else str(max_cost),
@@ -71,7 +73,15 @@ class Client:
         try:
             return RemoteJob(self, self.ask("POST", "/jobs", json=body).json()["id"])
         finally:
-            self.ask("DELETE", f"/files/{file}")  # the job has its own copy
+            if file is not None:
+                self.ask("DELETE", f"/files/{file}")  # the job has its own copy
+
+    def upload(self, source: Any) -> str:
+        """Upload a table; returns its id."""
+        name, content = contents(source)
+        with content:
+            reply = self.ask("POST", "/files", files={"file": (name, content)}, data={"purpose": "user_data"})
+        return str(reply.json()["id"])
 
     def job(self, name: str) -> RemoteJob:
         return RemoteJob(self, name)
@@ -106,13 +116,13 @@ class RemoteJob:
         return found
 
     def wait(self, progress: bool | None = None) -> dict[str, Any]:
-        """Return the state once the job is over.
+        """Return the state once the job is over, and its results are in their sink.
 
         Args:
             progress: show a bar; None shows one when a person is looking.
 
         Raises:
-            JobError: it failed; the message says why.
+            JobError: it failed, or its results cannot be written to the sink; the message says why.
         """
         now = self.state()
         bar, pause = progress_for(now["model"], progress), FIRST_WAIT
@@ -123,7 +133,7 @@ class RemoteJob:
                 rows, usage, cost = now["rows"]["done"], Usage(**now["usage"]), Decimal(now["cost"]["amount"])
                 bar.advance(rows - shown, less(usage, used), cost - paid, now["cost"]["currency"])
                 shown, used, paid = rows, usage, cost
-                if now["status"] in OVER:
+                if now["status"] in OVER and (now["sink"] or {}).get("status") not in ("waiting", "writing"):
                     break
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_WAIT)
@@ -132,6 +142,8 @@ class RemoteJob:
             bar.stop()
         if now["status"] == "failed":
             raise JobError(f"Job {self.id} failed: {now['error']}")
+        if now["sink"] is not None and now["sink"]["status"] == "failed":
+            raise JobError(f"Job {self.id} is {now['status']}; its results were not written: {now['sink']['error']}")
         return now
 
     def results(self, details: bool = False, partial: bool = False) -> pa.Table:
@@ -155,6 +167,11 @@ class RemoteJob:
 
     def cancel(self) -> None:
         self.client.ask("POST", f"/jobs/{self.id}/cancel")
+
+    def rerun(self, max_cost: Decimal | float | str | None = None) -> None:
+        """Run the rows again that failed; `max_cost` is another cap for the whole job."""
+        body = {"max_cost": None if max_cost is None else str(max_cost)}
+        self.client.ask("POST", f"/jobs/{self.id}/rerun", json=body)
 
     def delete(self) -> None:
         """Delete its input, results and stored answers."""

@@ -1,8 +1,10 @@
-"""What the operating system says of a folder's file system and of a process."""
+"""What the operating system says of a folder's file system, of a process, and of where we run."""
 
 from __future__ import annotations
 
+import functools
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -44,3 +46,12 @@ def process_started(pid: int) -> float | None:
     except PermissionError:
         return 0.0
     return 0.0
+
+
+@functools.cache
+def here() -> str:
+    """The machine as far as process numbers go: its name and, on Linux, the PID namespace (a container has its own)."""
+    try:
+        return f"{socket.gethostname()}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return socket.gethostname()

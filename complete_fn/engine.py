@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -22,7 +24,9 @@ class Engine(Protocol):
 
         Requests are drawn from the iterable only as fast as the engine takes them (back-pressure), so an endless
         iterable is fine. A request that fails is a completion with an `error`; nothing is raised for one row.
-        `tenant` salts the prefix cache. Closing the iterator aborts what is still in flight.
+        `tenant` salts the prefix cache. Closing the iterator aborts what is still in flight; so does, within a second,
+        an iterable whose attribute `abandoned` becomes true. A request's `tell`, where it is called, gets pieces that
+        the completion's text begins with.
 
         Raises:
             EngineError: the engine cannot start, or died and could not be restarted once.
@@ -46,17 +50,26 @@ def prompt_text(request: CompletionRequest) -> str:
 
 
 class EchoEngine:
-    """Answers every prompt with itself, upper-cased or by `answer`; a token is a word split at white space."""
+    """Answers every prompt with itself; a token is a word, and told as such.
 
-    def __init__(self, context: int = 4096) -> None:
+    Of `choices` it answers with the one that the prompt names most often, the earlier one of several.
+    """
+
+    def __init__(self, context: int = 4096, row_seconds: float = 0.0) -> None:
         self.context = context
+        self.row_seconds = row_seconds
         self.requests: list[CompletionRequest] = []
         self.identity = f"context {context}"  # echoes of equal context are the same answers
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         for position, request in enumerate(requests):
             self.requests.append(request)
-            yield position, self.complete(request)
+            time.sleep(self.row_seconds)
+            completion = self.complete(request)
+            if request.tell is not None:
+                for piece in re.findall(r"\S+\s*", completion.text or ""):
+                    request.tell(piece)
+            yield position, completion
 
     def complete(self, request: CompletionRequest) -> Completion:
         words = prompt_text(request).split()
@@ -64,12 +77,21 @@ class EchoEngine:
             return Completion.failed(
                 "prompt_too_long", f"The prompt has {len(words)} tokens; the model's context is {self.context}."
             )
+        if request.choices:
+            return self.choose(prompt_text(request), len(words), request.choices)
         answer = words if request.sampling.max_tokens is None else words[: request.sampling.max_tokens]
         return Completion(
             text=" ".join(answer),
             finish_reason="stop" if len(answer) == len(words) else "length",
             usage=Usage(prompt_tokens=len(words), completion_tokens=len(answer)),
         )
+
+    def choose(self, prompt: str, tokens: int, choices: tuple[str, ...]) -> Completion:
+        named = {c: len(re.findall(rf"(?<!\w){re.escape(c)}(?!\w)", prompt, re.IGNORECASE)) for c in choices}
+        total = sum(named.values())
+        scores = {c: n / total if total else 1 / len(choices) for c, n in named.items()}
+        usage = Usage(prompt_tokens=tokens, completion_tokens=1)
+        return Completion(max(choices, key=lambda c: scores[c]), "stop", usage=usage, scores=scores)
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         return [len(text.split()) for text in texts]
@@ -79,4 +101,4 @@ class EchoEngine:
 
 
 def open_engine(model: Model, settings: Settings) -> EchoEngine:
-    return EchoEngine(context=model.max_model_len or 4096)
+    return EchoEngine(model.max_model_len or 4096, float(model.engine_args.get("row_seconds", 0.0)))

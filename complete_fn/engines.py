@@ -14,7 +14,7 @@ from complete_fn.catalogue import Model, Prices
 from complete_fn.engine import Engine
 from complete_fn.errors import RequestError
 from complete_fn.keys import checkpoint_digest
-from complete_fn.settings import Settings
+from complete_fn.settings import Settings, secret
 from complete_fn.wiring import ENGINES, resolve
 
 OPEN: dict[tuple[str, str], Engine] = {}
@@ -39,15 +39,29 @@ def engine_for(model: Model, settings: Settings) -> Engine:
 
 
 def at_engine(model: Model, engine: Engine | str | None) -> Model:
-    """The model as answered by another engine: a URL, or an object that implements `Engine`."""
+    """The model as answered by another engine: a URL, or an object that implements `Engine`.
+
+    The service that COMPLETE_FN_URL names gets the key COMPLETE_FN_KEY. It bills; what is noted here has the price
+    basis `service`, so that no sum adds both.
+    """
     if engine is None:
         return model
     if isinstance(engine, str):
         if not engine.startswith(("http://", "https://")):
             raise RequestError(f"engine = {engine!r} is not an http:// or https:// URL.")
+        if of_service(engine):
+            key = "COMPLETE_FN_KEY" if secret("COMPLETE_FN_KEY") else None
+            prices = replace(model.prices, basis="service")
+            return replace(model, engine="http", url=engine, api_key_env=key, prices=prices)
         same_host = model.url is not None and urlsplit(model.url).netloc == urlsplit(engine).netloc
         return replace(model, engine="http", url=engine, api_key_env=model.api_key_env if same_host else None)
     return replace(model, engine=f"object:{type(engine).__module__}.{type(engine).__qualname__}:{identity(engine)}")
+
+
+def of_service(url: str) -> bool:
+    """Whether this is the address that COMPLETE_FN_URL names."""
+    named = secret("COMPLETE_FN_URL")
+    return bool(named) and urlsplit(named)[:2] == urlsplit(url)[:2]
 
 
 def identity(engine: Engine) -> str:
@@ -62,6 +76,14 @@ def after_fork() -> None:
     """A forked child may have been born while another thread held the lock."""
     global LOCK
     LOCK = threading.Lock()
+
+
+def let_go(engine: Engine) -> None:
+    """Close one engine; its model's next use opens another."""
+    with LOCK:
+        for key in [key for key, opened in OPEN.items() if opened is engine]:
+            del OPEN[key]
+    engine.close()
 
 
 def close_engines() -> None:

@@ -8,13 +8,15 @@ CompleteError
 │   ├── TooLargeError           an upload or body is above the service's limit
 │   ├── NotFoundError           the service has no such file, job or batch of this tenant
 │   ├── KeyRefusedError         the API key is missing, unknown or revoked
-│   └── ScopeError              the API key does not allow this
+│   ├── ScopeError              the API key does not allow this
+│   └── RateLimitError          the tenant or key has used up its tokens of this minute
 ├── EngineError             the operator: the engine cannot start, died twice, or its URL does not answer
 │   ├── EngineMissingError      a library of the engine is not installed
 │   └── EngineBusyError         the engine refuses work for now (429, 503)
 ├── JobError                the job: it is cancelled, or in a state that forbids the step
 └── StoreError              the operator: answers and ledger cannot be read or written
-    └── StoreBusyError          another process holds the state longer than the timeout
+    ├── StoreBusyError          another process holds the state longer than the timeout
+    └── StoreLostError          the database is away: it restarts, or the network is down
 
 `RowError` is no exception but the value of one row; `strict` raises it inside a `RowFailedError`.
 """
@@ -89,6 +91,18 @@ class ScopeError(RequestError):
     code = "not_allowed"
 
 
+class RateLimitError(RequestError):
+    """The tokens of this minute are used up. `headers` say when to try again."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    retryable = True
+
+    def __init__(self, message: str | None = None, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.headers = headers or {}
+
+
 class RowFailedError(RequestError):
     """A row failed and `strict` was asked for."""
 
@@ -139,11 +153,18 @@ class StoreBusyError(StoreError):
     retryable = True
 
 
+class StoreLostError(StoreError):
+    """The database is away."""
+
+    status = 503
+    retryable = True
+
+
 # The closed set of row error codes, with what each one means.
 ROW_ERRORS: dict[str, str] = {
     "prompt_too_long": "the rendered prompt leaves no room for an answer within the model's context",
     "truncated": "the answer was cut by a limit that the caller did not set",
-    "schema_mismatch": "the answer does not satisfy the response_format",
+    "schema_mismatch": "the answer does not satisfy the response_format, or is none of the choices",
     "invalid_request": "the row's prompt cannot be sent (lone surrogate, empty messages, refused by the engine)",
     "budget_exceeded": "the remaining budget does not cover the row at list price",
     "cancelled": "the run was cancelled before the row was done",

@@ -1,11 +1,8 @@
-"""Tables in files: Parquet, CSV, JSONL and Arrow IPC, compressed or not, also on stdin. Read whole, before any work."""
+"""Tables in files: how a file's name tells its format, and rows that come back as they were. Read in `windows.py`."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,8 +25,8 @@ SUFFIXES = {
     ".ipc": "arrow",
 }
 FORMATS = ("parquet", "csv", "jsonl", "arrow")
+MIXED = pa.large_string()  # the type of a JSONL column whose values have several
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-CSV_BLOCK = 64 * 1024 * 1024  # bytes; the longest row that a CSV may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,9 @@ class Rows(Protocol):
         """[n] the column's values; what is not UTF-8 in them stays as bytes, so that its row fails alone."""
         ...
 
-    def table(self) -> pa.Table: ...
+    def table(self, schema: Any = None) -> pa.Table:
+        """The columns; those of a JSONL in the types of `schema`, if given, where text takes what has no other type."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class TableRows:
             raise InputError(f"The input has {self.names.count(name)} columns named {name!r}; rename one.")
         return self.arrow.column(name)
 
-    def table(self) -> pa.Table:
+    def table(self, schema: Any = None) -> pa.Table:
         return self.arrow
 
 
@@ -127,19 +126,37 @@ class LineRows:
     def column(self, name: str) -> Any:
         return text_column([json_text(row.get(name)) for row in self.objects()])
 
-    def table(self) -> pa.Table:
+    def table(self, schema: Any = None) -> pa.Table:
         """Columns of the types that their values have; mixed ones as JSON text, lone surrogates as their escapes."""
-        names = {name: clean(name) for name in self.names}
-        rows = [{name: clean(row.get(name)) for name in names} for row in self.objects()]
-        return pa.table({clear: json_column([row[name] for row in rows]) for name, clear in names.items()})
+        rows = [{clean(name): clean(value) for name, value in row.items()} for row in self.objects()]
+        names = [clean(name) for name in self.names] if schema is None else schema.names
+        kinds = {} if schema is None else {field.name: field.type for field in schema}
+        return pa.table({name: json_column([row.get(name) for row in rows], kinds.get(name)) for name in names})
 
 
-def json_column(values: list[Any]) -> pa.Array:
+def json_column(values: list[Any], kind: Any = None) -> pa.Array:
+    """Args: kind: the type to have, `MIXED` for JSON text; None takes that of the values."""
     try:
-        found = pa.array(values)
+        found = pa.array([json_text(v) for v in values] if kind == MIXED else values, kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        found = pa.array([json_text(v) for v in values], pa.large_string())
+        found = pa.array([json_text(v) for v in values], MIXED)
     return found.cast(pa.string()) if pa.types.is_null(found.type) else found
+
+
+def common_schema(first: pa.Schema | None, second: pa.Schema) -> pa.Schema:
+    """The schema of windows of JSONL that have these: where a column's types differ it is `MIXED`."""
+    if first is None:
+        return second
+    kinds = {field.name: field.type for field in second}
+    for field in first:
+        kinds[field.name] = common_type(field.type, kinds.get(field.name, field.type))
+    names = [*first.names, *(n for n in second.names if n not in first.names)]
+    return pa.schema([(name, kinds[name]) for name in names])
+
+
+def common_type(a: Any, b: Any) -> Any:
+    numbers = all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in (a, b))
+    return a if a == b else pa.float64() if numbers else MIXED
 
 
 def json_text(value: Any) -> str | None:
@@ -154,81 +171,3 @@ def clean(value: Any) -> Any:
     if isinstance(value, list):
         return [clean(v) for v in value]
     return {clean(k): clean(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def read_rows(place: Place) -> tuple[Rows, bytes | None]:
-    """The rows, and for stdin the bytes they came from.
-
-    Raises:
-        InputError: the file is not there, not whole, or not of its format; the message says where.
-    """
-    what = "stdin" if place.piped else repr(place.name)
-    try:
-        raw = sys.stdin.buffer.read() if place.piped else Path(place.name).read_bytes()
-        source = raw if place.compression is None else pa.input_stream(io.BytesIO(raw), place.compression).read()
-    except OSError as error:
-        raise InputError(f"{what} cannot be read: {error.strerror or error}.") from error
-    try:
-        return READERS[place.format](source), raw if place.piped else None
-    except (pa.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0].rstrip(".")
-        hint = " It may be damaged, still be being written, or its writer was killed." if place.format != "csv" else ""
-        raise InputError(f"{what} cannot be read as {place.format}: {first}.{hint}") from error
-
-
-def read_parquet(source: bytes) -> Rows:
-    from pyarrow import parquet
-
-    return TableRows(parquet.ParquetFile(pa.BufferReader(source)).read())
-
-
-def read_arrow(source: bytes) -> Rows:
-    """The IPC file format or, without its mark, the stream format."""
-    opened = pa.ipc.open_file if source.startswith(b"ARROW1") else pa.ipc.open_stream
-    return TableRows(opened(pa.BufferReader(source)).read_all())
-
-
-def read_csv(source: bytes) -> Rows:
-    """Every column as text, so that it is written back as it was. An empty field is NULL, a quoted empty one is not."""
-    from pyarrow import csv as arrow_csv
-
-    head = io.TextIOWrapper(io.BytesIO(source), "utf-8-sig", errors="surrogateescape", newline="")
-    names = next(csv.reader(head), [])
-    if not names:
-        raise InputError("The CSV is empty: not even a header line.")
-    if bad := [n for n in names if clean(n) != n]:
-        raise InputError(f"The CSV's header has a name that is not UTF-8: {clean(bad[0])}.")
-    if again := [n for n in names if names.count(n) > 1]:
-        raise InputError(f"The CSV's header names {again[0]!r} {len(again)} times; rename one.")
-    parse = arrow_csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=len(names) > 1)
-    convert = arrow_csv.ConvertOptions(
-        check_utf8=False,
-        column_types=dict.fromkeys(names, pa.large_string()),
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=False,
-        null_values=[""],
-    )
-    options = arrow_csv.ReadOptions(block_size=min(len(source), CSV_BLOCK))
-    return TableRows(arrow_csv.read_csv(io.BytesIO(source), options, parse, convert))
-
-
-def read_jsonl(source: bytes) -> Rows:
-    lines = []
-    for number, raw in enumerate(source.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        line = raw.strip()
-        if line:
-            refuse_no_object(line, number)
-            lines.append(line)
-    return LineRows(lines)
-
-
-def refuse_no_object(line: bytes, number: int) -> None:
-    try:
-        found = json.loads(line.decode("utf-8", "surrogateescape"))
-    except ValueError as error:
-        raise InputError(f"Line {number} of the JSONL is not JSON: {error}. Nothing was run.") from error
-    if not isinstance(found, dict):
-        raise InputError(f"Line {number} of the JSONL is no object but {type(found).__name__}. Nothing was run.")
-
-
-READERS = {"parquet": read_parquet, "csv": read_csv, "jsonl": read_jsonl, "arrow": read_arrow}

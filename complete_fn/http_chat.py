@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 
 from complete_fn.catalogue import Model
-from complete_fn.errors import EngineBusyError, EngineError
-from complete_fn.plan.parts import BYTES_PER_TOKEN
+from complete_fn.errors import EngineBusyError, EngineError, RequestError
+from complete_fn.plan.sizes import BYTES_PER_TOKEN
+from complete_fn.structured import choice_schema
 from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 
 BUSY = (429, 503)  # the endpoint says itself that it did nothing
@@ -35,11 +36,24 @@ class Endpoint:
         self.url = url
         self.client = client
         self.quiet_until = 0.0
+        self.asked = asyncio.Lock()
+        self.ours: bool | None = None
 
     @property
     def served_name(self) -> str:
         given = self.model.engine_args.get("served_name")
-        return str(given or (self.model.name if self.model.local_folder is not None else self.model.checkpoint))
+        by_name = self.ours or self.model.local_folder is not None
+        return str(given or (self.model.name if by_name else self.model.checkpoint))
+
+    async def learn(self) -> None:
+        """Ask once whether this is a complete-fn service: it names models as the catalogue does."""
+        async with self.asked:
+            if self.ours is None:
+                try:
+                    entries = (await self.client.get(self.url + "/models", timeout=10.0)).json()["data"]
+                    self.ours = any(m["owned_by"] == "complete-fn" and m["id"] == self.model.name for m in entries)
+                except (httpx.HTTPError, ValueError, KeyError, TypeError):
+                    self.ours = False
 
     async def complete(self, request: CompletionRequest, tenant: str) -> Completion:
         """The completion, or the row's error.
@@ -48,6 +62,7 @@ class Endpoint:
             EngineError: what concerns every row: no answer at the URL, key or model refused.
             EngineBusyError: busy for longer than is waited.
         """
+        await self.learn()
         body = self.body(request, tenant)
         try:
             json.dumps(body, ensure_ascii=False).encode()
@@ -88,9 +103,27 @@ class Endpoint:
         if request.response_format is not None:
             schema = {"name": "answer", "schema": json.loads(request.response_format), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if self.ours and request.priority >= 0:
+            body["service_tier"] = "flex"  # rows of a table need not overtake its jobs
+        if request.choices:
+            body |= self.one_of(request.choices)
         if self.model.engine_args.get("cache_salt") and tenant:
             body["cache_salt"] = tenant
         return body | dict(self.model.engine_args.get("extra_body", {}))
+
+    def one_of(self, choices: tuple[str, ...]) -> dict[str, Any]:
+        """The fields that hold an answer to the labels.
+
+        Raises:
+            RequestError: engine_args.choices is no way to ask for them.
+        """
+        how = self.model.engine_args.get("choices", "json_schema")
+        if how == "structured_outputs":
+            return {"structured_outputs": {"choice": list(choices)}}
+        if how != "json_schema":
+            raise RequestError(f"engine_args.choices is {how!r}; it must be 'json_schema' or 'structured_outputs'.")
+        schema = {"name": "answer", "schema": choice_schema(choices), "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
     async def ask(self, body: dict[str, Any]) -> httpx.Response:
         """The reply, after the waits that a busy endpoint asks for."""
@@ -145,7 +178,7 @@ class Endpoint:
 
     async def served(self) -> str:
         try:
-            names = [m["id"] for m in (await self.client.get(self.url + "/models")).json()["data"]]
+            names = [m["id"] for m in (await self.client.get(self.url + "/models", timeout=10.0)).json()["data"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return "Check the url: it ends with /v1."
         return f"It serves {', '.join(map(repr, names)) or 'no model'}; set engine_args.served_name."

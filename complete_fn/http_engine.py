@@ -5,9 +5,12 @@ names and goes nowhere but into the request. Of `Model.engine_args` this engine 
 
     concurrency       requests in flight (default 16)
     timeout           seconds until a row is given up (default 600)
-    served_name       the model's name at the endpoint (default: the checkpoint; the entry's name for a local folder)
+    served_name       the model's name at the endpoint (default: the checkpoint; the entry's name for a local folder,
+                      and at a complete-fn service, which says so in its list of models)
     max_tokens_field  `max_tokens` (default) or `max_completion_tokens`
     cache_salt        true: send the tenant as vLLM's `cache_salt`; other endpoints may refuse the field
+    choices           how labels are asked for: `json_schema` (default; an object with the label), or
+                      `structured_outputs`, vLLM's own field (the bare label)
     extra_body        fields to add to every request's body
 
 An endpoint that is busy (429, 502, 503, 504) is waited for as its Retry-After says, a bounded time; nothing that may
@@ -36,6 +39,7 @@ from complete_fn.types import Completion, CompletionRequest
 
 CONCURRENCY, TIMEOUT_S = 16, 600.0
 CLOSE_S = 2.0
+LOOK_S = 0.2  # how often a stream that waits looks whether it is abandoned
 Outcome = tuple[int, Completion | BaseException]
 
 
@@ -85,12 +89,14 @@ class HttpEngine:
                     if request is not None:
                         work = answer(endpoint, number, request, tenant, done)
                         running[number] = (request, asyncio.run_coroutine_threadsafe(work, background.loop))
-                if running:
-                    number, outcome = done.get()
+                if getattr(requests, "abandoned", False):
+                    return
+                if running and (found := next_of(done)) is not None:
+                    number, outcome = found
                     request, _ = running.pop(number)
                     if isinstance(outcome, BaseException):
                         raise outcome
-                    yield number, checked(outcome, request.response_format)
+                    yield number, checked(outcome, request)
         finally:
             for _, task in running.values():
                 task.cancel()
@@ -119,6 +125,14 @@ class HttpEngine:
             with contextlib.suppress(TimeoutError):
                 background.call(endpoint.close(), CLOSE_S)
             background.loop.call_soon_threadsafe(background.loop.stop)
+
+
+def next_of(done: queue.SimpleQueue[Outcome]) -> Outcome | None:
+    """The next outcome, or None if there is none for a moment."""
+    try:
+        return done.get(timeout=LOOK_S)
+    except queue.Empty:
+        return None
 
 
 async def answer(

@@ -1,9 +1,10 @@
-"""A job's answers: result files of its parts, put back in the order of its rows."""
+"""A job's answers: result files of its parts, put back in the order of its rows, a window at a time."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,11 @@ from pyarrow import parquet
 
 from complete_fn.answers import DETAILS, Answers
 from complete_fn.errors import JobError
-from complete_fn.files import Place, Rows, TableRows
-from complete_fn.jobs import Job
-from complete_fn.outputs import WRITERS
+from complete_fn.files import LineRows, Place, Rows, TableRows, common_schema
+from complete_fn.jobs import Job, Part
+from complete_fn.outputs import written_to
 from complete_fn.service import Service
-from complete_fn.submit import SOURCE
-from complete_fn.uploads import read_table
+from complete_fn.submit import LINES, WINDOWS, window_file
 
 RESULT = pa.schema([("row", pa.int64()), ("details", DETAILS)])
 FORMATS = {
@@ -29,27 +29,87 @@ FORMATS = {
 }
 
 
-def write_part(path: Path, rows: Any, answers: Answers) -> int:
+@dataclass(frozen=True)
+class Window:
+    """Neighbouring rows of a job: `rows` of them from row `first` on, answered by the parts of these numbers."""
+
+    number: int
+    first: int
+    rows: int
+    parts: Sequence[int]
+
+
+def write_part(service: Service, key: str, rows: Any, answers: Answers) -> int:
     """Write a part's answers; returns how many rows have none."""
-    details = answers.details
-    beside = path.with_suffix(".writing")
-    parquet.write_table(pa.table([rows, details], schema=RESULT), beside)
-    beside.replace(path)
+    with service.storage.writing(key) as sink:
+        parquet.write_table(pa.table([rows, answers.details], schema=RESULT), sink)
     return answers.summary.failed.total()
 
 
-def details_of(service: Service, job: Job) -> Any:
-    """[rows] DETAILS in the job's row order; NULL where the prompt was NULL, or the row has not been done yet."""
-    folder = service.job_folder(job.id)
-    done = [parquet.read_table(folder / p.result, schema=RESULT) for p in service.jobs.parts(job.id) if p.result]
-    joined = pa.concat_tables([RESULT.empty_table(), *done]).combine_chunks()
-    at = np.full(job.rows, -1, np.int64)
-    at[joined.column("row").to_numpy()] = np.arange(joined.num_rows)
+def windows_of(service: Service, job: Job) -> list[Window]:
+    with service.storage.reading(service.job_key(job.id, WINDOWS)) as source:
+        noted = json.loads(source.read())
+    found, first = [], 0
+    for number, window in enumerate(noted):
+        found.append(Window(number, first, window["rows"], window["parts"]))
+        first += window["rows"]
+    return found
+
+
+def rows_of(service: Service, job: Job, window: Window) -> Rows:
+    """The window's rows as they were submitted."""
+    with service.storage.reading(service.job_key(job.id, window_file(window.number))) as source:
+        table = parquet.read_table(source)
+    if (table.schema.metadata or {}).get(b"complete_fn") == LINES.metadata[b"complete_fn"]:
+        return LineRows(table.column("line").to_pylist())
+    return TableRows(table)
+
+
+def details_of(service: Service, job: Job, window: Window, parts: Sequence[Part]) -> Any:
+    """[rows] DETAILS in the window's row order; NULL where the prompt was NULL, or the row has not been done yet.
+
+    Of a row that was run again the later part counts.
+    """
+    done = [RESULT.empty_table()]
+    for part in parts:
+        if part.number in window.parts and part.result:
+            with service.storage.reading(service.job_key(job.id, part.result)) as source:
+                done.append(parquet.read_table(source, schema=RESULT))
+    joined = pa.concat_tables(done).combine_chunks()
+    at = np.full(window.rows, -1, np.int64)
+    at[joined.column("row").to_numpy() - window.first] = np.arange(joined.num_rows)
     return joined.column("details").take(pa.array(at, mask=at < 0)).combine_chunks()
 
 
+def result_windows(service: Service, job: Job, with_details: bool, partial: bool) -> Iterator[tuple[Rows, Any, Any]]:
+    """(rows, their new columns, their numbers) of each window.
+
+    Args:
+        partial: only the rows that are done.
+    """
+    column = json.loads(job.request)["column"]
+    parts = service.jobs.parts(job.id)
+    for window in windows_of(service, job):
+        rows, details = rows_of(service, job, window), details_of(service, job, window, parts)
+        numbers = pa.array(np.arange(window.rows) + window.first)
+        if partial:
+            done = pc.indices_nonzero(pc.is_valid(details))
+            rows, details, numbers = taken(rows, done), details.take(done), numbers.take(done)
+        failed = pc.is_valid(pc.struct_field(details, [1]))
+        new = {column: pc.if_else(failed, None, pc.struct_field(details, [0]))}
+        if with_details:
+            new[f"{column}_details"] = details
+        yield rows, new, numbers
+
+
+def taken(rows: Rows, numbers: Any) -> Rows:
+    if isinstance(rows, LineRows):
+        return LineRows([rows.lines[n] for n in numbers.to_pylist()])
+    return TableRows(rows.table().take(numbers))
+
+
 def write_results(service: Service, job: Job, kind: str, with_details: bool, partial: bool, sink: Any) -> None:
-    """The input's rows with the answers behind them, as `complete-fn run` writes them.
+    """The source's rows with the answers behind them, as `complete-fn run` writes them.
 
     Args:
         partial: only the rows that are done; else all rows of a job that is over.
@@ -59,16 +119,18 @@ def write_results(service: Service, job: Job, kind: str, with_details: bool, par
     """
     if not job.over and not partial:
         raise JobError(f"Job {job.id} is {job.status}. Wait, or ask with partial=true for the rows that are done.")
-    request = json.loads(job.request)
-    limits = service.limits
-    source = service.job_folder(job.id) / SOURCE
-    rows: Rows = read_table(source, request["file_name"], request["format"], limits.table_bytes, limits.job_rows)
-    details = details_of(service, job)
-    if partial:
-        done = pc.indices_nonzero(pc.is_valid(details))
-        rows, details = TableRows(rows.table().take(done)), details.take(done)
-    failed = pc.is_valid(pc.struct_field(details, [1]))
-    new = {request["column"]: pc.if_else(failed, None, pc.struct_field(details, [0]))}
-    if with_details:
-        new[f"{request['column']}_details"] = details
-    WRITERS[kind](sink, Place("-", kind), rows, new)
+    with written_to(sink, Place("-", kind), None if kind == "jsonl" else lines_schema(service, job)) as writer:
+        for rows, new, _ in result_windows(service, job, with_details, partial):
+            writer.write(rows, new)
+
+
+def lines_schema(service: Service, job: Job) -> Any:
+    """The columns of a JSONL of several windows, which may differ in each; None where one window says all."""
+    windows = windows_of(service, job)
+    schema = None
+    for window in windows if len(windows) > 1 else []:
+        rows = rows_of(service, job, window)
+        if not isinstance(rows, LineRows):
+            return None
+        schema = common_schema(schema, rows.table().schema)
+    return schema

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
-from complete_fn.disk import process_started
+from complete_fn.disk import here, process_started
 from complete_fn.errors import JobError, NotFoundError
 from complete_fn.jobs import JOB_OPEN, LEASE_SECONDS, TRIES, Counts, Job, Part, refuse_move
-from complete_fn.service_tables import jobs, parts
-from complete_fn.store import Store, gone
-from complete_fn.tables import answers, attempts, ledger
+from complete_fn.service_tables import jobs, parts, tenants
+from complete_fn.store import Store, gone, retried
+from complete_fn.tables import answers, attempts, budgets, ledger, of_class, summed
 
 JOB = [jobs.c[f.name] for f in fields(Job)]
 PART = [parts.c[f.name] for f in fields(Part)]
 UNFINISHED = ("queued", "running")
+DEATHS = 10  # claims of a part that were lost in a row without an answer
+DEADLY = f"{DEATHS} workers in a row died on a part of the job before they answered a row of it."
+SHARE_SECONDS = 600.0  # what a tenant was served longer ago does not count against it
 
 
 def worker_name(number: int) -> str:
     """Names a worker so that others on its machine can tell when its process is gone."""
     pid = os.getpid()
-    return f"{socket.gethostname()}|{pid}|{process_started(pid) or 0.0}|{number}"
+    return f"{here()}|{pid}|{process_started(pid) or 0.0}|{number}"
 
 
 def worker_gone(worker: str) -> bool:
     host, pid, started, _ = worker.split("|")
-    return host == socket.gethostname() and gone(int(pid), float(started))
+    return host == here() and gone(int(pid), float(started))
 
 
 class JobStore:
@@ -39,9 +42,11 @@ class JobStore:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.swept = 0  # parts whose lease ran out, in this process's life
 
     # -- what callers do -----------------------------------------------------------------------------------------
 
+    @retried
     def create(self, job: Job, pieces: Sequence[dict[str, Any]]) -> Job:
         """The job with its parts; with an idempotency key known already, the job that has it.
 
@@ -52,12 +57,9 @@ class JobStore:
             JobError: the key belongs to another request.
         """
         with self.store.write() as connection:
-            if job.idempotency_key is not None:
-                mine = (jobs.c.tenant == job.tenant) & (jobs.c.idempotency_key == job.idempotency_key)
-                row = connection.execute(sa.select(*JOB).where(mine)).first()
-                if row is not None:
-                    return same_request(Job(*row), job)
-            connection.execute(jobs.insert().values(asdict(job)))
+            known = same_job(connection, job)
+            if known is not None:
+                return same_request(known, job)
             rows = [
                 {"job": job.id, "tenant": job.tenant, "number": n, "status": "queued", **piece}
                 for n, piece in enumerate(pieces)
@@ -67,6 +69,7 @@ class JobStore:
             settle(connection, job.id)
             return Job(*connection.execute(sa.select(*JOB).where(jobs.c.id == job.id)).one())
 
+    @retried
     def get(self, tenant: str, job: str, kind: str | None = None) -> Job:
         """Raises:
         NotFoundError: the tenant has no such job.
@@ -77,6 +80,7 @@ class JobStore:
             raise NotFoundError(f"There is no {'batch' if kind == 'batch' else 'job'} {job!r}.")
         return Job(*row)
 
+    @retried
     def newest(self, tenant: str, kind: str, limit: int, after: str | None) -> list[Job]:
         """The tenant's jobs, newest first, from behind the job `after` on."""
         chosen = sa.select(*JOB).where(jobs.c.tenant == tenant, jobs.c.kind == kind)
@@ -87,10 +91,12 @@ class JobStore:
         with self.store.read() as connection:
             return [Job(*row) for row in connection.execute(last_first)]
 
+    @retried
     def parts(self, job: str) -> list[Part]:
         with self.store.read() as connection:
             return [Part(*r) for r in connection.execute(sa.select(*PART).where(parts.c.job == job).order_by("number"))]
 
+    @retried
     def counts(self, job: Job) -> Counts:
         """How far the job is, rows of running parts included as they are committed."""
         of_job = (attempts.c.job >= f"{job.id}/") & (attempts.c.job < f"{job.id}0")  # "0" follows "/"
@@ -99,7 +105,7 @@ class JobStore:
             of_class(ledger.c.tokens, "input", "cached_input"),
             of_class(ledger.c.tokens, "cached_input"),
             of_class(ledger.c.tokens, "output"),
-            sa.func.coalesce(sa.func.sum(ledger.c.cost_nano), 0),
+            summed(ledger.c.cost_nano),
         )
         live = sa.select(attempts.c.job, of_class(ledger.c.rows, "input", "duplicate", "reused"))
         with self.store.read() as connection:
@@ -109,6 +115,7 @@ class JobStore:
         done = job.nulls + sum(p.rows if p.status == "done" else min(p.rows, rows.get(p.name, 0)) for p in found)
         return Counts(done, sum(p.failed for p in found if p.status == "done"), *tokens)
 
+    @retried
     def stop(self, job: Job, ends_as: str, error: str | None = None) -> Job:
         """Nothing more of the job is begun; it ends once its running parts have let go.
 
@@ -120,6 +127,7 @@ class JobStore:
             stop(connection, job.id, ends_as, error)
         return self.get(job.tenant, job.id)
 
+    @retried
     def delete(self, job: Job) -> None:
         """The job, its parts and the answers that it computed. Its ledger lines stay; they have no text.
 
@@ -133,51 +141,61 @@ class JobStore:
             made = sa.select(attempts.c.id).where(of_job)
             connection.execute(answers.delete().where(answers.c.tenant == job.tenant, answers.c.attempt.in_(made)))
             connection.execute(parts.delete().where(parts.c.job == job.id))
+            cap = (budgets.c.tenant == job.tenant) & (budgets.c.name == f"job:{job.id}")
+            connection.execute(budgets.delete().where(cap))
             connection.execute(jobs.delete().where(jobs.c.id == job.id))
 
     # -- what workers do -----------------------------------------------------------------------------------------
 
-    def claim(self, worker: str, now: float | None = None) -> Part | None:
-        """The next part, leased to `worker`: of the tenant served longest ago; of its jobs by priority, then age."""
-        now = time.time() if now is None else now
-        waiting, served = parts.alias("waiting"), parts.alias("served")
-        last_served = sa.select(sa.func.max(served.c.claimed_at)).where(served.c.tenant == waiting.c.tenant)
-        first = (
-            sa.select(waiting.c.id)
-            .join(jobs, jobs.c.id == waiting.c.job)
-            .where(waiting.c.status == "queued", waiting.c.not_before <= now, jobs.c.status.in_(("queued", "running")))
-            .order_by(
-                last_served.scalar_subquery().asc().nulls_first(),
-                jobs.c.priority.desc(),
-                jobs.c.created_at,
-                waiting.c.number,
-            )
-            .limit(1)
-        )
+    def claim(self, worker: str, now: float | None = None, model: str | None = None) -> Part | None:
+        """The next part, leased to `worker`, in one statement that skips what others are claiming.
+
+        It is of the tenant that was served least in the last minutes: estimated tokens over the tenant's weight; then
+        of the one served longest ago; of its jobs by priority, then age.
+
+        Args:
+            model: only parts of this model.
+        """
+        return self.claim_at(worker, time.time() if now is None else now, model, ("queued", "running"))
+
+    def claim_stopped(self, worker: str) -> Part | None:
+        """A part that was begun and given back, and whose job is to stop: what it committed is to be its result."""
+        return self.claim_at(worker, time.time(), None, ("stopping",))
+
+    @retried
+    def claim_at(self, worker: str, now: float, model: str | None, of_jobs: Sequence[str]) -> Part | None:
+        """`worker` claims one part at a time, so that a repeat finds what it claimed at `now`."""
+        before = (parts.c.worker == worker) & (parts.c.claimed_at == now) & (parts.c.status == "running")
         leased = {"status": "running", "worker": worker, "lease_until": now + LEASE_SECONDS, "claimed_at": now}
-        claim = parts.update().where(parts.c.id == first.scalar_subquery(), parts.c.status == "queued")
+        first = next_part(now, model, of_jobs).scalar_subquery()
+        claim = parts.update().where(parts.c.id == first, parts.c.status == "queued")
         with self.store.write() as connection:
+            row = connection.execute(sa.select(*PART).where(before)).first()
+            if row is not None:
+                return Part(*row)
             row = connection.execute(claim.values(**leased, fence=parts.c.fence + 1).returning(*PART)).first()
             if row is None:
                 return None
-            started = {"status": "running", "started_at": sa.func.coalesce(jobs.c.started_at, now)}
-            begun = jobs.update().where(jobs.c.id == row.job, jobs.c.status.in_(("queued", "running")))
-            connection.execute(begun.values(started))
+            begun = jobs.update().where(jobs.c.id == row.job, jobs.c.status == "queued")
+            connection.execute(begun.values(status="running", started_at=now))
         return Part(*row)
 
+    @retried
     def waiting(self) -> bool:
         with self.store.read() as connection:
             return (
                 connection.execute(sa.select(parts.c.id).where(parts.c.status == "queued").limit(1)).first() is not None
             )
 
+    @retried
     def renew(self, held: Iterable[Part], now: float | None = None) -> None:
         """Another lease for the parts whose fence is still theirs."""
         until = (time.time() if now is None else now) + LEASE_SECONDS
         with self.store.write() as connection:
-            for part in held:
+            for part in sorted(held, key=lambda p: p.id):
                 connection.execute(parts.update().where(holds(part)).values(lease_until=until))
 
+    @retried
     def lost(self, held: Sequence[Part]) -> dict[int, str]:
         """Of the parts held, those to stop, and why: `job` (it is to stop) or `lease` (another worker has the part)."""
         if not held:
@@ -198,33 +216,38 @@ class JobStore:
                 why[part.id] = "job"
         return why
 
+    @retried
     def finish(self, part: Part, status: str, result: str, failed: int) -> bool:
         """Commit the part's result; False if the lease was lost, and nothing was committed."""
         values = {"status": status, "result": result, "failed": failed, "worker": None}
         with self.store.write() as connection:
             if connection.execute(parts.update().where(holds(part)).values(values)).rowcount == 0:
-                return False
+                again = sa.select(parts.c.id).where(of_claim(part), parts.c.status == status, parts.c.result == result)
+                return connection.execute(again).first() is not None  # the answer to the first commit was lost
             settle(connection, part.job)
         return True
 
-    def give_back(self, part: Part, delay: float = 0.0, error: str | None = None) -> None:
-        """The part is to be run again. With an `error` that counts as a try, and the last one fails the job."""
-        tries = part.tries + (error is not None)
+    @retried
+    def give_back(self, part: Part, delay: float = 0.0, error: str | None = None, tries: int = TRIES) -> None:
+        """The part is to be run again. With an `error` that counts as a try, and the last of `tries` fails the job."""
+        tried = part.tries + (error is not None)
         with self.store.write() as connection:
-            if tries >= TRIES:
-                if connection.execute(parts.update().where(holds(part)).values(status="failed", tries=tries)).rowcount:
+            if error is not None and tried >= tries:
+                if connection.execute(parts.update().where(holds(part)).values(status="failed", tries=tried)).rowcount:
                     stop(connection, part.job, "failed", error)
                 return
-            again = {"status": "queued", "worker": None, "tries": tries, "not_before": time.time() + delay}
+            again = {"status": "queued", "worker": None, "tries": tried, "not_before": time.time() + delay}
             connection.execute(parts.update().where(holds(part)).values(again))
             cancel_queued_of_stopping(connection, part.job)
 
+    @retried
     def fail(self, part: Part, error: str) -> None:
         """The part cannot be run; its job fails."""
         with self.store.write() as connection:
             if connection.execute(parts.update().where(holds(part)).values(status="failed")).rowcount:
                 stop(connection, part.job, "failed", error)
 
+    @retried
     def sweep(self, now: float | None = None) -> int:
         """Parts whose lease has run out, or whose worker's process is gone, are queued again; returns how many."""
         now = time.time() if now is None else now
@@ -232,9 +255,21 @@ class JobStore:
             running = [Part(*r) for r in connection.execute(sa.select(*PART).where(parts.c.status == "running"))]
         dead = [p for p in running if p.lease_until < now or worker_gone(p.worker or "|0|0|")]
         for part in dead:
-            self.give_back(part)
+            self.store.lose(part.tenant, part.name)  # a worker that only seemed dead must not go on paying for it
+            self.give_back(part, error=DEADLY if self.deadly(part) else None, tries=1)
+        self.swept += len(dead)
         return len(dead)
 
+    def deadly(self, part: Part) -> bool:
+        """Whether the part was lost again and again without a single answer: whoever takes it dies of it."""
+        mine = (attempts.c.tenant == part.tenant) & (attempts.c.job == part.name)
+        answered = sa.exists().where(ledger.c.attempt == attempts.c.id, ledger.c.price_class == "input")
+        newest = sa.select(attempts.c.status, answered).where(mine).order_by(attempts.c.id.desc()).limit(DEATHS)
+        with self.store.read() as connection:
+            rows = connection.execute(newest).all()
+        return len(rows) == DEATHS and all(status == "lost" and not answers for status, answers in rows)
+
+    @retried
     def expire(self, now: float | None = None) -> list[str]:
         """Stop the jobs whose deadline has passed; what is done of them stays."""
         now = time.time() if now is None else now
@@ -246,12 +281,43 @@ class JobStore:
         return found
 
 
-def of_class(column: sa.Column[Any], *price_classes: str) -> sa.ColumnElement[Any]:
-    return sa.func.coalesce(sa.func.sum(sa.case((ledger.c.price_class.in_(price_classes), column), else_=0)), 0)
+def of_claim(part: Part) -> sa.ColumnElement[bool]:
+    return (parts.c.id == part.id) & (parts.c.fence == part.fence)
 
 
 def holds(part: Part) -> sa.ColumnElement[bool]:
-    return (parts.c.id == part.id) & (parts.c.fence == part.fence) & (parts.c.status == "running")
+    return of_claim(part) & (parts.c.status == "running")
+
+
+def next_part(now: float, model: str | None, of_jobs: Sequence[str]) -> sa.Select[Any]:
+    """The id of the part to claim; its row stays locked, and rows that others have locked are passed over."""
+    waiting, served = parts.alias("waiting"), parts.alias("served")
+    lately = (
+        sa.select(served.c.tenant, summed(served.c.tokens).label("tokens"))
+        .where(served.c.claimed_at > now - SHARE_SECONDS)
+        .group_by(served.c.tenant)
+        .subquery("lately")
+    )
+    last_served = sa.select(sa.func.max(served.c.claimed_at)).where(served.c.tenant == waiting.c.tenant)
+    share = sa.func.coalesce(lately.c.tokens, 0) / sa.func.coalesce(tenants.c.weight, 1.0)
+    due = (waiting.c.not_before <= now) | (jobs.c.status == "stopping")
+    chosen = (
+        sa.select(waiting.c.id)
+        .join(jobs, jobs.c.id == waiting.c.job)
+        .outerjoin(lately, lately.c.tenant == waiting.c.tenant)
+        .outerjoin(tenants, tenants.c.name == waiting.c.tenant)
+        .where(waiting.c.status == "queued", due, jobs.c.status.in_(of_jobs))
+        .order_by(
+            share,
+            last_served.scalar_subquery().asc().nulls_first(),
+            jobs.c.priority.desc(),
+            jobs.c.created_at,
+            waiting.c.number,
+        )
+        .limit(1)
+        .with_for_update(of=waiting, skip_locked=True)
+    )
+    return chosen if model is None else chosen.where(waiting.c.model == model)
 
 
 def stop(connection: sa.Connection, job: str, ends_as: str, error: str | None) -> None:
@@ -262,17 +328,28 @@ def stop(connection: sa.Connection, job: str, ends_as: str, error: str | None) -
 
 def cancel_queued_of_stopping(connection: sa.Connection, job: str) -> None:
     stopping = sa.select(jobs.c.id).where(jobs.c.id == job, jobs.c.status == "stopping")
-    queued = parts.c.job.in_(stopping) & (parts.c.status == "queued")
+    queued = parts.c.job.in_(stopping) & (parts.c.status == "queued") & (parts.c.fence == 0)  # see `claim_stopped`
     connection.execute(parts.update().where(queued).values(status="cancelled"))
     settle(connection, job)
 
 
 def settle(connection: sa.Connection, job: str) -> None:
-    """End the job if no part of it is left to run."""
+    """End the job if no part of it is left to run. Its row is locked first: two last parts may end at once."""
+    connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job).with_for_update())
     left = sa.select(parts.c.id).where(parts.c.job == job, parts.c.status.in_(UNFINISHED)).exists()
     over = sa.case((jobs.c.status == "stopping", jobs.c.ends_as), else_="completed")
     ended = jobs.update().where(jobs.c.id == job, jobs.c.status.in_(JOB_OPEN), ~left)
     connection.execute(ended.values(status=over, ended_at=time.time()))
+
+
+def same_job(connection: sa.Connection, job: Job) -> Job | None:
+    """None if the job is now inserted; else the one that was there, by its id or its idempotency key."""
+    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
+    made = insert.values(asdict(job)).on_conflict_do_nothing().returning(jobs.c.id)
+    if connection.execute(made).first() is not None:
+        return None
+    same_key = (jobs.c.tenant == job.tenant) & (jobs.c.idempotency_key == job.idempotency_key)
+    return Job(*connection.execute(sa.select(*JOB).where((jobs.c.id == job.id) | same_key)).one())
 
 
 def same_request(known: Job, asked: Job) -> Job:

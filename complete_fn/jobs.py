@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 from complete_fn.errors import JobError
 
+# A job that is over is queued again when its failed rows are run again (`rerun.py`).
 # A job that is told to stop is `stopping` until its last running part has let go, then what `ends_as` says.
 JOB_MOVES: dict[str, tuple[str, ...]] = {
     "queued": ("running", "stopping", "completed", "failed", "cancelled", "expired"),
     "running": ("stopping", "completed", "failed", "cancelled", "expired"),
     "stopping": ("failed", "cancelled", "expired"),
-    "completed": (),
-    "failed": (),
-    "cancelled": (),
-    "expired": (),
+    "completed": ("queued",),
+    "failed": ("queued",),
+    "cancelled": ("queued",),
+    "expired": ("queued",),
 }
 # A part goes back to `queued` when its lease runs out, its worker drains, or the engine failed.
 PART_MOVES: dict[str, tuple[str, ...]] = {

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from complete_fn.catalogue import Model
+from complete_fn.choices import most_tokens
+from complete_fn.options import Options
 from complete_fn.types import SamplingParams
 
 # engine_args that change how fast an answer comes, not what it says.
@@ -21,8 +23,10 @@ SPEED_ONLY = frozenset(
         "enforce_eager",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
+        "long_prefill_token_threshold",
         "max_num_batched_tokens",
         "max_num_seqs",
+        "scheduling_policy",
         "tensor_parallel_size",
         "timeout",
     )
@@ -37,10 +41,19 @@ class Call:
     model: Model
     sampling: SamplingParams = SamplingParams()
     response_format: str | None = None
+    choices: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: Model, options: Options) -> Call:
+        sampling, choices = options.sampling, options.choices
+        if choices:
+            sampling = replace(sampling, max_tokens=most_tokens(choices, model.engine))
+        return cls(model, sampling, options.response_format, choices)
 
     @property
     def fingerprint(self) -> bytes:
-        """SHA-256 over checkpoint, revision, engine_args, limits, sampling and schema (not the engine's version)."""
+        """SHA-256 over checkpoint, revision, engine_args, limits, sampling, schema and choices (not the engine's
+        version)."""
         what = {
             "checkpoint": checkpoint_digest(self.model),
             "engine_args": {k: v for k, v in self.model.engine_args.items() if k not in SPEED_ONLY},
@@ -48,6 +61,7 @@ class Call:
             "max_tokens": self.sampling.max_tokens or self.model.default_max_tokens,
             "sampling": asdict(self.sampling),
             "response_format": self.response_format,
+            "choices": self.choices,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).digest()
 

@@ -1,4 +1,4 @@
-"""Options of a call, checked before the first paid row: sampling, response_format, cache and strict."""
+"""Options of a call, checked before the first paid row: sampling, response_format, choices, cache and strict."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jsonschema
 import referencing.exceptions
 import referencing.jsonschema
 
+from complete_fn.choices import parse_choices
 from complete_fn.errors import InvalidOptionError
 from complete_fn.types import SamplingParams
 
@@ -26,8 +27,10 @@ class Options:
 
     sampling: SamplingParams = SamplingParams()
     response_format: str | None = None
+    choices: tuple[str, ...] = ()
     cache: CacheMode = "on"
     strict: bool = False
+    reorder_fields: bool = False
 
 
 OPTION_NAMES = (
@@ -38,17 +41,21 @@ OPTION_NAMES = (
     "seed",
     "stop",
     "response_format",
+    "choices",
     "cache",
     "strict",
+    "reorder_fields",
 )
 
 
-def parse_options(given: Mapping[str, Any] | None) -> Options:
-    """Options from a mapping; entries that are None count as not given.
+def parse_options(given: Mapping[str, Any] | Options | None) -> Options:
+    """Options from a mapping; entries that are None count as not given. Options that are parsed already stay.
 
     Raises:
         InvalidOptionError: an unknown name or a value out of range; the message has both.
     """
+    if isinstance(given, Options):
+        return given
     found = {k: v for k, v in (given or {}).items() if v is not None}
     if unknown := sorted(set(found) - set(OPTION_NAMES)):
         near = difflib.get_close_matches(unknown[0], OPTION_NAMES, 1)
@@ -58,6 +65,9 @@ def parse_options(given: Mapping[str, Any] | None) -> Options:
     if cache not in get_args(CacheMode):
         raise InvalidOptionError(f"cache = {cache!r} is not one of 'on', 'off', 'refresh'.")
     schema = found.get("response_format")
+    choices = parse_choices(found["choices"]) if "choices" in found else ()
+    if choices:
+        refuse_beside_choices(found)
     return Options(
         sampling=SamplingParams(
             temperature=number(found, "temperature", 0.0, 0.0, 2.0),
@@ -68,9 +78,23 @@ def parse_options(given: Mapping[str, Any] | None) -> Options:
             stop=stops(found.get("stop", ())),
         ),
         response_format=None if schema is None else canonical_schema(schema),
+        choices=choices,
         cache=cast(CacheMode, cache),
         strict=flag(found, "strict"),
+        reorder_fields=flag(found, "reorder_fields"),
     )
+
+
+def refuse_beside_choices(found: Mapping[str, Any]) -> None:
+    """The likeliest label is the answer: nothing is drawn, written or cut."""
+    meaningless = [n for n in ("top_p", "top_k", "max_tokens", "seed", "stop", "response_format") if n in found]
+    if found.get("temperature"):
+        meaningless.insert(0, "temperature")
+    if meaningless:
+        raise InvalidOptionError(
+            f"{meaningless[0]} = {found[meaningless[0]]!r} means nothing beside choices, whose likeliest label is the "
+            "answer. Leave it out."
+        )
 
 
 def flag(found: Mapping[str, Any], name: str) -> bool:

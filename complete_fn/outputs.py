@@ -1,4 +1,4 @@
-"""Writing a table's rows with new columns: whole or not at all, next to its place and then renamed."""
+"""Writing rows with new columns, window by window: whole or not at all, next to its place and then renamed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from complete_fn.errors import InputError
 from complete_fn.files import LineRows, Place, Rows
 from complete_fn.plan.batch import to_texts
+from complete_fn.storage import Storage, remote
 
 BATCH_ROWS = 8_192
 
@@ -34,6 +35,11 @@ def refuse_output(place: Place, overwrite: bool) -> None:
     if place.piped:
         if sys.stdout.isatty() and place.format in ("parquet", "arrow"):
             raise InputError(f"{place.format} is nothing for a terminal: write to a file with -o, or --format jsonl.")
+        return
+    if remote(place.name):
+        storage, name = object_of(place)
+        if not overwrite and storage.exists(name):
+            raise InputError(f"The output {place.name!r} exists. Say --overwrite, or name another file.")
         return
     if is_device(Path(place.name)):
         return
@@ -53,13 +59,23 @@ def refuse_existing(place: Place, overwrite: bool) -> None:
         raise InputError(f"The output {place.name!r} exists. Say --overwrite, or name another file.")
 
 
+def object_of(place: Place) -> tuple[Storage, str]:
+    """(storage, key) of an s3:// or gs:// URL."""
+    folder, _, name = place.name.rpartition("/")
+    return Storage(folder), name
+
+
 def is_device(path: Path) -> bool:
     """A pipe, terminal or /dev/null: written straight into, as there is nothing to replace."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def write_rows(place: Place, rows: Rows, new: Mapping[str, Any], overwrite: bool) -> None:
-    """Write the input's rows with the new columns behind them.
+@contextmanager
+def writing(place: Place, overwrite: bool, schema: Any = None) -> Iterator[Writer]:
+    """A writer of rows with new columns behind them; what it wrote is in place when the block ends well.
+
+    Args:
+        schema: of a JSONL that comes in several windows, as `Writer` takes it.
 
     Raises:
         InputError: the output cannot be written; nothing of it is left behind.
@@ -69,13 +85,18 @@ def write_rows(place: Place, rows: Rows, new: Mapping[str, Any], overwrite: bool
         if place.piped:
             sys.stdout.flush()
             # A buffer of our own: with PYTHONUNBUFFERED sys.stdout.buffer is raw and writes only a part.
-            with open(sys.stdout.fileno(), "wb", closefd=False) as sink:
-                write_to(sink, place, rows, new)
+            with open(sys.stdout.fileno(), "wb", closefd=False) as out, written_to(out, place, schema) as writer:
+                yield writer
+        elif remote(place.name):
+            storage, name = object_of(place)
+            with storage.writing(name) as sink, written_to(sink, place, schema) as writer:
+                yield writer
         elif is_device(path):
-            with path.open("wb") as device:
-                write_to(device, place, rows, new)
+            with path.open("wb") as device, written_to(device, place, schema) as writer:
+                yield writer
         else:
-            write_whole(path.resolve(), place, rows, new, overwrite)
+            with whole_file(path.resolve(), place, overwrite) as sink, written_to(sink, place, schema) as writer:
+                yield writer
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -83,11 +104,12 @@ def write_rows(place: Place, rows: Rows, new: Mapping[str, Any], overwrite: bool
         raise InputError(f"The output {place.name!r} cannot be written: {error.strerror or error}. {remedy}") from error
 
 
-def write_whole(path: Path, place: Place, rows: Rows, new: Mapping[str, Any], overwrite: bool) -> None:
+@contextmanager
+def whole_file(path: Path, place: Place, overwrite: bool) -> Iterator[IO[bytes]]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as sink:
-            write_to(sink, place, rows, new)
+            yield sink
             sink.flush()
             os.fsync(sink.fileno())
         refuse_existing(place, overwrite)
@@ -109,49 +131,103 @@ def sync_folder(folder: Path) -> None:
             os.close(opened)
 
 
-def write_to(sink: BinaryIO, place: Place, rows: Rows, new: Mapping[str, Any]) -> None:
-    if place.compression is None:
-        WRITERS[place.format](sink, place, rows, new)
-        return
-    own = os.fdopen(os.dup(sink.fileno()), "wb")  # Arrow closes what it is given
-    with pa.CompressedOutputStream(pa.PythonFile(own, "w"), place.compression) as packed:
-        WRITERS[place.format](packed, place, rows, new)
+@contextmanager
+def written_to(sink: IO[bytes], place: Place, schema: Any = None) -> Iterator[Writer]:
+    """A writer of the place's format into an open file, which it leaves open."""
+    with ExitStack() as stack:
+        target: Any = sink
+        if place.compression is not None:
+            own = os.fdopen(os.dup(sink.fileno()), "wb")  # Arrow closes what it is given
+            target = stack.enter_context(pa.CompressedOutputStream(pa.PythonFile(own, "w"), place.compression))
+        writer = WRITERS[place.format](target, place, schema)
+        try:
+            yield writer
+        except BaseException:
+            with suppress(Exception):  # else Arrow's writer closes itself once its file is gone
+                writer.close()
+            raise
+        writer.close()
 
 
-def with_columns(rows: Rows, new: Mapping[str, Any]) -> pa.Table:
-    table = rows.table()
-    for name, column in new.items():
-        table = table.append_column(name, column)
-    return table
+class Writer:
+    """Takes windows of rows, each with its new columns.
+
+    Args:
+        schema: the columns of rows of a JSONL, where they come in several windows; None takes those of the first.
+    """
+
+    def __init__(self, sink: Any, place: Place, schema: Any = None) -> None:
+        self.sink, self.place, self.schema = sink, place, schema
+
+    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Write what the format has at its end."""
+
+    def joined(self, rows: Rows, new: Mapping[str, Any]) -> pa.Table:
+        table = rows.table(self.schema)
+        for name, column in new.items():
+            table = table.append_column(name, column)
+        return table
 
 
-def write_parquet(sink: Any, place: Place, rows: Rows, new: Mapping[str, Any]) -> None:
-    from pyarrow import parquet
-
-    parquet.write_table(with_columns(rows, new), sink)
-
-
-def write_arrow(sink: Any, place: Place, rows: Rows, new: Mapping[str, Any]) -> None:
+class ArrowWriter(Writer):
     """The file format; on stdout, which cannot seek, the stream format."""
-    table = with_columns(rows, new)
-    opened = pa.ipc.new_stream if place.piped else pa.ipc.new_file
-    with opened(sink, table.schema) as writer:
-        writer.write_table(table)
+
+    inner: Any = None
+
+    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        table = self.joined(rows, new)
+        if self.inner is None:
+            self.inner = self.opened(table.schema)
+        self.inner.write_table(table)
+
+    def opened(self, schema: Any) -> Any:
+        return (pa.ipc.new_stream if self.place.piped else pa.ipc.new_file)(self.sink, schema)
+
+    def close(self) -> None:
+        self.inner.close()
 
 
-def write_csv(sink: Any, place: Place, rows: Rows, new: Mapping[str, Any]) -> None:
+class ParquetWriter(ArrowWriter):
+    def opened(self, schema: Any) -> Any:
+        from pyarrow import parquet
+
+        return parquet.ParquetWriter(self.sink, schema)
+
+
+class CsvWriter(Writer):
     """NULL is an empty field and an empty text a quoted one; what has no text form is JSON."""
-    table = with_columns(rows, new)
-    sink.write((",".join(csv_field(n) for n in table.column_names) + "\n").encode())
-    for batch in table.to_batches(BATCH_ROWS):
-        columns = [csv_texts(column) for column in batch.columns]
-        text = "".join(",".join(map(csv_field, row)) + "\n" for row in zip(*columns, strict=True))
-        sink.write(text.encode("utf-8", "surrogateescape"))
+
+    begun = False
+
+    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        table = self.joined(rows, new)
+        if not self.begun:
+            self.sink.write((",".join(csv_field(n) for n in table.column_names) + "\n").encode())
+            self.begun = True
+        for batch in table.to_batches(BATCH_ROWS):
+            columns = [csv_texts(column) for column in batch.columns]
+            text = "".join(",".join(map(csv_field, row)) + "\n" for row in zip(*columns, strict=True))
+            self.sink.write(text.encode("utf-8", "surrogateescape"))
+
+
+class JsonlWriter(Writer):
+    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        low = 0
+        for batch in pa.table(dict(new)).to_batches(BATCH_ROWS):
+            chunk = io.BytesIO()
+            new_values = batch.to_pylist(maps_as_pydicts="lossy")
+            for line, added in zip(json_lines(rows, low, batch.num_rows), new_values, strict=True):
+                chunk.write(spliced(line, as_json(added).encode()))
+            self.sink.write(chunk.getvalue())
+            low += batch.num_rows
 
 
 def csv_texts(column: Any) -> list[str | None]:
     if pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        return [None if v is None else as_json(v) for v in column.to_pylist()]
+        return [None if v is None else as_json(v) for v in column.to_pylist(maps_as_pydicts="lossy")]
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return list(to_texts(pc.cast(column, pa.large_string())))
@@ -162,16 +238,6 @@ def csv_field(text: str | None) -> str:
         return ""
     quoted = not text or any(c in text for c in ',"\r\n') or text != text.strip()
     return '"' + text.replace('"', '""') + '"' if quoted else text
-
-
-def write_jsonl(sink: Any, place: Place, rows: Rows, new: Mapping[str, Any]) -> None:
-    low = 0
-    for batch in pa.table(dict(new)).to_batches(BATCH_ROWS):
-        chunk = io.BytesIO()
-        for line, added in zip(json_lines(rows, low, batch.num_rows), batch.to_pylist(), strict=True):
-            chunk.write(spliced(line, as_json(added).encode()))
-        sink.write(chunk.getvalue())
-        low += batch.num_rows
 
 
 def json_lines(rows: Rows, low: int, count: int) -> Iterator[bytes]:
@@ -187,7 +253,7 @@ def json_lines(rows: Rows, low: int, count: int) -> Iterator[bytes]:
 def json_values(column: Any) -> list[str]:
     """Each value as JSON; text that is not UTF-8 keeps its bytes as escaped lone surrogates."""
     text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    values = to_texts(column) if text else column.to_pylist()
+    values = to_texts(column) if text else column.to_pylist(maps_as_pydicts="lossy")
     return [as_json(v) for v in values]
 
 
@@ -221,4 +287,9 @@ def json_form(value: Any) -> Any:
     return value.total_seconds() if isinstance(value, timedelta) else str(value)
 
 
-WRITERS = {"parquet": write_parquet, "csv": write_csv, "jsonl": write_jsonl, "arrow": write_arrow}
+WRITERS: dict[str, type[Writer]] = {
+    "parquet": ParquetWriter,
+    "csv": CsvWriter,
+    "jsonl": JsonlWriter,
+    "arrow": ArrowWriter,
+}

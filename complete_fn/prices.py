@@ -17,11 +17,6 @@ def amount(prices: Prices, usage: Usage) -> Decimal:
     return (total / 1_000_000).quantize(NANO, ROUND_HALF_EVEN)
 
 
-def worst_case(prices: Prices, prompt_tokens: int, max_tokens: int) -> Decimal:
-    """The most that a row can cost: no cached token, every output token used."""
-    return amount(prices, Usage(prompt_tokens, 0, max_tokens))
-
-
 def at_prices(basis: str) -> str:
     """What a sum rests on, in words: "at example prices", "at your prices", "at metered prices"."""
     return f"at {'your' if basis == 'yours' else basis} prices"

@@ -37,7 +37,8 @@ class PromptBound:
         prompt = unpack(text)
         turns = 1 if isinstance(prompt, str) else max(1, len(prompt))
         template = self.UNSEEN if self.template is None else self.template + self.MARGIN
-        tokens = len(text.encode("utf-8", "surrogatepass")) + turns * template
+        said = prompt if isinstance(prompt, str) else text
+        tokens = len(said.encode("utf-8", "surrogatepass")) + turns * template
         return tokens if self.limit is None else min(tokens, self.limit)
 
     def learn(self, usage: Usage) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.field_prompts import FIELDS_MARK, pack_fields, unpack_fields
 from complete_fn.types import Message
 
 TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -46,16 +47,22 @@ def template_fields(template: str) -> list[str]:
     return [name for _, name in parse_template(template) if name is not None]
 
 
-def render_column(template: str, columns: Mapping[str, Any], length: int) -> pa.ChunkedArray:
+def render_column(
+    template: str, columns: Mapping[str, Any], length: int, reorder_fields: bool = False
+) -> pa.ChunkedArray:
     """One planned prompt (see `escaped`) per row, large_string; a row with a NULL field is NULL.
 
     Args:
         columns: arrays of `length` values by field name; what is no string is cast as SQL casts it.
+        reorder_fields: keep the fields apart, so that the planner may order them row by row (see `field_prompts`).
 
     Raises:
         InvalidOptionError: the template cannot be used.
         InputError: a field is no column.
     """
+    if reorder_fields:
+        texts = {n: as_text(columns[n], n) for n in template_fields(template) if n in columns}
+        return pack_fields(parse_template(template), texts, length)
     parts: list[Any] = []
     for text, name in parse_template(template):
         if text:
@@ -136,7 +143,12 @@ def escaped(column: Any) -> Any:
 
 
 def pack_messages(messages: list[Mapping[str, str]]) -> str:
-    """Messages as one canonical text, so that a conversation is planned, merged and stored like a string."""
+    """Messages as one canonical text, so that a conversation is planned, merged and stored like a string.
+
+    One message of a user is the bare prompt: engines make the same of both, so both are one and the same question.
+    """
+    if len(messages) == 1 and messages[0].get("role") == "user":
+        return escape(str(messages[0].get("content", "")))
     pairs = [[str(m.get("role", "")), str(m.get("content", ""))] for m in messages]
     return MESSAGES_MARK + json.dumps(pairs, ensure_ascii=False, separators=(",", ":"))
 
@@ -145,6 +157,8 @@ def unpack(text: str) -> str | tuple[Message, ...]:
     """What a planned text stands for: itself, or the messages packed in it."""
     if not text.startswith("\x00"):
         return text
+    if text.startswith(FIELDS_MARK):
+        return unpack_fields(text).render()
     if not text.startswith(MESSAGES_MARK):
         return text[1:]
     return tuple(Message(role, content) for role, content in json.loads(text[len(MESSAGES_MARK) :]))

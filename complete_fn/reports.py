@@ -8,17 +8,41 @@ from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from complete_fn.bounds import used_bytes
 from complete_fn.ledger import money
 from complete_fn.store import Store
-from complete_fn.tables import answers, attempts, ledger
+from complete_fn.tables import answers, attempts, ledger, of_class, summed
+
+
+class utc_day(FunctionElement[str]):
+    """The UTC day, "2026-01-31", of a column of seconds of the epoch."""
+
+    inherit_cache = True
+    type = sa.String()
+
+
+@compiles(utc_day)
+def day_in_sqlite(element: utc_day, compiler: Any, **options: Any) -> str:
+    return f"strftime('%Y-%m-%d', {compiler.process(element.clauses, **options)}, 'unixepoch')"
+
+
+@compiles(utc_day, "postgresql")
+def day_in_postgresql(element: utc_day, compiler: Any, **options: Any) -> str:
+    seconds = compiler.process(element.clauses, **options)
+    return f"to_char(to_timestamp({seconds}) AT TIME ZONE 'UTC', 'YYYY-MM-DD')"
+
 
 GROUPS: dict[str, sa.ColumnElement[Any]] = {
-    "day": sa.func.strftime("%Y-%m-%d", ledger.c.at, "unixepoch", "localtime"),
+    "day": utc_day(ledger.c.at),
     "model": ledger.c.model,
     "query_tag": ledger.c.query_tag,
+    "job": ledger.c.job,
     "user": ledger.c.user,
+    "tenant": ledger.c.tenant,
+    "engine": ledger.c.engine,
 }
 
 
@@ -28,6 +52,9 @@ class UsageLine:
 
     `rows` have answers: computed, copied from an equal row, or reused. `cost` is billed; `saved` is what copied and
     reused rows would have cost; `lost_rows` and `lost_tokens` (estimated) are work of stopped attempts, not billed.
+    `cache_saved` is what the prefix cache saved, `device_seconds` the rows' part of the engines' time where they meter
+    it. `idle_seconds` and `aborted_seconds` are the rest of it, of no tenant; `saved_seconds` is what copied and reused
+    rows, cached tokens and SwiftKV's skipped layers would have taken.
     """
 
     group: tuple[str, ...]
@@ -41,6 +68,11 @@ class UsageLine:
     basis: str
     lost_rows: int
     lost_tokens: int
+    cache_saved: Decimal
+    device_seconds: float
+    idle_seconds: float
+    aborted_seconds: float
+    saved_seconds: float
 
 
 def usage(
@@ -55,14 +87,19 @@ def usage(
     split = [*groups, ledger.c.currency, ledger.c.basis]
     sums = sa.select(
         *split,
-        summed(ledger.c.rows, "input", "duplicate", "reused"),
-        summed(ledger.c.tokens, "input", "cached_input"),
-        summed(ledger.c.tokens, "cached_input"),
-        summed(ledger.c.tokens, "output"),
-        sa.func.sum(ledger.c.cost_nano),
-        summed(ledger.c.saved_nano, "duplicate", "reused"),
-        summed(ledger.c.rows, "lost"),
-        summed(ledger.c.tokens, "lost"),
+        of_class(ledger.c.rows, "input", "duplicate", "reused"),
+        of_class(ledger.c.tokens, "input", "cached_input"),
+        of_class(ledger.c.tokens, "cached_input"),
+        of_class(ledger.c.tokens, "output"),
+        summed(ledger.c.cost_nano),
+        of_class(ledger.c.saved_nano, "duplicate", "reused"),
+        of_class(ledger.c.rows, "lost"),
+        of_class(ledger.c.tokens, "lost"),
+        of_class(ledger.c.saved_nano, "prefix_cache"),
+        of_class(ledger.c.device_us, "input"),
+        of_class(ledger.c.device_us, "idle"),
+        of_class(ledger.c.device_us, "aborted"),
+        of_class(ledger.c.saved_us, "duplicate", "reused", "prefix_cache", "swiftkv"),
     )
     chosen = ledger.c.at >= since
     if tenant is not None:
@@ -72,15 +109,26 @@ def usage(
     return [usage_line(row, len(groups)) for row in rows]
 
 
-def summed(column: sa.Column[Any], *price_classes: str) -> sa.ColumnElement[Any]:
-    return sa.func.sum(sa.case((ledger.c.price_class.in_(price_classes), column), else_=0))
-
-
 def usage_line(row: Sequence[Any], groups: int) -> UsageLine:
-    currency, basis, rows, prompt, cached, output, cost, saved, lost_rows, lost_tokens = row[groups:]
-    group = tuple(str(value) if value is not None else "-" for value in row[:groups])
+    currency, basis, rows, prompt, cached, output, cost, saved, lost_rows, lost_tokens, spared, *times = row[groups:]
+    device, idle, aborted, spared_time = (int(time) / 1e6 for time in times)
     return UsageLine(
-        group, rows, prompt, cached, output, money(cost), money(saved), currency, basis, lost_rows, lost_tokens
+        group=tuple(str(value) if value is not None else "-" for value in row[:groups]),
+        rows=rows,
+        input=prompt,
+        cached=cached,
+        output=output,
+        cost=money(cost),
+        saved=money(saved),
+        currency=currency,
+        basis=basis,
+        lost_rows=lost_rows,
+        lost_tokens=lost_tokens,
+        cache_saved=money(spared),
+        device_seconds=device,
+        idle_seconds=idle,
+        aborted_seconds=aborted,
+        saved_seconds=spared_time,
     )
 
 
@@ -110,7 +158,7 @@ def last_stop(store: Store, tenant: str, job: str) -> Stop | None:
         found = connection.execute(last).first()
         if found is None or found.status not in STOPS:
             return None
-        lost = sa.select(sa.func.sum(ledger.c.rows), sa.func.sum(ledger.c.tokens)).where(
+        lost = sa.select(summed(ledger.c.rows), summed(ledger.c.tokens)).where(
             ledger.c.attempt == found.id, ledger.c.price_class == "lost"
         )
         rows, tokens = connection.execute(lost).one()
@@ -120,16 +168,27 @@ def last_stop(store: Store, tenant: str, job: str) -> Stop | None:
 def committed_rows(store: Store, tenant: str, job: str) -> int:
     """Rows that the unfinished attempts of a job have computed, copies of equal rows included."""
     mine, _ = store.unfinished(tenant, job)
-    lines = sa.select(sa.func.sum(ledger.c.rows)).where(
+    lines = sa.select(summed(ledger.c.rows)).where(
         ledger.c.attempt.in_(list(mine)), ledger.c.price_class.in_(("input", "duplicate"))
     )
     with store.read() as connection:
         return connection.execute(lines).scalar() or 0
 
 
+def tokens_used(store: Store, tenant: str, job: str) -> int:
+    """Billed tokens, those of prompts and answers, of the unfinished attempts of a job."""
+    mine, _ = store.unfinished(tenant, job)
+    billed = ledger.c.price_class.in_(("input", "cached_input", "output"))
+    tokens = sa.select(summed(ledger.c.tokens)).where(ledger.c.attempt.in_(list(mine)), billed)
+    with store.read() as connection:
+        return int(connection.execute(tokens).scalar() or 0)
+
+
 def mean_output(store: Store, model: str) -> float | None:
     """Output tokens per computed row of the model so far; None if the ledger has fewer than 20 rows of it."""
-    sums = sa.select(summed(ledger.c.rows, "input"), summed(ledger.c.tokens, "output")).where(ledger.c.model == model)
+    sums = sa.select(of_class(ledger.c.rows, "input"), of_class(ledger.c.tokens, "output")).where(
+        ledger.c.model == model
+    )
     with store.read() as connection:
         rows, tokens = connection.execute(sums).one()
     return tokens / rows if rows and rows >= 20 else None

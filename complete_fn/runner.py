@@ -4,40 +4,45 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from decimal import Decimal
+from functools import partial
 
 from complete_fn.answers import Answers
-from complete_fn.budget import Budget
+from complete_fn.budget import Budget, Caps
 from complete_fn.claims import CLAIMS
+from complete_fn.device_time import device_time_of
 from complete_fn.engine import Engine
 from complete_fn.errors import EngineError
 from complete_fn.keys import Call
 from complete_fn.options import CacheMode
 from complete_fn.plan import make_plan
-from complete_fn.prices import amount, worst_case
 from complete_fn.progress import Progress, Quiet
 from complete_fn.prompt_bound import PromptBound
-from complete_fn.prompts import unpack
+from complete_fn.rates import Meter, device_of, keep
 from complete_fn.slices import Slices
 from complete_fn.store import Store
 from complete_fn.summary import summarise
-from complete_fn.types import Asker, Completion, CompletionRequest
+from complete_fn.token_counts import token_sizes
+from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 from complete_fn.work import Work, known_answers
 
 ADMIT = 128  # rows noted in the store as handed to the engine at a time
+Tell = Callable[[int, str], None]  # (row, new piece of its answer), on another thread; not for answers known already
 NOT_TEXT = "The prompt has a lone surrogate or bytes that are not UTF-8, which no tokenizer takes."
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a run works with."""
+    """What a run works with. `budget` caps its money, `tokens` its tokens of prompts and answers."""
 
     engine: Engine
     store: Store
     budget: Budget | None = None
     progress: Progress = Quiet()
+    tokens: Budget | None = None
+    priority: int = 0
+    tell: Tell | None = None
 
 
 def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode = "on") -> Answers:
@@ -51,19 +56,20 @@ def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode 
         StoreError: a slice cannot be committed.
     """
     began = time.monotonic()
-    plan = make_plan(prompts, mergeable=call.sampling.greedy)
+    plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
     seen = CLAIMS.releases
     work = known_answers(call, plan, tools.store, who, cache)
     tools.progress.start(len(plan.order))
     try:
-        with Slices(call, work, tools.store, who, tools.progress) as slices:
+        with Slices(call, work, tools.store, who, tools.progress, device_time_of(tools.engine)) as slices:
+            budget = None if tools.budget is None else tools.budget.for_attempt(slices.attempt)
             slices.reuse(work.reused)
             while missing := work.missing():
                 with claimed(work, missing, who.tenant) as (mine, theirs):
                     if work.shared and CLAIMS.releases != seen:  # committed between our look-up and our claim
                         slices.reuse(work.look_again(mine, tools.store))
                     mine = [n for n in mine if work.found[n] is None]
-                    compute(mine, call, work, slices, tools, who)
+                    compute(mine, call, work, slices, replace(tools, budget=budget), who)
                 wait(theirs)
                 slices.reuse(work.look_again(theirs, tools.store))
     finally:
@@ -92,10 +98,11 @@ class claimed:
 
 def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: Tools, who: Asker) -> None:
     """Stream the distinct prompts through the engine; what the budget refuses waits for money to come back."""
-    bound = PromptBound(call.model)
+    bound, caps = PromptBound(call.model), Caps(call.model.prices, tools.budget, tools.tokens)
+    meter = Meter()
     while numbers:
-        turn = numbers if tools.budget is None or bound.known else numbers[:1]
-        admission = Admission(call, work, slices, tools.budget, bound)
+        turn = numbers if not caps or bound.known else numbers[:1]
+        admission = Admission(call, work, slices, tools, caps, bound, meter)
         stream = tools.engine.stream(admission.requests(turn), who.tenant)
         try:
             for position, completion in stream:
@@ -105,31 +112,54 @@ def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: T
             slices.flush()
             admission.return_unsettled()
         admission.check_complete()
-        again = refuse_hopeless(admission.refused, slices, tools.budget)
+        if tools.budget is not None:
+            tools.budget.release()
+        again = refuse_hopeless(admission.refused, slices, caps)
         if len(again) == len(turn):
             time.sleep(0.05)  # another thread holds the reservations
         numbers = numbers[len(turn) :] + again
+    if (past := meter.run(call, work.plan, device_of(tools.engine))) is not None:
+        keep(tools.store, who.tenant, call.model.name, past)
 
 
 class Admission:
-    """Hands prompts to the engine as it draws them, each within the budget; remembers what was sent."""
+    """Hands prompts to the engine as it draws them, each within the caps; remembers what was sent."""
 
-    def __init__(self, call: Call, work: Work, slices: Slices, budget: Budget | None, bound: PromptBound) -> None:
-        self.call, self.work, self.slices, self.budget, self.bound = call, work, slices, budget, bound
+    def __init__(
+        self, call: Call, work: Work, slices: Slices, tools: Tools, caps: Caps, bound: PromptBound, meter: Meter
+    ) -> None:
+        self.call, self.work, self.slices, self.caps, self.bound = call, work, slices, caps, bound
+        self.priority, self.tell, self.meter = tools.priority, tools.tell, meter
         self.sent: list[int] = []
         self.answered = 0
-        self.refused: dict[int, Decimal] = {}
-        self.held: dict[int, Decimal] = {}
+        self.refused: dict[int, Usage] = {}
+        self.held: dict[int, Usage] = {}
 
     def requests(self, numbers: list[int]) -> Iterator[CompletionRequest]:
-        name, sampling, schema = self.call.model.name, self.call.sampling, self.call.response_format
+        call = self.call
+        self.meter.start()
         for low in range(0, len(numbers), ADMIT):
             chosen = numbers[low : low + ADMIT]
             admitted = [(n, t) for n, t in self.work.texts(chosen) if self.sendable(n, t) and self.affordable(n, t)]
             self.slices.admit([n for n, _ in admitted])
             for number, text in admitted:
                 self.sent.append(number)
-                yield CompletionRequest(name, unpack(text), sampling, schema)
+                prompt, tell = self.work.prompt(number, text), self.teller(number)
+                yield CompletionRequest(
+                    call.model.name,
+                    prompt,
+                    call.sampling,
+                    call.response_format,
+                    self.priority,
+                    tell,
+                    call.choices,
+                )
+
+    def teller(self, number: int) -> Callable[[str], None] | None:
+        """Tells the rows of a distinct prompt, if anybody listens."""
+        if self.tell is None:
+            return None
+        return partial(tell_rows, self.tell, self.work.plan.rows_of(number))
 
     def sendable(self, number: int, text: str) -> bool:
         try:
@@ -140,12 +170,11 @@ class Admission:
         return True
 
     def affordable(self, number: int, text: str) -> bool:
-        if self.budget is None:
+        if not self.caps:
             return True
-        model = self.call.model
-        answer = self.call.sampling.max_tokens or model.default_max_tokens
-        worst = worst_case(model.prices, self.bound.of(text), answer)
-        if not self.budget.reserve(worst):
+        answer = self.call.sampling.max_tokens or self.call.model.default_max_tokens
+        worst = Usage(self.bound.of(text), 0, answer)
+        if not self.caps.reserve(worst):
             self.refused[number] = worst
             return False
         self.held[number] = worst
@@ -153,9 +182,10 @@ class Admission:
 
     def settled(self, position: int, completion: Completion) -> Completion:
         self.answered += 1
+        self.meter.add(completion.usage)
         worst = self.held.pop(self.sent[position], None)
-        if self.budget is not None and worst is not None:
-            self.budget.settle(worst, amount(self.call.model.prices, completion.usage))
+        if worst is not None:
+            self.caps.settle(worst, completion.usage)
             self.bound.learn(completion.usage)
         return storable(completion)
 
@@ -166,24 +196,26 @@ class Admission:
 
     def return_unsettled(self) -> None:
         for worst in self.held.values():
-            if self.budget is not None:
-                self.budget.settle(worst, Decimal(0))
+            self.caps.settle(worst, Usage())
         self.held.clear()
 
 
-def refuse_hopeless(refused: dict[int, Decimal], slices: Slices, budget: Budget | None) -> list[int]:
-    """Fail the rows that no returning money can pay for; returns those that may be tried again."""
-    if budget is None:
-        return []
+def tell_rows(tell: Tell, rows: list[int], piece: str) -> None:
+    for row in rows:
+        tell(row, piece)
+
+
+def refuse_hopeless(refused: dict[int, Usage], slices: Slices, caps: Caps) -> list[int]:
+    """Fail the rows that nothing given back can make room for; returns those that may be tried again."""
     again = []
     for number, worst in refused.items():
-        if not budget.hopeless(worst):
+        message = caps.refusal(worst)
+        if message is None:
             again.append(number)
             continue
-        left = budget.limit - budget.spent
-        message = f"{budget.name} {budget.limit} leaves {left:.9f}; the row may cost {worst:.9f} at list price."
         slices.add(number, Completion.failed("budget_exceeded", message))
-    slices.flush()
+    if refused:
+        slices.flush()
     return again
 
 

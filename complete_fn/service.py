@@ -4,76 +4,37 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from decimal import Decimal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
 from complete_fn.answers import Answers
 from complete_fn.bounds import prune
-from complete_fn.budget import Budget
 from complete_fn.catalogue import Model, load_catalogue
+from complete_fn.connections import Connections
+from complete_fn.device_time import note_device_time
 from complete_fn.engine import Engine
-from complete_fn.engines import at_engine, close_engines, engine_for
-from complete_fn.errors import UnknownModelError
+from complete_fn.engines import at_engine, engine_for, let_go
+from complete_fn.errors import StoreError, UnknownModelError
 from complete_fn.job_store import JobStore
 from complete_fn.key_store import KeyStore
 from complete_fn.keys import Call
-from complete_fn.ledger import money
 from complete_fn.options import CacheMode
+from complete_fn.pace import Measured, Pace, PacedEngine, Watch
 from complete_fn.queue import InlineQueue, JobQueue
-from complete_fn.runner import Tools, run
+from complete_fn.runner import Tell, Tools, run
 from complete_fn.settings import load_settings
+from complete_fn.shared_budget import Cap, SharedBudget, day_cap
 from complete_fn.stoppable import StoppableEngine
+from complete_fn.storage import Storage
 from complete_fn.store import Store
-from complete_fn.tables import ledger
 from complete_fn.types import Asker
 from complete_fn.uploads import Uploads
+from complete_fn.worker_store import ModelState, WorkerStore
 
 TABLES_AT_ONCE = 2
-
-
-class Budgets(Budget):
-    """Several budgets that must all cover a row; told as the one with the least left."""
-
-    def __init__(self, budgets: Sequence[Budget]) -> None:
-        self.budgets = budgets
-
-    @property
-    def tightest(self) -> Budget:
-        return min(self.budgets, key=lambda b: b.limit - b.spent)
-
-    @property
-    def limit(self) -> Decimal:  # type: ignore[override]
-        return self.tightest.limit
-
-    @property
-    def spent(self) -> Decimal:  # type: ignore[override]
-        return self.tightest.spent
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.tightest.name
-
-    def hopeless(self, worst: Decimal) -> bool:
-        return any(b.hopeless(worst) for b in self.budgets)
-
-    def reserve(self, worst: Decimal) -> bool:
-        for number, budget in enumerate(self.budgets):
-            if not budget.reserve(worst):
-                for earlier in self.budgets[:number]:
-                    earlier.settle(worst, Decimal(0))
-                return False
-        return True
-
-    def settle(self, worst: Decimal, actual: Decimal) -> None:
-        for budget in self.budgets:
-            budget.settle(worst, actual)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +56,9 @@ class Service:
         models_file: a TOML file over the built-in catalogue; None takes COMPLETE_FN_MODELS or the config folder's.
         engine: answers for every model of the catalogue; None takes each model's own.
         idle_seconds: engines are let go after so long without work.
+        queue: how workers learn of work; None means that they are threads of this process.
+        engine_home: where this process's engines have their sockets; None takes `home`, and shares them with all
+            processes there.
     """
 
     def __init__(
@@ -104,31 +68,39 @@ class Service:
         engine: Engine | None = None,
         limits: Limits = Limits(),
         idle_seconds: float = 300.0,
+        queue: JobQueue | None = None,
+        engine_home: Path | None = None,
     ) -> None:
         self.settings = load_settings(home, models_file)
+        self.engine_settings = replace(self.settings, home=engine_home or self.settings.home)
         self.engine = engine
         self.limits = limits
         self.idle_seconds = idle_seconds
-        self.store = Store(self.settings.home / "state.sqlite3")
+        self.store = Store(self.settings.store)
         self.keys = KeyStore(self.store)
         self.jobs = JobStore(self.store)
-        self.uploads = Uploads(self.store, self.folder / "files", limits.upload_bytes)
-        self.queue: JobQueue = InlineQueue()
+        self.connections = Connections(self.store)
+        self.storage = Storage(self.settings.storage or str(self.folder))
+        self.uploads = Uploads(self.store, self.storage, limits.upload_bytes, self.settings.retention_days)
+        self.workers = WorkerStore(self.store)
+        self.queue: JobQueue = queue or InlineQueue()
         self.lock = threading.Lock()
         self.outputs_lock = threading.Lock()
-        self.tables_at_once = threading.BoundedSemaphore(TABLES_AT_ONCE)  # whole tables are in memory meanwhile
-        self.days: dict[tuple[str, str], Budget] = {}
-        self.running = 0
-        self.last_run = time.monotonic()
-        self.warm = False
+        self.tables_at_once = threading.BoundedSemaphore(TABLES_AT_ONCE)  # a window of rows each is in memory meanwhile
+        self.paces: dict[str, Pace] = {}
+        self.learnt: dict[str, Measured] = {}
+        self.busy_at = time.time()
 
     @property
     def folder(self) -> Path:
-        """Uploads and results."""
-        return self.settings.home / "service"
+        """Uploads and results, unless the settings name another storage; what is being sent."""
+        folder = self.settings.home / "service"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
 
-    def job_folder(self, job: str) -> Path:
-        return self.folder / "jobs" / job
+    def job_key(self, job: str, name: str = "") -> str:
+        """A job's folder in the storage, or an object of it."""
+        return f"jobs/{job}/{name}".rstrip("/")
 
     def models(self) -> dict[str, Model]:
         return load_catalogue(self.settings.models_file)
@@ -145,7 +117,7 @@ class Service:
         return at_engine(found, self.engine)
 
     def engine_of(self, model: Model) -> Engine:
-        return self.engine or engine_for(model, self.settings)
+        return self.engine or engine_for(model, self.engine_settings)
 
     def complete(
         self,
@@ -154,61 +126,75 @@ class Service:
         who: Asker,
         stop: threading.Event | None = None,
         cache: CacheMode = "on",
-        budget: Budget | None = None,
+        cap: Cap | None = None,
+        priority: int = 0,
+        tell: Tell | None = None,
+        watch: Watch | None = None,
     ) -> Answers:
-        """`runner.run` within the tenant's budget and, if given, `budget`; `stop` ends it.
+        """`runner.run` within the tenant's budget of the day and, if given, `cap`; `stop` ends it.
+
+        `tell` gets the text as it is made, `watch` is told how the rows get on.
 
         Raises:
             Stopped: `stop` was set; committed slices stay.
             EngineError, StoreError: see `runner.run`.
         """
-        budgets = [b for b in (budget, self.day_budget(who.tenant)) if b is not None]
-        engine = StoppableEngine(self.engine_of(call.model), stop or threading.Event())
-        with self.at_work():
-            return run(call, prompts, Tools(engine, self.store, Budgets(budgets) if budgets else None), who, cache)
+        caps = [c for c in (cap, self.day_cap(who.tenant)) if c is not None]
+        budget = SharedBudget(self.store, who.tenant, caps) if caps else None
+        with self.at_work(call.model) as (opened, pace):
+            engine = PacedEngine(StoppableEngine(opened, stop or threading.Event()), pace, watch or Watch())
+            tools = Tools(engine, self.store, budget, priority=priority, tell=tell)
+            return run(call, prompts, tools, who, cache)
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Engines stay for as long as anything runs."""
+    def at_work(self, model: Model) -> Iterator[tuple[Engine, Pace]]:
+        """The model's engine, which stays for as long as anything runs on it."""
         with self.lock:
-            self.running += 1
-            self.warm = True
+            pace = self.paces.setdefault(model.name, Pace())
+            pace.begin()
         try:
-            yield
+            yield self.engine_of(model), pace
         finally:
-            with self.lock:
-                self.running -= 1
-                self.last_run = time.monotonic()
+            pace.end()
+            self.busy_at = time.time()
 
-    def day_budget(self, tenant: str) -> Budget | None:
-        """What the tenant may spend today (UTC); shared by all its runs. None: unbounded."""
+    def model_states(self) -> dict[str, ModelState]:
+        """The models that were asked in this process."""
+        models, found = self.models(), {}
+        for name, pace in list(self.paces.items()):
+            engine = self.engine_of(models[name]) if pace.warm and name in models else None
+            measured = pace.measured
+            pid = getattr(engine, "pid", None)
+            found[name] = ModelState(pace.warm, measured.tokens_per_second, measured.cold_seconds, pid)
+        return found
+
+    def day_cap(self, tenant: str) -> Cap | None:
+        """What the tenant may spend today (UTC), in all processes together. None: unbounded."""
         daily = self.keys.daily_nano(tenant)
-        if daily is None:
-            return None
-        today = datetime.now(UTC).date()
-        with self.lock:
-            budget = self.days.get((tenant, today.isoformat()))
-            if budget is None:
-                midnight = datetime(today.year, today.month, today.day, tzinfo=UTC).timestamp()
-                spent = self.spent_since(tenant, midnight)
-                budget = self.days[tenant, today.isoformat()] = Budget(money(daily), spent, "The tenant's daily budget")
-            budget.limit = money(daily)
-            return budget
-
-    def spent_since(self, tenant: str, at: float) -> Decimal:
-        billed = sa.select(sa.func.sum(ledger.c.cost_nano)).where(ledger.c.tenant == tenant, ledger.c.at >= at)
-        with self.store.read() as connection:
-            return money(connection.execute(billed).scalar() or 0)
+        return None if daily is None else day_cap(daily)
 
     def upkeep(self) -> None:
-        """Bounds of the stored answers kept, idle engines let go. Cheap; called every few seconds."""
+        """Bounds of the stored answers kept, paces noted, idle engines let go. Cheap; called every few seconds."""
         prune(self.store, self.settings.cache_gib, self.settings.cache_days)
-        with self.lock:
-            idle = not self.running and time.monotonic() - self.last_run > self.idle_seconds
-            if not (idle and self.warm):
-                return
-            self.warm = False
-        close_engines()
+        measured = {name: pace.measured for name, pace in list(self.paces.items())}
+        if measured != self.learnt:
+            self.workers.learn(measured)
+            self.learnt = measured
+        models = self.models()
+        for name, pace in list(self.paces.items()):
+            with self.lock:
+                if not (pace.cool(self.idle_seconds) and name in models and self.engine is None):
+                    continue
+                engine = self.engine_of(models[name])
+            try:
+                note_device_time(self.store, engine, models[name])
+            finally:
+                let_go(engine)
 
     def close(self) -> None:
+        models = self.models()
+        for name, pace in list(self.paces.items()):
+            if pace.warm and name in models:
+                with suppress(StoreError):  # an end without a database is an end
+                    note_device_time(self.store, self.engine_of(models[name]), models[name])
         self.store.close()

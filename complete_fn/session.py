@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from decimal import Decimal
@@ -17,19 +19,23 @@ import pyarrow.compute as pc
 
 from complete_fn.answers import Answers, Summary
 from complete_fn.bounds import prune
-from complete_fn.budget import Budget, parse_cap
+from complete_fn.budget import Budget, parse_cap, parse_token_cap
 from complete_fn.catalogue import Model, find_model, load_catalogue
 from complete_fn.engine import Engine
 from complete_fn.engines import at_engine, engine_for
 from complete_fn.errors import InvalidOptionError, RowFailedError
+from complete_fn.estimate import Estimate, estimate
 from complete_fn.keys import Call
 from complete_fn.options import Options, parse_options
+from complete_fn.plan import make_plan
 from complete_fn.progress import Progress, Quiet, progress_for
 from complete_fn.prompts import escaped, plain_column
+from complete_fn.reports import tokens_used
 from complete_fn.runner import Tools, run
 from complete_fn.settings import load_settings
 from complete_fn.store import Store
-from complete_fn.types import Asker
+from complete_fn.types import Asker, Completion
+from complete_fn.work import known_answers
 
 
 class CompletionWarning(UserWarning):
@@ -45,6 +51,9 @@ def warn(text: str) -> None:
     warnings.warn(text, CompletionWarning, stacklevel=level)
 
 
+SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
 class Session:
     """Answers columns of prompts with one state and, if set, one budget.
 
@@ -54,6 +63,7 @@ class Session:
         home: folder of the state; None takes COMPLETE_FN_HOME or the platform's user data folder.
         models_file: a TOML file over the built-in catalogue; None takes COMPLETE_FN_MODELS or the config folder's.
         max_cost: never spend more than this in all, in the catalogue's currency; None sets no cap.
+        max_total_tokens: never use more tokens than this in all, prompts and answers; None sets no cap.
         progress: show a bar; None shows one when a person is looking.
     """
 
@@ -64,6 +74,7 @@ class Session:
         home: Path | str | None = None,
         models_file: Path | str | None = None,
         max_cost: Any = None,
+        max_total_tokens: int | None = None,
         who: Asker | None = None,
         progress: bool | None = None,
     ) -> None:
@@ -71,19 +82,24 @@ class Session:
         self.engine = engine
         self.who = who or Asker()
         self.budget = None if max_cost is None else Budget(parse_cap(max_cost))
+        self.tokens: Budget | None = None
+        if max_total_tokens is not None:
+            self.tokens = Budget(parse_token_cap(max_total_tokens), name="max_total_tokens")
         self.progress = progress
         self.summary = Summary()
         self.lock = threading.Lock()
+        SESSIONS.add(self)
         self.opened: Store | None = None
         self.warned: set[str] = set()
         self.currency: str | None = None
         self.jobs: set[str] = set()
+        self.counted: set[str] = set()  # jobs whose earlier tokens are in `tokens`
 
     @property
     def store(self) -> Store:
         with self.lock:
             if self.opened is None:
-                self.opened = Store(self.settings.home / "state.sqlite3")
+                self.opened = Store(self.settings.store)
                 prune(self.opened, self.settings.cache_gib, self.settings.cache_days)
             return self.opened
 
@@ -121,18 +137,48 @@ class Session:
             RowFailedError: a row failed and the option `strict` is on.
             EngineError, StoreError: see `runner.run`.
         """
-        chosen = options if isinstance(options, Options) else parse_options(options)
+        chosen = parse_options(options)
         found = self.model(model)
         column = prompts if planned else escaped(plain_column(prompts))
         self.warn_of_strangers(found, column)
-        call = Call(found, chosen.sampling, chosen.response_format)
-        tools = Tools(self.engine_of(found), self.store, self.budget_of(found, job), self.bar(found, len(column)))
+        call = Call.of(found, chosen)
+        budget, bar = self.budget_of(found, job), self.bar(found, len(column))
+        tools = Tools(self.engine_of(found), self.store, budget, bar, self.tokens_of(job))
         answers = run(call, column, tools, replace(self.who, job=job), chosen.cache)
         with self.lock:
             self.summary = self.summary + answers.summary
         if answers.summary.failed:
             self.report_failures(answers, chosen.strict)
         return answers
+
+    def known(
+        self, model: str, prompts: Any, options: Mapping[str, Any] | Options | None = None
+    ) -> dict[str, Completion]:
+        """The stored answers among a planned column of prompts, by prompt. Nothing is asked."""
+        chosen = parse_options(options)
+        call = Call.of(self.model(model), chosen)
+        plan = make_plan(prompts, mergeable=chosen.sampling.greedy)
+        work = known_answers(call, plan, self.store, self.who, chosen.cache)
+        numbers = sorted(work.reused)
+        return {text: found for n, text in work.texts(numbers) if (found := work.found[n]) is not None}
+
+    def estimate(
+        self,
+        model: str,
+        prompts: Any,
+        options: Mapping[str, Any] | Options | None = None,
+        job: str | None = None,
+        planned: bool = False,
+    ) -> Estimate:
+        """What `complete` with the same arguments would take. Asks nothing, starts no engine.
+
+        Raises:
+            RequestError: as `complete`.
+        """
+        chosen = parse_options(options)
+        call = Call.of(self.model(model), chosen)
+        column = prompts if planned else escaped(plain_column(prompts))
+        return estimate(call, column, self.store, replace(self.who, job=job), chosen.cache, self.budget, self.tokens)
 
     def bar(self, model: Model, rows: int) -> Progress:
         """What shows the progress of a run of so many rows."""
@@ -158,6 +204,16 @@ class Session:
         if not counted and job is not None:
             self.budget.settle(Decimal(0), self.store.spent(self.who.tenant, job))
         return self.budget
+
+    def tokens_of(self, job: str | None) -> Budget | None:
+        """The session's cap on tokens, after what earlier attempts of an unfinished job have used of it."""
+        if self.tokens is not None and job is not None:
+            with self.lock:
+                counted = job in self.counted
+                self.counted.add(job)
+            if not counted:
+                self.tokens.settle(Decimal(0), Decimal(tokens_used(self.store, self.who.tenant, job)))
+        return self.tokens
 
     def report_failures(self, answers: Answers, strict: bool) -> None:
         failed = answers.summary.failed
@@ -201,3 +257,16 @@ class Session:
             if self.opened is not None:
                 self.opened.close()
                 self.opened = None
+
+
+def after_fork() -> None:
+    """A forked child may have been born while another thread held a lock, which nobody would release there."""
+    for session in SESSIONS:
+        session.lock = threading.Lock()
+        for budget in (session.budget, session.tokens):
+            if budget is not None:
+                budget.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)

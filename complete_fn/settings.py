@@ -1,19 +1,32 @@
 """Where state lives and what the environment says: the only module that reads `os.environ`.
 
 COMPLETE_FN_HOME     folder of answers, ledger and engine sockets (default: the platform's user data folder)
+COMPLETE_FN_DATABASE where answers, ledger and jobs are kept: postgresql://USER:PASSWORD@HOST:PORT/DATABASE
+                     (default: state.sqlite3 in COMPLETE_FN_HOME)
 COMPLETE_FN_MODELS   a TOML file that adds to or overrides the catalogue (default: models.toml in the config folder)
 COMPLETE_FN_MEMORY   GiB that the embedded engine may take for its KV cache (default: a tenth of RAM, 1 to 8)
 COMPLETE_FN_CACHE_GIB, COMPLETE_FN_CACHE_DAYS
                      bounds of the stored answers (default: 2 GiB, 180 days); the oldest go first
+COMPLETE_FN_BROKER   the Redis URL over which a service tells its worker processes that there is work
+COMPLETE_FN_STORAGE  where a service keeps uploads, parts and results: a folder, s3://bucket/path or gs://bucket/path
+                     (default: a folder of its home)
+COMPLETE_FN_SOURCES, COMPLETE_FN_SINKS
+                     roots under which jobs may read and write, separated by spaces: folders or s3:// prefixes;
+                     {tenant} stands for the tenant's name (default: none)
+COMPLETE_FN_RETENTION_DAYS
+                     uploads, and jobs that are over, are deleted after so long (default: 30)
+COMPLETE_FN_SQL_SECONDS
+                     what a job's SQL may take (default: 300)
+COMPLETE_FN_SECRET   what the API and its workers know each other by (default: a file in COMPLETE_FN_HOME)
 COMPLETE_FN_URL, COMPLETE_FN_KEY
-                     the service that `complete-fn jobs` asks, and its API key
+                     the service that `complete-fn jobs` asks, and its API key; also sent for engine='http://...' there
 """
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import platformdirs
@@ -22,6 +35,7 @@ from complete_fn.errors import InvalidOptionError
 
 APP = "complete-fn"
 CACHE_GIB, CACHE_DAYS = 2.0, 180.0
+RETENTION_DAYS, SQL_SECONDS = 30.0, 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +45,24 @@ class Settings:
     kv_cache_gib: float | None
     cache_gib: float = CACHE_GIB
     cache_days: float = CACHE_DAYS
+    internal_secret: str | None = field(default=None, repr=False)
+    database: str | None = field(default=None, repr=False)  # may hold a password
+    broker: str | None = field(default=None, repr=False)  # may hold a password
+    storage: str | None = None
+    sources: tuple[str, ...] = ()
+    sinks: tuple[str, ...] = ()
+    retention_days: float = RETENTION_DAYS
+    sql_seconds: float = SQL_SECONDS
+
+    @property
+    def store(self) -> str:
+        """What `Store` opens."""
+        return self.database or str(self.home / "state.sqlite3")
 
 
 def load_settings(home: Path | str | None = None, models_file: Path | str | None = None) -> Settings:
     """What was given, over the environment, over the platform's folders."""
+    database = os.environ.get("COMPLETE_FN_DATABASE")
     home = home or os.environ.get("COMPLETE_FN_HOME")
     models = models_file or os.environ.get("COMPLETE_FN_MODELS")
     default_models = Path(platformdirs.user_config_dir(APP)) / "models.toml"
@@ -44,6 +72,14 @@ def load_settings(home: Path | str | None = None, models_file: Path | str | None
         kv_cache_gib=amount("COMPLETE_FN_MEMORY"),
         cache_gib=amount("COMPLETE_FN_CACHE_GIB") or CACHE_GIB,
         cache_days=amount("COMPLETE_FN_CACHE_DAYS") or CACHE_DAYS,
+        internal_secret=os.environ.get("COMPLETE_FN_SECRET"),
+        database=database or None,
+        broker=os.environ.get("COMPLETE_FN_BROKER") or None,
+        storage=os.environ.get("COMPLETE_FN_STORAGE") or None,
+        sources=tuple(os.environ.get("COMPLETE_FN_SOURCES", "").split()),
+        sinks=tuple(os.environ.get("COMPLETE_FN_SINKS", "").split()),
+        retention_days=amount("COMPLETE_FN_RETENTION_DAYS") or RETENTION_DAYS,
+        sql_seconds=amount("COMPLETE_FN_SQL_SECONDS") or SQL_SECONDS,
     )
 
 

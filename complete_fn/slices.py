@@ -6,14 +6,16 @@ An engine that is faster than the commits fills slices of up to 256 rows, and th
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 
+from complete_fn.device_time import DeviceTime
 from complete_fn.keys import Call
 from complete_fn.ledger import LedgerLine, billed, free, times, total
 from complete_fn.plan.parts import estimated_tokens
 from complete_fn.prices import amount
 from complete_fn.progress import Progress
-from complete_fn.store import Store
+from complete_fn.store import SEEN_SECONDS, Store
 from complete_fn.types import Asker, Completion, Usage
 from complete_fn.work import Work
 
@@ -28,8 +30,17 @@ class Slices:
     commit and the note that it was made.
     """
 
-    def __init__(self, call: Call, work: Work, store: Store, who: Asker, progress: Progress) -> None:
+    def __init__(
+        self,
+        call: Call,
+        work: Work,
+        store: Store,
+        who: Asker,
+        progress: Progress,
+        device_time: DeviceTime | None = None,
+    ) -> None:
         prices = call.model.prices
+        self.device_time = device_time or DeviceTime()
         self.prices, self.work, self.store, self.progress = prices, work, store, progress
         self.attempt = store.begin(who, call.model.name, prices.currency, prices.basis)
         self.copies = work.plan.copies()
@@ -84,6 +95,7 @@ class Slices:
             raise self.failure
 
     def keep_committing(self) -> None:
+        seen = time.monotonic()
         while not (self.stopping or self.failure):
             with self.change:
                 self.change.wait_for(lambda: self.due or self.stopping, SLICE_SECONDS)
@@ -92,6 +104,10 @@ class Slices:
                 self.committing = True
             try:
                 self.commit(done)
+                if done or time.monotonic() - seen > SEEN_SECONDS:
+                    if not done:  # the engine loads its model, or its rows are long
+                        self.store.touch(self.attempt)
+                    seen = time.monotonic()
             except BaseException as error:
                 self.failure = error  # raised by the next add() or flush(), on the caller's thread
             with self.change:
@@ -106,7 +122,12 @@ class Slices:
         stored = [s for n, c in done if (s := self.work.stored(n, c)) is not None]
         admitted = [n for n in numbers if n in self.admitted]
         tokens = int(self.estimates[admitted].sum()) if admitted else 0
-        self.store.commit(self.attempt, stored, self.lines(done), len(admitted), tokens)
+        shared = self.device_time.take()
+        try:
+            self.store.commit(self.attempt, stored, self.lines(done) + shared, len(admitted), tokens)
+        except BaseException:
+            self.device_time.put_back(shared)
+            raise
         for number, completion in done:
             self.work.found[number] = completion
         usage = total(c.usage for _, c in done)
@@ -118,7 +139,8 @@ class Slices:
             self.progress.advance(rows, usage, amount(self.prices, usage), self.prices.currency)
 
     def lines(self, done: list[tuple[int, Completion]]) -> list[LedgerLine]:
-        computed = billed(self.prices, len(done), total(c.usage for _, c in done))
+        usage, engine = total(c.usage for _, c in done), self.device_time
+        computed = billed(self.prices, len(done), usage, engine.skipped, engine.name)
         again = [(c.usage, int(self.copies[n]) - 1) for n, c in done]
         spared = total(times(usage, copies) for usage, copies in again)
         return computed + free(self.prices, "duplicate", sum(c for _, c in again), spared)

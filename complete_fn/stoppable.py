@@ -74,6 +74,11 @@ class Gate:
                 raise StopIteration
             return next(self.requests)
 
+    @property
+    def abandoned(self) -> bool:
+        """As in `Engine.stream`: nobody wants the rows that are still in flight."""
+        return self.closed or self.stop.is_set()
+
     def close(self) -> None:
         with self.lock:
             self.closed = True

@@ -1,4 +1,4 @@
-"""Answers under a response_format: the text must parse and satisfy the schema, whatever the engine promised."""
+"""Answers under a response_format or choices: the text must satisfy them, whatever the engine promised."""
 
 from __future__ import annotations
 
@@ -7,19 +7,46 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from complete_fn.types import Completion, RowError
+from complete_fn.types import Completion, CompletionRequest, RowError
 
 
-def checked(completion: Completion, response_format: str | None) -> Completion:
-    """The completion, or the same with a `schema_mismatch` and its text kept, where it breaks the JSON schema."""
-    if response_format is None or completion.error is not None or completion.text is None:
+def checked(completion: Completion, request: CompletionRequest) -> Completion:
+    """The completion, or the same with a `schema_mismatch` and its text kept, where it breaks the JSON schema or is
+    none of the choices."""
+    if completion.error is not None or completion.text is None:
         return completion
-    why = mismatch(completion.text, response_format)
+    if request.choices:
+        return chosen(completion, request.choices)
+    if request.response_format is None:
+        return completion
+    why = mismatch(completion.text, request.response_format)
     if why is None:
         return completion
     if completion.finish_reason == "length":
         why = f"The answer was cut by max_tokens before its JSON was complete ({why})."
     return replace(completion, error=RowError("schema_mismatch", why))
+
+
+def chosen(completion: Completion, choices: tuple[str, ...]) -> Completion:
+    """The label of an answer: itself, or the `choice` of a JSON object (see `choice_schema`)."""
+    text = (completion.text or "").strip()
+    if text not in choices:
+        try:
+            found = json.loads(text)["choice"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            found = None
+        if found not in choices:
+            listed = ", ".join(choices[:5]) + (", ..." if len(choices) > 5 else "")
+            why = f"The answer {text[:100]!r} is none of the choices ({listed})."
+            return replace(completion, error=RowError("schema_mismatch", why))
+        text = found
+    return replace(completion, text=text)
+
+
+def choice_schema(choices: tuple[str, ...]) -> dict[str, Any]:
+    """The choices as a JSON schema, for endpoints that take only such."""
+    one = {"type": "string", "enum": list(choices)}
+    return {"type": "object", "properties": {"choice": one}, "required": ["choice"], "additionalProperties": False}
 
 
 def mismatch(text: str, response_format: str) -> str | None:

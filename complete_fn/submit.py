@@ -1,16 +1,15 @@
-"""From a request to a job: prompts in execution order, cut into parts, each a Parquet file in the job's folder."""
+"""From a request to a job: its rows in windows, its prompts in execution order, cut into parts, all in the storage."""
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,35 +19,43 @@ from pyarrow import parquet
 from complete_fn.budget import parse_cap
 from complete_fn.catalogue import Model
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.files import Rows
+from complete_fn.files import LineRows, Rows
 from complete_fn.jobs import Job
 from complete_fn.key_store import Principal
-from complete_fn.options import parse_options
+from complete_fn.options import Options, parse_options
 from complete_fn.plan import BatchPlan, make_plan
 from complete_fn.plan.parts import estimated_tokens
+from complete_fn.plan.prefix_tree import SLACK, cut_tree, shared_beginnings
 from complete_fn.prices import nano
 from complete_fn.prompts import render_column, template_fields
 from complete_fn.reports import mean_output
 from complete_fn.schema_bounds import refuse_patterns
 from complete_fn.service import Service
-from complete_fn.uploads import read_table
+from complete_fn.sinks import promise, refuse_sink, refuse_sink_keys, withdraw
+from complete_fn.sources import open_source
+from complete_fn.token_counts import token_sizes
 
 PART_TOKENS = 250_000  # prompts and answers: about a minute of a small engine
 PART_ROWS = 4_096
 LIKELY_OUTPUT = 64  # tokens of an answer of a model that has none in the ledger
-SOURCE = "source"
+WINDOWS = "windows.json"
+LINES = pa.schema([("line", pa.large_binary())], {"complete_fn": "lines"})
 RESULT_COLUMN = "completion"
 
 
 @dataclass(frozen=True, slots=True)
 class TableSpec:
-    """A job over an uploaded table. `options` as in `parse_options`; `column` names the answers in the results."""
+    """A job over a table. `source` as in `open_source`, `sink` as in `refuse_sink`, `options` as in `parse_options`.
+
+    `column` names the answers in the results.
+    """
 
     model: str
     prompt: str
-    file_id: str
+    source: Mapping[str, Any]
     options: Mapping[str, Any]
     column: str = RESULT_COLUMN
+    sink: Mapping[str, Any] | None = None
     max_cost: Any = None
     priority: int = 0
     idempotency_key: str | None = None
@@ -72,41 +79,64 @@ class Group:
 
 def submit_table(service: Service, caller: Principal, spec: TableSpec) -> Job:
     """Raises:
-    RequestError: model, options, template or file cannot be used; nothing was kept.
+    RequestError: model, options, template or source cannot be used; nothing was kept.
     """
     model = service.model(spec.model)
     if "strict" in spec.options:
         raise InvalidOptionError("'strict' is no option of a job: its results name the rows that failed.")
-    refuse_patterns(parse_options(spec.options).response_format)
-    upload = service.uploads.get(caller.tenant, spec.file_id)
-    limits = service.limits
-    source = service.uploads.path(upload)
-    table = read_table(source, upload.name, upload.format, limits.table_bytes, limits.job_rows)
-    if not template_fields(spec.prompt):
+    options = parse_options(spec.options)
+    refuse_patterns(options.response_format)
+    fields = template_fields(spec.prompt)
+    if not fields:
         raise InvalidOptionError("The prompt names no {column}: every row would be asked the same.")
-    if spec.column in table.names or f"{spec.column}_details" in table.names:
-        raise InputError(f"The file already has a column {spec.column!r}. Name the new one with 'column'.")
-    prompts = render_column(spec.prompt, needed_columns(table, spec.prompt), table.count)
-    group = Group(model, spec.options, np.arange(table.count), prompts)
+    source = open_source(service, caller.tenant, spec.source)
+    if spec.sink is not None:
+        refuse_sink(service, caller.tenant, spec.sink)
     request = {
         "model": spec.model,
         "prompt": spec.prompt,
-        "file_id": spec.file_id,
-        "file_name": upload.name,
-        "format": upload.format,
+        "source": dict(spec.source),
         "options": dict(spec.options),
         "column": spec.column,
+        "sink": None if spec.sink is None else dict(spec.sink),
         "max_cost": None if spec.max_cost is None else str(spec.max_cost),
     }
-    job = new_job(caller, "table", model, table.count, request, spec)
-    return keep(service, job, [group], source)
+    job = new_job(caller, "table", model, 0, request, spec)
+    with drafted(service, job) as draft:
+        names: set[str] = set()
+        for rows in source.windows():
+            names.update(rows.names)
+            if spec.sink is not None:
+                refuse_sink_keys(spec.sink, rows)
+            refuse_clash(rows, spec.column)
+            prompts, _ = prompts_of(rows, spec.prompt, options)
+            numbers = np.arange(rows.count) + draft.rows
+            draft.add_window(rows.count, [Group(model, spec.options, numbers, prompts)], rows)
+        refuse_missing(fields, sorted(names))
+        return draft.keep()
 
 
-def needed_columns(table: Rows, template: str) -> dict[str, Any]:
+def prompts_of(rows: Rows, template: str, options: Options) -> tuple[pa.ChunkedArray, list[str]]:
+    """(prompts of a window's rows, the columns it has).
+
+    Raises:
+        InputError: the template names a column that is not there; a JSONL may have it in another window.
+    """
     fields = template_fields(template)
-    if missing := [name for name in fields if name not in table.names]:
-        raise InputError(f"The prompt names {{{missing[0]}}}, which is no column. Columns: {', '.join(table.names)}.")
-    return {name: table.column(name) for name in fields}
+    if not isinstance(rows, LineRows):
+        refuse_missing(fields, rows.names)
+    columns = {name: rows.column(name) for name in fields}
+    return render_column(template, columns, rows.count, options.reorder_fields), rows.names
+
+
+def refuse_clash(rows: Rows, column: str) -> None:
+    if column in rows.names or f"{column}_details" in rows.names:
+        raise InputError(f"The source already has a column {column!r}. Name the new one with 'column'.")
+
+
+def refuse_missing(fields: Sequence[str], names: Sequence[str]) -> None:
+    if missing := [name for name in fields if name not in names]:
+        raise InputError(f"The prompt names {{{missing[0]}}}, which is no column. Columns: {', '.join(names)}.")
 
 
 def new_job(
@@ -143,41 +173,82 @@ def new_job(
     )
 
 
-def keep(service: Service, job: Job, groups: Sequence[Group], source: Path) -> Job:
-    """Write the job's folder, then the job; a job known by its idempotency key is returned as it is."""
-    folder = service.job_folder(job.id)
-    folder.mkdir(parents=True, mode=0o700)
-    kept = None
+@contextmanager
+def drafted(service: Service, job: Job) -> Iterator[Draft]:
+    """A job that is being written; what it has in the storage goes again unless it was kept."""
+    draft = Draft(service, job)
     try:
-        link(source, folder / SOURCE)
-        pieces: list[dict[str, Any]] = []
-        for group in groups:
-            for rows, prompts, tokens in cut(group, likely_output(service, group)):
-                table = pa.table({"row": pa.array(rows), "prompt": prompts})
-                parquet.write_table(table, folder / part_file(len(pieces)))
-                pieces.append(
-                    {
-                        "model": group.model.name,
-                        "options": json.dumps(dict(group.options), sort_keys=True),
-                        "rows": len(rows),
-                        "tokens": tokens,
-                    }
-                )
-        nulls = job.rows - sum(p["rows"] for p in pieces)
-        kept = service.jobs.create(replace(job, nulls=nulls), pieces)
+        yield draft
     finally:
-        if kept is None or kept.id != job.id:
-            shutil.rmtree(folder, ignore_errors=True)
-    service.queue.notify()
-    return kept
+        if not draft.kept:
+            service.storage.delete_folder(service.job_key(job.id))
 
 
-def link(source: Path, target: Path) -> None:
-    """The job keeps its input also when the upload is deleted; without a second copy where the disk allows it."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+class Draft:
+    """A job and its objects, before there is a record of it."""
+
+    def __init__(self, service: Service, job: Job) -> None:
+        self.service, self.job = service, job
+        self.rows = 0
+        self.windows: list[dict[str, Any]] = []
+        self.pieces: list[dict[str, Any]] = []
+        self.kept = False
+
+    def add_window(self, count: int, groups: Sequence[Group], rows: Rows | None = None) -> None:
+        """The next `count` rows, as groups to answer; `rows` are kept, if given, to be written with their answers."""
+        if rows is not None:
+            write_window(self.service, self.job.id, len(self.windows), rows)
+        first = len(self.pieces)
+        self.pieces += write_parts(self.service, self.job.id, first, groups)
+        self.windows.append({"rows": count, "parts": list(range(first, len(self.pieces)))})
+        self.rows += count
+
+    def keep(self) -> Job:
+        """Record the job; one known by its idempotency key is returned as it is."""
+        write_windows(self.service, self.job.id, self.windows)
+        nulls = self.rows - sum(p["rows"] for p in self.pieces)
+        if json.loads(self.job.request).get("sink"):
+            promise(self.service, self.job)  # first: one without a job does no harm
+        kept = self.service.jobs.create(replace(self.job, rows=self.rows, nulls=nulls), self.pieces)
+        self.kept = kept.id == self.job.id
+        if not self.kept:
+            withdraw(self.service, self.job.id)
+        self.service.queue.announce(Counter(p["model"] for p in self.pieces))
+        return kept
+
+
+def write_parts(service: Service, job: str, first: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Write parts numbered from `first` on; returns them as `JobStore.create` takes them."""
+    pieces: list[dict[str, Any]] = []
+    for group in groups:
+        for rows, prompts, tokens in cut(group, likely_output(service, group)):
+            with service.storage.writing(service.job_key(job, part_file(first + len(pieces)))) as sink:
+                parquet.write_table(pa.table({"row": pa.array(rows), "prompt": prompts}), sink)
+            pieces.append(
+                {
+                    "model": group.model.name,
+                    "options": json.dumps(dict(group.options), sort_keys=True),
+                    "rows": len(rows),
+                    "tokens": tokens,
+                }
+            )
+    return pieces
+
+
+def write_window(service: Service, job: str, number: int, rows: Rows) -> None:
+    table = pa.table([rows.lines], schema=LINES) if isinstance(rows, LineRows) else rows.table()
+    with service.storage.writing(service.job_key(job, window_file(number))) as sink:
+        parquet.write_table(table, sink)
+
+
+def write_windows(service: Service, job: str, windows: Sequence[Mapping[str, Any]]) -> None:
+    """Note how many rows each window has, and the numbers of its parts."""
+    with service.storage.writing(service.job_key(job, WINDOWS)) as sink:
+        sink.write(json.dumps(windows).encode())
+
+
+def window_file(number: int) -> str:
+    return f"rows-{number:05}.parquet"
 
 
 def part_file(number: int) -> str:
@@ -193,12 +264,12 @@ def likely_output(service: Service, group: Group) -> int:
 def cut(group: Group, output: int) -> list[tuple[Any, Any, int]]:
     """(row numbers, prompts, estimated tokens) of each part; equal prompts and shared prefixes stay together."""
     options = parse_options(group.options)
-    plan = make_plan(group.prompts, mergeable=options.sampling.greedy)
+    plan = make_plan(group.prompts, mergeable=options.sampling.greedy, sizes=token_sizes(group.model))
     if not len(plan.order):
         return []
     tokens = estimated_tokens(plan) + output
-    number = np.cumsum(np.maximum(tokens, PART_TOKENS // PART_ROWS)) // PART_TOKENS
-    starts = np.append(np.flatnonzero(np.diff(number, prepend=-1)), len(number))
+    weights = np.maximum(tokens, PART_TOKENS // PART_ROWS)
+    starts = cut_tree(shared_beginnings(plan), weights, int(PART_TOKENS / (1 + SLACK)))
     return [piece(group, plan, tokens, low, high) for low, high in pairwise(starts.tolist())]
 
 

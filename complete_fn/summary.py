@@ -36,4 +36,5 @@ def summarise(call: Call, work: Work, seconds: float) -> Summary:
         currency=prices.currency,
         basis=prices.basis,
         seconds=seconds,
+        reordered=int(work.plan.copies()[work.plan.moved()].sum()),
     )

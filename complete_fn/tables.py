@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Column,
+    ColumnElement,
+    Dialect,
     Float,
     Index,
     Integer,
@@ -12,29 +17,54 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
-    Text,
+    TypeDecorator,
     UniqueConstraint,
+    case,
+    cast,
+    func,
 )
 
 metadata = MetaData()
+Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only what it calls INTEGER
+NUL, ESCAPE = "\x00", "\x1a"
+
+
+class Words(TypeDecorator[str]):
+    """Text of any length. PostgreSQL takes no NUL: it is kept there behind an escape that no ordinary text has."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> Any:
+        if value is None or dialect.name != "postgresql" or (NUL not in value and ESCAPE not in value):
+            return value
+        return value.replace(ESCAPE, ESCAPE + "1").replace(NUL, ESCAPE + "0")
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
+        if value is None or dialect.name != "postgresql" or ESCAPE not in value:
+            return value
+        return re.sub(f"{ESCAPE}([01])", lambda found: ESCAPE if found[1] == "1" else NUL, value)
+
 
 # Answers by (tenant, key). Rows with `job` set are kept for the resume of that job only and go when it has ended.
 answers = Table(
     "answers",
     metadata,
-    Column("id", Integer, primary_key=True),
-    Column("tenant", String(64), nullable=False),
-    Column("key", LargeBinary(32), nullable=False),
-    Column("job", String(64)),
-    Column("attempt", Integer),
-    Column("model", String(255), nullable=False),
-    Column("text", Text),
-    Column("finish_reason", String(16)),
-    Column("error_code", String(32)),
-    Column("error_message", Text),
+    Column("id", Number, primary_key=True),
+    Column("tenant", Words(), nullable=False),
+    Column("key", LargeBinary(), nullable=False),
+    Column("job", Words()),
+    Column("attempt", BigInteger),
+    Column("model", Words(), nullable=False),
+    Column("text", Words()),
+    Column("scores", Words()),  # JSON object: label to probability or null
+    Column("finish_reason", Words()),
+    Column("error_code", Words()),
+    Column("error_message", Words()),
     Column("prompt_tokens", BigInteger, nullable=False),
     Column("cached_tokens", BigInteger, nullable=False),
     Column("completion_tokens", BigInteger, nullable=False),
+    Column("device_us", BigInteger, nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("created_at", Float, nullable=False),
     UniqueConstraint("tenant", "key"),
@@ -42,57 +72,121 @@ answers = Table(
     Index("answers_age", "created_at"),
 )
 
-# One line per slice and price class: input, cached_input, output; duplicate, reused, resumed (free, `saved_nano`
-# names what they saved); lost (work of a killed attempt, never billed).
+# One line per slice and price class. Billed: input, cached_input, output. Free, `saved_nano` being the list price and
+# `saved_us` the device time (microseconds) that they saved: duplicate, reused, resumed (rows with a known answer);
+# prefix_cache (cached tokens); swiftkv (prompt tokens' skipped layers, no list price). lost: what a stopped attempt had
+# admitted and not committed, estimated tokens.
+# Device time (`device_us`, microseconds times devices) is on `input`, for all tokens of its slice; idle and aborted are
+# an engine's own: not in a step, and steps for rows that were given up. They belong to no tenant, user or attempt
+# ("-", "-", 0), and per `engine` (HOST/PID) input + idle + aborted add up to what the engine metered.
 ledger = Table(
     "ledger",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", Number, primary_key=True),
     Column("at", Float, nullable=False),
-    Column("tenant", String(64), nullable=False),
-    Column("user", String(64), nullable=False),
-    Column("attempt", Integer, nullable=False),
-    Column("query_tag", String(255)),
-    Column("model", String(255), nullable=False),
-    Column("price_class", String(16), nullable=False),
+    Column("tenant", Words(), nullable=False),
+    Column("user", Words(), nullable=False),
+    Column("attempt", BigInteger, nullable=False),
+    Column("job", Words()),
+    Column("query_tag", Words()),
+    Column("model", Words(), nullable=False),
+    Column("price_class", Words(), nullable=False),
     Column("rows", BigInteger, nullable=False),
     Column("tokens", BigInteger, nullable=False),
     Column("cost_nano", BigInteger, nullable=False),
     Column("saved_nano", BigInteger, nullable=False),
-    Column("currency", String(8), nullable=False),
-    Column("basis", String(8), nullable=False),
+    Column("device_us", BigInteger, nullable=False),
+    Column("saved_us", BigInteger, nullable=False),
+    Column("engine", Words()),
+    Column("currency", Words(), nullable=False),
+    Column("basis", Words(), nullable=False),
     Index("ledger_at", "at"),
+    Index("ledger_tenant", "tenant", "at"),
+    Index("ledger_attempt", "attempt"),
 )
 
-# One row per execution of run(); reserved_* is the work admitted and not yet committed. `status`: running, then done,
+# One row per execution of run(); reserved_* is the work admitted and not yet committed; `step` is the number of its
+# last change, `seen_at` when its process last said that it lives. `status`: running, then done,
 # cancelled, failed or lost (killed); ended once the job it belongs to has.
 attempts = Table(
     "attempts",
     metadata,
-    Column("id", Integer, primary_key=True),
-    Column("tenant", String(64), nullable=False),
-    Column("user", String(64), nullable=False),
-    Column("job", String(64)),
-    Column("query_tag", String(255)),
-    Column("model", String(255), nullable=False),
-    Column("status", String(16), nullable=False),
-    Column("host", String(255), nullable=False),
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("tenant", Words(), nullable=False),
+    Column("user", Words(), nullable=False),
+    Column("job", Words()),
+    Column("query_tag", Words()),
+    Column("model", Words(), nullable=False),
+    Column("status", Words(), nullable=False),
+    Column("host", Words(), nullable=False),
     Column("pid", Integer, nullable=False),
     Column("pid_started", Float, nullable=False),
     Column("began", Float, nullable=False),
+    Column("seen_at", Float, nullable=False),
     Column("ended", Float),
-    Column("reserved_rows", BigInteger, nullable=False),
-    Column("reserved_tokens", BigInteger, nullable=False),
-    Column("currency", String(8), nullable=False),
-    Column("basis", String(8), nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("reserved_rows", BigInteger, nullable=False, default=0),
+    Column("reserved_tokens", BigInteger, nullable=False, default=0),
+    Column("currency", Words(), nullable=False),
+    Column("basis", Words(), nullable=False),
     Index("attempts_status", "status"),
     Index("attempts_job", "job"),
+)
+
+# What a tenant may spend of a cap: `name` is "day:2026-01-31" (UTC) or "job:ID". Never more than `limit_nano` is spent
+# and reserved together; `reserved_nano` is the sum of the cap's reservations. Whole numbers of 1e-9 of the currency.
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("tenant", Words(), primary_key=True),
+    Column("name", Words(), primary_key=True),
+    Column("limit_nano", BigInteger, nullable=False),
+    Column("spent_nano", BigInteger, nullable=False),
+    Column("reserved_nano", BigInteger, nullable=False),
+)
+
+# What a running attempt has drawn of a cap and not yet spent.
+reservations = Table(
+    "reservations",
+    metadata,
+    Column("attempt", BigInteger, primary_key=True, autoincrement=False),
+    Column("name", Words(), primary_key=True),
+    Column("nano", BigInteger, nullable=False),
+)
+
+# What runs took, for estimates: tokens, the squares of the answers' lengths summed, seconds without the engine's start.
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", Number, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("tenant", Words(), nullable=False),
+    Column("model", Words(), nullable=False),
+    Column("device", Words(), nullable=False),
+    Column("kind", LargeBinary(), nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("squares", Float, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Index("runs_model", "model"),
 )
 
 # When each kind of upkeep was last done.
 upkeep = Table(
     "upkeep",
     metadata,
-    Column("name", String(32), primary_key=True),
+    Column("name", Words(), primary_key=True),
     Column("at", Float, nullable=False),
 )
+
+
+def summed(column: ColumnElement[Any]) -> ColumnElement[int]:
+    """The sum of an integer column, 0 of no rows: PostgreSQL's own type for it is NUMERIC, which comes as a Decimal."""
+    return cast(func.coalesce(func.sum(column), 0), BigInteger)
+
+
+def of_class(column: ColumnElement[Any], *price_classes: str) -> ColumnElement[int]:
+    """The sum of a column of the ledger over its lines of these price classes."""
+    return summed(case((ledger.c.price_class.in_(price_classes), column), else_=0))

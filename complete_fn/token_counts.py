@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from complete_fn.catalogue import Model
+from complete_fn.plan.sizes import TokenSizes, tokens_by_bytes
+
+BLOCK = 32  # tokens of a KV block: ours on a CPU; what is whole in it is whole in a GPU's blocks of 16 too
 
 
 def tokenizer_file(model: Model) -> Path | None:
@@ -35,6 +38,22 @@ def count_with(file: Path, texts: list[str]) -> list[int]:
     return [len(tokenizer.encode(encodable(text), add_special_tokens=False)) for text in texts]
 
 
+def ids_with(file: Path, texts: list[str]) -> list[list[int]]:
+    """Token ids of each bare text, no special tokens."""
+    tokenizer = read(file, file.stat().st_mtime_ns)
+    return [tokenizer.encode(encodable(text), add_special_tokens=False).ids for text in texts]
+
+
+def token_sizes(model: Model) -> TokenSizes:
+    """How the planner counts for this model: by its tokenizer where it is on this machine, and its engine's blocks."""
+
+    def count(texts: list[str]) -> list[int]:
+        file = tokenizer_file(model)
+        return tokens_by_bytes(texts) if file is None else count_with(file, texts)
+
+    return TokenSizes(count, int(model.engine_args.get("block_size") or BLOCK))
+
+
 def encodable(text: str) -> str:
     """The text with lone surrogates replaced, as nothing else can be tokenised."""
     return text.encode("utf-8", "replace").decode() if not text.isascii() else text
@@ -51,7 +70,16 @@ def read(file: Path, written_ns: int) -> Any:
 
 
 def template_tokens(model: Model) -> int | None:
-    """Tokens that the chat template puts around one user message; None without a template or Jinja to render it."""
+    """Tokens that the chat template puts around one user message; None without a tokenizer or Jinja to render it."""
+    file, around = tokenizer_file(model), template_around(model)
+    if file is None or around is None or not any(around):
+        return None
+    together, alone = count_with(file, ["x".join(around), "x"])
+    return together - alone
+
+
+def template_around(model: Model) -> tuple[str, str] | None:
+    """What the chat template puts before and behind one user message, empty without a template; None as above."""
     file = tokenizer_file(model)
     if file is None:
         return None
@@ -65,13 +93,16 @@ def template_tokens(model: Model) -> int | None:
     special = {k: v if isinstance(v, str) else "" for k, v in config.items() if k.endswith("_token")}
     try:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        around = environment.from_string(template).render(
-            messages=[{"role": "user", "content": "x"}], add_generation_prompt=True, **special
+        text = environment.from_string(template).render(
+            messages=[{"role": "user", "content": MARK}], add_generation_prompt=True, **special
         )
     except TemplateError:
         return None
-    together, alone = count_with(file, [around, "x"])
-    return together - alone if template else None
+    before, mark, behind = text.partition(MARK)
+    return (before, behind) if mark else ("", "")
+
+
+MARK = "-the-message-"
 
 
 def chat_template(folder: Any) -> str:

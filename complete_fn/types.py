@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 Source = Literal["computed", "duplicate", "cache"]
-PriceBasis = Literal["example", "yours", "metered"]
+PriceBasis = Literal["example", "yours", "metered", "service"]  # service: billed there, not by this ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Message:
 
 
 Prompt = str | tuple[Message, ...]
+INTERACTIVE = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +40,40 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """One prompt for one model. `response_format` is a JSON schema as canonical JSON text."""
+    """One prompt for one model. `response_format` is a JSON schema as canonical JSON text; `choices` are labels, the
+    likeliest of which is the answer.
+
+    How the answer comes changes nothing in it: `priority` as in vLLM, lower first, `INTERACTIVE` where somebody
+    waits; `tell` is called with each new piece of the text, on a thread of the engine's, by engines that can.
+    """
 
     model: str
     prompt: Prompt
     sampling: SamplingParams = field(default_factory=SamplingParams)
     response_format: str | None = None
+    priority: int = field(default=0, compare=False)
+    tell: Callable[[str], None] | None = field(default=None, compare=False, repr=False)
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one row: `cached_tokens` of the `prompt_tokens` came from the prefix cache."""
+    """Tokens of one row: `cached_tokens` of the `prompt_tokens` came from the prefix cache.
+
+    `device_seconds` is the row's share of the engine's time, 0 where the engine does not meter it.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    device_seconds: float = field(default=0.0, compare=False)
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.cached_tokens + other.cached_tokens,
             self.completion_tokens + other.completion_tokens,
+            self.device_seconds + other.device_seconds,
         )
 
 
@@ -72,13 +87,17 @@ class RowError:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The outcome of one request: `text` or `error`. A text cut by an unset limit is kept beside `truncated`."""
+    """The outcome of one request: `text` or `error`. A text cut by an unset limit is kept beside `truncated`.
+
+    `scores`: each label's probability among the labels; None for one of which only is known that another is likelier.
+    """
 
     text: str | None
     finish_reason: str | None = None
     error: RowError | None = None
     usage: Usage = Usage()
     source: Source = "computed"
+    scores: Mapping[str, float | None] | None = None
 
     @classmethod
     def failed(cls, code: str, message: str, usage: Usage = Usage()) -> Completion:

@@ -1,26 +1,28 @@
-"""Uploaded files: in the service's folder under ids of our own, listed in the store by tenant."""
+"""Uploaded files: in the service's storage under ids of our own, listed in the store by tenant."""
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
-import pyarrow as pa
 import sqlalchemy as sa
 
 from complete_fn.errors import InputError, NotFoundError, TooLargeError
-from complete_fn.files import READERS, SUFFIXES, Rows, TableRows
+from complete_fn.files import SUFFIXES
 from complete_fn.service_tables import files
+from complete_fn.storage import Storage
 from complete_fn.store import Store
+from complete_fn.windows import FileSource
 
 TABLE_FORMATS = ("parquet", "csv", "jsonl")
 CHUNK = 1 << 20
+DAY = 86_400.0
+MOST_AT_ONCE = 1_000  # files that go in one round of upkeep
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Upload:
     purpose: str
     bytes: int
     created_at: float
+    expires_at: float | None
 
     @property
     def format(self) -> str:
@@ -46,20 +49,41 @@ class Upload:
 
 
 class Uploads:
-    """The files of one service."""
+    """The files of one service, in its storage.
 
-    def __init__(self, store: Store, folder: Path, limit: int) -> None:
-        self.store, self.folder, self.limit = store, folder, limit
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    Args:
+        limit: bytes of one file.
+        days: they are deleted after so long, unless they say themselves.
+    """
 
-    def path(self, upload: Upload) -> Path:
-        return self.folder / upload.id
+    def __init__(self, store: Store, storage: Storage, limit: int, days: float) -> None:
+        self.store, self.storage, self.limit, self.days = store, storage, limit, days
 
-    def save(self, tenant: str, name: str, purpose: str, source: BinaryIO) -> Upload:
-        """Raises:
-        TooLargeError: more bytes than the limit; nothing of them is kept.
+    def key(self, upload: Upload) -> str:
+        return f"files/{upload.id}"
+
+    def source(self, upload: Upload, most_rows: int, most_bytes: int) -> FileSource:
+        """The rows of an uploaded table."""
+        return FileSource(
+            repr(upload.name),
+            upload.format,
+            lambda: self.storage.reading(self.key(upload)),
+            most_rows=most_rows,
+            most_bytes=most_bytes,
+        )
+
+    def content(self, upload: Upload) -> bytes:
+        with self.storage.reading(self.key(upload)) as source:
+            return source.read()
+
+    def save(self, tenant: str, name: str, purpose: str, source: BinaryIO, seconds: float | None = None) -> Upload:
+        """Args:
+            seconds: it is deleted after so long.
+
+        Raises:
+            TooLargeError: more bytes than the limit; nothing of them is kept.
         """
-        with self.writing(tenant, name, purpose) as (sink, made):
+        with self.writing(tenant, name, purpose, seconds=seconds) as (sink, made):
             written = 0
             while chunk := source.read(CHUNK):
                 written += len(chunk)
@@ -70,33 +94,29 @@ class Uploads:
 
     @contextmanager
     def writing(
-        self, tenant: str, name: str, purpose: str, file_id: str | None = None
-    ) -> Iterator[tuple[BinaryIO, list[Upload]]]:
+        self, tenant: str, name: str, purpose: str, file_id: str | None = None, seconds: float | None = None
+    ) -> Iterator[tuple[IO[bytes], list[Upload]]]:
         """A new file to write to; once it is whole, its `Upload` is in the list, else nothing of it is left."""
-        file_id = file_id or f"file-{secrets.token_hex(12)}"
+        file_id, now = file_id or f"file-{secrets.token_hex(12)}", time.time()
+        expires = now + (self.days * DAY if seconds is None else seconds)
         made: list[Upload] = []
-        beside = self.folder / f".{file_id}.{secrets.token_hex(4)}.part"
-        try:
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as sink:
-                yield sink, made
-                size = sink.tell()
-            made.append(Upload(file_id, tenant, name[-255:], purpose, size, time.time()))
-            os.replace(beside, self.folder / file_id)
-            with self.store.write() as connection:
-                connection.execute(files.delete().where(files.c.id == file_id))
-                connection.execute(files.insert().values(asdict(made[0])))
-        finally:
-            beside.unlink(missing_ok=True)
+        with self.storage.writing(f"files/{file_id}") as sink:
+            yield sink, made
+            size = sink.tell()
+        made.append(Upload(file_id, tenant, name[-255:], purpose, size, now, expires))
+        with self.store.write() as connection:
+            connection.execute(files.delete().where(files.c.id == file_id))
+            connection.execute(files.insert().values(asdict(made[0])))
 
     def get(self, tenant: str, file_id: str) -> Upload:
         """Raises:
         NotFoundError: the tenant has no such file.
         """
-        return self.chosen((files.c.tenant == tenant) & (files.c.id == file_id), 1, file_id)[0]
+        return self.chosen((files.c.tenant == tenant) & (files.c.id == file_id) & kept(time.time()), 1, file_id)[0]
 
     def newest(self, tenant: str, limit: int, after: str | None, purpose: str | None) -> list[Upload]:
         """The tenant's files, newest first, from behind the file `after` on."""
-        which = files.c.tenant == tenant
+        which = (files.c.tenant == tenant) & kept(time.time())
         if purpose is not None:
             which = which & (files.c.purpose == purpose)
         if after is not None:
@@ -118,38 +138,15 @@ class Uploads:
     def delete(self, upload: Upload) -> None:
         with self.store.write() as connection:
             connection.execute(files.delete().where(files.c.id == upload.id))
-        self.path(upload).unlink(missing_ok=True)
+        self.storage.delete(self.key(upload))
+
+    def expire(self, now: float | None = None) -> int:
+        """Delete the files whose time is over; returns how many."""
+        late = self.chosen(~kept(time.time() if now is None else now), MOST_AT_ONCE)
+        for upload in late:
+            self.delete(upload)
+        return len(late)
 
 
-def read_table(path: Path, name: str, kind: str, most_bytes: int, most_rows: int) -> Rows:
-    """The rows of an uploaded table.
-
-    Raises:
-        InputError: it is not whole, or not of its format.
-        TooLargeError: more rows or, once decoded, more bytes than allowed.
-    """
-    try:
-        rows = read_parquet(path, most_bytes, most_rows) if kind == "parquet" else READERS[kind](path.read_bytes())
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{name!r} cannot be read as {kind}: {str(error).splitlines()[0]}.") from error
-    except RecursionError as error:
-        raise InputError(f"{name!r} has a value that is nested too deep.") from error
-    if rows.count > most_rows:
-        raise TooLargeError(f"{name!r} has {rows.count:,} rows; this service takes {most_rows:,} in a job.")
-    return rows
-
-
-def read_parquet(path: Path, most_bytes: int, most_rows: int) -> Rows:
-    """Batch by batch: a small Parquet file can decode to any size, whatever its footer says."""
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-        if file.metadata.num_rows > most_rows:
-            raise TooLargeError(f"The table has {file.metadata.num_rows:,} rows; this service takes {most_rows:,}.")
-        batches, size = [], 0
-        for batch in file.iter_batches(batch_size=8_192):
-            size += batch.nbytes
-            if size > most_bytes:
-                raise TooLargeError(f"The table decodes to more than {most_bytes:,} bytes. Split it.")
-            batches.append(batch)
-        return TableRows(pa.Table.from_batches(batches, file.schema_arrow))
+def kept(now: float) -> sa.ColumnElement[bool]:
+    return files.c.expires_at.is_(None) | (files.c.expires_at > now)

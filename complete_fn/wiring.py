@@ -15,6 +15,11 @@ ENGINES: dict[str, str] = {
     "echo": "complete_fn.engine:open_engine",
 }
 
+# Each is called as database(url: str, read_only: bool, seconds: float | None) -> row_databases.Database.
+DATABASES: dict[str, str] = {
+    "duckdb": "complete_fn_connectors.duckdb_tables:open_database",
+}
+
 # Each is called as verb(argv: list[str]) -> exit code.
 VERBS: dict[str, str] = {
     "run": "complete_fn.cli_run:main",
@@ -22,10 +27,20 @@ VERBS: dict[str, str] = {
     "usage": "complete_fn.cli_state:usage_main",
     "cache": "complete_fn.cli_state:cache_main",
     "serve": "complete_fn.cli_serve:serve_main",
+    "worker": "complete_fn_workers.worker:main",
     "jobs": "complete_fn.cli_jobs:main",
     "keys": "complete_fn.cli_serve:keys_main",
+    "connections": "complete_fn.cli_connections:main",
     "setup-engine": "complete_fn_workers.setup_engine:main",
     "swiftkv": "complete_fn_workers.swiftkv.cli:main",
+}
+
+# Each is called as dialect() -> dialects.Dialect; /v1/dialects/NAME/... speaks it.
+DIALECTS: dict[str, str] = {
+    "snowflake": "complete_fn_connectors.snowflake:Snowflake",
+    "bigquery": "complete_fn_connectors.bigquery:BigQuery",
+    "redshift": "complete_fn_connectors.redshift:Redshift",
+    "postgres": "complete_fn_connectors.postgres:Postgres",
 }
 
 # What brings a library that may be missing.
@@ -36,9 +51,14 @@ REMEDIES: dict[str, str] = {
     "safetensors": "complete-fn setup-engine",
     "duckdb": "pip install 'complete-fn[duckdb]'",
     "polars": "pip install 'complete-fn[polars]'",
+    "pymysql": "pip install 'complete-fn[databases]'",
     "fastapi": "pip install 'complete-fn[service]'",
     "uvicorn": "pip install 'complete-fn[service]'",
+    "psycopg": "pip install 'complete-fn[service]'",
+    "celery": "pip install 'complete-fn[fleet]'",
+    "redis": "pip install 'complete-fn[fleet]'",
     "python_multipart": "pip install 'complete-fn[service]'",
+    "prometheus_client": "pip install 'complete-fn[service]'",
 }
 
 

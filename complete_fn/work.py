@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from complete_fn.field_prompts import has_fields
 from complete_fn.keys import Call, answer_keys
 from complete_fn.options import CacheMode
 from complete_fn.plan import BatchPlan
 from complete_fn.plan.batch import to_texts
+from complete_fn.plan.fields import rendered
+from complete_fn.prompts import unpack
 from complete_fn.store import Store, Stored
-from complete_fn.types import Asker, Completion
+from complete_fn.types import Asker, Completion, Prompt
 
 ASKED_AGAIN = (
     "budget_exceeded",
@@ -54,6 +57,10 @@ class Work:
         """(number, prompt) of some distinct prompts."""
         rows = self.plan.first[numbers]
         return zip(numbers, to_texts(self.plan.gather.take(rows)), strict=True)
+
+    def prompt(self, number: int, text: str) -> Prompt:
+        """What the model is asked for a planned text, its fields in the plan's order."""
+        return rendered(self.plan, number, text) if has_fields(text) else unpack(text)
 
     def stored(self, number: int, completion: Completion) -> Stored | None:
         """How this answer is to be kept: for all, for this job's resume, or not at all."""

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
-import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from pyarrow import parquet
 
 from complete_fn.answers import Answers
-from complete_fn.budget import Budget
+from complete_fn.deliveries import keep_delivering
 from complete_fn.errors import CompleteError, StoreError
 from complete_fn.job_results import write_part
 from complete_fn.job_store import worker_name
 from complete_fn.jobs import LEASE_SECONDS, Job, Part
 from complete_fn.keys import Call
-from complete_fn.ledger import money
 from complete_fn.options import Options, parse_options
+from complete_fn.pace import Watch
 from complete_fn.plan import make_plan
+from complete_fn.retention import expire
 from complete_fn.service import Service
+from complete_fn.shared_budget import Cap, job_cap
 from complete_fn.stoppable import Stopped
 from complete_fn.submit import part_file
 from complete_fn.summary import summarise
+from complete_fn.token_counts import token_sizes
+from complete_fn.turns import Turn, log, take_turns
 from complete_fn.types import Asker, Completion
 from complete_fn.work import known_answers
+from complete_fn.worker_store import BEAT_SECONDS
 
-LOG = logging.getLogger("complete_fn.worker")
-AT_ONCE = 2  # parts in flight into one engine, so that it does not fall dry between two
+AT_ONCE = 2  # parts being fed into the engine
+TAILS = 2  # more parts whose last rows are being answered, so that the engine does not fall dry between two
 LOOK_SECONDS, RENEW_SECONDS, UPKEEP_SECONDS = 0.5, LEASE_SECONDS / 3, 5.0
-IDLE_SECONDS = 2.0
+IDLE_SECONDS, STOPPED_SECONDS, STOP_SECONDS = 2.0, 1.0, 0.05
 RETRY_SECONDS = 2.0
 CANCELLED = "The job was stopped before the row was done."
 
@@ -42,37 +46,61 @@ class Hand:
     """A part that is being run here."""
 
     part: Part
+    watch: Watch
     stop: threading.Event = field(default_factory=threading.Event)
     why: str = ""
 
 
 class WorkerLoop:
-    """Workers of one process on one service. `close` gives the parts in hand back."""
+    """Workers of one process on one service. `close` gives the parts in hand back.
 
-    def __init__(self, service: Service, at_once: int = AT_ONCE) -> None:
+    Args:
+        at_once: parts that are fed at the same time. The next one is claimed as soon as one of them is all handed
+            over, while its last rows are still being answered.
+        poll_seconds: idle hands look for work so often without being told.
+        tell: called every 2 s with the state of this process, for its heartbeat.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        at_once: int = AT_ONCE,
+        poll_seconds: float = IDLE_SECONDS,
+        tell: Callable[[int], None] | None = None,
+    ) -> None:
         self.service, self.jobs = service, service.jobs
+        self.poll_seconds, self.tell = poll_seconds, tell
         self.lock = threading.Lock()
-        self.hands: dict[int, Hand] = {}
-        self.budgets: dict[str, Budget] = {}
-        self.closing = threading.Event()
+        self.hands: dict[tuple[int, int], Hand] = {}
+        self.feeding = threading.BoundedSemaphore(at_once)
+        self.draining, self.closing = threading.Event(), threading.Event()
         self.threads = [
-            threading.Thread(target=self.run_parts, args=(n,), name=f"worker-{n}", daemon=True) for n in range(at_once)
+            threading.Thread(target=self.run_parts, args=(n,), name=f"worker-{n}", daemon=True)
+            for n in range(at_once + TAILS)
         ]
-        self.threads.append(threading.Thread(target=self.keep, name="worker-keeper", daemon=True))
+        self.keeper = threading.Thread(target=self.keep, name="worker-keeper", daemon=True)
+        given = (service, self.closing)
+        self.threads.append(threading.Thread(target=keep_delivering, args=given, name="worker-writer", daemon=True))
 
     def start(self) -> None:
-        for thread in self.threads:
+        for thread in [*self.threads, self.keeper]:
             thread.start()
 
     def alive(self) -> bool:
-        return all(thread.is_alive() for thread in self.threads)
+        return all(thread.is_alive() for thread in [*self.threads, self.keeper])
+
+    def drain(self) -> None:
+        """Claim nothing more; what is in hand goes on."""
+        self.draining.set()
+        self.service.queue.bell.close()
 
     def close(self) -> None:
+        """Give back what is in hand, its committed rows kept."""
+        self.drain()
         self.closing.set()
         for hand in self.held():
             hand.stop.set()
-        self.service.queue.notify()
-        for thread in self.threads:
+        for thread in [*self.threads, self.keeper]:
             thread.join(LEASE_SECONDS)
 
     def held(self) -> list[Hand]:
@@ -82,26 +110,39 @@ class WorkerLoop:
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def run_parts(self, number: int) -> None:
-        worker = worker_name(number)
-        while not self.closing.is_set():
+        worker, bell = worker_name(number), self.service.queue.bell
+        while not self.draining.is_set():
+            fed = Once(self.feeding.release)
+            self.feeding.acquire()
             try:
-                part = self.jobs.claim(worker)
+                heard = bell.look()
+                part = None if self.draining.is_set() else self.jobs.claim(worker)
                 if part is None:
-                    self.service.queue.wait(IDLE_SECONDS)
+                    fed()
+                    bell.wait(heard, self.poll_seconds)
                 else:
-                    self.run_part(part)
+                    self.run_part(part, fed)
             except Exception as error:
                 log("claiming a part", error)
                 self.closing.wait(IDLE_SECONDS)
+            finally:
+                fed()
 
-    def run_part(self, part: Part) -> None:
-        hand = Hand(part)
+    def end_stopped(self) -> None:
+        """Parts that wait, of jobs that are to stop: their committed rows are their results."""
+        while (part := self.jobs.claim_stopped(worker_name(len(self.threads)))) is not None:
+            self.run_part(part, lambda: None, "job")
+
+    def run_part(self, part: Part, fed: Callable[[], None], why: str = "") -> None:
+        hand = Hand(part, Watch(fed), why=why)
         with self.lock:
-            self.hands[part.id] = hand
+            self.hands[part.id, part.fence] = hand
         try:
             self.complete(hand)
         except CompleteError as error:
-            if error.retryable or isinstance(error, StoreError):
+            if error.retryable and hand.watch.answered:  # it got on, so it is no fault of the part
+                self.jobs.give_back(part, delay=RETRY_SECONDS)
+            elif error.retryable or isinstance(error, StoreError):
                 self.jobs.give_back(part, delay=RETRY_SECONDS * 2**part.tries, error=str(error).splitlines()[0])
             else:
                 self.jobs.fail(part, str(error))
@@ -110,93 +151,99 @@ class WorkerLoop:
             self.jobs.give_back(part, delay=RETRY_SECONDS, error=f"The service failed: {type(error).__name__}.")
         finally:
             with self.lock:
-                del self.hands[part.id]
+                del self.hands[part.id, part.fence]
 
     def complete(self, hand: Hand) -> None:
         part, service = hand.part, self.service
         job = self.jobs.get(part.tenant, part.job)
-        table = parquet.read_table(service.job_folder(job.id) / part_file(part.number))
+        with service.storage.reading(service.job_key(job.id, part_file(part.number))) as source:
+            table = parquet.read_table(source)
         options = parse_options(json.loads(part.options))
-        call = Call(service.model(part.model), options.sampling, options.response_format)
+        call = Call.of(service.model(part.model), options)
         who = Asker(part.tenant, job.user, part.name, job.query_tag)
         try:
-            answers = service.complete(call, table.column("prompt"), who, hand.stop, options.cache, self.budget(job))
+            if hand.why == "job":
+                raise Stopped
+            answers = service.complete(
+                call, table.column("prompt"), who, hand.stop, options.cache, cap_of(job), watch=hand.watch
+            )
         except Stopped:
-            if self.closing.is_set():
+            if hand.why == "job":
+                rest = stopped_answers(service, call, table.column("prompt"), who, options)
+                self.commit(part, table, rest, "cancelled")
+            elif self.closing.is_set():
                 self.jobs.give_back(part)
-            elif hand.why == "job":
-                self.commit(
-                    part, table, stopped_answers(service, call, table.column("prompt"), who, options), "cancelled"
-                )
             return
         self.commit(part, table, answers, "done")
 
     def commit(self, part: Part, table: Any, answers: Answers, status: str) -> None:
         """The answers are in a file of this claim alone before the store names it; a lost lease leaves no trace."""
-        folder = self.service.job_folder(part.job)
-        name = f"result-{part.number:05}-{part.fence}.parquet"
-        failed = write_part(folder / name, table.column("row"), answers)
+        service, name = self.service, f"result-{part.number:05}-{part.fence}.parquet"
+        failed = write_part(service, service.job_key(part.job, name), table.column("row"), answers)
         if self.jobs.finish(part, status, name, failed):
-            self.service.store.end_job(part.tenant, part.name)
+            service.store.end_job(part.tenant, part.name)
         else:
-            (folder / name).unlink(missing_ok=True)
-
-    def budget(self, job: Job) -> Budget | None:
-        """What is left of the job's `max_cost`, shared by its parts."""
-        if job.max_cost_nano is None:
-            return None
-        with self.lock:
-            if job.id not in self.budgets:
-                spent = money(self.jobs.counts(job).cost_nano)
-                self.budgets[job.id] = Budget(money(job.max_cost_nano), spent)
-            return self.budgets[job.id]
+            service.storage.delete(service.job_key(part.job, name))
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 
     def keep(self) -> None:
-        """Stop what is to stop, renew leases, sweep those of others."""
-        renewed = swept = 0.0
+        """Stop what is to stop, renew leases, tell of ourselves, sweep what others left."""
+        turns = [
+            Turn(LOOK_SECONDS, self.look),
+            Turn(STOPPED_SECONDS, self.end_stopped),
+            Turn(RENEW_SECONDS, lambda: self.jobs.renew([hand.part for hand in self.held()])),
+            Turn(UPKEEP_SECONDS, self.upkeep),
+        ]
+        if self.tell is not None:
+            tell = self.tell
+            turns.append(Turn(BEAT_SECONDS, lambda: tell(len(self.held()))))
         while not self.closing.wait(LOOK_SECONDS):
-            now = time.monotonic()
-            try:
-                self.look()
-                if now - renewed > RENEW_SECONDS:
-                    self.jobs.renew([hand.part for hand in self.held()])
-                    renewed = now
-                if now - swept > UPKEEP_SECONDS:
-                    self.upkeep()
-                    swept = now
-            except Exception as error:
-                log("upkeep", error)
+            take_turns(turns)
+        while self.held():  # parts that are being given back keep their lease meanwhile
+            take_turns(turns)
+            time.sleep(STOP_SECONDS)
 
     def look(self) -> None:
-        held = self.held()
-        why = self.jobs.lost([hand.part for hand in held])
-        for hand in held:
-            if hand.part.id in why:
-                hand.why = why[hand.part.id]
+        newest = {hand.part.id: hand for hand in sorted(self.held(), key=lambda hand: hand.part.fence)}
+        why = self.jobs.lost([hand.part for hand in newest.values()])
+        for hand in self.held():
+            lost = why.get(hand.part.id, "") if newest.get(hand.part.id) is hand else "lease"
+            if lost and not hand.stop.is_set():
+                hand.why = lost
                 hand.stop.set()
 
     def upkeep(self) -> None:
         self.jobs.expire()
+        expire(self.service)
         if self.jobs.sweep():
-            self.service.queue.notify()
+            self.service.queue.bell.ring()
         self.service.upkeep()
+
+
+def cap_of(job: Job) -> Cap | None:
+    """The job's `max_cost`, shared by its parts wherever they run."""
+    return None if job.max_cost_nano is None else job_cap(job.id, job.max_cost_nano)
+
+
+class Once:
+    """Calls `what` the first time only."""
+
+    def __init__(self, what: Callable[[], None]) -> None:
+        self.what, self.lock, self.called = what, threading.Lock(), False
+
+    def __call__(self) -> None:
         with self.lock:
-            if not self.hands:
-                self.budgets.clear()
+            if self.called:
+                return
+            self.called = True
+        self.what()
 
 
 def stopped_answers(service: Service, call: Call, prompts: Any, who: Asker, options: Options) -> Answers:
     """What a stopped run had committed; the other rows are `cancelled`."""
-    plan = make_plan(prompts, mergeable=call.sampling.greedy)
+    plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
     work = known_answers(call, plan, service.store, who, options.cache)
     for number in work.missing():
         work.found[number] = Completion.failed("cancelled", CANCELLED)
     return Answers(plan, work.completions, call.model.prices, summarise(call, work, 0.0))
-
-
-def log(what: str, error: Exception) -> None:
-    """The type and place of an error; its message may quote a prompt."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    LOG.error("%s: %s at %s:%s", what, type(error).__name__, last.name, last.lineno)

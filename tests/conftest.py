@@ -12,6 +12,7 @@ import pytest
 
 from complete_fn.catalogue import Model
 from complete_fn.settings import Settings
+from deploy.servers import Postgres, Redis, running
 
 CONTEXT, VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD, MIDDLE = 1024, 600, 64, 2, 2, 1, 32, 128
 TEXT = [
@@ -109,3 +110,32 @@ def engine(needs_vllm: None, tiny_entry: Model, tmp_path_factory: pytest.TempPat
 def engine_home(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state folder for tests that ask catalogue models by name; their engines are shared by the whole session."""
     return tmp_path_factory.mktemp("engine-home")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL of the session's own. Whoever restarts it takes `servers.running(Postgres)` instead."""
+    with running(Postgres) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[Redis]:
+    """A Redis of the session's own. Whoever restarts it takes `servers.running(Redis)` instead."""
+    with running(Redis) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> Iterator[str]:
+    """URL of a new, empty database."""
+    with postgres.database() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a new store may be: a contract test runs once on each kind."""
+    if request.param == "sqlite":
+        return str(tmp_path / "home" / "state.sqlite3")
+    return str(request.getfixturevalue("postgres_url"))

@@ -9,26 +9,29 @@ import pyarrow as pa
 
 from complete_fn.plan.batch import BatchPlan
 from complete_fn.plan.duplicates import merge_duplicates
+from complete_fn.plan.fields import order_fields
 from complete_fn.plan.order import byte_order
 from complete_fn.plan.parts import cut_parts
+from complete_fn.plan.sizes import BY_BYTES, TokenSizes
 
-__all__ = ["PASSES", "BatchPlan", "make_plan"]
+__all__ = ["PASSES", "BatchPlan", "TokenSizes", "make_plan"]
 
 Pass = Callable[[BatchPlan], BatchPlan]
 
 
-def make_plan(prompts: Any, mergeable: bool = True) -> BatchPlan:
+def make_plan(prompts: Any, mergeable: bool = True, sizes: TokenSizes = BY_BYTES) -> BatchPlan:
     """Plan a column of prompts.
 
     Args:
         prompts: Array or ChunkedArray of any string type.
         mergeable: False where equal prompts may have different answers (temperature above 0).
+        sizes: how tokens are counted; asked only where prompts have fields that may be put in any order.
     """
     chunked = prompts if isinstance(prompts, pa.ChunkedArray) else pa.chunked_array([prompts])
-    plan = BatchPlan(chunked.cast(pa.large_string()), mergeable)
+    plan = BatchPlan(chunked.cast(pa.large_string()), mergeable, sizes=sizes)
     for step in PASSES:
         plan = step(plan)
     return plan
 
 
-PASSES: tuple[Pass, ...] = (byte_order, merge_duplicates, cut_parts)
+PASSES: tuple[Pass, ...] = (byte_order, merge_duplicates, order_fields, cut_parts)

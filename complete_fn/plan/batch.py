@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from complete_fn.plan.gather import Gatherer
+from complete_fn.plan.sizes import TokenSizes
 
 Rows: TypeAlias = npt.NDArray[np.int64]
 
@@ -27,6 +29,9 @@ class BatchPlan:
         distinct: [k] for each of `order`, the number of its distinct prompt; never decreasing.
         first: [m] the row that stands for each distinct prompt, in execution order.
         parts: cuts of 0..m by estimated tokens: part p runs distinct prompts parts[p] to parts[p + 1].
+        field_order: [m, most fields] for each distinct prompt the order of its fields, -1 beyond the last; None where
+            no prompt has its fields apart.
+        sizes: how tokens are counted, where a pass needs to.
     """
 
     prompts: pa.ChunkedArray
@@ -35,6 +40,8 @@ class BatchPlan:
     distinct: Rows = field(default_factory=lambda: np.empty(0, np.int64))
     first: Rows = field(default_factory=lambda: np.empty(0, np.int64))
     parts: Rows = field(default_factory=lambda: np.zeros(1, np.int64))
+    field_order: npt.NDArray[np.int16] | None = None
+    sizes: TokenSizes = TokenSizes()
 
     @cached_property
     def gather(self) -> Gatherer:
@@ -53,9 +60,27 @@ class BatchPlan:
         of_row[self.order] = self.distinct
         return of_row
 
+    def rows_of(self, number: int) -> list[int]:
+        """The rows that ask one distinct prompt."""
+        rows: list[int] = self.order[self.distinct == number].tolist()
+        return rows
+
     def copies(self) -> Rows:
         """[m] how many rows ask each distinct prompt."""
         return np.bincount(self.distinct, minlength=len(self.first)).astype(np.int64)
+
+    def moved(self) -> npt.NDArray[np.bool_]:
+        """[m] whether a distinct prompt has its fields in another order than its template."""
+        if self.field_order is None:
+            return np.zeros(len(self.first), bool)
+        own = np.arange(self.field_order.shape[1])
+        moved: npt.NDArray[np.bool_] = ((self.field_order != own) & (self.field_order >= 0)).any(axis=1)
+        return moved
+
+    def bytes(self) -> Rows:
+        """[m] length of each distinct prompt."""
+        lengths: Rows = pc.binary_length(self.prompts).to_numpy()[self.first].astype(np.int64)
+        return lengths
 
     def scatter(self, answers: Any) -> Any:
         """Answers of the m distinct prompts (an Arrow array) -> n answers in the caller's order, NULL for NULL."""

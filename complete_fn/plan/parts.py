@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 
 from complete_fn.plan.batch import BatchPlan
+from complete_fn.plan.sizes import BYTES_PER_TOKEN
 
 PART_TOKENS = 2_000_000  # about a minute of one small GPU
-BYTES_PER_TOKEN = 3.5  # English prose with Llama 3's tokenizer has 4 to 4.5: this errs on the large side
 
 
 def cut_parts(plan: BatchPlan, part_tokens: int = PART_TOKENS) -> BatchPlan:
@@ -25,6 +24,5 @@ def cut_parts(plan: BatchPlan, part_tokens: int = PART_TOKENS) -> BatchPlan:
 
 def estimated_tokens(plan: BatchPlan) -> npt.NDArray[np.int64]:
     """[m] tokens of each distinct prompt, from its length in bytes."""
-    lengths: npt.NDArray[np.int64] = pc.binary_length(plan.prompts).to_numpy()[plan.first]
-    tokens: npt.NDArray[np.int64] = np.ceil(lengths / BYTES_PER_TOKEN).astype(np.int64)
+    tokens: npt.NDArray[np.int64] = np.ceil(plan.bytes() / BYTES_PER_TOKEN).astype(np.int64)
     return tokens

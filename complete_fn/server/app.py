@@ -10,15 +10,24 @@ from anyio import to_thread
 from fastapi import FastAPI
 
 from complete_fn import __version__
+from complete_fn.callouts import CallOuts
+from complete_fn.rounds import Rounds
 from complete_fn.server import (
+    live,
     routes_batches,
     routes_completions,
+    routes_dialects,
+    routes_estimate,
     routes_files,
     routes_health,
     routes_jobs,
     routes_usage,
 )
 from complete_fn.server.auth import Door
+from complete_fn.server.internal import internal_secret
+from complete_fn.server.metrics import Measured, Metrics
+from complete_fn.server.proxy import Proxy
+from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.refusals import Bounds, add_refusals
 from complete_fn.service import Service
 from complete_fn.worker_loop import AT_ONCE, WorkerLoop
@@ -28,37 +37,54 @@ ROUTERS = (
     routes_completions.router,
     routes_files.router,
     routes_jobs.router,
+    routes_estimate.router,
     routes_batches.router,
     routes_usage.router,
+    routes_dialects.router,
 )
 DESCRIPTION = """\
 COMPLETE(model, prompt) over HTTP. Any OpenAI client works with `base_url` at `/v1`. Models are named as in the
 catalogue. Errors are `{"error": {"message", "type", "param", "code"}}` everywhere."""
 
 
-def make_app(service: Service, loopback: bool = True, workers: int = AT_ONCE) -> FastAPI:
+def make_app(service: Service, loopback: bool = True, workers: int = AT_ONCE, rounds: Rounds | None = None) -> FastAPI:
     """The application; it owns the service from here on and closes it when it ends.
 
     Args:
         loopback: whether only this machine reaches it. If so, and as long as no API key was ever made, none is asked
             for.
-        workers: parts of jobs that run at the same time.
+        workers: parts of jobs that run at the same time in this process.
+        rounds: the upkeep of a service whose workers are other processes: they run the jobs, and answer chats too.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.lanes = anyio.CapacityLimiter(routes_completions.AT_ONCE)
-        app.state.loop = WorkerLoop(service, workers)
+        app.state.lanes = anyio.CapacityLimiter(live.AT_ONCE)
+        app.state.loop = rounds or WorkerLoop(service, workers)
         app.state.loop.start()
+        app.state.call_outs = CallOuts(service)
         yield
+        app.state.call_outs.close()
+        if app.state.remote is not None:
+            await app.state.remote.close()
         await to_thread.run_sync(app.state.loop.close)
         service.close()
 
     app = FastAPI(title="complete-fn", version=__version__, description=DESCRIPTION, lifespan=lifespan)
-    app.state.service = service
+    app.state.service, app.state.metrics, app.state.rates = service, Metrics(service), RateLimits()
+    app.state.remote, app.state.internal = remote_of(service, rounds), False
     add_refusals(app)
     app.add_middleware(Door, service=service, loopback=loopback)
     app.add_middleware(Bounds, upload_bytes=service.limits.upload_bytes, body_bytes=service.limits.body_bytes)
+    app.add_middleware(Measured, metrics=app.state.metrics)
     for router in ROUTERS:
         app.include_router(router)
     return app
+
+
+def remote_of(service: Service, rounds: Rounds | None) -> Proxy | None:
+    """What hands chats on to the worker processes; None where there are none."""
+    if rounds is None:
+        return None
+    secret = internal_secret(service.settings.internal_secret, service.settings.home)
+    return Proxy(service, secret, rounds.fleet.want if rounds.fleet is not None else None)

@@ -28,7 +28,7 @@ def principal(request: Request) -> Principal:
 
 
 class Door:
-    """Lets nobody under /v1/ without saying who they are; asks before a byte of the body is read."""
+    """Lets nobody to /v1/ and /metrics who does not say who they are; asks before a byte of the body is read."""
 
     def __init__(self, app: ASGIApp, service: Service, loopback: bool) -> None:
         self.app = app
@@ -36,7 +36,7 @@ class Door:
         self.loopback = loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+        if scope["type"] == "http" and scope["path"].startswith(("/v1/", "/metrics")):
             request = Request(scope)
             try:
                 request.state.principal = await to_thread.run_sync(self.identify, request)

@@ -12,6 +12,7 @@ from complete_fn.keys import Call
 from complete_fn.options import parse_options
 from complete_fn.prompts import escape, pack_messages
 from complete_fn.schema_bounds import refuse_patterns
+from complete_fn.types import INTERACTIVE
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -58,6 +59,15 @@ class SamplingBody(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def priority(self) -> int:
+        """Requests overtake bulk work; those of the tier that OpenAI calls `flex` do not mind to wait."""
+        return 0 if self.service_tier == "flex" else INTERACTIVE
+
     def call(self, model: Model, max_tokens: int | None, response_format: Any = None) -> Call:
         """The call with OpenAI's defaults: temperature 1, top_p 1; `max_tokens` None takes what the context leaves."""
         given = {
@@ -71,7 +81,7 @@ class SamplingBody(Body):
         }
         options = parse_options(given)
         refuse_patterns(options.response_format)
-        return Call(model, options.sampling, options.response_format)
+        return Call.of(model, options)
 
 
 class ChatBody(SamplingBody):

@@ -8,35 +8,58 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from complete_fn.errors import CompleteError, EngineError
+from complete_fn.errors import CompleteError, EngineError, RateLimitError, TooLargeError
+from complete_fn.server.dialect_replies import refused_at
 
 LOG = logging.getLogger("complete_fn.server")
 RETRY_SECONDS = 5
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def refusal(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
+def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refusal(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
+    body = error_body(status, message, code, param)
     headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body, status, headers)
 
 
-async def of_complete_error(request: Request, error: Exception) -> JSONResponse:
-    """Our own errors. What concerns the operator (paths, log tails) stays in the log."""
-    assert isinstance(error, CompleteError)
+def told(request: Request, error: Exception) -> tuple[int, str, str]:
+    """(status, message, code) of an error. What concerns the operator (paths, log tails) stays in the log.
+
+    An exception's message may quote a prompt, so only the type and place of those we do not know are logged.
+    """
+    where = f"{request.method} {request.url.path}"
+    if not isinstance(error, CompleteError):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        LOG.error("%s: %s at %s:%s", where, type(error).__name__, last.name, last.lineno)
+        return 500, "The service failed; its log says where.", "internal_error"
     message = str(error)
     if error.status >= 500:
-        LOG.error("%s %s: %s", request.method, request.url.path, message.splitlines()[0])
+        LOG.error("%s: %s", where, message.splitlines()[0])
         shown = message.splitlines()[0] if isinstance(error, EngineError) else ""
         message = shown or "The service cannot do this now; its log says why."
-    return refusal(error.status, message, error.code)
+    return error.status, message, error.code
+
+
+async def of_complete_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, CompleteError) and error.status < 500:
+        own = refused_at(request.url.path, error)
+        if own is not None:
+            return own
+    response = refusal(*told(request, error))
+    if isinstance(error, RateLimitError):
+        response.headers.update(error.headers)
+    return response
 
 
 async def of_validation(_: Request, error: Exception) -> JSONResponse:
@@ -48,13 +71,19 @@ async def of_validation(_: Request, error: Exception) -> JSONResponse:
     return refusal(400, f"{place or 'The body'}: {first['msg']}.", "invalid_request", place or None)
 
 
-async def of_http(_: Request, error: Exception) -> JSONResponse:
+async def of_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return refusal(error.status_code, f"{error.detail}.", {404: "not_found", 413: "too_large"}.get(error.status_code))
+    if error.status_code == 413:
+        return too_large(request.url.path, f"{error.detail}.")
+    return refusal(error.status_code, f"{error.detail}.", "not_found" if error.status_code == 404 else None)
 
 
 async def of_half_character(_: Request, error: Exception) -> JSONResponse:
     return refusal(400, "A text has half of a character (a lone surrogate), which cannot be stored.", "invalid_request")
+
+
+def too_large(path: str, message: str) -> Response:
+    return refused_at(path, TooLargeError(message)) or refusal(413, message, "too_large")
 
 
 def add_refusals(app: FastAPI) -> None:
@@ -65,10 +94,7 @@ def add_refusals(app: FastAPI) -> None:
 
 
 class Bounds:
-    """Refuses bodies above the limits, also those that do not say their length, and answers what nobody caught.
-
-    An exception's message may quote a prompt, so only its type and place are logged.
-    """
+    """Refuses bodies above the limits, also those that do not say their length, and answers what nobody caught."""
 
     def __init__(self, app: ASGIApp, upload_bytes: int, body_bytes: int) -> None:
         self.app = app
@@ -83,7 +109,7 @@ class Bounds:
         limit = self.upload_bytes + 65_536 if scope["path"] == "/v1/files" else self.body_bytes
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
-            await refusal(413, above(limit), "too_large")(scope, receive, send)
+            await too_large(scope["path"], above(limit))(scope, receive, send)
             return
         started, received = False, 0
 
@@ -103,13 +129,10 @@ class Bounds:
         try:
             await self.app(scope, counted, noted)
         except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            LOG.error(
-                "%s %s: %s at %s:%s", scope["method"], scope["path"], type(error).__name__, last.name, last.lineno
-            )
+            why = told(Request(scope), error)
             if started:
                 raise ConnectionAbortedError("The response broke off.") from None
-            await refusal(500, "The service failed; its log says where.", "internal_error")(scope, receive, send)
+            await refusal(*why)(scope, receive, send)
 
 
 def above(limit: int) -> str:

@@ -6,7 +6,9 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 Detail = dict[str, Any]  # one row of `Answers.details`
 
@@ -61,28 +63,43 @@ def completion_body(model: str, rows: Sequence[Detail]) -> Detail:
     return {**head("text_completion", "cmpl", model), "choices": choices, "usage": usage_body(rows)}
 
 
-def chat_events(model: str, row: Detail, with_usage: bool) -> Iterator[str]:
-    """The answer in OpenAI's stream form. The text comes in one piece: the engine tells of finished rows only."""
-    start = head("chat.completion.chunk", "chatcmpl", model)
+@dataclass(frozen=True)
+class Chunks:
+    """The events of one streamed reply. `with_usage`: one more at the end has the usage, the others say null."""
 
-    def chunk(delta: Detail, reason: str | None = None) -> Detail:
-        return {**start, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]}
+    kind: Literal["chat.completion.chunk", "text_completion"]
+    model: str
+    with_usage: bool
 
-    yield event(chunk({"role": "assistant", "content": ""}))
-    yield event(chunk({"content": row["value"]}))
-    yield event(chunk({}, row["finish_reason"]))
-    if with_usage:
-        yield event({**start, "choices": [], "usage": usage_body([row])})
-    yield "data: [DONE]\n\n"
+    @cached_property
+    def head(self) -> Detail:
+        start = head(self.kind, "chatcmpl" if self.of_chat else "cmpl", self.model)
+        return {**start, "usage": None} if self.with_usage else start
+
+    @property
+    def of_chat(self) -> bool:
+        return self.kind == "chat.completion.chunk"
+
+    def start(self) -> Iterator[str]:
+        if self.of_chat:
+            yield self.choice(0, {"delta": {"role": "assistant", "content": ""}})
+
+    def text(self, row: int, piece: str) -> str:
+        return self.choice(row, {"delta": {"content": piece}} if self.of_chat else {"text": piece})
+
+    def finish(self, row: int, reason: str | None) -> str:
+        return self.choice(row, {"delta": {}} if self.of_chat else {"text": ""}, reason)
+
+    def choice(self, row: int, what: Detail, reason: str | None = None) -> str:
+        return event({**self.head, "choices": [{"index": row, **what, "logprobs": None, "finish_reason": reason}]})
+
+    def end(self, rows: Sequence[Detail]) -> Iterator[str]:
+        if self.with_usage:
+            yield event({**self.head, "choices": [], "usage": usage_body(rows)})
+        yield DONE
 
 
-def completion_events(model: str, rows: Sequence[Detail], with_usage: bool) -> Iterator[str]:
-    whole = completion_body(model, rows)
-    usage = whole.pop("usage")
-    yield event(whole)
-    if with_usage:
-        yield event({**whole, "choices": [], "usage": usage})
-    yield "data: [DONE]\n\n"
+DONE = "data: [DONE]\n\n"
 
 
 def event(body: Detail) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from typing import Annotated, Any, Literal
 
@@ -11,18 +10,19 @@ from fastapi import APIRouter
 from pydantic import ConfigDict, Field
 
 from complete_fn.errors import InputError
-from complete_fn.job_results import details_of
+from complete_fn.job_results import details_of, windows_of
 from complete_fn.jobs import Job
+from complete_fn.retention import delete_job
 from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.server.batch_lines import answer_lines, groups, read_lines
 from complete_fn.server.bodies import Body
 from complete_fn.server.routes_files import Limit, page
 from complete_fn.service import Service
-from complete_fn.submit import SOURCE, keep, new_job
+from complete_fn.submit import drafted, new_job
 
 DAY = 86_400
 STATUS = {"queued": "in_progress", "running": "in_progress", "stopping": "finalizing"}
-OUTPUTS = "outputs.json"
+REQUESTS, OUTPUTS = "requests.jsonl", "outputs.json"
 Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
 
 router = APIRouter(tags=["batches"])
@@ -53,11 +53,15 @@ def create_batch(body: BatchBody, service: ServiceOf, caller: Caller) -> dict[st
     upload = service.uploads.get(caller.tenant, body.input_file_id)
     if upload.purpose != "batch":
         raise InputError(f"File {upload.id} has purpose {upload.purpose!r}; upload it with purpose 'batch'.")
-    source = service.uploads.path(upload)
+    content = service.uploads.content(upload)
     with service.tables_at_once:
-        lines = read_lines(service, source.read_bytes(), body.endpoint)
+        lines = read_lines(service, content, body.endpoint)
         job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
-        job = keep(service, job, groups(lines), source)
+        with drafted(service, job) as draft:
+            with service.storage.writing(service.job_key(job.id, REQUESTS)) as sink:
+                sink.write(content)
+            draft.add_window(len(lines), groups(lines))
+            job = draft.keep()
     return batch_body(service, job)
 
 
@@ -87,8 +91,7 @@ def cancel_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str,
 def delete_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
     caller.require("jobs")
     job = service.jobs.get(caller.tenant, batch_id, "batch")
-    service.jobs.delete(job)
-    shutil.rmtree(service.job_folder(job.id), ignore_errors=True)
+    delete_job(service, job)
     return {"id": job.id, "object": "batch", "deleted": True}
 
 
@@ -129,19 +132,26 @@ def ended(job: Job, status: str) -> int | None:
 
 def outputs_of(service: Service, job: Job) -> dict[str, str | None]:
     """Ids of the files of answers and of errors, written when they are first asked for; None for an empty one."""
-    note = service.job_folder(job.id) / OUTPUTS
+    note = service.job_key(job.id, OUTPUTS)
     with service.outputs_lock:
-        if not note.exists():
-            note.write_text(json.dumps(write_outputs(service, job)))
-    found: dict[str, str | None] = json.loads(note.read_text())
+        if not service.storage.exists(note):
+            made = write_outputs(service, job)
+            with service.storage.writing(note) as sink:
+                sink.write(json.dumps(made).encode())
+            return made
+    with service.storage.reading(note) as source:
+        found: dict[str, str | None] = json.loads(source.read())
     return found
 
 
 def write_outputs(service: Service, job: Job) -> dict[str, str | None]:
-    source = (service.job_folder(job.id) / SOURCE).read_bytes()
+    with service.storage.reading(service.job_key(job.id, REQUESTS)) as source:
+        requests = source.read()
+    (window,) = windows_of(service, job)
+    details = details_of(service, job, window, service.jobs.parts(job.id)).to_pylist()
     stem = f"file-{job.id.removeprefix('batch_')}"
     made: dict[str, str | None] = {"output": None, "errors": None}
-    lines = list(answer_lines(job, source, details_of(service, job).to_pylist()))
+    lines = list(answer_lines(job, requests, details))
     for good, kind in ((True, "output"), (False, "errors")):
         chosen = [line for is_good, line in lines if is_good == good]
         if not chosen:

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-import anyio
-from anyio import to_thread
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from complete_fn.catalogue import Model
-from complete_fn.errors import EngineBusyError
 from complete_fn.key_store import Principal
-from complete_fn.keys import Call
-from complete_fn.prompts import text_column
 from complete_fn.server.auth import Caller, ServiceOf, asker
 from complete_fn.server.bodies import ChatBody, CompletionBody
+from complete_fn.server.live import Live, computed_tokens
+from complete_fn.server.proxy import Proxy
 from complete_fn.server.refusals import refusal
-from complete_fn.server.replies import (
-    Detail,
-    chat_body,
-    chat_events,
-    completion_body,
-    completion_events,
-    refused,
-)
-from complete_fn.service import Service
-from complete_fn.stoppable import Stopped
+from complete_fn.server.replies import Chunks, Detail, chat_body, completion_body, refused
+from complete_fn.server.streams import EventStream
 
-AT_ONCE, WAITING = 64, 256
 CLIENT_CLOSED = 499  # as nginx has it: nobody reads this
-GONE_SECONDS = 0.25
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -60,68 +46,49 @@ def model_body(model: Model) -> dict[str, Any]:
 @router.post("/v1/chat/completions", summary="Answer one conversation", response_model=None)
 async def chat(body: ChatBody, request: Request, service: ServiceOf, caller: Caller) -> Response:
     caller.require("complete")
-    rows = await answer(request, service, body.chat_call(service.model(body.model)), [body.prompt()], caller)
-    if isinstance(rows, Response):
-        return rows
-    if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(chat_events(body.model, rows[0], usage), media_type="text/event-stream")
-    return reply(chat_body(body.model, rows[0]), rows)
+    live = Live(request, service, body.chat_call(service.model(body.model)), [body.prompt()], asker(caller))
+    return await answer(live, body, Chunks("chat.completion.chunk", body.model, body.wants_usage), caller)
 
 
 @router.post("/v1/completions", summary="Answer one prompt or several", response_model=None)
 async def complete(body: CompletionBody, request: Request, service: ServiceOf, caller: Caller) -> Response:
     caller.require("complete")
-    rows = await answer(request, service, body.completion_call(service.model(body.model)), body.texts(), caller)
-    if isinstance(rows, Response):
-        return rows
+    live = Live(request, service, body.completion_call(service.model(body.model)), body.texts(), asker(caller))
+    return await answer(live, body, Chunks("text_completion", body.model, body.wants_usage), caller)
+
+
+async def answer(live: Live, body: ChatBody | CompletionBody, chunks: Chunks, caller: Principal) -> Response:
+    """The reply; until its first piece of text an error has a status of its own."""
+    live.refuse_crowd()
+    grant = live.request.app.state.rates.admit(caller, live.most_tokens)
+    remote: Proxy | None = live.request.app.state.remote
+    if remote is not None:
+        response = await remote.forward(live.request, body.model, caller, grant, live.prompt_tokens)
+    else:
+        live.start(grant, body.priority, body.stream)
+        response = await first_reply(live, body, chunks)
+    response.headers.update(grant.headers)
+    return response
+
+
+async def first_reply(live: Live, body: ChatBody | CompletionBody, chunks: Chunks) -> Response:
+    first = await live.first()
+    if first is not None:
+        return EventStream(live, chunks, first)
+    if live.left:
+        return Response(status_code=CLIENT_CLOSED)
+    rows = live.outcome()
+    if (why := next((r for row in rows if (r := refused(row)) is not None), None)) is not None:
+        return refusal(*why)
     if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(completion_events(body.model, rows, usage), media_type="text/event-stream")
-    return reply(completion_body(body.model, rows), rows)
+        return EventStream(live, chunks, None)
+    return reply(chat_body(body.model, rows[0]) if chunks.of_chat else completion_body(body.model, rows), rows)
 
 
 def reply(body: dict[str, Any], rows: list[Detail]) -> JSONResponse:
-    """The reply; its headers say what it cost and whether it was computed for this request."""
+    """The reply; its headers say what it cost, whether it was computed for this request, and what an engine did."""
     cost = sum(row["cost"] for row in rows)
     sources = ",".join(sorted({row["source"] for row in rows}))
-    return JSONResponse(body, headers={"X-Complete-Cost": f"{cost:.9f}", "X-Complete-Source": sources})
-
-
-async def answer(
-    request: Request, service: Service, call: Call, prompts: list[str], caller: Principal
-) -> list[Detail] | Response:
-    """A row of details for each prompt, or why there is none. A client that goes away stops its rows."""
-    state = request.app.state
-    if state.lanes.statistics().tasks_waiting >= WAITING:
-        raise EngineBusyError(f"{AT_ONCE} requests run and {WAITING} wait. Try again in a moment, or use a job.")
-    stop = threading.Event()
-    rows: list[Detail] = []
-    failure: BaseException | None = None
-
-    def work() -> None:
-        answers = service.complete(call, text_column(prompts), asker(caller), stop)
-        rows.extend(answers.details.to_pylist())
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(watch, request, stop)
-        try:
-            await to_thread.run_sync(work, limiter=state.lanes, abandon_on_cancel=True)
-        except (Exception, Stopped) as error:
-            failure = error
-        except BaseException:
-            stop.set()
-            raise
-        group.cancel_scope.cancel()
-    if isinstance(failure, Stopped):
-        return Response(status_code=CLIENT_CLOSED)
-    if failure is not None:
-        raise failure
-    why = next((r for row in rows if (r := refused(row)) is not None), None)
-    return rows if why is None else refusal(*why)
-
-
-async def watch(request: Request, stop: threading.Event) -> None:
-    while not await request.is_disconnected():
-        await anyio.sleep(GONE_SECONDS)
-    stop.set()
+    tokens = str(sum(map(computed_tokens, rows)))
+    headers = {"X-Complete-Cost": f"{cost:.9f}", "X-Complete-Source": sources, "X-Complete-Tokens": tokens}
+    return JSONResponse(body, headers=headers)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import IO, Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Query, UploadFile
-from fastapi.responses import FileResponse
+from fastapi.responses import StreamingResponse
 
 from complete_fn.errors import InputError
 from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.uploads import Upload
 
 PURPOSES = ("batch", "user_data")
+CHUNK = 1 << 16
+SHORTEST, LONGEST = 3_600, 2_592_000  # seconds that OpenAI lets a file live
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 router = APIRouter(tags=["files"])
@@ -23,6 +27,7 @@ def file_body(upload: Upload) -> dict[str, Any]:
         "object": "file",
         "bytes": upload.bytes,
         "created_at": int(upload.created_at),
+        "expires_at": None if upload.expires_at is None else int(upload.expires_at),
         "filename": upload.name,
         "purpose": upload.purpose,
         "status": "processed",
@@ -38,14 +43,22 @@ def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
 
 @router.post("/v1/files", summary="Upload a table (.parquet, .csv, .jsonl) or a batch (.jsonl)")
 def upload_file(
-    service: ServiceOf, caller: Caller, file: Annotated[UploadFile, File()], purpose: Annotated[str, Form()]
+    service: ServiceOf,
+    caller: Caller,
+    file: Annotated[UploadFile, File()],
+    purpose: Annotated[str, Form()],
+    anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
+    seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=SHORTEST, le=LONGEST)] = None,
 ) -> dict[str, Any]:
+    """Kept as long as this service keeps files, or for `expires_after` seconds (3600 to 2592000)."""
     caller.require("jobs")
     if purpose not in PURPOSES:
         raise InputError(f"purpose = {purpose!r} is not one of {', '.join(PURPOSES)}.")
     name = (file.filename or "").replace("\\", "/").rpartition("/")[2]
-    Upload("", caller.tenant, name, purpose, 0, 0.0).format  # noqa: B018  refuses names that say no format
-    return file_body(service.uploads.save(caller.tenant, name, purpose, file.file))
+    if (anchor is None) != (seconds is None):
+        raise InputError("expires_after needs both 'anchor' ('created_at') and 'seconds'.")
+    Upload("", caller.tenant, name, purpose, 0, 0.0, None).format  # noqa: B018  refuses names that say no format
+    return file_body(service.uploads.save(caller.tenant, name, purpose, file.file, seconds))
 
 
 @router.get("/v1/files", summary="The tenant's files, newest first")
@@ -64,10 +77,20 @@ def get_file(file_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]
 
 
 @router.get("/v1/files/{file_id}/content", summary="A file's bytes")
-def get_content(file_id: str, service: ServiceOf, caller: Caller) -> FileResponse:
+def get_content(file_id: str, service: ServiceOf, caller: Caller) -> StreamingResponse:
     caller.require("jobs")
     upload = service.uploads.get(caller.tenant, file_id)
-    return FileResponse(service.uploads.path(upload), media_type="application/octet-stream")
+    opened = ExitStack()
+    source = opened.enter_context(service.storage.reading(service.uploads.key(upload)))
+    headers = {"Content-Length": str(upload.bytes)}
+    return StreamingResponse(chunks(source, opened), headers=headers, media_type="application/octet-stream")
+
+
+def chunks(source: IO[bytes], opened: ExitStack) -> Iterator[bytes]:
+    """A file in pieces; what it was opened with is closed behind it."""
+    with opened:
+        while chunk := source.read(CHUNK):
+            yield chunk
 
 
 @router.delete("/v1/files/{file_id}", summary="Delete a file; jobs keep their own copy")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from complete_fn.server.auth import ServiceOf
+from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.server.refusals import refusal
 
 router = APIRouter(tags=["health"])
@@ -14,6 +15,12 @@ router = APIRouter(tags=["health"])
 @router.get("/healthz", summary="The API lives")
 async def healthz() -> dict[str, str]:
     return {"status": "ok"}
+
+
+@router.get("/metrics", summary="Counts for Prometheus", response_class=PlainTextResponse)
+def metrics(request: Request, caller: Caller) -> Response:
+    caller.require("metrics")
+    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/readyz", summary="API and workers accept work, models loaded or not", response_model=None)

@@ -2,34 +2,70 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import time
-from collections.abc import Iterator
-from typing import Annotated, Any, BinaryIO, Literal
+from contextlib import ExitStack
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 from pydantic import ConfigDict, Field
 
+from complete_fn.errors import InputError
+from complete_fn.eta import eta_seconds
 from complete_fn.job_results import FORMATS, write_results
 from complete_fn.jobs import Job
 from complete_fn.ledger import money
+from complete_fn.rerun import rerun
+from complete_fn.retention import delete_job
 from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.server.bodies import Body
-from complete_fn.server.routes_files import Limit, page
+from complete_fn.server.routes_files import Limit, chunks, page
 from complete_fn.service import Service
+from complete_fn.sinks import delivery_of
+from complete_fn.sources import LONGEST_SQL
 from complete_fn.submit import RESULT_COLUMN, TableSpec, submit_table
-
-CHUNK = 1 << 16
 
 router = APIRouter(tags=["jobs"])
 
 
-class FileSource(Body):
-    """The rows of an uploaded file."""
+class SourceBody(Body):
+    """The rows: `file_id` of an upload, or `uri` under a root that is allowed, or `connection` with one SELECT."""
 
-    file_id: str
+    file_id: str | None = None
+    uri: Annotated[str, Field(max_length=1024)] | None = None
+    connection: Annotated[str, Field(max_length=64)] | None = None
+    sql: Annotated[str, Field(max_length=LONGEST_SQL)] | None = None
+
+    def chosen(self) -> dict[str, str]:
+        given: dict[str, str] = self.model_dump(exclude_none=True)
+        if set(given) not in ({"file_id"}, {"uri"}, {"connection", "sql"}):
+            raise InputError("'source' takes file_id, or uri, or connection together with sql.")
+        return given
+
+
+class SinkBody(Body):
+    """Where the results go: `uri` of a file under a root that is allowed, or `table` of a registered `connection`.
+
+    A table is made if missing; each row is written over the one with the same `key` (a column of the source; without
+    one the row's number, as `row`).
+    """
+
+    uri: Annotated[str, Field(max_length=1024)] | None = None
+    connection: Annotated[str, Field(max_length=64)] | None = None
+    table: Annotated[str, Field(max_length=127)] | None = None
+    key: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+
+    def chosen(self) -> dict[str, str]:
+        given: dict[str, str] = self.model_dump(exclude_none=True)
+        if set(given) - {"key"} not in ({"uri"}, {"connection", "table"}) or {"uri", "key"} <= set(given):
+            raise InputError("'sink' takes uri, or connection together with table (and key).")
+        return given
+
+
+class RerunBody(Body):
+    """`max_cost`: another cap for the whole job, what it has spent included."""
+
+    max_cost: str | float | None = None
 
 
 class JobBody(Body):
@@ -48,7 +84,8 @@ class JobBody(Body):
     )
     model: str
     prompt: Annotated[str, Field(description="{column} is replaced; {{ and }} are braces")]
-    source: FileSource
+    source: SourceBody
+    sink: SinkBody | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="as in `complete`: temperature 0 if not given")
     column: Annotated[str, Field(min_length=1, max_length=255, description="name of the answers")] = RESULT_COLUMN
     max_cost: Annotated[str | float | None, Field(description="never spend more, in the prices' currency")] = None
@@ -64,7 +101,7 @@ def job_body(service: Service, job: Job) -> dict[str, Any]:
         "cached_tokens": c.cached_tokens,
         "completion_tokens": c.completion_tokens,
     }
-    cap = None if job.max_cost_nano is None else str(money(job.max_cost_nano))
+    cap = None if job.max_cost_nano is None else f"{money(job.max_cost_nano):f}"
     return {
         "id": job.id,
         "object": "job",
@@ -72,26 +109,24 @@ def job_body(service: Service, job: Job) -> dict[str, Any]:
         "model": job.model,
         "rows": {"total": job.rows, "done": c.done, "failed": c.failed, "null": job.nulls},
         "usage": usage,
-        "cost": {"amount": str(money(c.cost_nano)), "currency": job.currency, "basis": job.basis, "max_cost": cap},
-        "eta_seconds": eta(job, c.done),
+        "cost": {"amount": f"{money(c.cost_nano):f}", "currency": job.currency, "basis": job.basis, "max_cost": cap},
+        "eta_seconds": eta_seconds(service, job, c),
         "priority": job.priority,
         "query_tag": job.query_tag,
         "created_at": job.created_at,
         "started_at": job.started_at,
         "ended_at": job.ended_at,
         "error": job.error,
+        "sink": sink_body(service, job),
     }
 
 
-def eta(job: Job, done: int) -> float | None:
-    """Seconds left at the pace since the job began, its engine's start included; None while there is no pace."""
-    worked = done - job.nulls
-    if job.over or job.started_at is None or worked <= 0:
-        return None
-    return round((time.time() - job.started_at) / worked * (job.rows - done), 1)
+def sink_body(service: Service, job: Job) -> dict[str, Any] | None:
+    found = delivery_of(service, job)
+    return None if found is None else {"status": found.status, "rows": found.rows, "error": found.error}
 
 
-@router.post("/v1/jobs", summary="Submit a job over an uploaded table", status_code=201)
+@router.post("/v1/jobs", summary="Submit a job over a table", status_code=201)
 def create_job(
     body: JobBody,
     service: ServiceOf,
@@ -103,7 +138,8 @@ def create_job(
     spec = TableSpec(
         model=body.model,
         prompt=body.prompt,
-        file_id=body.source.file_id,
+        source=body.source.chosen(),
+        sink=None if body.sink is None else body.sink.chosen(),
         options=body.options,
         column=body.column,
         max_cost=body.max_cost,
@@ -136,12 +172,20 @@ def cancel_job(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any
     return job_body(service, service.jobs.stop(job, "cancelled"))
 
 
-@router.delete("/v1/jobs/{job_id}", summary="Delete a job's input, results and stored answers; its ledger lines stay")
-def delete_job(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+@router.post("/v1/jobs/{job_id}/rerun", summary="Run the rows again that failed, or that the job never came to")
+def rerun_job(job_id: str, service: ServiceOf, caller: Caller, body: RerunBody | None = None) -> dict[str, Any]:
+    """For a job that is over. Answers that are there stay and cost nothing more."""
     caller.require("jobs")
     job = service.jobs.get(caller.tenant, job_id, "table")
-    service.jobs.delete(job)
-    shutil.rmtree(service.job_folder(job.id), ignore_errors=True)
+    with service.tables_at_once:
+        return job_body(service, rerun(service, job, body.max_cost if body else None))
+
+
+@router.delete("/v1/jobs/{job_id}", summary="Delete a job's input, results and stored answers; its ledger lines stay")
+def delete_one(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    job = service.jobs.get(caller.tenant, job_id, "table")
+    delete_job(service, job)
     return {"id": job.id, "object": "job", "deleted": True}
 
 
@@ -164,10 +208,6 @@ def get_results(
     except BaseException:
         sink.close()
         raise
-    return StreamingResponse(chunks(sink), media_type=FORMATS[format])
-
-
-def chunks(source: BinaryIO) -> Iterator[bytes]:
-    with source:
-        while chunk := source.read(CHUNK):
-            yield chunk
+    opened = ExitStack()
+    opened.callback(sink.close)
+    return StreamingResponse(chunks(sink, opened), media_type=FORMATS[format])

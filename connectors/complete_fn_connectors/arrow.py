@@ -45,11 +45,12 @@ def is_text(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def prompt_column(column: Any) -> Any:
+def prompt_column(column: Any, reorder_fields: bool = False) -> Any:
     """[n] large_string: one planned prompt (see `prompts.escaped`) per row, NULL where there is none.
 
     Args:
         column: text, `prompt(template, {fields})` structs, or messages as LIST(STRUCT(role, content)).
+        reorder_fields: keep the fields of structs apart, for the planner to order (see `field_prompts`).
 
     Raises:
         InputError: another type; the message has it and the cast.
@@ -62,7 +63,7 @@ def prompt_column(column: Any) -> Any:
     if pa.types.is_null(kind):
         return pa.nulls(len(array), pa.large_string())
     if pa.types.is_struct(kind) and {"template", "fields"} <= set(kind.names):
-        return rendered(array)
+        return rendered(array, reorder_fields)
     if is_list(kind) and pa.types.is_struct(kind.value_type) and {"role", "content"} <= set(kind.value_type.names):
         return pa.array([conversation(row) for row in array.to_pylist()], pa.large_string())
     raise InputError(
@@ -82,14 +83,14 @@ def conversation(messages: list[Mapping[str, str] | None] | None) -> str | None:
     return pack_messages([m for m in messages if m is not None])
 
 
-def rendered(structs: Any) -> Any:
+def rendered(structs: Any, reorder_fields: bool) -> Any:
     """[n] large_string from [n] structs of template and fields (a STRUCT or a MAP), template by template."""
     parts = dict(zip(structs.type.names, structs.flatten(), strict=True))
     templates = as_text(parts["template"], "template")
     out = pa.nulls(len(structs), pa.large_string())
     for template in pc.unique(templates).drop_null().to_pylist():
         columns = field_columns(template, parts["fields"])
-        texts = render_column(template, columns, len(structs))
+        texts = render_column(template, columns, len(structs), reorder_fields)
         out = pc.if_else(pc.fill_null(pc.equal(templates, template), False), whole(texts), out)
     return out
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn.session import Session
 from complete_fn.types import Completion
 from complete_fn_connectors.arrow import Group, is_constant, option_mapping, python_values, whole
+from complete_fn_connectors.cortex_tasks import CORTEX_TASKS
 from complete_fn_connectors.functions import answered
 
 WITH_ERROR = pa.struct([("value", pa.large_string()), ("error", pa.string())])
@@ -136,11 +138,15 @@ def filled(columns: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*columns, *[pa.nulls(len(columns[0]))] * (6 - len(columns)))
 
 
-CORTEX_TYPES = {
+CORTEX_TYPES: dict[str, tuple[Callable[..., Any], str]] = {
+    **CORTEX_TASKS,
     "ai_complete": (ai_complete, "VARCHAR"),
     "try_ai_complete": (try_ai_complete, "VARCHAR"),
     "ai_complete_with_error": (ai_complete_with_error, 'STRUCT("value" VARCHAR, error VARCHAR)'),
 }
+
+
+NAMED = ("ai_complete", "ai_classify", "ai_translate", "ai_extract")  # the macros of cortex_names.sql
 
 
 def refuse_clash(con: duckdb.DuckDBPyConnection) -> None:
@@ -185,7 +191,8 @@ class Catalog:
         return path
 
     def detach(self) -> None:
-        for statement in ("DROP MACRO IF EXISTS temp.main.ai_complete", "DETACH snowflake"):
+        macros = [f"DROP MACRO IF EXISTS temp.main.{name}" for name in NAMED]
+        for statement in (*macros, "DETACH snowflake"):
             with contextlib.suppress(duckdb.Error):
                 self.con.execute(statement)
         if self.folder is not None:

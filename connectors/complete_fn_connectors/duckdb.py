@@ -11,33 +11,45 @@ from types import ModuleType
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 from duckdb.func import ARROW, SPECIAL
 
+from complete_fn import answers as arrow_answers
 from complete_fn.engine import Engine
 from complete_fn.errors import CompleteError, InputError
 from complete_fn.types import Asker
 from complete_fn_connectors import cortex as snowflake
-from complete_fn_connectors import functions
+from complete_fn_connectors import functions, query
+from complete_fn_connectors.collect import Memory, Remembering
+from complete_fn_connectors.estimates import QueryEstimate, estimate_query
+from complete_fn_connectors.explain import Explanation, explain_query
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.interrupt import INTERRUPTS
 from complete_fn_connectors.planning import at_plan_time, places
+from complete_fn_connectors.sites import SITE
+from complete_fn_connectors.statement import Parameters
+from complete_fn_connectors.tasks import TASKS
 
 Column = Any
 Function = Callable[..., Column]
 
+WHOSE = "complete_fn_registration"  # says whose functions a cursor sees
 DETAILS = (
     'STRUCT("value" VARCHAR, error STRUCT(code VARCHAR, message VARCHAR), finish_reason VARCHAR, '
     "usage STRUCT(prompt_tokens BIGINT, cached_tokens BIGINT, completion_tokens BIGINT), "
-    "cost DECIMAL(18,9), source VARCHAR)"
+    "cost DECIMAL(18,9), source VARCHAR, scores MAP(VARCHAR, DOUBLE))"
 )
+SQL_TYPES = {pa.large_string(): "VARCHAR", pa.bool_(): "BOOLEAN", arrow_answers.DETAILS: DETAILS}
 FUNCTIONS: dict[str, tuple[Function, str]] = {
     "complete": (functions.complete, "VARCHAR"),
     "try_complete": (functions.try_complete, "VARCHAR"),
     "complete_details": (functions.complete_details, DETAILS),
     "prompt": (functions.prompt, "STRUCT(template VARCHAR, fields MAP(VARCHAR, VARCHAR))"),
     "count_tokens": (functions.count_tokens, "BIGINT"),
+    **{name: (function, SQL_TYPES[kind]) for name, (function, kind) in TASKS.items()},
 }
 FREE = ("prompt",)  # reach no engine, so they may be folded
+UNPLANNED = (*FREE, "count_tokens")  # cost nothing, so a whole query is not planned around them
 
 
 class PlanTimeError(CompleteError):
@@ -59,6 +71,7 @@ class Registration:
     def __init__(self, con: duckdb.DuckDBPyConnection, session: QuerySession) -> None:
         self.con, self.session = con, session
         self.names: list[str] = []
+        self.answering: list[Memory] = []
         self.catalog: snowflake.Catalog | None = None
         self.error: CompleteError | None = None
 
@@ -94,16 +107,42 @@ class Registration:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def planned_names(self) -> dict[str, str]:
+        """The functions whose calls `sql` plans, by the name in a query."""
+        legacy = {f"snowflake.cortex.{n}": n for n in ("complete", "try_complete")} if self.catalog else {}
+        return legacy | {n.removeprefix(SITE): n.removeprefix(SITE) for n in self.names if n.startswith(SITE)}
+
     def add(self, name: str, function: Function, kind: str) -> None:
+        """Make a function, and beside it the one that `sql` calls in its place while it collects."""
+
         def call(*columns: Column) -> Column:
             if name not in FREE and len(columns[0]) == 1 and at_plan_time():
                 raise PlanTimeError
-            try:
-                return function(self.session, *columns)
-            except CompleteError as error:
-                self.error = error
-                raise
+            session: Any = self.session
+            for memory in self.answering[-1:]:
+                session = Remembering(self.session, memory)
+            return self.tried(function, session, columns)
 
+        def collect(token: Column, *columns: Column) -> Column:
+            run, _, site = token[0].as_py().rpartition(":")
+            collector = query.COLLECTING.get(run)
+            if collector is None or collector.planning or (len(token) == 1 and at_plan_time()):
+                raise PlanTimeError
+            return self.tried(function, collector.at(int(site)), columns)
+
+        self.create(name, call, kind)
+        if name not in UNPLANNED:
+            self.create(SITE + name, collect, kind)
+
+    def tried(self, function: Function, session: Any, columns: tuple[Column, ...]) -> Column:
+        try:
+            return function(session, *columns)
+        except CompleteError as error:
+            self.error = error
+            raise
+
+    def create(self, name: str, call: Function, kind: str) -> None:
         try:
             self.con.create_function(name, call, None, kind, type=ARROW, null_handling=SPECIAL)
         except (duckdb.CatalogException, duckdb.NotImplementedException) as error:
@@ -139,13 +178,15 @@ def register(
     *,
     engine: Engine | str | None = None,
     max_cost: Any = None,
+    max_total_tokens: int | None = None,
     home: Path | str | None = None,
     models_file: Path | str | None = None,
     cortex: bool = False,
+    task_model: str | None = None,
     query_tag: str | None = None,
     progress: bool | None = None,
 ) -> Registration:
-    """Add complete, try_complete, complete_details, prompt and count_tokens to the connection's database.
+    """Add complete, try_complete, complete_details, prompt, count_tokens and the semantic functions to the database.
 
     All its cursors have them; nothing is written into the database. A second call on the same connection replaces
     the first.
@@ -154,24 +195,28 @@ def register(
         con: a connection, or the module `duckdb` for its default connection.
         engine: URL of an OpenAI-compatible server or an `Engine`, for every model; None takes each model's own.
         max_cost: all queries together never spend more; what it does not cover is NULL with `budget_exceeded`.
+        max_total_tokens: the same for tokens, those of prompts and answers together.
         home: folder of answers and ledger; None takes COMPLETE_FN_HOME or the platform's.
         models_file: TOML over the built-in catalogue.
-        cortex: also answer to AI_COMPLETE and SNOWFLAKE.CORTEX.COMPLETE, TRY_COMPLETE and COUNT_TOKENS.
+        cortex: also answer to AI_COMPLETE, AI_CLASSIFY, AI_FILTER and their like, and to SNOWFLAKE.CORTEX.*.
+        task_model: the model behind those of them that name none.
         query_tag: marks the ledger's lines.
         progress: show a bar; None shows one when a person is looking.
 
     Raises:
         InputError: the connection is inside a transaction; or the database has functions of these names, or a
             catalog `snowflake` with `cortex`.
-        InvalidOptionError: `max_cost` is no amount.
+        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
     """
     session = QuerySession(
         engine=engine,
         home=home,
         models_file=models_file,
         max_cost=max_cost,
+        max_total_tokens=max_total_tokens,
         who=Asker(query_tag=query_tag),
         progress=progress,
+        task_model=task_model,
     )
     con = duckdb.default_connection() if isinstance(con, ModuleType) else con
     refuse_transaction(con)
@@ -186,6 +231,8 @@ def register(
     try:
         for name, (function, kind) in (FUNCTIONS | (snowflake.CORTEX_TYPES if cortex else {})).items():
             registration.add(name, function, kind)
+        me = str(id(registration))
+        registration.create(WHOSE, lambda column: pa.array([me] * len(column)), "VARCHAR")
         if cortex:
             registration.catalog = snowflake.Catalog(con)
     except BaseException:
@@ -193,6 +240,77 @@ def register(
         raise
     REGISTERED[con] = weakref.ref(registration)
     return registration
+
+
+def registration_of(con: duckdb.DuckDBPyConnection | ModuleType) -> Registration:
+    """Who registered the functions that the connection, or the cursor, sees.
+
+    Raises:
+        InputError: nobody did.
+    """
+    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    found = REGISTERED.get(con, no_one)()
+    if found is not None:
+        return found
+    rows = con.execute(f"SELECT {WHOSE}(0)").fetchall() if has_function(con, WHOSE) else []
+    for reference in REGISTERED.values():
+        registration = reference()
+        if registration is not None and rows == [(str(id(registration)),)]:
+            return registration
+    raise InputError("The connection has no completion functions. Call register(con) first.")
+
+
+def has_function(con: duckdb.DuckDBPyConnection, name: str) -> bool:
+    return bool(con.execute("SELECT 1 FROM duckdb_functions() WHERE function_name = ?", [name]).fetchall())
+
+
+def sql(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params: Parameters = None) -> Any:
+    """Run a query once, with its completions planned as a whole instead of 2,048 rows at a time.
+
+    The query is first run in collect mode: what its calls would ask is noted, then asked as one plan for each model,
+    round by round where calls depend on each other; the run itself then finds every answer known. It never pays for
+    a prompt that `con.execute` would not pay for, and has its result. What cannot be planned (see the README) runs as
+    `con.execute` would. Works on registered connections and their cursors, inside an open transaction too.
+
+    Args:
+        params: values of a prepared query's parameters, a sequence or a mapping by name.
+
+    Returns:
+        A relation over the rows, which are not computed again; what `con.execute` returns for INSERT, CREATE and COPY.
+
+    Raises:
+        InputError: the connection is not registered.
+        duckdb.Error: as `con.execute`.
+    """
+    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    return query.run_query(con, registration_of(con), query_text, params)
+
+
+def explain(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params: Parameters = None) -> Explanation:
+    """What `sql` would do: its rounds, each call's prompts and guards, and what is known. Nothing is asked.
+
+    The query runs in collect mode as far as answers are known; counts that depend on others are left open. Below a
+    LIMIT that stops early the counts are upper bounds.
+
+    Raises:
+        InputError: the connection is not registered.
+        duckdb.Error: the query is none.
+    """
+    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    return explain_query(con, registration_of(con), query_text, params)
+
+
+def estimate(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params: Parameters = None) -> QueryEstimate:
+    """What `sql` would take: rows, tokens, cached share, price and device-seconds of each model. Nothing is asked.
+
+    Calls whose prompts depend on answers not yet given are listed as open.
+
+    Raises:
+        InputError: the connection is not registered.
+        duckdb.Error: the query is none.
+    """
+    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    return estimate_query(con, registration_of(con), query_text, params)
 
 
 def close_all() -> None:

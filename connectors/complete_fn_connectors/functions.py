@@ -30,8 +30,9 @@ class QuerySession(Session):
     """A session that is called in pieces by a query engine, on any thread: it can be interrupted, and it warns of
     failed rows at the first piece of a query, then each time there are ten times as many, not at every piece."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, task_model: str | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self.task_model = task_model
         self.counting = threading.Lock()
         self.running, self.ended, self.full = 0, 0.0, False
         self.failures: Counter[str] = Counter()
@@ -100,7 +101,8 @@ def answered(
     length = len(columns[1])
 
     def answer(group: Group) -> Any:
-        rows = prompts if group.rows is None else prompts.take(pa.array(group.rows))
+        chosen = prompts if not reorders(group) else prompt_column(columns[1], reorder_fields=True)
+        rows = chosen if group.rows is None else chosen.take(pa.array(group.rows))
         try:
             return pick(session.complete(group.model, rows, group.options, planned=True), group)
         except (RequestError, EngineError) as error:
@@ -112,6 +114,10 @@ def answered(
     except RequestError as error:
         return swallowed(error, length, kind, lenient)
     return by_group(length, found, answer, kind)
+
+
+def reorders(group: Group) -> bool:
+    return isinstance(group.options, Mapping) and group.options.get("reorder_fields") is True
 
 
 def swallowed(error: Exception, length: int, kind: Any, lenient: bool) -> Any:

@@ -2,10 +2,11 @@
 
 DuckDB evaluates a call whose arguments are all constant while it plans: EXPLAIN and PREPARE would pay for an answer.
 At most of these places it takes an exception as a sign to keep the call and evaluate it when the query runs. Nothing
-in the arguments tells the two apart, but the native call stack does: once per process a probe that raises is planned
-on a database of our own, and the return addresses of the optimiser and of the places where it went on are noted. Where
-DuckDB does not go on (LIMIT, VALUES, CASE on a constant, arguments of table functions), and on platforms whose C
-library has no `backtrace` (Windows, musl), a constant call is answered while planning, as by any other function.
+in the arguments tells the two apart, but the native call stack does: all these places go through one function that
+catches the exception. Once per process a probe that raises is planned on a database of our own, and the return
+addresses that all its caught calls share, and no other call has, are noted. Where DuckDB does not catch (LIMIT, VALUES,
+CASE and OR on a constant, patterns, arguments of table functions), and on platforms whose C library has no `backtrace`
+(Windows, musl), a constant call is answered while planning, as by any other function.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ NEEDED = ("SELECT * FROM range(length(upper(probe('x'))))", "SELECT 1 LIMIT leng
 
 @dataclass(frozen=True)
 class Places:
-    """Return addresses: of running a plan, and of where planning evaluates a constant and can do without."""
+    """Return addresses: of running a plan, and of where planning tries a constant and catches its exception."""
 
     executor: frozenset[int] = frozenset()
     optional: frozenset[int] = frozenset()
@@ -98,10 +99,9 @@ def places() -> Places:
         con.remove_function("probe")
     if not run or not all(folded):
         return Places()
-    elsewhere = {address for stack in run + evaluated for address in stack}
-    optional, wanted = ({next((a for a in s if a not in elsewhere), 0) for s in stacks} for stacks in (folded, needed))
+    optional = set.intersection(*map(set, folded)).difference(*needed, *run)
     executor = set.intersection(*map(set, run)).difference(*folded, *needed, *evaluated)
-    return Places(frozenset(executor), frozenset(optional - wanted - {0}))
+    return Places(frozenset(executor), frozenset(optional))
 
 
 def at_plan_time() -> bool:

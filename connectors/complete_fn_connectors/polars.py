@@ -10,20 +10,22 @@ df.with_columns(answer=pl.col("text").llm.complete("demo-llama", max_tokens=20))
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
+from complete_fn.choices import parse_choices
 from complete_fn.engine import Engine
 from complete_fn.options import parse_options
 from complete_fn.prompts import template_fields
 from complete_fn.types import Asker
-from complete_fn_connectors import functions
+from complete_fn_connectors import functions, tasks
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.interrupt import INTERRUPTS
+from complete_fn_connectors.polars_columns import Ask, answer_together
 
 IntoExpr = pl.Expr | str
 
@@ -36,6 +38,7 @@ DETAILS = pl.Struct(
         "usage": USAGE,
         "cost": pl.Decimal(18, 9),
         "source": pl.String,
+        "scores": pl.List(pl.Struct({"key": pl.String, "value": pl.Float64})),
     }
 )
 
@@ -47,6 +50,7 @@ def configure(
     *,
     engine: Engine | str | None = None,
     max_cost: Any = None,
+    max_total_tokens: int | None = None,
     home: Path | str | None = None,
     models_file: Path | str | None = None,
     query_tag: str | None = None,
@@ -57,17 +61,19 @@ def configure(
     Args:
         engine: URL of an OpenAI-compatible server or an `Engine`, for every model; None takes each model's own.
         max_cost: never spend more in all; what it does not cover is NULL with `budget_exceeded`.
+        max_total_tokens: the same for tokens, those of prompts and answers together.
         home: folder of answers and ledger; None takes COMPLETE_FN_HOME or the platform's.
         models_file: TOML over the built-in catalogue.
         query_tag: marks the ledger's lines.
         progress: show a bar; None shows one when a person is looking.
 
     Raises:
-        InvalidOptionError: `max_cost` is no amount.
+        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
     """
     session = QuerySession(
         engine=engine,
         max_cost=max_cost,
+        max_total_tokens=max_total_tokens,
         home=home,
         models_file=models_file,
         who=Asker(query_tag=query_tag),
@@ -95,12 +101,48 @@ def complete(model: str, prompt: IntoExpr, *, session: QuerySession | None = Non
 
     Args:
         prompt: an expression or a column's name: text, `prompt(...)`, or messages (a list of structs).
-        options: temperature, top_p, top_k, max_tokens, seed, stop, response_format, cache, strict.
+        options: temperature, top_p, top_k, max_tokens, seed, stop, response_format, choices, cache, strict.
 
     Raises:
         UnknownModelError, InvalidOptionError: at once, not when the query runs.
     """
     return call(functions.complete, pl.String(), model, prompt, session, options)
+
+
+def ask(model: str, prompt: IntoExpr, **options: Any) -> Ask:
+    """A column for `complete_columns`. Arguments as `complete`."""
+    return Ask(model, as_expression(prompt), options)
+
+
+def complete_columns(*, session: QuerySession | None = None, **asks: Ask) -> pl.Expr:
+    """Several columns of answers as one plan: a Struct with a String field for each name; add `.struct.unnest()`.
+
+    Columns of equal model and options are one batch: their duplicates are merged and their prompts ordered together.
+    Separate `complete` expressions of one frame reach the engine at the same time, but each as a plan of its own. An
+    eager frame, or `collect(engine="in-memory")`, is planned as a whole; the streaming engine, which plain `collect()`
+    takes, brings each thread's share of the rows as a plan.
+
+    df.with_columns(complete_columns(
+        section=ask("demo-llama", prompt("Name the section: {description}")),
+        synopsis=ask("demo-llama", prompt("Write a one-line synopsis: {description}")),
+    ).struct.unnest())
+
+    Raises:
+        UnknownModelError, InvalidOptionError: at once, not when the query runs.
+    """
+    chosen = session or default_session()
+    for wanted in asks.values():
+        wanted.check(chosen)
+    INTERRUPTS.listen()
+    dtype = pl.Struct({name: pl.String() for name in asks})
+
+    def answer(series: pl.Series) -> pl.Series:
+        if series.is_empty():
+            return pl.Series(series.name, [], dtype)
+        return answer_together(chosen, asks, series.struct.unnest()).to_struct(series.name)
+
+    prompts = pl.struct([wanted.prompt.alias(name) for name, wanted in asks.items()])
+    return prompts.alias("answers").map_batches(answer, return_dtype=dtype, is_elementwise=True)
 
 
 def try_complete(model: str, prompt: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
@@ -109,8 +151,99 @@ def try_complete(model: str, prompt: IntoExpr, *, session: QuerySession | None =
 
 
 def complete_details(model: str, prompt: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
-    """value, error, finish_reason, usage, cost and source of each row, as a Struct. Arguments as `complete`."""
+    """value, error, finish_reason, usage, cost, source and scores of each row, as a Struct. Arguments as `complete`."""
     return call(functions.complete_details, DETAILS, model, prompt, session, options)
+
+
+def complete_classify(
+    model: str, text: IntoExpr, labels: Sequence[str], *, session: QuerySession | None = None, **options: Any
+) -> pl.Expr:
+    """One of the labels, String, by one token of the model.
+
+    Args:
+        labels: 2 to 128 texts.
+        options: `template`, a version ('v1') or your own prompt with {text} in it; cache, strict.
+
+    Raises:
+        UnknownModelError, InvalidOptionError: at once, not when the query runs.
+    """
+    given = pa.array([parse_choices(labels)])
+    return task("complete_classify", pl.String(), model, text, session, options, lambda t: (t, given))
+
+
+def complete_classify_details(
+    model: str, text: IntoExpr, labels: Sequence[str], *, session: QuerySession | None = None, **options: Any
+) -> pl.Expr:
+    """As `complete_classify`, with usage, cost and `scores` (each label's probability), as a Struct."""
+    given = pa.array([parse_choices(labels)])
+    return task("complete_classify_details", DETAILS, model, text, session, options, lambda t: (t, given))
+
+
+def complete_filter(
+    model: str, predicate: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any
+) -> pl.Expr:
+    """Whether the predicate, a text that is the same for all rows, holds for the text, Boolean."""
+    arguments = lambda t: (pa.repeat(predicate, len(t)), t)  # noqa: E731
+    return task("complete_filter", pl.Boolean(), model, text, session, options, arguments)
+
+
+def complete_sentiment(model: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
+    """positive, negative, neutral or mixed, String."""
+    return task("complete_sentiment", pl.String(), model, text, session, options)
+
+
+def complete_summarize(model: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
+    """At most three sentences, String. Options as `complete`, and `template`."""
+    return task("complete_summarize", pl.String(), model, text, session, options)
+
+
+def complete_translate(
+    model: str, text: IntoExpr, language: str, *, session: QuerySession | None = None, **options: Any
+) -> pl.Expr:
+    """The text in another language, named in words ('French'), String. Options as `complete`, and `template`."""
+    arguments = lambda t: (t, pa.repeat(language, len(t)))  # noqa: E731
+    return task("complete_translate", pl.String(), model, text, session, options, arguments)
+
+
+def complete_extract(
+    model: str,
+    text: IntoExpr,
+    fields: Sequence[str] | Mapping[str, str],
+    *,
+    session: QuerySession | None = None,
+    **options: Any,
+) -> pl.Expr:
+    """A JSON object with a text or null for each field, String. Options as `complete`, and `template`.
+
+    Args:
+        fields: names, or questions by name.
+
+    Raises:
+        InputError: `fields` is neither.
+    """
+    given = pa.array([tasks.questions_of(fields if isinstance(fields, Mapping) else list(fields))])
+    return task("complete_extract", pl.String(), model, text, session, options, lambda t: (t, given))
+
+
+def task(
+    name: str,
+    dtype: pl.DataType,
+    model: str,
+    text: IntoExpr,
+    session: QuerySession | None,
+    options: dict[str, Any],
+    arguments: Callable[[Any], tuple[Any, ...]] = lambda t: (t,),
+) -> pl.Expr:
+    """A semantic function; `arguments` makes the columns between model and options from the texts."""
+    plain = {k: v for k, v in options.items() if k != "template"}
+    tasks.template_of(tasks.task_of(name), options.get("template"))
+    parse_options(plain)
+    function = tasks.TASKS[name][0]
+
+    def answer(chosen: QuerySession, model: str, texts: Any, *_: Any) -> Any:
+        return function(chosen, model, *arguments(texts), options)
+
+    return call(answer, dtype, model, text, session, None)
 
 
 def count_tokens(model: str, text: IntoExpr, *, session: QuerySession | None = None) -> pl.Expr:
@@ -176,3 +309,9 @@ class Llm:
 
     def count_tokens(self, model: str, *, session: QuerySession | None = None) -> pl.Expr:
         return count_tokens(model, self.expression, session=session)
+
+    def classify(self, model: str, labels: Sequence[str], **options: Any) -> pl.Expr:
+        return complete_classify(model, self.expression, labels, **options)
+
+    def filter(self, model: str, predicate: str, **options: Any) -> pl.Expr:
+        return complete_filter(model, predicate, self.expression, **options)

@@ -11,3 +11,12 @@ CREATE MACRO snowflake.cortex.try_complete
     (model, prompt, options) AS system.main.try_ai_complete(model, prompt, options, NULL, true);
 
 CREATE MACRO snowflake.cortex.count_tokens(model, text) AS system.main.count_tokens(model, text);
+
+-- The older task functions; the registration's task_model answers them.
+CREATE MACRO snowflake.cortex.classify_text
+    (input, categories) AS system.main.cortex_classify_text(input, categories),
+    (input, categories, config) AS system.main.cortex_classify_text(input, categories, config);
+CREATE MACRO snowflake.cortex.sentiment(text) AS system.main.cortex_sentiment(text);
+CREATE MACRO snowflake.cortex.summarize(text) AS system.main.cortex_summarize(text);
+CREATE MACRO snowflake.cortex.translate(text, source_language, target_language) AS
+    system.main.ai_translate(text, source_language, target_language);

@@ -16,3 +16,11 @@ CREATE OR REPLACE TEMP MACRO ai_complete
             model, prompt, model_parameters, response_format, show_details, return_error_details),
     (a, b, c, d, e BOOLEAN, f BOOLEAN)
         AS system.main.ai_complete_with_error(a, b, c, d, e, f);
+
+-- Task functions that Snowflake's queries call with named arguments.
+CREATE OR REPLACE TEMP MACRO ai_classify
+    (input, categories) AS system.main.ai_classify(input, categories),
+    (input, categories, config) AS system.main.ai_classify(input, categories, config);
+CREATE OR REPLACE TEMP MACRO ai_translate(text, source_language, target_language) AS
+    system.main.ai_translate(text, source_language, target_language);
+CREATE OR REPLACE TEMP MACRO ai_extract(text, responseFormat) AS system.main.ai_extract(text, responseFormat);

@@ -101,6 +101,7 @@ def test_details_have_every_field_and_what_each_row_cost(con: duckdb.DuckDBPyCon
         "usage": {"prompt_tokens": 5, "cached_tokens": 0, "completion_tokens": 5},
         "cost": Decimal("0.000000300"),  # 5 tokens in at 0.01, 5 out at 0.05 per million
         "source": "computed",
+        "scores": None,
     }
     assert null is None
     assert (bad["value"], bad["error"]["code"], bad["cost"]) == (None, "blocked", 0)

@@ -83,8 +83,38 @@ def test_a_parameter_is_as_good_as_a_constant(con: duckdb.DuckDBPyConnection, en
         ("SELECT * FROM range(length(complete('m', 'abc')))", 3),
         ("VALUES (complete('m', 'x'))", 1),
         ("SELECT CASE WHEN complete('m', 'x') = 'x' THEN 1 END", 1),
+        ("SELECT CASE WHEN coalesce(complete('m', 'x'), 'y') = 'x' THEN complete('m', text) END FROM docs", 5),
         ("SELECT count(*) FROM docs GROUP BY complete('m', 'x')", 1),
     ],
 )
 def test_where_duckdb_needs_a_value_to_plan_it_gets_one(con: duckdb.DuckDBPyConnection, query: str, rows: int) -> None:
     assert len(con.execute(query).fetchall()) == rows
+
+
+UNCAUGHT = [
+    "SELECT CASE WHEN coalesce({c}, 'y') = 'y' THEN complete('m', complete('m', text)) ELSE text END FROM docs",
+    "SELECT CASE WHEN {c} = 'y' THEN text WHEN id = 1 THEN 'a' ELSE 'b' END FROM docs",
+    "SELECT if(coalesce({c}, 'y') = 'y', text, 'a') FROM docs",
+    "SELECT id FROM docs WHERE coalesce({c}, 'y') = 'y' OR id = 1",
+    "SELECT id FROM docs WHERE NOT (coalesce({c}, 'y') = 'y' OR id = 1)",
+    "SELECT id FROM docs WHERE coalesce({c}, 'y') = 'y' OR true",
+    "SELECT id FROM docs WHERE NOT (CASE WHEN coalesce({c}, 'y') = 'y' THEN id = 1 ELSE id = 2 END)",
+    "SELECT id FROM docs WHERE text LIKE {c}",
+    "SELECT id FROM docs WHERE regexp_matches(text, {c})",
+    "SELECT string_agg(text, {c}) FROM docs",
+    "SELECT quantile_cont(id, length({c}) / 10) FROM docs",
+    "SELECT date_part(replace({c}, 'a%', 'year'), DATE '2020-01-01' + id::INT) FROM docs",
+    "SELECT strftime(DATE '2020-01-01' + id::INT, {c} || 'Y') FROM docs",
+    "SELECT json_extract('{{\"a%\": 1}}', {c}) FROM docs",
+    "SELECT id FROM docs LIMIT CASE WHEN coalesce({c}, 'y') = 'y' THEN 3 ELSE 2 END",
+    "VALUES (CASE WHEN coalesce({c}, 'y') = 'y' THEN 'x' ELSE 'y' END)",
+]
+
+
+@pytest.mark.parametrize("query", UNCAUGHT)
+def test_where_duckdb_does_not_catch_the_query_runs(
+    con: duckdb.DuckDBPyConnection, engine: EchoEngine, query: str
+) -> None:
+    found = con.execute(query.format(c="complete('m', 'a%')")).fetchall()
+    assert found == con.execute(query.format(c="'a%'")).fetchall()
+    assert "a%" in [str(r.prompt) for r in engine.requests]

@@ -179,3 +179,58 @@ def test_options_may_change_from_row_to_row(engine: Any) -> None:
     longer = replace(base, sampling=SamplingParams(max_tokens=9))
     answers = dict(engine.stream([base, longer, longer, base], "me"))
     assert [answers[n].usage.completion_tokens for n in range(4)] == [1, 9, 9, 1]
+
+
+def test_device_seconds_of_the_rows_add_up_to_the_steps(engine: Any) -> None:
+    """Rows that ask more take more; together they take no more than the time that passed."""
+    asked = [CompletionRequest("tiny", f"Metered row {n} " * 20, SamplingParams(max_tokens=n)) for n in (1, 8, 16)]
+    ask(engine, "warm up", max_tokens=1)
+    began = time.monotonic()
+    answers = dict(engine.stream(asked, "meter"))
+    passed = time.monotonic() - began
+    seconds = [answers[n].usage.device_seconds for n in range(3)]
+    assert all(s > 0 for s in seconds)
+    assert sum(seconds) <= passed
+    assert seconds[0] < seconds[2]
+
+
+def test_all_device_time_of_an_engine_is_in_the_ledger(engine: Any, tiny_entry: Any, tmp_path: Any) -> None:
+    """Answered rows, a stream that is dropped half-way, an idle second: the lines add up to what the child metered."""
+    import sqlalchemy as sa
+
+    from complete_fn.device_time import note_device_time
+    from complete_fn.keys import Call
+    from complete_fn.prompts import text_column
+    from complete_fn.runner import Tools, run
+    from complete_fn.store import Store
+    from complete_fn.tables import ledger
+    from complete_fn.types import Asker
+
+    ask(engine, "warm up", max_tokens=1)
+    engine.read_meter()
+    told = engine.device_time
+    told.take()  # of other tests
+    metered, lost = told.metered, told.lost
+    store = Store(tmp_path / "state.sqlite3")
+    call = Call(tiny_entry, SamplingParams(max_tokens=8))
+    run(call, text_column([f"Accounted row {n}" for n in range(6)]), Tools(engine, store), Asker("acme"))
+    asked = [CompletionRequest("tiny", f"dropped {n}", SamplingParams(max_tokens=9 * n)) for n in (1, 90)]
+    dropped = engine.stream(asked, "acme")
+    _, given = next(dropped)  # its time is the caller's to note
+    dropped.close()
+    time.sleep(0.5)
+    note_device_time(store, engine, tiny_entry)
+    sums = sa.select(ledger.c.price_class, sa.func.sum(ledger.c.device_us)).where(
+        ledger.c.engine == told.name, ledger.c.device_us > 0
+    )
+    of_engine = sa.select(ledger.c.tenant).where(ledger.c.price_class.in_(("idle", "aborted"))).distinct()
+    with store.read() as connection:
+        lines = dict(connection.execute(sums.group_by(ledger.c.price_class)).all())
+        assert connection.execute(of_engine).scalars().all() == ["-"]
+    store.close()
+    assert set(lines) == {"input", "idle", "aborted"}
+    assert lines["aborted"] == pytest.approx((told.lost - lost) * 1e6, abs=1)
+    assert min(lines.values()) > 0
+    assert lines["idle"] > 400_000
+    noted = sum(lines.values()) / 1e6 + given.usage.device_seconds
+    assert noted == pytest.approx(told.metered - metered, abs=2e-5)

@@ -94,6 +94,7 @@ def test_details_have_every_field_and_null_for_null() -> None:
         "usage": {"prompt_tokens": 5, "cached_tokens": 0, "completion_tokens": 5},
         "cost": Decimal("0.000000300"),
         "source": "computed",
+        "scores": None,
     }
     assert rows[1] is None
     assert (rows[2]["source"], rows[2]["cost"]) == ("duplicate", 0)
@@ -215,3 +216,34 @@ def test_a_session_of_its_own_has_its_own_cap_and_summary(tmp_path: Path, engine
     assert "4 distinct" in capped.take_summary()
     assert llm.summary().startswith("0 rows")
     capped.close()
+
+
+@pytest.mark.parametrize("how", ["in-memory", "streaming"])
+def test_several_columns_are_one_plan(engine: Blocking, how: Any) -> None:
+    submissions: list[int] = []
+    stream = engine.stream
+
+    def counted(requests: Any, tenant: str) -> Any:
+        found = list(stream(requests, tenant))
+        submissions.append(len(found))
+        return iter(found)
+
+    engine.stream = counted  # type: ignore[method-assign]
+    columns = llm.complete_columns(
+        first=llm.ask("m", "text"),
+        second=llm.ask("m", pl.col("text") + "!"),
+        third=llm.ask("m", llm.prompt("{text}!")),
+        short=llm.ask("m", "text", max_tokens=1),
+    )
+    found = DF.lazy().select("n", columns.struct.unnest()).collect(engine=how)
+    assert found.columns == ["n", "first", "second", "third", "short"]
+    found = found.sort("n")
+    assert found["first"].to_list() == TEXTS
+    assert found["second"].to_list() == found["third"].to_list() == [None if t is None else t + "!" for t in TEXTS]
+    assert found["short"].to_list() == ["a", "c", None, "a", "", "d"]
+    if how == "in-memory":
+        assert submissions == [8, 4]  # the distinct prompts of three columns, then those with the option
+    with pytest.raises(InvalidOptionError, match="nope"):
+        llm.complete_columns(a=llm.ask("m", "text", nope=1))
+    with pytest.raises(UnknownModelError, match="not in the catalogue"):
+        llm.complete_columns(a=llm.ask("nope", "text"), session=llm.QuerySession())

@@ -19,7 +19,8 @@ import pytest
 import complete_fn
 from complete_fn import cli, wiring
 from complete_fn.answers import DETAILS
-from complete_fn.files import place_of, read_rows
+from complete_fn.files import place_of
+from complete_fn.inputs import file_source
 
 MODELS = """
 [models.echo]
@@ -149,7 +150,7 @@ RUN = ["run", "-m", "echo", "-p", "{text}", "in.parquet"]
         (["run", "-p", "{text}", "in.parquet"], "required: -m/--model"),
         (["walk"], "invalid choice: 'walk'"),
         (["cache"], "required: stats|clear"),
-        (["usage", "--by", "hour"], "--by 'hour' is not one of day, model, query_tag, user"),
+        (["usage", "--by", "hour"], "--by 'hour' is not one of day, model, query_tag, job, user, tenant"),
         (["usage", "--since", "lately"], "neither a date"),
     ],
 )
@@ -309,7 +310,7 @@ def test_pipes(shell: Run, table: Path) -> None:
         done = subprocess.run(piped, input=Path(f"first.{name}").read_bytes(), capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr
         Path(f"second.{name}").write_bytes(done.stdout)
-        found = read_rows(place_of(f"second.{name}"))[0]
+        (found,) = file_source(place_of(f"second.{name}"))[0].windows()
         assert found.column("completion").to_pylist() == ["one", None, "", "one"], name
         assert found.names == ["id", "text", "n", "a", "completion"]
 

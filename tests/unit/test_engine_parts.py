@@ -111,10 +111,11 @@ def test_childs_environment_keeps_vllm_inside_and_local_models_offline(tmp_path:
 def test_answers_are_checked_against_the_schema() -> None:
     schema = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
     good, broken, cut = Completion('{"a": 1}', "stop"), Completion('{"a": "x"}', "stop"), Completion('{"a', "length")
-    assert checked(good, schema) is good
-    assert checked(broken, None) is broken
+    request = CompletionRequest("m", "p", response_format=schema)
+    assert checked(good, request) is good
+    assert checked(broken, CompletionRequest("m", "p")) is broken
     for bad, words in ((broken, "at a"), (cut, "cut by max_tokens")):
-        found = checked(bad, schema)
+        found = checked(bad, request)
         assert found.error is not None
         assert found.error.code == "schema_mismatch"
         assert words in found.error.message

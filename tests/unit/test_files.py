@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from complete_fn.errors import InputError
-from complete_fn.files import Place, place_of, read_csv, read_jsonl, read_rows
-from complete_fn.outputs import refuse_output, write_rows
+from complete_fn.files import LineRows, Place, Rows, place_of
+from complete_fn.inputs import file_source
+from complete_fn.outputs import refuse_output, writing
 from complete_fn.plan.batch import to_texts
 
 TABLE = pa.table(
@@ -38,8 +39,19 @@ TABLE = pa.table(
 NEW = {"completion": pa.array(["one", None, 'th"ree,\n'], pa.large_string())}
 
 
+def read_rows(place: Place) -> Rows:
+    """The rows of a file of one window."""
+    (rows,) = file_source(place)[0].windows()
+    return rows
+
+
+def write_rows(place: Place, rows: Rows, new: dict[str, Any], overwrite: bool) -> None:
+    with writing(place, overwrite) as writer:
+        writer.write(rows, new)
+
+
 def through(place: Place, source: Place, new: dict[str, Any] = NEW) -> None:
-    write_rows(place, read_rows(source)[0], new, overwrite=False)
+    write_rows(place, read_rows(source), new, overwrite=False)
 
 
 def put(path: Path, content: bytes) -> Place:
@@ -53,7 +65,7 @@ def test_columnar_files_keep_types_and_metadata(tmp_path: Path, suffix: str) -> 
     pq.write_table(TABLE, source)
     target = place_of(str(tmp_path / f"out.{suffix}"))
     through(target, place_of(str(source)))
-    found = read_rows(target)[0].table()
+    found = read_rows(target).table()
     assert found.column_names == [*TABLE.column_names, "completion"]
     assert found.drop_columns(["completion"]).cast(TABLE.schema).equals(TABLE)
     assert found["completion"].to_pylist() == NEW["completion"].to_pylist()
@@ -93,14 +105,14 @@ def test_csv_values_come_back_byte_for_byte(rows: list[tuple[str | None, str | N
         pq.write_table(table, f"{folder}/in.parquet")
         new = {"c": pa.array(["x"] * len(rows))}
         through(place_of(f"{folder}/out.csv"), place_of(f"{folder}/in.parquet"), new)
-        found = read_rows(place_of(f"{folder}/out.csv"))[0].table()
+        found = read_rows(place_of(f"{folder}/out.csv")).table()
     assert found.column_names == ["a", "b\n", "c"]
     assert list(zip(found["a"].to_pylist(), found["b\n"].to_pylist(), strict=True)) == rows
 
 
 def test_csv_has_no_types_and_keeps_what_it_has(tmp_path: Path) -> None:
     source = put(tmp_path / "in.csv", b'\xef\xbb\xbfzip,x\r\n007,1.50\r\n,""\r\n\xff,true\r\n')
-    rows, _ = read_rows(source)
+    rows = read_rows(source)
     assert rows.column("zip").slice(0, 2).to_pylist() == ["007", None]
     assert to_texts(rows.column("zip"))[2] == "\udcff"
     through(place_of(str(tmp_path / "out.csv")), source)
@@ -108,8 +120,8 @@ def test_csv_has_no_types_and_keeps_what_it_has(tmp_path: Path) -> None:
     assert lines[:4] == [b"zip,x,completion", b"007,1.50,one", b',"",', b'\xff,true,"th""ree,']
 
 
-def test_a_csv_row_may_be_large() -> None:
-    rows = read_csv(b'a,b\n"' + b"x\n" * 1_000_000 + b'",2\n')
+def test_a_csv_row_may_be_large(tmp_path: Path) -> None:
+    rows = read_rows(put(tmp_path / "x.csv", b'a,b\n"' + b"x\n" * 1_000_000 + b'",2\n'))
     assert rows.count == 1
     assert len(rows.column("a")[0].as_py()) == 2_000_000
 
@@ -126,7 +138,7 @@ def test_a_csv_row_may_be_large() -> None:
         ("x.csv", b"\xff,b\n1,2\n", "not UTF-8"),
         ("x.jsonl", b'{"a": 1}\n{"a": ', "Line 2 of the JSONL is not JSON"),
         ("x.jsonl", b'{"a": 1}\n\n[1]\n', "Line 3 of the JSONL is no object but list"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "cannot be read: Truncated compressed stream"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "cannot be read as jsonl: Truncated compressed stream"),
         ("x.csv.gz", b"a,b\n1,2\n", "cannot be read"),
         ("x.txt", b"hello", r"The format of '.*x.txt' is not known. Say --format"),
     ],
@@ -175,7 +187,7 @@ def test_jsonl_lines_come_back_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_jsonl_columns_are_text_and_missing_ones_null() -> None:
-    rows = read_jsonl(b"\n".join(LINES))
+    rows = LineRows(LINES)
     assert rows.names == ["text", "n", "big", "other"]
     assert rows.column("n").to_pylist() == ["1.5", "2", None, None, None]
     texts = to_texts(rows.column("text"))
@@ -207,7 +219,7 @@ def test_details_are_nested_in_jsonl_and_json_in_csv(tmp_path: Path) -> None:
     through(place_of(str(tmp_path / "o.jsonl")), source, new)
     assert json.loads((tmp_path / "o.jsonl").read_text())["d"] == {"cost": 1.23e-7, "error": {"code": "timeout"}}
     through(place_of(str(tmp_path / "o.csv")), source, new)
-    text = read_rows(place_of(str(tmp_path / "o.csv")))[0].column("d")[0].as_py()
+    text = read_rows(place_of(str(tmp_path / "o.csv"))).column("d")[0].as_py()
     assert json.loads(text) == {"cost": 1.23e-7, "error": {"code": "timeout"}}
 
 
@@ -219,7 +231,7 @@ def test_an_output_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    rows, _ = read_rows(source)
+    rows = read_rows(source)
     with pytest.raises(InputError, match=r"No space left on device\. The answers are kept"):
         write_rows(place_of(str(tmp_path / "out.csv")), rows, {"c": pa.array(["x"])}, overwrite=True)
     assert (tmp_path / "out.csv").read_text() == "before"
@@ -248,7 +260,7 @@ def test_an_output_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
 def test_a_link_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "real.csv").write_text("before")
     (tmp_path / "link.csv").symlink_to("real.csv")
-    rows, _ = read_rows(put(tmp_path / "i.csv", b"a,b\n1,2\n"))
+    rows = read_rows(put(tmp_path / "i.csv", b"a,b\n1,2\n"))
     write_rows(place_of(str(tmp_path / "link.csv")), rows, {"c": pa.array(["x"])}, overwrite=True)
     assert (tmp_path / "link.csv").is_symlink()
     assert (tmp_path / "real.csv").read_text() == "a,b,c\n1,2,x\n"
@@ -277,6 +289,6 @@ def test_a_pipe_is_written_into(tmp_path: Path) -> None:
 def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     through(place_of(str(tmp_path / f"o.csv.{suffix}")), put(tmp_path / "i.csv", b"a,b\n1,2\n"), {"c": pa.array(["x"])})
     assert (tmp_path / f"o.csv.{suffix}").read_bytes()[:3] not in (b"a,b", b"")
-    assert read_rows(place_of(str(tmp_path / f"o.csv.{suffix}")))[0].table().to_pylist() == [
+    assert read_rows(place_of(str(tmp_path / f"o.csv.{suffix}"))).table().to_pylist() == [
         {"a": "1", "b": "2", "c": "x"}
     ]

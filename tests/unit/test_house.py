@@ -11,7 +11,7 @@ import pytest
 
 import complete_fn
 from complete_fn.errors import EngineMissingError
-from complete_fn.wiring import ENGINES, VERBS, resolve
+from complete_fn.wiring import DIALECTS, ENGINES, VERBS, resolve
 
 ROOT = Path(__file__).parents[2]
 HEAVY = "vllm torch transformers pyarrow duckdb polars celery fastapi sqlalchemy numpy httpx"
@@ -31,7 +31,7 @@ def test_every_public_name_resolves() -> None:
         complete_fn.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("target", [*ENGINES.values(), *VERBS.values()])
+@pytest.mark.parametrize("target", [*DIALECTS.values(), *ENGINES.values(), *VERBS.values()])
 def test_every_entry_of_the_wiring_table_resolves(target: str) -> None:
     assert callable(resolve(target))
 

@@ -6,16 +6,16 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from complete_fn.errors import JobError, NotFoundError
-from complete_fn.job_store import JobStore, worker_name
+from complete_fn.errors import JobError, NotFoundError, StoreError
+from complete_fn.job_store import DEATHS, JobStore, worker_name
 from complete_fn.jobs import JOB_MOVES, PART_MOVES, TRIES, Job
-from complete_fn.key_store import KeyStore
+from complete_fn.ledger import LedgerLine
 from complete_fn.store import Store
+from complete_fn.types import Asker
 
 PIECE = {"model": "m", "options": "{}", "rows": 10, "tokens": 100}
 
@@ -48,9 +48,8 @@ def job(name: str, tenant: str = "acme", **more: Any) -> Job:
 
 
 @pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[JobStore]:
-    store = Store(tmp_path / "state.sqlite3")
-    KeyStore(store)  # makes the service's tables
+def jobs(store_url: str) -> Iterator[JobStore]:
+    store = Store(store_url)
     yield JobStore(store)
     store.close()
 
@@ -92,11 +91,11 @@ def test_a_part_is_claimed_once_by_many_threads(jobs: JobStore) -> None:
     jobs.create(job("a"), [PIECE] * 40)
     claimed: list[int] = []
 
-    def take() -> None:
-        while (part := jobs.claim(ME)) is not None:
+    def take(n: int) -> None:
+        while (part := jobs.claim(worker_name(n))) is not None:
             claimed.append(part.number)
 
-    threads = [threading.Thread(target=take) for _ in range(8)]
+    threads = [threading.Thread(target=take, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -174,7 +173,7 @@ def test_a_part_given_back_to_a_stopping_job_is_not_run_again(jobs: JobStore) ->
     assert part is not None
     jobs.stop(jobs.get("acme", "a"), "cancelled")
     jobs.give_back(part)
-    assert jobs.get("acme", "a").status == "cancelled"
+    assert jobs.claim(ME) is None
 
 
 def test_a_job_expires_at_its_deadline(jobs: JobStore) -> None:
@@ -216,3 +215,45 @@ def test_two_submissions_with_one_idempotency_key_make_one_job(jobs: JobStore) -
     with pytest.raises(JobError, match="idempotency key"):
         jobs.create(job("x", idempotency_key="k", request='{"other": 1}'), [PIECE])
     assert jobs.create(job("y", tenant="bolt", idempotency_key="k"), [PIECE]).id == "y"
+
+
+def test_what_a_part_committed_before_its_job_was_stopped_is_asked_for(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE, PIECE])
+    begun = jobs.claim(ME)
+    assert begun is not None
+    jobs.give_back(begun, delay=60)
+    assert jobs.claim_stopped(ME) is None
+    assert jobs.stop(jobs.get("acme", "a"), "cancelled").status == "stopping"
+    assert jobs.claim(ME, now=time.time() + 90) is None
+    again = jobs.claim_stopped(ME)
+    assert again is not None
+    assert (again.number, again.fence) == (0, 2)
+    assert jobs.claim_stopped(ME) is None
+    assert jobs.finish(again, "cancelled", "r0", 1)
+    assert jobs.get("acme", "a").status == "cancelled"
+    assert [p.status for p in jobs.parts("a")] == ["cancelled", "cancelled"]
+
+
+def test_a_run_whose_part_was_swept_commits_nothing_more(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE])
+    part = jobs.claim(ME)
+    assert part is not None
+    attempt = jobs.store.begin(Asker("acme", job=part.name), "m", "USD", "example")
+    jobs.store.admit(attempt, 3, 30)
+    jobs.sweep(now=time.time() + 60)
+    with pytest.raises(StoreError, match="given up as lost"):
+        jobs.store.commit(attempt, [], [LedgerLine("input", 3, 30, 30)], 3, 30)
+    assert jobs.counts(jobs.get("acme", "a")).cost_nano == 0
+
+
+def test_a_part_that_kills_every_worker_fails_its_job(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE])
+    for death in range(DEATHS):
+        part = jobs.claim(ME, now=time.time() + death)
+        assert part is not None
+        jobs.store.begin(Asker("acme", job=part.name), "m", "USD", "example")
+        assert jobs.get("acme", "a").status == "running"
+        jobs.sweep(now=time.time() + 100)
+    ended = jobs.get("acme", "a")
+    assert ended.status == "failed"
+    assert "10 workers in a row died" in (ended.error or "")

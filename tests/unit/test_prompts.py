@@ -72,3 +72,9 @@ def test_data_never_poses_as_messages(text: str) -> None:
     assert unpack(escape(text)) == text
     assert [unpack(t) for t in escaped(pa.array([text, "plain"], pa.large_string())).to_pylist()] == [text, "plain"]
     assert [unpack(t or "") for t in rendered("{a}", a=pa.array([text]))] == [text]
+
+
+@pytest.mark.parametrize("text", ["hello", "", "\x00messages:[]"])
+def test_one_message_of_a_user_is_the_bare_prompt(text: str) -> None:
+    assert pack_messages([{"role": "user", "content": text}]) == escape(text)
+    assert unpack(pack_messages([{"role": "user", "content": text}])) == text

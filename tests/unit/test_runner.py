@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 import warnings
@@ -153,6 +154,26 @@ def test_a_budget_is_never_passed(tmp_path_factory: pytest.TempPathFactory, prom
     assert sum(int(str(line["cost_nano"])) for line in lines(s)) <= cap * 1_000
     for prompt, details in zip(prompts, answers.details.to_pylist(), strict=True):
         assert (details["value"] is not None) == (details["error"] is None), prompt
+
+
+@pytest.mark.parametrize("cap", [0, 7, 30, 100, 1_000])
+def test_max_total_tokens_is_never_passed(tmp_path: Path, priced: Path, cap: int) -> None:
+    """A row is refused before it could pass the cap; what fits is answered, over several calls too."""
+    s = session(tmp_path, priced, max_total_tokens=cap)
+    prompts = [f"row number {n} " + "x " * (n % 5) for n in range(40)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompletionWarning)
+        for low in (0, 20):
+            s.complete("echo", prompts[low : low + 20], {"max_tokens": 3})
+    used, refused = s.summary.usage, s.summary.failed["budget_exceeded"]
+    assert used.prompt_tokens + used.completion_tokens <= cap
+    assert {0: refused == 40, 1_000: refused == 0}.get(cap, 0 < refused <= 40)
+
+
+@pytest.mark.parametrize("cap", [-1, 1.5, True, "many"])
+def test_a_token_cap_is_a_whole_number(tmp_path: Path, cap: object) -> None:
+    with pytest.raises(InvalidOptionError, match="max_total_tokens"):
+        Session(home=tmp_path, max_total_tokens=cap)  # type: ignore[arg-type]
 
 
 def test_the_budget_holds_over_several_calls(tmp_path: Path, priced: Path) -> None:
@@ -311,12 +332,25 @@ def test_bytes_that_are_not_text_fail_their_row_only(tmp_path: Path, priced: Pat
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_asks_with_connections_of_its_own(tmp_path: Path, priced: Path) -> None:
     s = session(tmp_path, priced, Slow(0.2))
+    s.store.has_answers("local")  # a new store is open before the fork, however long that takes
     worker = threading.Thread(target=lambda: s.complete("echo", ["a", "b", "c"]))
     worker.start()
-    time.sleep(0.3)
+    time.sleep(0.3)  # mostly into the engine's pause, and into a transaction on a busy machine
     child = os.fork()
     if child == 0:
+        signal.alarm(120)  # a lock that nobody releases would leave it here for good
         answers = s.complete("echo", ["a", "c"]).text.to_pylist()
         os._exit(0 if answers == ["a", "c"] else 1)
     worker.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_forked_while_another_thread_opens_the_store_opens_its_own(tmp_path: Path, priced: Path) -> None:
+    s = session(tmp_path, priced)
+    with s.lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(120)
+            os._exit(0 if s.complete("echo", ["a"]).text.to_pylist() == ["a"] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

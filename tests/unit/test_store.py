@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import stat
 import threading
 import time
@@ -20,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from complete_fn.catalogue import Model, Prices
+from complete_fn.databases import refuse_network
 from complete_fn.engine import EchoEngine, prompt_text
 from complete_fn.errors import StoreError
 from complete_fn.keys import Call
@@ -28,7 +28,7 @@ from complete_fn.options import CacheMode
 from complete_fn.prompts import text_column
 from complete_fn.runner import Tools, run
 from complete_fn.slices import Slices
-from complete_fn.store import Store, Stored, refuse_network
+from complete_fn.store import Store, Stored
 from complete_fn.tables import answers, attempts, ledger
 from complete_fn.types import Asker, Completion, CompletionRequest, SamplingParams, Usage
 
@@ -38,7 +38,14 @@ WHO = Asker()
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(store_url: str) -> Iterator[Store]:
+    opened = Store(store_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def file_store(tmp_path: Path) -> Iterator[Store]:
     opened = Store(tmp_path / "home" / "state.sqlite3")
     yield opened
     opened.close()
@@ -82,12 +89,12 @@ def test_a_slice_that_fails_leaves_nothing(store: Store) -> None:
     assert not rows_of(store, ledger)
 
 
-def test_files_are_private(store: Store) -> None:
-    attempt = store.begin(WHO, "m", "EUR", "yours")
-    store.commit(attempt, [done(1)], [], 0, 0)
-    names = {p.name: stat.S_IMODE(p.stat().st_mode) for p in store.path.parent.iterdir()}
+def test_files_are_private(file_store: Store) -> None:
+    attempt = file_store.begin(WHO, "m", "EUR", "yours")
+    file_store.commit(attempt, [done(1)], [], 0, 0)
+    names = {p.name: stat.S_IMODE(p.stat().st_mode) for p in file_store.path.parent.iterdir()}
     assert names == dict.fromkeys(["state.sqlite3", "state.sqlite3-wal", "state.sqlite3-shm"], 0o600)
-    assert stat.S_IMODE(store.path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(file_store.path.parent.stat().st_mode) == 0o700
 
 
 def test_an_open_mode_is_tightened(tmp_path: Path) -> None:
@@ -117,14 +124,6 @@ def test_damaged_pages_are_named(tmp_path: Path) -> None:
         damaged.look_up("local", [key(n) for n in range(2000)])
 
 
-def test_another_versions_file_is_refused(tmp_path: Path) -> None:
-    Store(tmp_path / "s").close()
-    with sqlite3.connect(tmp_path / "s") as connection:
-        connection.execute("PRAGMA user_version = 7")
-    with pytest.raises(StoreError, match="has version 7"):
-        Store(tmp_path / "s")
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -148,7 +147,7 @@ def test_network_file_systems_are_refused(kind: str) -> None:
     refuse_network(Path("/mnt/my shared/state.sqlite3"), mounts)
 
 
-def test_a_full_disk_keeps_what_was_committed(store: Store) -> None:
+def test_a_full_disk_keeps_what_was_committed(file_store: Store) -> None:
     class Long(EchoEngine):
         def complete(self, request: CompletionRequest) -> Completion:
             return replace(super().complete(request), text="x" * 2000)
@@ -156,27 +155,25 @@ def test_a_full_disk_keeps_what_was_committed(store: Store) -> None:
     def small(connection: Any, *_: Any) -> None:
         connection.execute("PRAGMA max_page_count = 600")
 
-    sa.event.listen(store.engine, "connect", small)
-    store.engine.dispose()
+    sa.event.listen(file_store.engine, "connect", small)
+    file_store.engine.dispose()
     prompts = text_column([f"prompt {n}" for n in range(2000)])
     with pytest.raises(StoreError, match=r"full\. Free some space: what was committed is safe"):
-        run(Call(MODEL), prompts, Tools(Long(), store), WHO)
-    sa.event.remove(store.engine, "connect", small)
-    store.engine.dispose()
-    kept = rows_of(store, answers)
+        run(Call(MODEL), prompts, Tools(Long(), file_store), WHO)
+    sa.event.remove(file_store.engine, "connect", small)
+    file_store.engine.dispose()
+    kept = rows_of(file_store, answers)
     assert 256 <= len(kept) < 2000
-    billed = [line for line in rows_of(store, ledger) if line["price_class"] in ("input", "output")]
+    billed = [line for line in rows_of(file_store, ledger) if line["price_class"] in ("input", "output")]
     assert sum(line["tokens"] for line in billed) == sum(r["prompt_tokens"] + r["completion_tokens"] for r in kept)
     engine = Long()
-    assert run(Call(MODEL), prompts, Tools(engine, store), WHO).text.null_count == 0
+    assert run(Call(MODEL), prompts, Tools(engine, file_store), WHO).text.null_count == 0
     assert len(engine.requests) == 2000 - len(kept)
 
 
-def test_writers_in_many_threads_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-
+def test_writers_in_many_threads_lose_nothing(store_url: str) -> None:
     def write(worker: int) -> None:
-        store = Store(path)
+        store = Store(store_url)
         attempt = store.begin(WHO, f"m{worker}", "EUR", "yours")
         for n in range(20):
             store.admit(attempt, 1, 3)
@@ -189,7 +186,7 @@ def test_writers_in_many_threads_lose_nothing(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    store = Store(path)
+    store = Store(store_url)
     assert len(rows_of(store, answers)) == len(rows_of(store, ledger)) == 120
     assert {(a["status"], a["reserved_rows"], a["reserved_tokens"]) for a in rows_of(store, attempts)} == {
         ("done", 0, 0)

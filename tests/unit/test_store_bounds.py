@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from complete_fn.bounds import DAY, GIB, HOUR, clear, prune, used_bytes
+from complete_fn.databases import Sqlite
 from complete_fn.engine import EchoEngine
 from complete_fn.errors import InvalidOptionError
 from complete_fn.ledger import LedgerLine
@@ -24,8 +25,8 @@ NOW = time.time()
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(tmp_path / "state.sqlite3")
+def store(store_url: str) -> Iterator[Store]:
+    opened = Store(store_url)
     yield opened
     opened.close()
 
@@ -66,7 +67,8 @@ def test_the_oldest_go_until_the_file_fits_and_its_space_is_given_back(store: St
     assert count_of(store, answers, answers.c.created_at < NOW - 2.5 * DAY) == 0
     assert count_of(store, answers, answers.c.created_at > NOW - 1.5 * DAY) == 3000
     store.close()
-    assert store.path.stat().st_size <= bound * GIB
+    if isinstance(store.database, Sqlite):
+        assert store.path.stat().st_size <= bound * GIB
 
 
 def test_an_unfinished_jobs_answers_stay_for_thirty_days(store: Store) -> None:
@@ -114,7 +116,8 @@ def test_clear_takes_what_it_is_told(store: Store) -> None:
     assert count_of(store, ledger) == 3
 
 
-def test_clear_shrinks_the_file(store: Store) -> None:
+def test_clear_shrinks_the_file(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
     fill(store, 5000, 1000, days_old=1)
     before = used_bytes(store)
     clear(store)

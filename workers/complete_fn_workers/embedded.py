@@ -7,17 +7,24 @@ them has let go, however it did (see `engine_launch`). Imports neither torch nor
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
 import threading
+import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from complete_fn.catalogue import Model
+from complete_fn.device_time import DeviceTime
+from complete_fn.disk import here
 from complete_fn.errors import EngineError
 from complete_fn.settings import Settings
 from complete_fn.structured import checked
@@ -27,6 +34,8 @@ from complete_fn_workers.engine_launch import EnginePlace, engine_place, engine_
 from complete_fn_workers.engine_wire import RECEIVE_BYTES, Frames, pack
 
 CHUNK_ROWS = 32
+LOOK_SECONDS = 0.2  # how often a stream that waits looks whether it is abandoned
+METER_SECONDS = 5.0  # for the child's last word: it comes between two steps
 UNSENDABLE = "The prompt has no messages, or a lone surrogate (half of a character) that cannot be encoded."
 
 
@@ -41,6 +50,9 @@ class Link:
         self.link = link
         self.frames = Frames()
         self.messages: list[dict[str, Any]] = []
+        self.answers: deque[list[Any]] = deque()  # received and not yet given out
+        self.poll = select.poll()
+        self.poll.register(link, select.POLLIN)
         links.add(self)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -49,9 +61,11 @@ class Link:
         except OSError as error:
             raise EngineGone from error
 
-    def receive(self) -> dict[str, Any]:
-        """The next message; waits for it."""
+    def receive(self, seconds: float | None = None) -> dict[str, Any]:
+        """The next message; waits for it, or {} after so many seconds."""
         while not self.messages:
+            if seconds is not None and not self.poll.poll(seconds * 1000):
+                return {}
             try:
                 received = self.link.recv(RECEIVE_BYTES)
             except OSError as error:
@@ -97,6 +111,8 @@ class EmbeddedEngine:
         self.child: subprocess.Popen[bytes] | None = None
         self.owner = os.getpid()
         self.pid: int | None = None
+        self.device: str | None = None  # what the child runs on, once it has said so
+        self.device_time = DeviceTime(self.read_meter)
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         """As in `Engine.stream`. At most 2 x max_num_seqs requests are in flight; a dead child is restarted once."""
@@ -106,13 +122,17 @@ class EmbeddedEngine:
             link = None
             try:
                 link, window = self.connect(tenant)
-                yield from exchange(link, window, feed, unfinished)
+                yield from exchange(link, window, feed, unfinished, partial(is_abandoned, requests), self.device_time)
                 return
             except EngineGone:
                 if attempt == 2:
                     raise EngineError(self.obituary("died twice")) from None
+                if any(request.tell is not None for request in unfinished.values()):
+                    raise EngineError(self.obituary("died while its answer was being read")) from None
             finally:
                 if link is not None:
+                    if unfinished:
+                        stop(link, self.device_time)
                     link.close()
 
     def connect(self, tenant: str) -> tuple[Link, int]:
@@ -147,7 +167,22 @@ class EmbeddedEngine:
             raise EngineError(self.obituary(f"cannot start: {message['failed']}"))
         ready: dict[str, Any] = message["ready"]
         self.pid = int(ready["pid"])
+        self.device = str(ready["device"])
+        self.device_time.name = f"{here()}/{self.pid}"
+        self.device_time.skipped = float(ready["skipped"])
         return ready
+
+    def read_meter(self) -> None:
+        """Hear of the device time up to now; nothing if the child is not there."""
+        if self.pid is None or self.lifeline is None or ended(self.lifeline):
+            return
+        with suppress(EngineGone, EngineError):
+            link, _ = self.connect("")
+            try:
+                link.send({"meter": True})
+                self.device_time.told(*link.receive(METER_SECONDS).get("meter", (0.0, 0.0, 0.0)))
+            finally:
+                link.close()
 
     def obituary(self, what: str) -> str:
         end = self.child.poll() if self.child is not None else None
@@ -193,7 +228,12 @@ def ended(link: Link) -> bool:
 
 
 def exchange(
-    link: Link, window: int, feed: Iterator[tuple[int, CompletionRequest]], unfinished: dict[int, CompletionRequest]
+    link: Link,
+    window: int,
+    feed: Iterator[tuple[int, CompletionRequest]],
+    unfinished: dict[int, CompletionRequest],
+    abandoned: Callable[[], bool],
+    device_time: DeviceTime,
 ) -> Iterator[tuple[int, Completion]]:
     """Keep the window full and yield what is done. `unfinished` has what is in flight, also when the child dies."""
     sender = RowSender(link)
@@ -211,10 +251,40 @@ def exchange(
                     yield number, Completion.failed("invalid_request", UNSENDABLE)
             if link.readable():
                 break
+        if abandoned():
+            return
         if unfinished:
-            for number, *answer in link.receive()["done"]:
+            message = link.receive(LOOK_SECONDS)
+            for number, piece in message.get("text", ()):
+                if (tell := unfinished[number].tell) is not None:
+                    tell(piece)
+            if "meter" in message:
+                device_time.told(*message["meter"])
+            link.answers.extend(message.get("done", ()))
+            while link.answers:
+                number, *answer = link.answers.popleft()
                 request = unfinished.pop(number)
-                yield number, checked(completion(answer), request.response_format)
+                yield number, checked(completion(answer, request.choices), request)
+
+
+def stop(link: Link, device_time: DeviceTime) -> None:
+    """Abort what is under way. The time of answers that nobody takes any more is lost, as that of aborted rows is."""
+    unread, until = list(link.answers), time.monotonic() + METER_SECONDS
+    try:
+        link.send({"stop": True})
+        while message := link.receive(max(0.0, until - time.monotonic())):
+            unread += message.get("done", ())
+            if "meter" in message:
+                device_time.told(*message["meter"])
+            if "stopped" in message:
+                break
+    except EngineGone:
+        pass  # what it had not told is lost with it
+    device_time.told(0.0, 0.0, sum(usage_of(answer).device_seconds for _, *answer in unread))
+
+
+def is_abandoned(requests: Iterable[CompletionRequest]) -> bool:
+    return bool(getattr(requests, "abandoned", False))
 
 
 def sendable(request: CompletionRequest) -> bool:
@@ -233,7 +303,7 @@ class RowSender:
 
     def __init__(self, link: Link) -> None:
         self.link = link
-        self.last: tuple[Any, str | None] | None = None
+        self.last: tuple[Any, ...] | None = None
 
     def send(self, rows: list[tuple[int, CompletionRequest]]) -> None:
         if rows:
@@ -242,17 +312,28 @@ class RowSender:
     def row(self, number: int, request: CompletionRequest) -> list[Any]:
         prompt = request.prompt
         row: list[Any] = [number, prompt if isinstance(prompt, str) else [[m.role, m.content] for m in prompt]]
-        kind = (request.sampling, request.response_format)
+        how = {
+            "response_format": request.response_format,
+            "choices": request.choices,
+            "priority": request.priority,
+            "tell": request.tell is not None,
+        }
+        kind = (request.sampling, *how.values())
         if kind != self.last:
             self.last = kind
-            row.append({**asdict(request.sampling), "response_format": request.response_format})
+            row.append({**asdict(request.sampling), **how})
         return row
 
 
-def completion(answer: list[Any]) -> Completion:
-    text, finish_reason, code, message, *usage = answer
+def completion(answer: list[Any], choices: tuple[str, ...]) -> Completion:
+    text, finish_reason, code, message, scores = answer[:5]
     error = RowError(code, message) if code is not None else None
-    return Completion(text, finish_reason, error, Usage(*usage))
+    of_label = None if scores is None else dict(zip(choices, scores, strict=True))
+    return Completion(text, finish_reason, error, usage_of(answer), scores=of_label)
+
+
+def usage_of(answer: list[Any]) -> Usage:
+    return Usage(*answer[5:])
 
 
 def open_engine(model: Model, settings: Settings) -> EmbeddedEngine:

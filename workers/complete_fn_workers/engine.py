@@ -9,14 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import socket
 import sys
+import time
 import traceback
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from complete_fn_workers.engine_io import Connection, Connections
+from complete_fn_workers.engine_pace import StepPace
+from complete_fn_workers.engine_wire import RowRefused
+from complete_fn_workers.kv_window import Held, KVWindow
+from complete_fn_workers.machine import available_cores
+from complete_fn_workers.metering import StepMeter
 
 
 class Row(NamedTuple):
@@ -28,45 +36,100 @@ class Row(NamedTuple):
     sampling: Any
 
 
-class Admitted(NamedTuple):
-    """A row that vLLM has."""
+class Ready(NamedTuple):
+    """A row, and what the engine is asked for it: its tokens and limits."""
+
+    row: Row
+    asked: Any
+
+
+@dataclass(slots=True)
+class Admitted:
+    """A row that vLLM has. `told` characters of its text were sent already."""
 
     connection: Connection
     number: int
-    limit: Any
+    asked: Any
     internal_id: str
+    priority: int
+    told: int = 0
+
+    @property
+    def bulk(self) -> bool:
+        return self.priority >= 0
 
 
 class EngineLoop:
-    """Feeds one vLLM engine from all connections."""
+    """Feeds one vLLM engine from all connections. Rows with a priority below 0 overtake all others."""
 
     def __init__(self, connections: Connections, llm: Any) -> None:
+        from complete_fn_workers.engine_config import INTERACTIVE_SEATS
         from complete_fn_workers.engine_rows import PromptReader
 
         self.connections = connections
         self.llm = llm
         self.prompts = PromptReader(llm.get_tokenizer())
         self.context = int(llm.model_config.max_model_len)
-        self.max_num_seqs = int(llm.vllm_config.scheduler_config.max_num_seqs)
+        self.max_num_seqs = int(llm.vllm_config.scheduler_config.max_num_seqs) - INTERACTIVE_SEATS
+        self.interactive: deque[Row] = deque()
         self.waiting: deque[Row] = deque()
         self.running: dict[str, Admitted] = {}
+        self.running_bulk = self.admitted = 0  # rows in vLLM; those that are new to it
+        self.pace = StepPace(int(llm.vllm_config.scheduler_config.max_num_batched_tokens))
+        cache = llm.vllm_config.cache_config
+        self.window = KVWindow(int(cache.num_gpu_blocks), int(cache.block_size))
+        self.next: Ready | None = None  # the first bulk row, read, while the cache has no room for it
+        devices = int(llm.vllm_config.parallel_config.world_size)
+        self.meter = StepMeter(llm.engine_core.engine_core.scheduler.requests, devices)
         self.done: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
+        self.text: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
         self.serial = 0
+        self.steps = 0
 
     @property
     def greeting(self) -> dict[str, Any]:
-        return {"ready": {"max_model_len": self.context, "max_num_seqs": self.max_num_seqs, "pid": os.getpid()}}
+        from complete_fn_workers.swiftkv.flops import skipped_share
+
+        limits = {"max_model_len": self.context, "max_num_seqs": self.max_num_seqs}
+        what = {"device": device_name(), "skipped": skipped_share(self.llm.model_config.hf_config)}
+        return {"ready": {**limits, "pid": os.getpid(), **what}}
 
     def run(self) -> None:
         while True:
-            self.take(block=not self.running and not self.waiting)
-            # As many again as run at once: the scheduler never starves, and no burst is tokenised before a step.
-            while self.waiting and len(self.running) < 2 * self.max_num_seqs:
-                self.admit(self.waiting.popleft())
+            self.take(block=not (self.running or self.waiting or self.interactive or self.next))
+            while self.interactive and len(self.running) < 2 * self.max_num_seqs:
+                if (chat := self.readied(self.interactive.popleft())) is not None:
+                    self.submit(chat.row, chat.asked, chat.row.sampling.priority)
+                self.pace.chat()
+            self.admit_bulk()
             if self.running:
-                for output in self.llm.step():
-                    self.finish(output)
+                self.step()
             self.deliver()
+
+    def admit_bulk(self) -> None:
+        """Fill the seats as far as the cache has room; while somebody chats, as far as the next step stays short."""
+        decoding = len(self.running)
+        while (self.next or self.waiting) and self.running_bulk < self.max_num_seqs:
+            if self.running_bulk and self.pace.room(decoding) <= 0:
+                return
+            ready, self.next = self.next or self.readied(self.waiting.popleft()), None
+            if ready is not None and not self.fits(ready):
+                self.next = ready  # goes first, as soon as others have left
+                return
+            if ready is not None:
+                self.submit(ready.row, ready.asked, ready.row.sampling.priority)
+
+    def step(self) -> None:
+        decoding = len(self.running) - self.admitted
+        self.admitted = 0
+        began = time.monotonic()
+        self.steps += 1
+        outputs = self.llm.step()
+        took = time.monotonic() - began
+        self.pace.stepped(took, decoding)
+        self.meter.stepped(took)
+        for output in outputs:
+            self.note(output)
 
     def take(self, block: bool) -> None:
         """Everything that has come; waits for the first if there is nothing else to do."""
@@ -88,46 +151,106 @@ class EngineLoop:
         for number, prompt, *options in message.get("rows", ()):
             if options:
                 connection.options = Sampling(options[0])
-            self.waiting.append(Row(connection, number, prompt, connection.options))
+            lane = self.interactive if connection.options.priority < 0 else self.waiting
+            lane.append(Row(connection, number, prompt, connection.options))
         if "count" in message:
-            self.connections.send(connection, {"counts": self.prompts.count(message["count"])})
+            self.connections.send(connection, {"counts": self.prompts.count(message["count"]), "steps": self.steps})
+        if "stop" in message:
+            self.forget(connection)
+            self.connections.send(connection, {"meter": self.meter.tell(), "stopped": True})
+        if "meter" in message:
+            self.connections.send(connection, {"meter": self.meter.tell()})
 
     def forget(self, connection: Connection) -> None:
-        """A connection is gone: so are its rows."""
+        """A connection is gone, or wants no more: so are its rows."""
         self.waiting = deque(row for row in self.waiting if row.connection is not connection)
+        self.interactive = deque(row for row in self.interactive if row.connection is not connection)
+        if self.next is not None and self.next.row.connection is connection:
+            self.next = None
         gone = [key for key, row in self.running.items() if row.connection is connection]
-        self.llm.abort_request([self.running.pop(key).internal_id for key in gone], internal=True)
+        for key in gone:
+            self.meter.give_up(key)
+        self.llm.abort_request([self.leave(key).internal_id for key in gone], internal=True)
         self.done.pop(connection, None)
+        self.text.pop(connection, None)
 
-    def admit(self, row: Row) -> None:
-        from complete_fn_workers.engine_rows import RowRefused, answer_limit
+    def leave(self, key: str) -> Admitted:
+        self.window.release(key)
+        row = self.running.pop(key)
+        self.running_bulk -= row.bulk
+        return row
 
-        connection = row.connection
+    def readied(self, row: Row) -> Ready | None:
+        """The row's tokens and what it needs; None if it is refused."""
+        from complete_fn_workers.engine_rows import asked
+
+        default = row.connection.default_max_tokens
         try:
-            ids = self.prompts.token_ids(row.prompt)
-            limit = answer_limit(len(ids), self.context, row.sampling.max_tokens, connection.default_max_tokens)
-            self.serial += 1
-            key = str(self.serial)
-            prompt = {"type": "token", "prompt_token_ids": ids, "cache_salt": connection.tenant}
-            internal = self.llm.add_request(key, prompt, row.sampling.params(limit.tokens))
+            return Ready(row, asked(self.prompts, row.prompt, row.sampling, self.context, default))
         except RowRefused as refusal:
-            self.done[connection].append([row.number, *refusal.answer])
+            self.done[row.connection].append([row.number, *refusal.answer])
+            return None
+
+    def held(self, row: Row | Admitted, what: Any) -> Held:
+        return self.window.row(row.connection.tenant, what.ids, what.tokens)
+
+    def fits(self, ready: Ready) -> bool:
+        """Whether the cache has room for a bulk row besides those under way."""
+        return self.window.fits(self.held(*ready))
+
+    def submit(self, row: Row | Admitted, what: Any, priority: int, spent: float = 0.0) -> None:
+        """Hand one request of a row to vLLM. `spent`: device-seconds of its requests before."""
+        connection = row.connection
+        self.serial += 1
+        key = str(self.serial)
+        prompt = {"type": "token", "prompt_token_ids": what.ids, "cache_salt": connection.tenant}
+        try:
+            internal = self.llm.add_request(key, prompt, what.params, priority=priority)
         except Exception as error:  # vLLM's own checks of one row come as several types
-            self.done[connection].append([row.number, *RowRefused("invalid_request", str(error)).answer])
+            self.done[connection].append([row.number, *RowRefused("invalid_request", str(error)).answer, spent])
         else:
-            self.running[key] = Admitted(connection, row.number, limit, internal)
+            self.running[key] = admitted = Admitted(connection, row.number, what, internal, priority)
+            self.meter.admit(key, internal, spent)
+            if admitted.bulk:
+                self.running_bulk += 1
+                self.window.hold(key, self.held(row, what), connection.tenant, what.ids)
+            self.admitted += 1
+            self.pace.admit(len(what.ids))
 
-    def finish(self, output: Any) -> None:
-        from complete_fn_workers.engine_rows import answer_of
-
-        row = self.running.pop(output.request_id, None)
-        if row is not None:
-            self.done[row.connection].append([row.number, *answer_of(output, row.limit, self.context)])
+    def note(self, output: Any) -> None:
+        """An answer, a step towards a label, or the text of a watched row so far."""
+        row = self.running.get(output.request_id)
+        if row is None:
+            return
+        if output.finished:
+            self.leave(output.request_id)
+            seconds = self.meter.leave(output.request_id)
+            self.pace.finished(len(output.prompt_token_ids), output.num_cached_tokens or 0)
+            answer = row.asked.take(output)
+            if answer is None:
+                self.submit(row, row.asked, row.priority, seconds)
+            else:
+                self.done[row.connection].append([row.number, *answer, seconds])
+        elif piece := output.outputs[0].text[row.told :]:
+            row.told += len(piece)
+            self.text[row.connection].append([row.number, piece])
 
     def deliver(self) -> None:
+        for connection, pieces in self.text.items():
+            self.connections.send(connection, {"text": pieces})
         for connection, answers in self.done.items():
-            self.connections.send(connection, {"done": answers})
+            self.connections.send(connection, {"done": answers, "meter": self.meter.tell()})
+        self.text.clear()
         self.done.clear()
+
+
+def device_name() -> str:
+    """What the model runs on, for the rates of past runs."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return f"{available_cores()} cores, {platform.machine()}"
+    return str(current_platform.get_device_name())
 
 
 def load(spec: dict[str, Any]) -> Any:

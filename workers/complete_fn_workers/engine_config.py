@@ -15,6 +15,7 @@ from vllm.usage.usage_lib import UsageContext
 from complete_fn_workers.machine import GIB, memory_bytes
 
 LOAD_FORMATS = ("safetensors", "dummy")
+INTERACTIVE_SEATS = 4
 OURS = ("model", "tokenizer", "revision", "trust_remote_code", "disable_log_stats")
 
 
@@ -37,6 +38,7 @@ def vllm_config(spec: dict[str, Any]) -> VllmConfig:
         # One backend for all rows, as vLLM cannot mix them; this one compiles in no time and knows the most keywords.
         "structured_outputs_config": {"backend": "guidance", "disable_additional_properties": True},
         "seed": 0,
+        "scheduling_policy": "priority",  # first come, first served among rows of one lane
     }
     if current_platform.is_cpu():
         # Blocks of 128 tokens, the CPU default, never hit on a 100-token instruction; compiling costs 50 s at start.
@@ -50,6 +52,8 @@ def vllm_config(spec: dict[str, Any]) -> VllmConfig:
     }
     config = EngineArgs(**{**defaults, **own, **fixed}).create_engine_config(UsageContext.LLM_CLASS)
     bound_memory(config, own, spec["kv_cache_gib"])
+    # Seats of their own, so that a chat need not wait until a bulk row ends.
+    config.scheduler_config.max_num_seqs += INTERACTIVE_SEATS
     return config
 
 

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from complete_fn_workers.engine_wire import RowRefused
+from complete_fn_workers.labels import Place, Search, label_tree
+
 Prompt = str | list[list[str]]
-Answer = list[Any]  # as in engine_wire: text, finish_reason, code, message, prompt, cached and completion tokens
-
-
-class RowRefused(Exception):
-    """The row cannot be sent to the engine; `code` is a key of `ROW_ERRORS`."""
-
-    def __init__(self, code: str, message: str, prompt_tokens: int = 0) -> None:
-        super().__init__(message)
-        self.code = code
-        self.prompt_tokens = prompt_tokens
-
-    @property
-    def answer(self) -> Answer:
-        return [None, None, self.code, str(self), 0, 0, 0]
+Answer = list[Any]  # as in engine_wire: text, finish_reason, code, message, scores, then tokens
 
 
 @dataclass(slots=True)
@@ -41,6 +31,7 @@ class PromptReader:
         self.tokenizer = tokenizer
         self.fast = getattr(tokenizer, "backend_tokenizer", None)
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.trees: dict[tuple[str, tuple[str, ...]], Place] = {}
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: template applied, else with the model's own special tokens in front.
@@ -76,6 +67,30 @@ class PromptReader:
                 return int(token)
         raise RowRefused("invalid_request", "The prompt is empty and the model has no token to begin with.")
 
+    def labels(self, choices: tuple[str, ...], prompt: Prompt) -> Place:
+        """The labels as the model would write them behind the prompt.
+
+        Raises:
+            RowRefused: they cannot be told apart by their tokens.
+        """
+        if self.has_template:
+            before, gap = self.rendered("x"), ""
+        else:  # a base model goes on after a space, unless the prompt ends with white space of its own
+            text = prompt if isinstance(prompt, str) else prompt[-1][1]
+            before, gap = "x", "" if text[-1:].isspace() else " "
+        key = (gap, choices)
+        if key not in self.trees:
+            if len(self.trees) >= 64:
+                self.trees.clear()
+            tokens = [self.continuation(before, gap + label) for label in choices]
+            self.trees[key] = label_tree(tokens, choices, self.tokenizer.eos_token_id)
+        return self.trees[key]
+
+    def continuation(self, before: str, text: str) -> list[int]:
+        """Tokens of a text that follows another; of the text alone where the tokenizer would join the two."""
+        head, whole = self.encode(before, special=False), self.encode(before + text, special=False)
+        return whole[len(head) :] if whole[: len(head)] == head else self.encode(text, special=False)
+
     def count(self, texts: list[str]) -> list[int]:
         return [len(self.encode(text, special=False)) for text in texts]
 
@@ -104,6 +119,10 @@ class Sampling:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self.max_tokens: int | None = options.get("max_tokens")
+        self.priority: int = options.get("priority", 0)
+        self.tell: bool = options.get("tell", False)
+        self.choices = tuple(options.get("choices", ()))
+        self.of_labels: dict[tuple[int, ...], SamplingParams] = {}
         self.made: dict[int, SamplingParams] = {}
 
     def params(self, tokens: int) -> SamplingParams:
@@ -112,6 +131,20 @@ class Sampling:
             if len(self.made) > 1024:
                 self.made.clear()
             found = self.made[tokens] = self.make(tokens)
+        return found
+
+    def scoring(self, place: Place) -> SamplingParams:
+        """One token, with the log-probability of each way on from the place."""
+        found = self.of_labels.get(place.path)
+        if found is None:
+            found = self.of_labels[place.path] = SamplingParams(
+                temperature=0.0,
+                max_tokens=1,
+                logprob_token_ids=list(place.ways),
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,
+            )
         return found
 
     def make(self, tokens: int) -> SamplingParams:
@@ -132,7 +165,8 @@ class Sampling:
             max_tokens=tokens,
             min_tokens=0,
             structured_outputs=None if schema is None else StructuredOutputsParams(json=grammar_schema(schema)),
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            # Only a row that is watched pays for an output a step.
+            output_kind=RequestOutputKind.CUMULATIVE if self.tell else RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # rows of one kind share the object; vLLM copies it shallowly
         )
 
@@ -144,6 +178,84 @@ def grammar_schema(response_format: str) -> str:
     return json.dumps({**json.loads(response_format), "x-guidance": style}, ensure_ascii=False)
 
 
+@dataclass(slots=True)
+class Writing:
+    """A row that the engine answers with text, in one request."""
+
+    ids: list[int]
+    params: SamplingParams
+    limit: Limit
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        """The most that the request may write."""
+        return self.limit.tokens
+
+    def take(self, output: Any) -> Answer | None:
+        return answer_of(output, self.limit, self.context)
+
+
+@dataclass(slots=True)
+class Choosing:
+    """A row that the engine answers with a label, in one request for each place that must be asked.
+
+    Usage is as if one request had written a token at each place: the first one's prompt, a token each.
+    """
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    search: Search
+    deepest: int
+    usage: list[int] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt_ids, *self.search.place.path]
+
+    @property
+    def tokens(self) -> int:
+        """What the row can still take after `ids`: the way to the deepest place, and one token."""
+        return self.deepest + 1 - len(self.search.place.path)
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sampling.scoring(self.search.place)
+
+    def take(self, output: Any) -> Answer | None:
+        """The answer, or None: ask again."""
+        outcome = output.outputs[0]
+        if outcome.finish_reason not in ("stop", "length"):
+            return refused_by_engine(outcome.finish_reason, output)
+        self.usage = self.usage or [len(self.prompt_ids), min(output.num_cached_tokens or 0, len(self.prompt_ids))]
+        self.search.tell({token: found.logprob for token, found in outcome.logprobs[0].items()})
+        label = self.search.answer
+        if label is None:
+            return None
+        text = self.sampling.choices[label]
+        return [text, "stop", None, None, self.search.scores, *self.usage, self.search.steps]
+
+
+def asked(prompts: PromptReader, prompt: Prompt, sampling: Sampling, context: int, default: int) -> Writing | Choosing:
+    """The row as requests to the engine. `default`: tokens of an answer where the caller set no limit.
+
+    Raises:
+        RowRefused: it cannot be asked.
+    """
+    ids = prompts.token_ids(prompt)
+    if sampling.choices:
+        tree = prompts.labels(sampling.choices, prompt)
+        answer_limit(len(ids) + tree.depth, context, 1, 1)
+        return Choosing(ids, sampling, Search(tree), tree.depth)
+    limit = answer_limit(len(ids), context, sampling.max_tokens, default)
+    return Writing(ids, sampling.params(limit.tokens), limit, context)
+
+
+def refused_by_engine(reason: Any, output: Any) -> Answer:
+    usage = [len(output.prompt_token_ids), output.num_cached_tokens or 0, len(output.outputs[0].token_ids)]
+    return [None, reason, "invalid_request", f"The engine ended the row with {reason!r}.", None, *usage]
+
+
 def answer_of(output: Any, limit: Limit, context: int) -> Answer:
     """A finished vLLM output as the wire's answer."""
     outcome = output.outputs[0]
@@ -152,10 +264,10 @@ def answer_of(output: Any, limit: Limit, context: int) -> Answer:
     usage = [prompt_tokens, output.num_cached_tokens or 0, tokens]
     reason = outcome.finish_reason
     if reason == "length" and not limit.of_caller:
-        return [outcome.text, reason, "truncated", cut_by(prompt_tokens, tokens, context), *usage]
+        return [outcome.text, reason, "truncated", cut_by(prompt_tokens, tokens, context), None, *usage]
     if reason not in ("stop", "length"):
-        return [None, reason, "invalid_request", f"The engine ended the row with {reason!r}.", *usage]
-    return [outcome.text, reason, None, None, *usage]
+        return refused_by_engine(reason, output)
+    return [outcome.text, reason, None, None, None, *usage]
 
 
 def cut_by(prompt_tokens: int, tokens: int, context: int) -> str:

@@ -6,12 +6,21 @@ One frame, either way, is a length (4 bytes, big-endian) and that many bytes of 
         {"open": {"tenant": str, "default_max_tokens": int}}   first on a connection that sends rows
         {"rows": [[number, prompt], [number, prompt, options], ...]}
                                         prompt: a string or [[role, content], ...]; `options` are `SamplingParams` by
-                                        field name and `response_format`, and hold for the rows after them as well
+                                        field name, `response_format`, `choices`, `priority` and `tell` (send the text
+                                        as it is made), and hold for the rows after them as well
         {"count": [text, ...]}
+        {"stop": true}                  no more is wanted: rows under way are aborted; answered like `meter`, with the
+                                        word "stopped", after whatever was on its way
+        {"meter": true}
     child to parent
-        {"ready": {"max_model_len": int, "max_num_seqs": int, "pid": int}}     once, when the model is loaded, or
+        {"ready": {"max_model_len": int, "max_num_seqs": int, "pid": int, "device": str, "skipped": float}}
+                                                                               once, when it is loaded, or
         {"failed": str}                                                        why it could not be
-        {"done": [[number, text, finish_reason, code, message, prompt_tokens, cached_tokens, completion_tokens], ...]}
+        {"done": [[number, text, finish_reason, code, message, scores, prompt_tokens, cached_tokens, completion_tokens,
+                   device_seconds], ...]}    scores: [probability or null] of choices; device_seconds: see `metering`;
+                                             absent of a row that was refused
+        {"meter": [metered, idle, lost]}        device-seconds, in a message of its own or beside `done`: see `metering`
+        {"text": [[number, piece], ...]}                                       of rows that asked for it, as it is made
         {"counts": [int, ...]}
 
 Rows travel many to a frame, answers as many as one engine step finished. A closed connection aborts its rows.
@@ -35,6 +44,19 @@ def pack(message: dict[str, Any]) -> bytes:
     """
     body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
     return LENGTH.pack(len(body)) + body
+
+
+class RowRefused(Exception):
+    """The row cannot be sent to the engine; `code` is a key of `ROW_ERRORS`."""
+
+    def __init__(self, code: str, message: str, prompt_tokens: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+        self.prompt_tokens = prompt_tokens
+
+    @property
+    def answer(self) -> list[Any]:
+        return [None, None, self.code, str(self), None, 0, 0, 0]
 
 
 class Frames:

@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 
 from complete_fn import EchoEngine
+from complete_fn.rounds import Rounds
 from complete_fn.server.app import make_app
 from complete_fn.service import Service
 
@@ -57,9 +58,10 @@ def write_models(folder: Path) -> Path:
 
 
 @contextmanager
-def at_service(service: Service, loopback: bool = True) -> Iterator[Running]:
+def at_service(service: Service, loopback: bool = True, rounds: Rounds | None = None) -> Iterator[Running]:
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(make_app(service, loopback), log_level="warning", timeout_graceful_shutdown=1)
+    app = make_app(service, loopback, rounds=rounds)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

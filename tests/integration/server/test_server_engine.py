@@ -18,7 +18,7 @@ from complete_fn.types import Asker
 
 
 @pytest.mark.engine
-def test_a_chat_and_a_job_on_the_embedded_engine(
+def test_chats_and_a_job_on_the_embedded_engine(
     serve: Callable[..., Any], engine: Any, tiny_entry: Model, models_file: Path
 ) -> None:
     models_file.write_text(
@@ -31,6 +31,16 @@ def test_a_chat_and_a_job_on_the_embedded_engine(
     )
     assert reply.choices[0].finish_reason == "length"
     assert reply.usage.completion_tokens == 5
+    stream = running.openai().chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Name another"}],
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) > 3
+    assert chunks[-1].usage.completion_tokens == 12
     with running.http() as client:
         lines = b"\n".join(b'{"text": "package %d"}' % n for n in range(40))
         file = client.post("/v1/files", files={"file": ("t.jsonl", lines)}, data={"purpose": "user_data"}).json()["id"]

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from complete_fn import EchoEngine
+from complete_fn.reports import usage
 
 
 def ask(client: openai.OpenAI, text: str, **more: Any) -> str | None:
@@ -91,7 +92,7 @@ def test_a_daily_budget_is_never_passed(serve: Callable[..., Any]) -> None:
     assert caught.value.status_code == 402
     assert "daily budget" in caught.value.message
     assert ask(running.openai(other), "x", max_tokens=2) == "x"
-    assert running.service.spent_since("acme", 0.0) == Decimal("0.000070")
+    assert sum(line.cost for line in usage(running.service.store, tenant="acme")) == Decimal("0.000070")
 
 
 def test_usage_shows_a_tenant_its_own_lines_only(running: Any) -> None:
@@ -104,6 +105,26 @@ def test_usage_shows_a_tenant_its_own_lines_only(running: Any) -> None:
         assert (line["model"], line["user"], line["rows"], line["input_tokens"]) == ("echo", "u", 2, 2)
         assert (line["cost"], line["saved"]) == ("0.000006000", "0.000006000")
         assert client.get("/v1/usage", params={"since": "2999-01-01"}).json()["data"] == []
-        assert client.get("/v1/usage", params={"by": "tenant"}).status_code == 400
+        (own,) = client.get("/v1/usage", params={"by": "tenant"}).json()["data"]
+        assert (own["tenant"], own["rows"]) == ("acme", 2)
+        assert client.get("/v1/usage", params={"by": "prompt"}).status_code == 400
     with running.http(running.service.keys.create("acme", "ann", ["complete"])) as client:
         assert client.get("/v1/usage").status_code == 403
+
+
+def test_tokens_of_a_minute_are_limited_by_tenant_and_key(serve: Callable[..., Any]) -> None:
+    running = serve()
+    keys = running.service.keys
+    mine, other = keys.create("acme", "a"), keys.create("other", "b")
+    keys.limit_tenant("acme", 60)
+    body = {"model": "echo", "messages": [{"role": "user", "content": "a b c"}], "max_tokens": 8}
+    with running.http(mine) as client:
+        first = client.post("/v1/chat/completions", json=body)
+        assert first.headers["x-ratelimit-limit-tokens"] == "60"
+        assert int(first.headers["x-ratelimit-remaining-tokens"]) == 60 - 6
+        replies = [client.post("/v1/chat/completions", json=body) for _ in range(12)]
+    refused = replies[-1]
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert int(refused.headers["retry-after"]) >= 1
+    with running.http(other) as client:
+        assert client.post("/v1/chat/completions", json=body).status_code == 200

@@ -1,4 +1,4 @@
-"""`make model`: fetch Debian's package index, train demo-llama, evaluate it, write its card, and cut the sample."""
+"""`make model`: fetch Debian's package index, train demo-llama, distil its SwiftKV form, evaluate, cut the sample."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from complete_fn_workers.demo_model.card import write_card
 from complete_fn_workers.demo_model.corpus import Package, read_index, split_of
 from complete_fn_workers.demo_model.evaluate import evaluate, first_sentence_baseline, svm_baseline
+from complete_fn_workers.demo_model.student import make_student, score_student
 from complete_fn_workers.demo_model.train import train
 
 SAMPLE_ROWS = 2_000
@@ -91,9 +92,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for index, checkpoint, split, sample")
     parser.add_argument("--minutes", type=float, default=95.0, help="training minutes at most")
-    parser.add_argument("--skip-training", action="store_true", help="only evaluate the checkpoint in --out")
+    parser.add_argument("--student-minutes", type=float, default=20.0, help="minutes of distilling at most")
+    parser.add_argument("--skip-training", action="store_true", help="only evaluate the checkpoints in --out")
     a = parser.parse_args()
-    lists, model = a.out / "index" / "lists", a.out / "demo-llama"
+    lists, model, student = a.out / "index" / "lists", a.out / "demo-llama", a.out / "demo-llama-swiftkv"
     if not any(lists.glob("*_Packages*")):
         fetch_index(a.out / "index")
     packages = read_index(lists)
@@ -103,7 +105,10 @@ def main() -> None:
     write_split(packages, model / "split.txt")
     scores = score(packages, model, with_svm=True)
     write_card(model, scores, snapshot(lists), len(packages))
-    print((model / "README.md").read_text())
+    if not a.skip_training:
+        make_student(packages, model, student, a.student_minutes, [])
+    score_student(packages, scores, student)
+    print((model / "README.md").read_text() + (student / "README.md").read_text())
 
 
 if __name__ == "__main__":

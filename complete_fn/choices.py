@@ -1,0 +1,48 @@
+"""`choices`: answers that are one of a few labels. What a list of them must be, and what an answer may take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from complete_fn.errors import InvalidOptionError
+
+MOST_LABELS, LABEL_CHARACTERS = 128, 256  # vLLM scores at most 128 tokens of a step
+JSON_TOKENS = 32  # what an endpoint's JSON puts around a label, generously
+
+
+def parse_choices(given: Any) -> tuple[str, ...]:
+    """The labels in the order given.
+
+    Raises:
+        InvalidOptionError: no list of 2 to 128 different texts, or a label that is blank, longer than 256
+            characters, has white space at an end or half a character.
+    """
+    if not isinstance(given, list | tuple) or not all(isinstance(label, str) for label in given):
+        raise InvalidOptionError(f"choices = {given!r} is not a list of texts. Write ['yes', 'no'].")
+    if not 2 <= len(given) <= MOST_LABELS:
+        counted = f"{len(given)} label{'s' * (len(given) != 1)}"
+        raise InvalidOptionError(
+            f"choices has {counted}; 2 to {MOST_LABELS} are taken. Choose in two steps, a group and then a member, "
+            "where there are more."
+        )
+    for number, label in enumerate(given):
+        if label != label.strip() or not label:
+            raise InvalidOptionError(f"choices has {label!r}: a label is not blank and has no white space at its ends.")
+        if len(label) > LABEL_CHARACTERS:
+            raise InvalidOptionError(
+                f"choices has a label of {len(label)} characters ({label[:30]!r}...); at most {LABEL_CHARACTERS} are "
+                "taken. Describe it in the prompt and give it a short name."
+            )
+        if label in given[:number]:
+            raise InvalidOptionError(f"choices has {label!r} twice. Name each label once.")
+        if not label.isascii() and any("\ud800" <= c <= "\udfff" for c in label):
+            raise InvalidOptionError(f"choices has {label!r}, with half of a character (a lone surrogate).")
+    return tuple(given)
+
+
+def most_tokens(choices: tuple[str, ...], engine: str) -> int:
+    """What an answer may take at most: an engine of ours one token for each place where labels part, an endpoint a
+    label's tokens in JSON."""
+    if engine == "http":
+        return max(len(label.encode()) for label in choices) + JSON_TOKENS
+    return len(choices) - 1

@@ -1,0 +1,108 @@
+"""Prompts whose fields may be put in any order, as `reorder_fields` asks: packed apart, rendered as labelled lines.
+
+What the model sees is the instruction, an empty line, and one line `name: value` a field:
+
+    Name the section.
+
+    maintainer: Debian Perl Group
+    package: libfoo-perl
+
+The instruction is the template without the fields at its end (white space between them goes too); a field elsewhere
+in it is written as <name>. Which order a row's lines have is the planner's choice. It is no part of the answer's key,
+which holds template and fields in the template's order: equal rows are one prompt, and a resumed job finds its answers,
+whatever order each attempt chose for the rows it still had.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from complete_fn.errors import InputError, InvalidOptionError
+
+FIELDS_MARK = "\x00fields:"  # no text of a user's begins like this: `prompts.escape` doubles its NUL
+
+
+@dataclass(frozen=True, slots=True)
+class FieldPrompt:
+    """One prompt: `names` and `values` of its fields in the template's order."""
+
+    instruction: str
+    names: tuple[str, ...]
+    values: tuple[str, ...]
+
+    def render(self, order: Sequence[int] | None = None) -> str:
+        """The text that the model sees. `order`: numbers of fields, None for the template's order."""
+        chosen = range(len(self.names)) if order is None else order
+        return head(self.instruction) + "".join(line(self.names[f], self.values[f]) for f in chosen).removesuffix("\n")
+
+
+def head(instruction: str) -> str:
+    return f"{instruction}\n\n" if instruction else ""
+
+
+def line(name: str, value: str) -> str:
+    return f"{name}: {value}\n"
+
+
+def instruction_of(pieces: list[tuple[str, str | None]]) -> tuple[str, tuple[str, ...]]:
+    """(instruction, names of the fields) of a parsed template.
+
+    Raises:
+        InvalidOptionError: the template names no field.
+    """
+    names = tuple(dict.fromkeys(name for _, name in pieces if name is not None))
+    if not names:
+        raise InvalidOptionError("reorder_fields needs a template that names fields: write {name} for each.")
+    tail, kept = pieces[-1][0], list(pieces[:-1])
+    while kept and not tail.strip():
+        tail = kept.pop()[0]
+    return ("".join(f"{text}<{name}>" for text, name in kept) + tail).strip(), names
+
+
+def pack_fields(template: list[tuple[str, str | None]], columns: Mapping[str, Any], length: int) -> pa.ChunkedArray:
+    """One planned prompt a row, large_string; a row with a NULL field is NULL.
+
+    Args:
+        template: as `prompts.parse_template` gives it.
+        columns: large_string arrays of `length` values by field name.
+    """
+    instruction, names = instruction_of(template)
+    if missing := [n for n in names if n not in columns]:
+        raise InputError(f"The template names {{{missing[0]}}}, which is no column. Columns: {', '.join(columns)}.")
+    kind = pa.large_string()
+    values = [columns[n] for n in names]
+    sizes = [pc.utf8_length(v).cast(kind) for v in values]
+    packed_head = FIELDS_MARK + json.dumps([instruction, names], ensure_ascii=True) + "\x00"
+    lengths = pc.binary_join_element_wise(*sizes, pa.scalar(",", kind))
+    whole = pc.binary_join_element_wise(
+        pa.scalar(packed_head, kind), lengths, pa.scalar("\x00", kind), *values, pa.scalar("", kind)
+    )
+    return whole if isinstance(whole, pa.ChunkedArray) else pa.chunked_array([whole])
+
+
+def has_fields(text: str) -> bool:
+    return text.startswith(FIELDS_MARK)
+
+
+def unpack_fields(text: str) -> FieldPrompt:
+    """What `pack_fields` has packed."""
+    packed_head, lengths, values = text.removeprefix(FIELDS_MARK).split("\x00", 2)
+    instruction, names = header(packed_head)
+    at, found = 0, []
+    for size in map(int, lengths.split(",")):
+        found.append(values[at : at + size])
+        at += size
+    return FieldPrompt(instruction, names, tuple(found))
+
+
+@lru_cache(maxsize=64)
+def header(packed: str) -> tuple[str, tuple[str, ...]]:
+    instruction, names = json.loads(packed)
+    return instruction, tuple(names)

@@ -1,0 +1,60 @@
+"""Streamed replies: server-sent events while the rows are computed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncIterator
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from complete_fn.server.live import Live, Piece, computed_tokens
+from complete_fn.server.refusals import error_body, told
+from complete_fn.server.replies import DONE, Chunks, event, refused
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a run; a client that leaves stops it."""
+
+    def __init__(self, live: Live, chunks: Chunks, first: Piece | None) -> None:
+        super().__init__(events(live, chunks, first), media_type="text/event-stream")
+        self.live = live
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.live.stop.set()
+
+
+async def events(live: Live, chunks: Chunks, first: Piece | None) -> AsyncIterator[str]:
+    """The pieces, then what is left of each row and why it ended; an error in OpenAI's form ends the stream."""
+    sent: defaultdict[int, str] = defaultdict(str)
+    for opening in chunks.start():
+        yield opening
+    piece = first
+    while piece is not None:
+        row, text = piece
+        sent[row] += text
+        yield chunks.text(row, text)
+        piece = await live.pieces.get()
+    if live.left:
+        return
+    if live.request.app.state.internal:
+        yield f": tokens {sum(map(computed_tokens, live.rows))}\n\n"  # a comment; it counts against a rate limit
+    for closing in endings(live, chunks, sent):
+        yield closing
+
+
+def endings(live: Live, chunks: Chunks, sent: dict[int, str]) -> list[str]:
+    if isinstance(live.failure, Exception):
+        return [event(error_body(*told(live.request, live.failure))), DONE]
+    closing: list[str] = []
+    for number, row in enumerate(live.rows):
+        if (why := refused(row)) is not None:
+            return [*closing, event(error_body(*why)), DONE]
+        value = row["value"]
+        if value.startswith(sent[number]) and len(value) > len(sent[number]):
+            closing.append(chunks.text(number, value[len(sent[number]) :]))
+        closing.append(chunks.finish(number, row["finish_reason"]))
+    return [*closing, *chunks.end(live.rows)]

@@ -1,0 +1,150 @@
+"""Objects under one URL: a local folder, s3:// or gs://, through fsspec. Each is there whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, cast
+from urllib.parse import urlsplit
+
+from complete_fn.errors import CompleteError, EngineMissingError, InvalidOptionError, NotFoundError, StoreError
+
+BLOCK = 8 * 1024 * 1024  # bytes read ahead of a remote object
+REMOTE = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the library that brings it
+
+
+class Storage:
+    """A folder of objects by key ("jobs/job_1/part-00000.parquet").
+
+    Credentials and endpoint come from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    AWS_ENDPOINT_URL; GOOGLE_APPLICATION_CREDENTIALS): neither the URL nor any record has them.
+
+    Raises:
+        InvalidOptionError: no such kind of URL, or one with credentials in it.
+        EngineMissingError: its library is not installed.
+        StoreError: it cannot be reached or written.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.fs, self.root = opened(url)
+        self.local = not remote(url)
+        if self.local:
+            Path(self.root).mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def path(self, key: str) -> str:
+        return f"{self.root.rstrip('/')}/{key}"
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[IO[bytes]]:
+        """A seekable file.
+
+        Raises:
+            NotFoundError: there is no such object.
+        """
+        with self.named_errors(key):
+            source = self.fs.open(self.path(key), "rb", **({} if self.local else {"block_size": BLOCK}))
+        with source:
+            # fsspec's own files know no readline(limit)
+            yield source if self.local else cast(IO[bytes], io.BufferedReader(source))
+
+    @contextmanager
+    def writing(self, key: str) -> Iterator[IO[bytes]]:
+        """A file that takes the object's place when the block ends well, else leaves no trace."""
+        with self.beside(key) as (name, sink):
+            yield sink
+            sink.flush()
+            with self.named_errors(key):
+                if self.local:
+                    os.replace(name, self.path(key))
+                else:
+                    self.fs.put_file(name, self.path(key))
+
+    @contextmanager
+    def beside(self, key: str) -> Iterator[tuple[str, IO[bytes]]]:
+        """(name, file) of a local file that goes when the block ends."""
+        place = Path(self.path(key)) if self.local else Path(tempfile.gettempdir()) / "object"
+        with self.named_errors(key):
+            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            name = str(place.with_name(f".{place.name}.{secrets.token_hex(6)}.part"))
+            sink = open(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b")  # noqa: SIM115
+        try:
+            with sink:
+                yield name, sink
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+
+    def copy(self, source: str, target: str) -> None:
+        with self.reading(source) as old, self.writing(target) as new:
+            shutil.copyfileobj(old, new, BLOCK)
+
+    def exists(self, key: str) -> bool:
+        with self.named_errors(key):
+            return bool(self.fs.isfile(self.path(key)))
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The keys under a folder, in order."""
+        folder = self.path(prefix).rstrip("/")
+        with self.named_errors(prefix):
+            found = self.fs.find(folder) if self.fs.isdir(folder) else []
+        return sorted(str(name)[len(self.root.rstrip("/")) + 1 :] for name in found)
+
+    def delete(self, key: str) -> None:
+        """Does nothing if there is no such object."""
+        with self.named_errors(key), suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(key))
+
+    def delete_folder(self, key: str) -> None:
+        folder = self.path(key)
+        with self.named_errors(key), suppress(FileNotFoundError):
+            if self.fs.isdir(folder):
+                self.fs.rm(folder, recursive=True)
+
+    @contextmanager
+    def named_errors(self, key: str) -> Iterator[None]:
+        """What a storage library raises, as ours; the libraries' texts name no secrets."""
+        try:
+            yield
+        except CompleteError:
+            raise
+        except FileNotFoundError as error:
+            raise NotFoundError(f"The storage has no {key!r}.") from error
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise StoreError(f"The storage {self.url} cannot be used for {key!r}: {first}") from error
+
+
+def remote(url: str) -> bool:
+    return "://" in url and not url.startswith("file://")
+
+
+def opened(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a URL.
+
+    Raises:
+        InvalidOptionError, EngineMissingError: see `Storage`.
+    """
+    import fsspec
+
+    if not remote(url):
+        return fsspec.filesystem("file"), os.path.abspath(url.removeprefix("file://"))
+    parts = urlsplit(url)
+    if parts.scheme not in REMOTE or not parts.hostname or "@" in parts.netloc or "::" in url:
+        raise InvalidOptionError(
+            f"{parts.scheme}:// cannot be used: name a local folder, s3://bucket/path or gs://bucket/path. "
+            "Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)."
+        )
+    try:
+        # Other workers write there too: what a listing said a moment ago may be wrong.
+        files = fsspec.filesystem(parts.scheme, use_listings_cache=False, skip_instance_cache=False)
+    except ImportError as error:
+        library = REMOTE[parts.scheme]
+        raise EngineMissingError(f"{library!r} is not installed. Bring it with: pip install {library}") from error
+    return files, f"{parts.netloc}{parts.path}".rstrip("/")

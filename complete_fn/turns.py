@@ -1,0 +1,38 @@
+"""What a service does over and over: each thing at its own pace, and none stopped by another's failure."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+LOG = logging.getLogger("complete_fn.service")
+
+
+@dataclass
+class Turn:
+    """`what` is done every `seconds`, the first time at once."""
+
+    seconds: float
+    what: Callable[[], object]
+    due: float = 0.0
+
+
+def take_turns(turns: Iterable[Turn]) -> None:
+    """Do what is due. A failure is logged; its turn comes again."""
+    for turn in turns:
+        now = time.monotonic()
+        if now >= turn.due:
+            turn.due = now + turn.seconds
+            try:
+                turn.what()
+            except Exception as error:
+                log("upkeep", error)
+
+
+def log(what: str, error: Exception) -> None:
+    """The type and place of an error; its message may quote a prompt."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    LOG.error("%s: %s at %s:%s", what, type(error).__name__, last.name, last.lineno)

@@ -1,0 +1,242 @@
+"""`complete-fn run` over an input of any size, a window at a time; each is kept once done, to be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import parquet
+
+from complete_fn.answers import Answers, Summary
+from complete_fn.catalogue import Model
+from complete_fn.errors import InputError
+from complete_fn.files import Rows
+from complete_fn.inputs import Survey, prompt_digest
+from complete_fn.options import Options
+from complete_fn.progress import Bar, Progress, progress_for
+from complete_fn.prompts import render_column
+from complete_fn.result_tables import result_columns
+from complete_fn.row_databases import Database, QuerySource
+from complete_fn.session import Session
+from complete_fn.types import Usage
+from complete_fn.windows import Source
+
+KEPT_DAYS = 30.0  # what an unfinished run has left, as long as its answers
+DAY = 86_400.0
+
+
+@dataclass
+class Work:
+    """One run: what is asked of each row, and where its windows are kept meanwhile."""
+
+    session: RunSession
+    model: str
+    options: Options
+    template: str
+    fields: list[str]
+    job: str
+    column: str
+    details: bool
+    summary: Summary = field(default_factory=Summary)
+    begun: int = 1  # windows
+
+    @property
+    def folder(self) -> Path:
+        return self.session.settings.home / "runs" / self.job
+
+    def jobs(self) -> list[str]:
+        """The names of the windows that were begun, by an earlier attempt too."""
+        return [self.window_job(number) for number in range(max(self.begun, *noted(self.folder), 1))]
+
+    def window_job(self, number: int) -> str:
+        """Under which name the store knows a window; the first has the run's own."""
+        return self.job if number == 0 else hashlib.sha256(f"{self.job}/{number}".encode()).hexdigest()
+
+
+class Target(Protocol):
+    """What takes rows with their new columns: a file's `Writer`, or a table."""
+
+    def write(self, rows: Rows, new: Any) -> None: ...
+
+
+@dataclass
+class TableTarget:
+    """A table of answers in a database."""
+
+    database: Database
+    table: str
+    key: str
+    column: str
+    details: bool
+
+    def write(self, rows: Rows, new: Any) -> None:
+        if self.key not in rows.names:
+            raise InputError(f"--key {self.key!r} is no column of the input. Columns: {', '.join(rows.names)}.")
+        columns = {self.key: rows.column(self.key), **result_columns(self.column, new, self.details)}
+        self.database.upsert(self.table, self.key, pa.table(columns))
+
+
+def run_whole(work: Work, rows: Rows, target: Target) -> None:
+    """An input of one window: all its prompts are one plan."""
+    answers = complete(work, rows, prompts_of(work, rows), 0)
+    target.write(rows, new_columns(work, answers.text, answers.details if work.details else None))
+
+
+def run_windows(work: Work, survey: Survey, target: Target) -> None:
+    """An input of several windows: each is planned by itself, and kept, so that a resumed run passes it by."""
+    forget_old(work.folder.parent)
+    work.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    work.session.charge(work.model, work.jobs())
+    mark = Mark(work.folder / "mark.json", survey.source, target)
+    for number, rows in enumerate(mark.windows(), mark.number):
+        prompts = prompts_of(work, rows)
+        place = work.folder / f"window-{number:06}-{prompt_digest(prompts)}.parquet"
+        if place.exists():
+            details = parquet.read_table(place).column("details").combine_chunks()
+            work.summary = resumed(details) + work.summary
+        else:
+            details = complete(work, rows, prompts, number).details
+            if not mark.kept:
+                keep(place, details)
+        target.write(rows, new_columns(work, text_of(details), details if work.details else None))
+        mark.move(number + 1, rows)
+
+
+class Mark:
+    """How far a run from a query into a table is, by the query's key: what lies before it is not even read again.
+
+    Other runs write all rows at their end; they keep each window's answers instead.
+    """
+
+    def __init__(self, path: Path, source: Source, target: Target) -> None:
+        self.path, self.source = path, source
+        self.kept = isinstance(source, QuerySource) and source.query.key is not None and isinstance(target, TableTarget)
+        self.number = 0
+        self.after: int | str | None = None
+        if self.kept and path.exists():
+            self.number, self.after = json.loads(path.read_text())
+
+    def windows(self) -> Iterator[Rows]:
+        if isinstance(self.source, QuerySource) and self.after is not None:
+            return self.source.behind(self.after).windows()
+        return self.source.windows()
+
+    def move(self, number: int, rows: Rows) -> None:
+        if not self.kept or not isinstance(self.source, QuerySource) or not rows.count:
+            return
+        last = rows.column(str(self.source.query.key))[-1].as_py()
+        if isinstance(last, int | str):
+            beside = self.path.with_suffix(".writing")
+            beside.write_text(json.dumps([number, last]))
+            beside.replace(self.path)
+
+
+def noted(folder: Path) -> list[int]:
+    """How many windows the folder knows of."""
+    kept = [int(path.name.split("-")[1]) + 1 for path in folder.glob("window-*.parquet")]
+    mark = folder / "mark.json"
+    return [*kept, json.loads(mark.read_text())[0] + 1] if mark.exists() else kept
+
+
+def keep(place: Path, details: Any) -> None:
+    """A window's answers, under a name that tells its prompts too: one of a changed input is not taken for it."""
+    beside = place.with_suffix(".writing")
+    parquet.write_table(pa.table({"details": details}), beside)
+    beside.replace(place)
+
+
+def resumed(details: Any) -> Summary:
+    """The summary of a window that an earlier attempt has finished."""
+    codes = pc.struct_field(details, [1, 0]).drop_null().to_pylist()
+    answered = len(details) - details.null_count
+    return Summary(len(details), details.null_count, resumed=answered, failed=Counter(codes))
+
+
+def forget_old(folder: Path) -> None:
+    for left in folder.glob("*"):
+        if left.stat().st_mtime < time.time() - KEPT_DAYS * DAY:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def end(work: Work) -> None:
+    """The results are safe: what was kept for a resume goes."""
+    for job in work.jobs():
+        work.session.end_job(job)
+    shutil.rmtree(work.folder, ignore_errors=True)
+
+
+def complete(work: Work, rows: Rows, prompts: Any, number: int) -> Answers:
+    answers = work.session.complete(work.model, prompts, work.options, work.window_job(number), planned=True)
+    work.summary = work.summary + answers.summary if work.summary.rows else answers.summary
+    work.begun = max(work.begun, number + 1)
+    return answers
+
+
+def prompts_of(work: Work, rows: Rows) -> Any:
+    columns = {name: rows.column(name) for name in work.fields}
+    return render_column(work.template, columns, rows.count, work.options.reorder_fields)
+
+
+def new_columns(work: Work, text: Any, details: Any) -> dict[str, Any]:
+    found = {work.column: text}
+    return found if details is None else {**found, f"{work.column}_details": details}
+
+
+def text_of(details: Any) -> Any:
+    return pc.if_else(pc.is_valid(pc.struct_field(details, [1])), None, pc.struct_field(details, [0]))
+
+
+class OneBar:
+    """One bar for all windows of a run; it grows where nobody counted the rows before."""
+
+    def __init__(self, inner: Progress, rows: int | None) -> None:
+        self.inner, self.rows, self.begun = inner, rows, False
+
+    def start(self, rows: int) -> None:
+        if not self.begun:
+            self.inner.start(rows if self.rows is None else self.rows)
+            self.begun = True
+        elif self.rows is None and isinstance(self.inner, Bar):
+            self.inner.grow(rows)
+
+    def advance(self, rows: int, usage: Usage, cost: Decimal, currency: str) -> None:
+        self.inner.advance(rows, usage, cost, currency)
+
+    def stop(self) -> None:
+        """A window's end; the bar stays."""
+
+    def close(self) -> None:
+        self.inner.stop()
+
+
+class RunSession(Session):
+    """A session whose runs share one bar, once there is one."""
+
+    one: OneBar | None = None
+
+    def bar(self, model: Model, rows: int) -> Progress:
+        return super().bar(model, rows) if self.one is None else self.one
+
+    def charge(self, model: str, jobs: list[str]) -> None:
+        """Count what earlier attempts have spent on all windows before the first of them is begun again."""
+        for job in jobs:
+            self.budget_of(self.model(model), job)
+            self.tokens_of(job)
+
+    def share_bar(self, model: str, rows: int | None) -> None:
+        self.one = OneBar(progress_for(model, self.progress), rows)
+
+    def close(self) -> None:
+        if self.one is not None:
+            self.one.close()
+        super().close()

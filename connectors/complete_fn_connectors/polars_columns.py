@@ -1,0 +1,62 @@
+"""Polars: several columns of answers as one plan.
+
+Polars evaluates each expression for itself, so two `complete()` of one frame are two plans that reach the engine at the
+same time. `complete_columns` is one expression over all their prompts instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from complete_fn.options import parse_options
+from complete_fn.session import Session
+from complete_fn_connectors.arrow import prompt_column
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One column of answers: `complete(model, prompt, **options)` as part of `complete_columns`."""
+
+    model: str
+    prompt: pl.Expr
+    options: Mapping[str, Any]
+
+    def check(self, session: Session) -> None:
+        session.model(self.model)
+        parse_options(self.options)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.model, json.dumps(self.options, sort_keys=True, default=str)
+
+
+def answer_together(session: Session, asks: Mapping[str, Ask], prompts: pl.DataFrame) -> pl.DataFrame:
+    """[n] rows, a String column a name: the columns of equal model and options are completed as one.
+
+    Args:
+        prompts: [n] rows, a column of prompts for each name of `asks`.
+    """
+    together: dict[tuple[str, str], list[str]] = {}
+    for name, ask in asks.items():
+        together.setdefault(ask.key, []).append(name)
+    found: dict[str, pl.Series] = {}
+    for names in together.values():
+        ask = asks[names[0]]
+        apart = ask.options.get("reorder_fields") is True
+        columns = [prompt_column(prompts[name].to_arrow(), reorder_fields=apart) for name in names]
+        joined = pa.chunked_array([c for column in columns for c in chunks(column)], pa.large_string())
+        texts = session.complete(ask.model, joined, ask.options, planned=True).text
+        for number, name in enumerate(names):
+            part = texts.slice(number * len(prompts), len(prompts))
+            found[name] = pl.Series(name, part if isinstance(part, pa.Array) else part.combine_chunks(), pl.String())
+    return pl.DataFrame([found[name] for name in asks])
+
+
+def chunks(column: Any) -> list[Any]:
+    return list(column.chunks) if isinstance(column, pa.ChunkedArray) else [column]

@@ -1,0 +1,285 @@
+"""A whole query as one plan: `run_query` is what `duckdb.sql` does. Read it first.
+
+number the calls --DuckDB's plan--> what waits for what --guards--> run in collect mode, ask what was noted, again until
+nothing new is asked --> the query itself, with every answer in memory. What is in doubt, the query itself asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
+from typing import Any, Protocol
+
+import duckdb
+
+from complete_fn.errors import CompleteError
+from complete_fn_connectors.collect import Asked, Batch, Collector, Memory, Remembering, Round, texts_column, to_ask
+from complete_fn_connectors.functions import QuerySession
+from complete_fn_connectors.guards import Guarding, casts_text
+from complete_fn_connectors.query_plan import LATE, Order, read_order, read_plan, refuse_volatile
+from complete_fn_connectors.sites import Site, Tagged, tag_calls
+from complete_fn_connectors.statement import (
+    Parameters,
+    RunsPlainly,
+    Statement,
+    Tree,
+    nodes,
+    read_statement,
+    replaced,
+    to_text,
+    with_values,
+)
+
+ROUNDS = 40  # a query under LIMIT that needs more of them goes on plainly
+RUNS = itertools.count(1)
+COLLECTING: dict[str, Collector] = {}  # by the run's name, which every numbered call carries
+
+
+class Functions(Protocol):
+    """What registered the functions on the connection."""
+
+    session: QuerySession
+    answering: list[Memory]
+
+    @property
+    def planned_names(self) -> dict[str, str]: ...
+
+
+@dataclass
+class Planned:
+    """A query that is planned as a whole.
+
+    Attributes:
+        collecting: the SELECT with numbered calls and guards, run in collect mode.
+        final: the whole statement with guards, run at the end.
+        guards: by site, the conditions before it as text.
+    """
+
+    collecting: str
+    final: str
+    sites: list[Site]
+    order: Order
+    guards: dict[int, list[str]] = field(default_factory=dict)
+
+
+def run_query(con: duckdb.DuckDBPyConnection, functions: Functions, query: str, parameters: Parameters) -> Any:
+    """Run a statement with its completions planned as a whole.
+
+    Returns:
+        A relation over the rows of a SELECT; what `con.execute` returns for other statements.
+    """
+    memory, guarded = Memory(), False
+    with collecting(functions.session, memory) as (run, collector):
+        try:
+            statement = read_statement(con, query)
+            planned = plan_query(con, functions, statement, parameters, run)
+            collector.order, collector.planning = planned.order, False
+            collect(con, planned, collector, parameters)
+            final, selects = planned.final, statement.returns_rows
+            guarded = final != statement.text
+        except RunsPlainly:
+            final, selects = query, is_query(con, query)
+        except (duckdb.Error, CompleteError):
+            if in_transaction_that_failed(con):
+                raise
+            final, selects = query, is_query(con, query)
+    with remembering(functions, memory):
+        try:
+            return finish(con, final, selects, parameters)
+        except duckdb.Error:
+            if not guarded or in_transaction_that_failed(con):
+                raise
+        return finish(con, query, selects, parameters)  # a guard failed for a row that a completion would have spared
+
+
+def finish(con: duckdb.DuckDBPyConnection, query: str, selects: bool, parameters: Parameters) -> Any:
+    return materialised(con, query, parameters) if selects else as_caller(con.execute, query, parameters or [])
+
+
+def as_caller(method: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a method of DuckDB as if the user's code did: it reads data frames by the variables of who calls it."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn_connectors"):
+        frame = frame.f_back
+    scope = {**frame.f_globals, **frame.f_locals}
+    return FunctionType((lambda _method, _arguments: _method(*_arguments)).__code__, scope)(method, arguments)
+
+
+@contextlib.contextmanager
+def collecting(session: QuerySession, memory: Memory) -> Iterator[tuple[str, Collector]]:
+    run, collector = f"run{next(RUNS)}", Collector(session, memory)
+    COLLECTING[run] = collector
+    try:
+        yield run, collector
+    finally:
+        del COLLECTING[run]
+
+
+@contextlib.contextmanager
+def remembering(functions: Functions, memory: Memory) -> Iterator[None]:
+    """The functions answer from memory first. Queries at the same time see each other's answers, as from the store."""
+    functions.answering.append(memory)
+    try:
+        yield
+    finally:
+        functions.answering.remove(memory)
+
+
+def plan_query(
+    con: duckdb.DuckDBPyConnection, functions: Functions, statement: Statement, parameters: Parameters, run: str
+) -> Planned:
+    """Number the calls, read what waits for what, put guards.
+
+    Raises:
+        RunsPlainly: something in the query does not allow it.
+    """
+    tagged = tag_calls(statement.tree, statement.select, functions.planned_names, run)
+    constant = with_values(con, tagged.tree, parameters)
+    written = read_plan(con, to_text(con, constant), optimise=False)
+    refuse_volatile(con, written, set(functions.planned_names.values()))
+    transaction = in_transaction(con)
+    if transaction and may_raise(written):
+        raise RunsPlainly("inside a transaction, and a placeholder may make it fail")
+    order = read_order(optimised(con, constant))
+    careful = transaction and casts_text(written)
+    guarding = Guarding(order, never_fails=transaction)
+    guarded = tagged.tree if careful else guarding.apply(tagged.tree)
+    if guarding.guards or guarded != tagged.tree:
+        order = read_order(optimised(con, with_values(con, guarded, parameters)))
+        final = statement.with_select(to_text(con, tagged.untagged(guarded)))
+    else:
+        final = statement.text
+    return Planned(to_text(con, guarded), final, tagged.sites, order, shown(con, tagged, guarding))
+
+
+def shown(con: duckdb.DuckDBPyConnection, tagged: Tagged, guarding: Guarding) -> dict[int, list[str]]:
+    """The guards as SQL."""
+    return {site: [expression_text(con, tagged, g) for g in found] for site, found in guarding.guards.items()}
+
+
+def expression_text(con: duckdb.DuckDBPyConnection, tagged: Tagged, tree: Tree) -> str:
+    select = {"node": {**EMPTY_SELECT, "select_list": [tagged.untagged(tree)]}, "named_param_map": []}
+    return to_text(con, select).removeprefix("SELECT ")
+
+
+EMPTY_SELECT: Tree = {
+    "type": "SELECT_NODE",
+    "modifiers": [],
+    "cte_map": {"map": []},
+    "from_table": {"type": "EMPTY", "alias": "", "sample": None},
+    "where_clause": None,
+    "group_expressions": [],
+    "group_sets": [],
+    "aggregate_handling": "STANDARD_HANDLING",
+    "having": None,
+    "sample": None,
+    "qualify": None,
+}
+
+
+def optimised(con: duckdb.DuckDBPyConnection, constant: Tree) -> Tree:
+    """DuckDB's plan; with LIMITs that it fetches late made larger for the look, as it cannot serialise those."""
+    try:
+        return read_plan(con, to_text(con, constant))
+    except RunsPlainly:
+        return read_plan(con, to_text(con, replaced(constant, larger_limit)))
+
+
+def larger_limit(node: Tree) -> Tree | None:
+    if node.get("type") != "LIMIT_MODIFIER" or not str((node["limit"] or {}).get("literal", {}).get("text")).isdigit():
+        return None
+    literal = node["limit"]["literal"]
+    rows = int(literal["text"])
+    grown = {**literal, "text": str(rows + 1000 if rows <= LATE else rows)}
+    return {**node, "limit": {**node["limit"], "literal": grown}}
+
+
+def may_raise(plan: Tree) -> bool:
+    """Whether a placeholder could make a query fail: error() in it, or a subquery that may have but one row."""
+    names = {(n.get("qname") or {}).get("path", [""])[-1] for n in nodes(plan)}
+    return "error" in names or any(
+        n.get("join_type") == "SINGLE" or n.get("subquery_type") == "SCALAR" for n in nodes(plan)
+    )
+
+
+def collect(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Collector, parameters: Parameters) -> None:
+    """Run in collect mode and ask what was noted, until there is nothing new that may be asked."""
+    for _ in range(ROUNDS):
+        round_ = run_round(con, planned, collector, parameters)
+        batch = to_ask(round_, planned.order)
+        if not batch.prompts:
+            return
+        ask(collector, batch)
+        if not batch.held_back:
+            return
+
+
+def run_round(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Collector, parameters: Parameters) -> Round:
+    round_ = collector.begin()
+    result = con.execute(planned.collecting, parameters or [])
+    while rows := result.fetchmany(10_000):
+        round_.passed += len(rows)
+    return round_
+
+
+def ask(collector: Collector, batch: Batch) -> None:
+    """Ask all prompts of a round: one plan for each model and its options."""
+    for asked, texts in batch.prompts.values():
+        distinct = list(dict.fromkeys(texts))
+        answers = collector.session.complete(asked.model, texts_column(distinct), asked.lenient(), planned=True)
+        collector.memory.learn(asked, answers)
+
+
+def in_transaction(con: duckdb.DuckDBPyConnection) -> bool:
+    """Whether the user has begun a transaction: its number stays, else every statement has its own."""
+    first, second = (con.execute("SELECT txid_current()").fetchall() for _ in range(2))
+    return first == second
+
+
+def in_transaction_that_failed(con: duckdb.DuckDBPyConnection) -> bool:
+    try:
+        con.execute("SELECT 1").fetchall()
+    except duckdb.Error:
+        return True
+    return False
+
+
+def is_query(con: duckdb.DuckDBPyConnection, query: str) -> bool:
+    """Whether the last statement gives rows and changes nothing."""
+    statements = con.extract_statements(query)
+    only_rows = [duckdb.ExpectedResultType.QUERY_RESULT]
+    return len(statements) == 1 and list(statements[0].expected_result_type) == only_rows
+
+
+# Types that Arrow does not carry: they travel as text.
+AS_TEXT = ("BIT", "TIME WITH TIME ZONE", "BIGNUM", "GEOMETRY", "VARIANT")
+
+
+def materialised(con: duckdb.DuckDBPyConnection, query: str, parameters: Parameters) -> Any:
+    """Execute a query once; a relation over its rows, with DuckDB's names and types."""
+    relation = as_caller(partial(con.sql, query, params=parameters or None))
+    names, kinds = list(relation.columns), [str(t) for t in relation.types]
+    if any(k in AS_TEXT for k in kinds):
+        chosen = ", ".join(f"c{n}::VARCHAR" if k in AS_TEXT else f"c{n}" for n, k in enumerate(kinds))
+        numbered = ", ".join(f"c{n}" for n in range(len(kinds)))
+        text = f"SELECT {chosen} FROM ({query.rstrip().rstrip(';')}\n) AS r({numbered})"
+        relation = as_caller(partial(con.sql, text, params=parameters or None))
+    table = as_caller(relation.to_arrow_table).rename_columns([f"c{n}" for n in range(len(names))])
+    found = con.from_arrow(table)
+    columns = [
+        f"c{n} AS {quoted(name)}" if str(have) == kind else f"CAST(c{n} AS {kind}) AS {quoted(name)}"
+        for n, (name, kind, have) in enumerate(zip(names, kinds, found.types, strict=True))
+    ]
+    return found.project(", ".join(columns))
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+__all__ = ["COLLECTING", "Asked", "Remembering", "run_query"]

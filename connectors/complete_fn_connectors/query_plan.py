@@ -1,0 +1,282 @@
+"""Which call site waits for which: read from the plan that DuckDB's own optimiser makes of the numbered query.
+
+A site must not be asked while anything it depends on is a placeholder, else a placeholder buys a prompt. What a site
+depends on is what its plan shows: calls inside its arguments; calls that guard it in CASE, COALESCE, AND and OR; calls
+in the operators below it; on the other side of a join what is read first (the right side builds the hash table, and
+both whether the left is read at all and which rows of it follow from that). Too many dependencies cost a round each,
+one too few would cost money, so what is not known is a dependency, and what depends on itself is not planned at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+
+from complete_fn_connectors.sites import SITE
+from complete_fn_connectors.statement import RunsPlainly, Tree, nodes, one
+
+BUILD_FIRST = (
+    "LOGICAL_COMPARISON_JOIN",
+    "LOGICAL_ANY_JOIN",
+    "LOGICAL_CROSS_PRODUCT",
+    "LOGICAL_EXCEPT",
+    "LOGICAL_INTERSECT",
+)
+ENTANGLED = ("LOGICAL_DELIM_JOIN", "LOGICAL_DEPENDENT_JOIN", "LOGICAL_POSITIONAL_JOIN", "LOGICAL_ASOF_JOIN")
+BLOCKING = ("LOGICAL_AGGREGATE_AND_GROUP_BY", "LOGICAL_ORDER_BY", "LOGICAL_WINDOW", "LOGICAL_DISTINCT")
+ROW_BY_ROW = ("LOGICAL_PROJECTION", "LOGICAL_FILTER", "LOGICAL_GET", "LOGICAL_LIMIT", "LOGICAL_TOP_N", *BLOCKING)
+READABLE = (
+    *("seq_scan", "range", "generate_series", "unnest", "repeat"),
+    *("parquet_scan", "read_parquet", "read_csv", "read_csv_auto", "read_json", "read_json_auto", "read_ndjson"),
+)
+LATE = 50  # rows of LIMIT up to which DuckDB fetches columns late, a plan that it cannot serialise
+
+
+@dataclass
+class Window:
+    """The calls below one LIMIT, which stops as soon as `need` rows came through; `outermost`: they are the result."""
+
+    need: int
+    outermost: bool
+    filters_only: bool = False
+
+
+@dataclass
+class Order:
+    """What each site waits for.
+
+    Attributes:
+        waits: sites whose answers must be known before a site is asked.
+        rank: place of a site's first evaluation in the plan.
+        windows: of sites below a LIMIT.
+        unranked: sites that are not planned, with the reason.
+        filters: sites that are evaluated in filters and scans only.
+    """
+
+    waits: dict[int, set[int]] = field(default_factory=dict)
+    rank: dict[int, int] = field(default_factory=dict)
+    windows: dict[int, Window] = field(default_factory=dict)
+    unranked: dict[int, str] = field(default_factory=dict)
+    elsewhere: set[int] = field(default_factory=set)
+
+    def close(self) -> None:
+        """Waits of waits; a site in a circle is unranked."""
+        for middle in list(self.waits):
+            for waits in self.waits.values():
+                if middle in waits:
+                    waits |= self.waits.get(middle, set())
+        for site, waits in self.waits.items():
+            if site in waits:
+                self.unranked.setdefault(site, "it depends on its own answers")
+
+
+def read_plan(con: duckdb.DuckDBPyConnection, select: str, optimise: bool = True) -> Tree:
+    """The root operator of the plan of a SELECT, without parameters.
+
+    Raises:
+        RunsPlainly: DuckDB cannot plan or serialise it.
+    """
+    query = "SELECT json_serialize_plan(?::VARCHAR, optimize := ?, skip_default := true)"
+    text = one(con, query, select, optimise)
+    if not text:  # a constant in it is no valid JSON
+        raise RunsPlainly("DuckDB does not show its plan")
+    found = json.loads(text)
+    if found.get("error"):
+        raise RunsPlainly(f"DuckDB does not show its plan: {found.get('error_message')}")
+    plan: Tree = found["plans"][0]
+    return plan
+
+
+def refuse_volatile(con: duckdb.DuckDBPyConnection, plan: Tree, ours: Iterable[str]) -> None:
+    """What may differ from run to run is run once.
+
+    Args:
+        plan: not optimised, so that nothing is folded away; views and macros are expanded in it.
+
+    Raises:
+        RunsPlainly: a function that is not constant, a table that is not DuckDB's, or a call hidden in a macro.
+    """
+    query = "SELECT list(DISTINCT function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
+    changing = set(one(con, query) or ())
+    hidden = set(ours)
+    for node in nodes(plan):
+        name = (node.get("qname") or {}).get("path", [""])[-1]
+        kind = node.get("type")
+        if kind == "LOGICAL_SAMPLE":
+            raise RunsPlainly("it takes a sample")
+        if kind == "LOGICAL_GET" and name not in READABLE:
+            raise RunsPlainly(f"it reads from {name or 'elsewhere'}")
+        if kind != "LOGICAL_GET" and name in changing and not name.startswith(SITE):
+            raise RunsPlainly(f"{name}() may differ from run to run")
+        if name in hidden:
+            raise RunsPlainly(f"{name}() is called inside a macro, a lambda or with named arguments")
+
+
+def read_order(plan: Tree) -> Order:
+    """What waits for what in an optimised plan."""
+    reader = Reader()
+    reader.visit(plan, frozenset(), None, True)
+    reader.order.close()
+    return reader.order
+
+
+Sites = frozenset[int]
+NONE: Sites = frozenset()
+
+
+class Reader:
+    """Walks the plan in the order in which DuckDB evaluates it."""
+
+    def __init__(self) -> None:
+        self.order = Order()
+        self.clean: dict[int, bool] = {}  # sites below: whether every row that came up has asked them
+
+    def visit(self, op: Tree, before: Sites, window: Window | None, top: bool) -> Sites:
+        """Read an operator and those below it; returns their sites.
+
+        Args:
+            before: sites elsewhere that are evaluated first.
+            window: of the LIMIT above, if it can stop this operator early.
+            top: whether only projections lie above.
+        """
+        kind, children = op["type"], op.get("children", [])
+        below = self.children(op, kind, children, before, window, top and kind == "LOGICAL_PROJECTION")
+        if kind not in ROW_BY_ROW:
+            self.clean = dict.fromkeys(self.clean, False)
+        own = [v for k, v in op.items() if k != "children"]
+        here = Expressions(op, kind in ("LOGICAL_FILTER", "LOGICAL_GET"))
+        for number, guards, conditional in here.read(own):
+            self.note(number, before, below, guards, kind, window)
+            self.clean[number] = self.clean.get(number, True) and not conditional
+        if here.in_lambda:
+            self.order.unranked |= dict.fromkeys(here.in_lambda, "it is called for the elements of a list")
+        return below | here.found
+
+    def note(self, n: int, before: Sites, below: Sites, guards: Sites, kind: str, window: Window | None) -> None:
+        order = self.order
+        order.rank.setdefault(n, len(order.rank))
+        if n in before or (n in below and not self.clean.get(n, False)):
+            order.unranked[n] = "it depends on its own answers"
+        order.waits.setdefault(n, set()).update((before | below | guards) - {n})
+        filters = kind in ("LOGICAL_FILTER", "LOGICAL_GET")
+        if not filters:
+            order.elsewhere.add(n)
+        if window is not None and (filters or not window.filters_only):
+            earlier = order.windows.get(n)
+            order.windows[n] = window if earlier in (None, window) else Window(0, False)
+
+    def children(
+        self, op: Tree, kind: str, children: list[Tree], before: Sites, window: Window | None, top: bool
+    ) -> Sites:
+        if kind in BUILD_FIRST or kind in ENTANGLED:
+            left, right = children
+            first = self.visit(right, before | (sites_below(left) if kind in ENTANGLED else NONE), None, False)
+            return first | self.visit(left, before | first, window, False)
+        if kind == "LOGICAL_MATERIALIZED_CTE":
+            first = self.visit(children[0], before, None, False)
+            return first | self.visit(children[1], before | first, window, top)
+        if kind == "LOGICAL_RECURSIVE_CTE":
+            start = self.visit(children[0], before, None, False)
+            again = self.visit(children[1], before | start, None, False)
+            self.order.unranked |= dict.fromkeys(again, "it is called in a recursion")
+            return start | again
+        if kind in ("LOGICAL_LIMIT", "LOGICAL_TOP_N"):
+            window = self.limited(op, kind, window, top)
+        elif kind in BLOCKING:
+            window = None
+        found = NONE
+        for child in children:  # the parts of a UNION; below a LIMIT the first may spare the second
+            found |= self.visit(child, before | (found if window else NONE), window, top)
+        return found
+
+    def limited(self, op: Tree, kind: str, outer: Window | None, top: bool) -> Window | None:
+        """The window below a LIMIT; below ORDER BY with LIMIT only where rows found so far spare others."""
+        if kind == "LOGICAL_TOP_N":
+            if "DYNAMIC_FILTER" not in json.dumps(op):
+                return None
+            return Window(op.get("limit", 0) + op.get("offset", 0), top and outer is None, filters_only=True)
+        if "PERCENT" in (op.get("limit_val") or {}).get("type", ""):
+            return None
+        need = sum(constant_of(op.get(k)) for k in ("limit_val", "offset_val"))
+        return Window(0 if outer else need, top and outer is None)
+
+
+def constant_of(limit: Tree | None) -> int:
+    """The number of a LIMIT or OFFSET, 0 where it is none."""
+    return int((limit or {}).get("constant_integer", 0))
+
+
+@dataclass
+class Expressions:
+    """The expressions of one operator. `sequence`: each is evaluated only where those before it hold."""
+
+    op: Tree
+    sequence: bool
+    found: Sites = NONE
+    in_lambda: set[int] = field(default_factory=set)
+
+    def read(self, own: list[Any]) -> Iterator[tuple[int, Sites, bool]]:
+        """(site, sites that decide whether or what it is asked, whether something else decides too)."""
+        yield from self.walk(own, NONE, False, False)
+
+    def walk(self, node: Any, guards: Sites, conditional: bool, in_lambda: bool) -> Iterator[tuple[int, Sites, bool]]:
+        if isinstance(node, list):
+            yield from self.in_turn(node, guards, conditional, in_lambda, self.sequence)
+        elif isinstance(node, dict):
+            kind = node.get("type")
+            if kind == "CASE_EXPR":
+                yield from self.case(node, guards, conditional, in_lambda)
+            elif kind in ("CONJUNCTION_AND", "CONJUNCTION_OR", "OPERATOR_COALESCE"):
+                yield from self.in_turn(node.get("children", []), guards, conditional, in_lambda, True)
+            else:
+                yield from self.call(node, guards, conditional, in_lambda)
+
+    def call(self, node: Tree, guards: Sites, conditional: bool, in_lambda: bool) -> Iterator[tuple[int, Sites, bool]]:
+        number = planned_site(node)
+        inner = NONE
+        for key, value in node.items():
+            lists = value if isinstance(value, list) and node.get("expression_class") else [value]
+            for part in lists:
+                for found in self.walk(part, guards, conditional, in_lambda or key == "lambda_expr"):
+                    inner |= {found[0]}
+                    yield found
+        if number is not None:
+            self.found |= {number}
+            if in_lambda:
+                self.in_lambda.add(number)
+            yield number, (guards | inner) - {number}, conditional
+
+    def in_turn(
+        self, parts: list[Any], guards: Sites, conditional: bool, in_lambda: bool, ordered: bool
+    ) -> Iterator[tuple[int, Sites, bool]]:
+        """Parts of which each decides, if `ordered`, whether the next is evaluated."""
+        for n, part in enumerate(parts):
+            for found in self.walk(part, guards, conditional or (ordered and n > 0), in_lambda):
+                guards |= {found[0]} if ordered else NONE
+                yield found
+
+    def case(self, node: Tree, guards: Sites, conditional: bool, in_lambda: bool) -> Iterator[tuple[int, Sites, bool]]:
+        for check in node.get("case_checks", []):
+            for found in self.walk(check.get("when_expr"), guards, conditional, in_lambda):
+                guards |= {found[0]}
+                yield found
+            conditional = True
+            yield from self.walk(check.get("then_expr"), guards, True, in_lambda)
+        yield from self.walk(node.get("else_expr"), guards, True, in_lambda)
+
+
+def planned_site(node: Tree) -> int | None:
+    """The number of a tagged call, in a plan."""
+    path = (node.get("qname") or {}).get("path", [""])
+    if not path[-1].startswith(SITE):
+        return None
+    token: str = node["children"][0].get("value", {}).get("value", ":")
+    return int(token.rpartition(":")[2])
+
+
+def sites_below(op: Tree) -> Sites:
+    return frozenset(n for n in map(planned_site, nodes(op)) if n is not None)

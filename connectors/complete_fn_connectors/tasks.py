@@ -1,0 +1,297 @@
+"""The semantic functions: versioned prompts of `complete_fn_sql/tasks.toml` over the same call as `complete`."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from complete_fn.answers import DETAILS, Answers
+from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.prompts import as_text, template_fields
+from complete_fn.session import Session
+from complete_fn_connectors.arrow import is_constant, is_list, is_text, option_mapping, python_values, whole
+from complete_fn_connectors.functions import answered
+
+SENTIMENTS = ("positive", "negative", "neutral", "mixed")
+YES_NO = ("yes", "no")
+FORMS = {
+    "classify": "complete_classify(model, text, labels [, options])",
+    "filter": "complete_filter(model, predicate, text [, options])",
+    "sentiment": "complete_sentiment(model, text [, options])",
+    "summarize": "complete_summarize(model, text [, options])",
+    "translate": "complete_translate(model, text, language [, options])",
+    "extract": "complete_extract(model, text, fields [, options])",
+}
+VERSION = re.compile(r"v\d+")
+
+
+def task_of(function: str) -> str:
+    """The task of a function: `classify` of `complete_classify_details`."""
+    return function.split("_")[1]
+
+
+@cache
+def templates(task: str) -> dict[str, str]:
+    """The prompts of a task by version, the newest last."""
+    text = files("complete_fn_sql").joinpath("tasks.toml").read_text("utf-8")
+    return {version: prompt.lstrip("\n") for version, prompt in tomllib.loads(text)[task].items()}
+
+
+def template_of(task: str, given: Any) -> str:
+    """The prompt to use: the newest, the version named, or the caller's own with `{text}` in it.
+
+    Raises:
+        InvalidOptionError: no such version, or the template lacks {text} or names something else.
+    """
+    known = templates(task)
+    if given is None:
+        return list(known.values())[-1]
+    if isinstance(given, str) and given in known:
+        return known[given]
+    if not isinstance(given, str) or VERSION.fullmatch(given):
+        raise InvalidOptionError(
+            f"template = {given!r} is no version of {task!r}. There are {', '.join(known)}; or write your own with "
+            "{text} in it."
+        )
+    allowed = {name for prompt in known.values() for name in template_fields(prompt)}
+    named = set(template_fields(given))
+    if "text" not in named or not named <= allowed:
+        fields = ", ".join(f"{{{name}}}" for name in sorted(allowed - {"text"})) or "nothing else"
+        raise InvalidOptionError(f"template = {given!r} must name {{text}}, and may name {fields}.")
+    return given
+
+
+def ask(
+    session: Session,
+    task: str,
+    model: Any,
+    fields: Mapping[str, Any],
+    own: Any,
+    options: Any,
+    pick: Callable[[Answers], Any],
+    kind: Any,
+) -> Any:
+    """[n] values of `kind`: the task's prompt, filled with the fields' columns and asked as `complete` asks.
+
+    Args:
+        model: a column of names or one name.
+        own: [n] or [1] mappings, the options that the task itself sets; None in a row that is not asked.
+        options: a column of the caller's options or one mapping; `template` is the task's, the rest `complete`'s.
+    """
+    n = len(fields["text"])
+    constant = len(own) == 1 and (options is None or isinstance(options, Mapping) or is_constant(whole(options)))
+    chosen = [
+        options_of(task, values, given) for values, given in zip(*rows_of(own, options, n, constant), strict=True)
+    ]
+    if constant:
+        chosen *= max(n, 1)
+    template = pa.array([None if c is None else c[0] for c in chosen[:n]], pa.string())
+    asked = pa.array([None if c is None else c[1] for c in chosen[:n]], pa.string())
+    texts = [as_text(column, name) for name, column in fields.items()]
+    prompts = pa.StructArray.from_arrays(
+        [template, pa.StructArray.from_arrays(texts, list(fields))], ["template", "fields"], mask=pc.is_null(template)
+    )
+    models = pa.repeat(pa.scalar(model), n) if isinstance(model, str) else model
+    return answered(session, (models, prompts, asked), lambda answers, _: pick(answers), kind)
+
+
+def rows_of(own: Any, options: Any, n: int, constant: bool) -> tuple[list[Any], list[Any]]:
+    """The task's and the caller's options: of all rows at once where they are `constant`, else row by row."""
+    plain = options is None or isinstance(options, Mapping)
+    if constant:
+        return list(own), [options] if plain else [*python_values(whole(options)[:1]), None][:1]
+    given = [options] * n if plain else python_values(whole(options))
+    return (list(own) * n if len(own) == 1 else list(own)), given
+
+
+def options_of(task: str, own: Mapping[str, Any] | None, given: Any) -> tuple[str, str] | None:
+    """(template, options as JSON) of a row."""
+    if own is None:
+        return None
+    found = dict(option_mapping(given) or {})
+    template = template_of(task, found.pop("template", None))
+    for name in (*own, "reorder_fields"):
+        if found.get(name) is not None:
+            raise InvalidOptionError(f"{name} = {found[name]!r}: {FORMS.get(task, task)} sets {name} itself.")
+    return template, json.dumps({**found, **own}, default=str)
+
+
+def split(task: str, columns: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The columns and then the options or None.
+
+    Raises:
+        InputError: too few or too many.
+    """
+    if len(columns) not in (count, count + 1):
+        raise InputError(f"{len(columns)} arguments were given; write {FORMS[task]}.")
+    return (*columns, *([None] if len(columns) == count else []))
+
+
+def text_argument(column: Any, task: str, name: str) -> Any:
+    """Raises InputError: it is no text."""
+    values = whole(column)
+    if not (is_text(values.type) or pa.types.is_null(values.type)):
+        raise InputError(f"{FORMS[task]}: {name} is {values.type}. Cast it: CAST(x AS VARCHAR).")
+    return values.cast(pa.large_string())
+
+
+def spread(values: Any, n: int) -> Any:
+    """[n] values from [n] or [1]."""
+    return pa.repeat(values[0], n) if len(values) == 1 else values
+
+
+def value(answers: Answers) -> Any:
+    return answers.text
+
+
+def details(answers: Answers) -> Any:
+    return answers.details
+
+
+def label_lists(column: Any) -> list[Any]:
+    """[n] or, where all rows have the same, [1] lists of labels, texts or {label, description}; None for NULL.
+
+    Raises:
+        InputError: no list of these.
+    """
+    values = whole(column)
+    if pa.types.is_null(values.type):
+        return [None]
+    inner = values.type.value_type if is_list(values.type) else values.type
+    structs = pa.types.is_struct(inner) and {"label"} <= set(inner.names) <= {"label", "description"}
+    if not is_list(values.type) or not (is_text(inner) or pa.types.is_null(inner) or structs):
+        raise InputError(f"{FORMS['classify']}: labels is {values.type}. Write them as a list: ['bug', 'question'].")
+    return list((values[:1] if is_constant(values) else values).to_pylist())
+
+
+def name_of(label: Any) -> Any:
+    return label["label"] if isinstance(label, Mapping) else label
+
+
+def described(label: Any) -> str:
+    """A label as the prompt lists it."""
+    more = label.get("description") if isinstance(label, Mapping) else None
+    return f"{name_of(label)} ({more})" if more else str(name_of(label))
+
+
+def classification(session: Session, columns: tuple[Any, ...], pick: Callable[[Answers], Any], kind: Any) -> Any:
+    model, text, labels, options = split("classify", columns, 3)
+    text = text_argument(text, "classify", "text")
+    chosen = label_lists(labels)
+    listed = pa.array([None if c is None else ", ".join(map(described, c)) for c in chosen], pa.large_string())
+    fields = {"labels": spread(listed, len(text)), "text": text}
+    own = [None if c is None else {"choices": list(map(name_of, c))} for c in chosen]
+    return ask(session, "classify", model, fields, own, options, pick, kind)
+
+
+def complete_classify(session: Session, *columns: Any) -> Any:
+    """[n] large_string: one of the labels, by one token of the model.
+
+    Raises:
+        InvalidOptionError: the labels cannot be used (see `choices.parse_choices`). InputError: wrong arguments.
+    """
+    return classification(session, columns, value, pa.large_string())
+
+
+def complete_classify_details(session: Session, *columns: Any) -> Any:
+    """[n] DETAILS; `scores` has each label's probability."""
+    return classification(session, columns, details, DETAILS)
+
+
+def is_yes(answers: Answers) -> Any:
+    return pc.equal(answers.text, "yes")
+
+
+def complete_filter(session: Session, *columns: Any) -> Any:
+    """[n] bool: whether the predicate holds for the text; NULL for a NULL in either and for a row that failed."""
+    model, predicate, text, options = split("filter", columns, 3)
+    fields = {
+        "predicate": text_argument(predicate, "filter", "predicate"),
+        "text": text_argument(text, "filter", "text"),
+    }
+    return ask(session, "filter", model, fields, [{"choices": YES_NO}], options, is_yes, pa.bool_())
+
+
+def complete_sentiment(session: Session, *columns: Any) -> Any:
+    """[n] large_string: positive, negative, neutral or mixed."""
+    model, text, options = split("sentiment", columns, 2)
+    fields = {"text": text_argument(text, "sentiment", "text")}
+    return ask(session, "sentiment", model, fields, [{"choices": SENTIMENTS}], options, value, pa.large_string())
+
+
+def complete_summarize(session: Session, *columns: Any) -> Any:
+    """[n] large_string: at most three sentences."""
+    model, text, options = split("summarize", columns, 2)
+    fields = {"text": text_argument(text, "summarize", "text")}
+    return ask(session, "summarize", model, fields, [{}], options, value, pa.large_string())
+
+
+def complete_translate(session: Session, *columns: Any) -> Any:
+    """[n] large_string: the text in another language, named in words ('French')."""
+    model, text, target, options = split("translate", columns, 3)
+    text = text_argument(text, "translate", "text")
+    source = pa.repeat(pa.scalar("its own language", pa.large_string()), len(text))
+    fields = {"source": source, "target": text_argument(target, "translate", "language"), "text": text}
+    return ask(session, "translate", model, fields, [{}], options, value, pa.large_string())
+
+
+def questions_of(fields: Any) -> dict[str, str]:
+    """Question by name, from a list of names or a mapping.
+
+    Raises:
+        InputError: neither, or empty.
+    """
+    if isinstance(fields, list) and all(isinstance(name, str) for name in fields):
+        fields = {name: f"What is the {name}?" for name in fields}
+    if not isinstance(fields, Mapping) or not fields or not all(isinstance(q, str) for q in fields.values()):
+        raise InputError(
+            f"{FORMS['extract']}: fields is {fields!r}. Write names, ['author', 'year'], or questions, "
+            "{'author': 'Who wrote it?'}."
+        )
+    return dict(fields)
+
+
+def extraction(fields: Any) -> tuple[str, dict[str, Any]]:
+    """(the questions as lines, the schema of the answer)."""
+    questions = questions_of(fields)
+    one = {"type": ["string", "null"]}
+    schema = {
+        "type": "object",
+        "properties": dict.fromkeys(questions, one),
+        "required": list(questions),
+        "additionalProperties": False,
+    }
+    return "\n".join(f"{name}: {question}" for name, question in questions.items()), {"response_format": schema}
+
+
+def complete_extract(session: Session, *columns: Any) -> Any:
+    """[n] large_string: a JSON object with a text or null for each field."""
+    model, text, asked, options = split("extract", columns, 3)
+    text = text_argument(text, "extract", "text")
+    values = whole(asked)
+    wanted = python_values(values[:1] if is_constant(values) else values)
+    found = [None if w is None else extraction(w) for w in wanted]
+    listed = pa.array([None if f is None else f[0] for f in found], pa.large_string())
+    fields = {"questions": spread(listed, len(text)), "text": text}
+    own = [None if f is None else f[1] for f in found]
+    return ask(session, "extract", model, fields, own, options, value, pa.large_string())
+
+
+# Name, function and what it answers, for the dialects to register.
+TASKS: dict[str, tuple[Callable[..., Any], Any]] = {
+    "complete_classify": (complete_classify, pa.large_string()),
+    "complete_classify_details": (complete_classify_details, DETAILS),
+    "complete_filter": (complete_filter, pa.bool_()),
+    "complete_sentiment": (complete_sentiment, pa.large_string()),
+    "complete_summarize": (complete_summarize, pa.large_string()),
+    "complete_translate": (complete_translate, pa.large_string()),
+    "complete_extract": (complete_extract, pa.large_string()),
+}

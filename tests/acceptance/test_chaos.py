@@ -1,0 +1,92 @@
+"""Two workers, and faults all the time: the result, the order, the codes and the bill are those of a quiet run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.acceptance.chaos import FAULTS, Chaos, committed_usage, site
+
+MOST_JOBS = 6
+ECHO = """
+[models.tiny]
+engine = 'echo'
+checkpoint = 'tiny'
+max_model_len = 40
+engine_args = { row_seconds = 0.02 }
+prices = { input = 1, cached_input = 1, output = 2 }
+"""
+REAL = """
+[models.tiny]
+checkpoint = '{folder}'
+max_model_len = 200
+engine_args = {{ max_num_seqs = 16, max_num_batched_tokens = 1024 }}
+prices = {{ input = 1, cached_input = 1, output = 2 }}
+"""
+
+
+def texts(rows: int) -> list[str]:
+    """Each its own; every fiftieth is too long for the model."""
+    return [f"row number {n}" + " and so on" * (300 if n % 50 == 49 else n % 7) for n in range(rows)]
+
+
+def plain(rows: list[dict[str, Any]]) -> list[tuple[int, str | None, str | None]]:
+    """Of each row: id, text, error code."""
+
+    def code(row: dict[str, Any]) -> str | None:
+        error = row["completion_details"]["error"]
+        return None if error is None else str(error["code"])
+
+    return [(row["id"], row["completion"], code(row)) for row in rows]
+
+
+def put_through(home: Path, models: str, rows: int, tokens: int, pauses: tuple[float, float], limit: float) -> None:
+    """A quiet run, and runs under faults until each kind was thrown: every one must end as the quiet one did."""
+    settings = {"COMPLETE_FN_MEMORY": "0.25"}
+    options = {"max_tokens": tokens, "cache": "off"}
+    with site(home / "quiet", models, settings) as found:
+        job = found.submit(found.upload(texts(rows)), "quiet", "tiny", options)
+        state, quiet_seconds = found.finished(job, limit)
+        quiet = plain(found.results(job))
+    assert [n for n, _, _ in quiet] == list(range(rows))
+    with site(home / "chaos", models, settings) as found:
+        file = found.upload(texts(rows))
+        jobs: list[str] = []
+
+        def submit_again() -> str:
+            """Under the key of the job that runs."""
+            return found.submit(file, f"job {len(jobs) - 1}", "tiny", options)
+
+        seconds = 0.0
+        with Chaos(found, "tiny", pauses, submit_again):
+            while set(found.faults) != set(FAULTS) and len(jobs) < MOST_JOBS:
+                jobs.append(found.submit(file, f"job {len(jobs)}", "tiny", options))
+                now, took = found.finished(jobs[-1], limit)
+                seconds += took
+                assert now["rows"] == state["rows"]
+        assert submit_again() == jobs[-1]
+        results = [found.results(job) for job in jobs]
+        assert set(found.faults) == set(FAULTS)
+        assert all(plain(result) == quiet for result in results)
+        used = [row["completion_details"]["usage"] for result in results for row in result]
+        billed = committed_usage(found)
+        assert billed["cached_input"] == sum(u["prompt_tokens"] for u in used)
+        assert billed["output"] == sum(u["completion_tokens"] for u in used)
+        count, kinds = sum(found.faults.values()), dict(found.faults)
+        print(f"quiet {quiet_seconds:.0f} s; {len(jobs)} under {count} faults {seconds:.0f} s: {kinds}")
+
+
+@pytest.mark.timeout(300)
+def test_a_job_under_faults_ends_as_a_quiet_one(tmp_path: Path) -> None:
+    put_through(tmp_path, ECHO, 400, 8, (0.2, 0.8), 120)
+
+
+@pytest.mark.long
+@pytest.mark.engine
+@pytest.mark.timeout(3600)
+def test_a_job_of_minutes_on_real_engines_under_faults_ends_as_a_quiet_one(
+    needs_vllm: None, tmp_path: Path, tiny_model: Path
+) -> None:
+    put_through(tmp_path, REAL.format(folder=tiny_model), 20_000, 32, (5, 15), 3000)

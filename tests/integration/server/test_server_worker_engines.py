@@ -1,0 +1,59 @@
+"""Worker processes with engines of their own: one worker and another's engine are killed, the broker restarts."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from complete_fn.types import CompletionRequest, SamplingParams
+from deploy.servers import Redis, running
+from tests.integration.server.test_server_workers import site, until
+
+MODEL = """
+[models.tiny]
+checkpoint = '{folder}'
+default_max_tokens = 24
+engine_args = {{ max_num_seqs = 16, max_num_batched_tokens = 1024 }}
+prices = {{ input = 1, cached_input = 1, output = 2 }}
+"""
+ROWS, TOKENS = 900, 16
+
+
+@pytest.mark.engine
+@pytest.mark.long  # four starts of an engine
+@pytest.mark.timeout(900)
+def test_a_job_outlives_a_worker_an_engine_and_the_broker(
+    tmp_path: Path, engine: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPLETE_FN_MEMORY", "0.25")
+    monkeypatch.setattr("complete_fn.submit.PART_ROWS", 40)
+    models = MODEL.format(folder=tiny_model)
+    with running(Redis) as broker, site(tmp_path / "home", broker.url, models) as found:
+        found.work()
+        found.work()
+        job = found.submit(ROWS, "row", "tiny", TOKENS)
+        until(lambda: found.done(job) > 60, 400)
+        warm = next(beat for beat in found.beats() if beat.warm("tiny"))
+        os.kill(warm.pid, signal.SIGKILL)
+        broker.restart(signal.SIGKILL)
+        before = found.done(job)
+        until(lambda: found.done(job) > before + 60, 400)
+        (left,) = found.beats()
+        engine_pid = left.models["tiny"].engine_pid
+        assert engine_pid not in (None, warm.models["tiny"].engine_pid)
+        os.kill(engine_pid, signal.SIGKILL)
+        assert found.finish(job, 400)["status"] == "completed"
+        now, rows = found.state(job), found.results(job)
+    assert now["rows"] == {"total": ROWS, "done": ROWS, "failed": 0, "null": 0}
+    assert [row["id"] for row in rows] == list(range(ROWS))
+    used = [row["completion_details"]["usage"] for row in rows]
+    assert now["usage"] == {kind: sum(row[kind] for row in used) for kind in now["usage"]}
+    # Greedy and in float32: the same as from an engine that nobody disturbs.
+    sampling = SamplingParams(max_tokens=TOKENS)
+    asked = [CompletionRequest("tiny", f"row number {n}", sampling) for n in range(ROWS)]
+    calm = dict(engine.stream(asked, ""))
+    assert [row["completion"] for row in rows] == [calm[n].text for n in range(ROWS)]

@@ -1,0 +1,230 @@
+"""`complete-fn run` from and into real databases: rows streamed by cursor, answers upserted by key, resumed by key."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from datetime import date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sqlalchemy as sa
+
+from complete_fn import EchoEngine, cli
+from complete_fn.errors import InputError
+from complete_fn.row_databases import Query, open_database
+from deploy.servers import Postgres
+
+MODELS = '[models.echo]\ncheckpoint = "echo"\nengine = "echo"\nmax_model_len = 40\nprices = { input = 1, output = 1 }\n'
+MARIADB = "mysql+pymysql://root@127.0.0.1:3306"
+ROWS = 230
+KINDS = ["postgresql", "mariadb", "sqlite", "duckdb"]
+Run = Callable[..., int]
+
+
+@pytest.fixture(params=KINDS)
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of a new database with a table `docs` of 230 rows (id, text, n, price, day, flag)."""
+    if request.param == "mariadb":
+        yield from mariadb()
+        return
+    if request.param == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres")
+        with server.database() as url:
+            fill(url)
+            yield url
+        return
+    url = f"{request.param}:///{tmp_path / 'rows.db'}"
+    fill(url)
+    yield url
+
+
+def mariadb() -> Iterator[str]:
+    try:
+        socket.create_connection(("127.0.0.1", 3306), 2).close()
+    except OSError:
+        pytest.skip("no MariaDB listens on 127.0.0.1:3306")
+    name = f"files_{secrets.token_hex(4)}"
+    root = sa.create_engine(MARIADB)
+    with root.begin() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
+    url = f"mariadb://root@127.0.0.1:3306/{name}"
+    fill(url)
+    yield url
+    with root.begin() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name}")
+    root.dispose()
+
+
+def ask(url: str, *statements: str) -> list[tuple[Any, ...]]:
+    """Run statements as somebody else's program would; the rows of the last."""
+    found: list[Any] = []
+    if url.startswith("duckdb"):
+        with duckdb.connect(url.removeprefix("duckdb:///")) as connection:
+            for statement in statements:
+                found = connection.execute(statement).fetchall()
+        return found
+    driver = url.replace("postgresql:", "postgresql+psycopg:").replace("mariadb:", "mariadb+pymysql:")
+    engine = sa.create_engine(driver)
+    with engine.begin() as connection:
+        for statement in statements:
+            result = connection.exec_driver_sql(statement.replace("%", "%%") if "%" in statement else statement)
+            found = [tuple(row) for row in result] if result.returns_rows else []
+    engine.dispose()
+    return found
+
+
+def fill(url: str) -> None:
+    values = ", ".join(
+        f"({n}, {'NULL' if n % 10 == 0 else repr(f'text {n}')}, {n / 2}, {n}.50, '2026-01-02', {n % 3})"
+        for n in range(ROWS)
+    )
+    ask(
+        url,
+        "CREATE TABLE docs (id BIGINT PRIMARY KEY, text VARCHAR(200), n DOUBLE PRECISION, price DECIMAL(10, 2), "
+        "day DATE, empty_one INTEGER)",
+        f"INSERT INTO docs {'(id, text, n, price, day, empty_one)'} VALUES {values}",
+        "UPDATE docs SET empty_one = NULL",
+    )
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`complete-fn` with windows of 50 rows."""
+    (tmp_path / "models.toml").write_text(MODELS)
+    monkeypatch.setenv("COMPLETE_FN_MODELS", str(tmp_path / "models.toml"))
+    monkeypatch.setenv("COMPLETE_FN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("complete_fn.windows.WINDOW_ROWS", 50)
+    monkeypatch.chdir(tmp_path)
+    return lambda *given: cli.main([str(g) for g in given])
+
+
+RUN = ("run", "-m", "echo", "-p", "Say {text}", "--quiet")
+
+
+def test_from_a_table_into_a_file(database: str, shell: Run) -> None:
+    assert shell(*RUN, database, "--table", "docs", "--key", "id", "-o", "out.parquet") == 0
+    found = pq.read_table("out.parquet")
+    assert found.column("id").to_pylist() == list(range(ROWS))
+    assert found.column("completion").to_pylist() == [None if n % 10 == 0 else f"Say text {n}" for n in range(ROWS)]
+    first = found.slice(3, 1).to_pylist()[0]
+    assert (first["n"], first["price"], first["empty_one"]) == (1.5, Decimal("3.50"), None)
+    assert str(first["day"])[:10] == "2026-01-02"
+
+
+def test_from_a_table_into_another_and_again(database: str, shell: Run) -> None:
+    into = (*RUN, database, "--table", "docs", "--key", "id", "-o", database, "--into", "answers", "--details")
+    assert shell(*into) == 0
+    everything = "SELECT id, completion, completion_error, completion_prompt_tokens FROM answers ORDER BY id"
+    first = ask(database, everything)
+    assert [(r[0], r[1]) for r in first] == [(n, None if n % 10 == 0 else f"Say text {n}") for n in range(ROWS)]
+    assert {r[3] for r in first} == {3, None}
+    ask(database, "UPDATE docs SET text = 'changed' WHERE id = 7", "DELETE FROM docs WHERE id = 8")
+    assert shell(*into) == 0
+    again = ask(database, everything)
+    assert (again[7][1], again[8][1], len(again)) == ("Say changed", "Say text 8", ROWS)
+
+
+def test_a_broken_run_goes_on_behind_the_last_key(database: str, shell: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    stream = EchoEngine.stream
+
+    def breaking(self: EchoEngine, requests: Any, tenant: str) -> Iterator[Any]:
+        for found in stream(self, requests, tenant):
+            asked.append(str(found[1].text))
+            if len(asked) == 120:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(EchoEngine, "stream", breaking)
+    into = (*RUN, database, "--table", "docs", "--key", "id", "-o", database, "--into", "answers", "--cache", "off")
+    assert shell(*into) == 130
+    half = ask(database, "SELECT count(*) FROM answers")[0][0]
+    assert half == 100
+    ask(database, "UPDATE docs SET text = 'later' WHERE id < 100")  # behind the mark: not even read again
+    assert shell(*into) == 0
+    assert ask(database, "SELECT count(*), count(completion) FROM answers") == [(ROWS, ROWS - 23)]
+    assert not any("later" in text for text in asked)
+    assert len(asked) <= ROWS - 23 + 50  # at most the broken window's uncommitted rows are asked twice
+    assert not list(Path("home/runs").glob("*"))
+
+
+def test_a_select_with_percent_signs_colons_and_types(database: str, shell: Run) -> None:
+    sql = "SELECT id, text, 'a:b 100%' AS odd FROM docs WHERE text LIKE '%1%' AND id < 30"
+    assert shell(*RUN, database, "--sql", sql, "--key", "id", "-o", "out.jsonl") == 0
+    lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [1, 11, 12, 13, 14, 15, 16, 17, 18, 19, 21]
+    assert {line["odd"] for line in lines} == {"a:b 100%"}
+
+
+def test_keys_that_look_alike_stay_apart(database: str, shell: Run) -> None:
+    pq.write_table(pa.table({"k": ["a", "A", "a ", "ä", "🦀"], "text": ["1", "2", "3", "4", "5"]}), "in.parquet")
+    assert shell(*RUN, "in.parquet", "-o", database, "--into", "answers", "--key", "k") == 0
+    found = dict(ask(database, "SELECT k, completion FROM answers"))
+    assert found == {"a": "Say 1", "A": "Say 2", "a ": "Say 3", "ä": "Say 4", "🦀": "Say 5"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--table", "nothing", "--key", "id", "-o", "o.csv"), ""),
+        (("--sql", "SELEC 1", "-o", "o.csv"), ""),
+        (("--table", "docs; DROP TABLE docs", "-o", "o.csv"), "no name of a table"),
+        (("-o", "o.csv"), "say --table NAME or --sql"),
+        (("--table", "docs", "-o", "DB"), "--into TABLE and --key"),
+        (("--table", "docs", "-o", "DB", "--into", "answers", "--key", "empty_one"), "NULL in"),
+        (("--table", "docs", "-o", "DB", "--into", "docs", "--key", "id"), "no column 'completion'"),
+        (("--table", "docs", "-o", "DB", "--into", "a b", "--key", "id"), "no name of a table"),
+    ],
+)
+def test_what_cannot_run(
+    database: str, shell: Run, capsys: pytest.CaptureFixture[str], change: tuple[str, ...], words: str
+) -> None:
+    given = [database if word == "DB" else word for word in change]
+    assert shell(*RUN, database, *given) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("complete-fn: ")
+    assert words in told
+    assert ask(database, "SELECT count(*) FROM docs") == [(ROWS,)]
+
+
+def test_a_select_of_somebody_else_writes_nothing(database: str) -> None:
+    opened = open_database(database, read_only=True, seconds=20)
+    for sql in ("DELETE FROM docs", "DROP TABLE docs", "INSERT INTO docs (id) VALUES (900)", "CREATE TABLE x (a INT)"):
+        with pytest.raises(InputError):
+            list(opened.batches(Query(sql)))
+    assert ask(database, "SELECT count(*) FROM docs") == [(ROWS,)]
+
+
+def test_a_query_has_its_time(database: str) -> None:
+    slow = "SELECT sum(a.id * b.id * c.id * d.id) AS s FROM docs a, docs b, docs c, docs d"
+    with pytest.raises(InputError) as caught:
+        list(open_database(database, read_only=True, seconds=1).batches(Query(slow)))
+    assert "docs a" not in str(caught.value)
+
+
+def test_passwords_are_not_told(
+    tmp_path: Path, shell: Run, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    for url in ("postgresql://u:hushhush@127.0.0.1:1/x", "mysql://u:hushhush@127.0.0.1:1/x", "oracle://u:hushhush@h/x"):
+        monkeypatch.setenv("MY_DATABASE", url)
+        assert shell(*RUN, "env:MY_DATABASE", "--table", "docs", "-o", "o.csv") == 1
+        assert "hushhush" not in capsys.readouterr().err
+    assert shell(*RUN, "env:NOT_SET_AT_ALL", "--table", "docs", "-o", "o.csv") == 1
+    assert "not set" in capsys.readouterr().err
+
+
+def test_values_of_every_kind_come_through(tmp_path: Path) -> None:
+    from complete_fn.row_databases import batch_of, plain
+
+    values = [Decimal("1.5"), datetime(2026, 1, 2), date(2026, 1, 2), {"a": 1}, [1], b"x", memoryview(b"y"), None]
+    assert [plain(v) for v in values] == [*values[:3], '{"a": 1}', "[1]", b"x", b"y", None]
+    with pytest.raises(InputError, match=r"Column 'c' has values of several types .* CAST"):
+        batch_of(["c"], [["a", "b"]], [pa.int64()])

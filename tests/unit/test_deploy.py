@@ -1,0 +1,55 @@
+"""deploy/: valid compose file and Dockerfiles, and nothing in them that the package does not have."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from complete_fn import settings
+from complete_fn.wiring import VERBS
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = ROOT / "deploy" / "compose.yaml"
+DOCKERFILES = sorted((ROOT / "deploy").glob("*.Dockerfile"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def linted(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_compose_file_keeps_to_the_compose_specification() -> None:
+    linted(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE))
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_a_dockerfile_has_no_warning(path: Path) -> None:
+    linted(str(Path(sys.executable).with_name("hadolint")), "--failure-threshold", "warning", str(path))
+
+
+def test_every_setting_that_the_compose_file_gives_is_one() -> None:
+    given = set(re.findall(r"^    (COMPLETE_FN_\w+):", COMPOSE.read_text(), re.M))
+    assert given
+    assert given <= set(re.findall(r"COMPLETE_FN_\w+", settings.__doc__ or ""))
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_a_dockerfile_installs_extras_and_runs_a_verb_that_exist(path: Path) -> None:
+    text = path.read_text()
+    for extras in re.findall(r"'\.\[([\w,]+)\]'", text):
+        assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+    (verb,) = re.findall(r'^CMD \["([\w-]+)"', text, re.M)
+    assert verb in VERBS
+
+
+def test_the_cuda_image_has_the_vllm_that_we_build_on() -> None:
+    (version,) = re.findall(
+        r"^FROM vllm/vllm-openai:v(\S+)$", (ROOT / "deploy/worker-cuda.Dockerfile").read_text(), re.M
+    )
+    assert PROJECT["optional-dependencies"]["worker"] == [f"vllm=={version}"]

@@ -1,0 +1,78 @@
+"""Rates and lengths from past runs: found again where the truth is known, by tenant and by instruction."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from complete_fn.catalogue import Model
+from complete_fn.engine import EchoEngine
+from complete_fn.keys import Call
+from complete_fn.plan import make_plan
+from complete_fn.prompts import text_column
+from complete_fn.rates import Run, instruction, kind_of, lengths, past, rates
+from complete_fn.runner import Tools, run
+from complete_fn.store import Store
+from complete_fn.types import Asker, Usage
+
+MODEL = Model("m", "m", engine="echo")
+TRUE = (0.001, 0.00002, 0.01, 0.005)  # seconds per uncached token, cached token, output token, row
+
+
+def made(draw: random.Random, kind: bytes = b"k", scale: float = 1.0) -> Run:
+    rows = draw.randint(50, 2_000)
+    prompt = rows * draw.randint(20, 400)
+    usage = Usage(prompt, int(prompt * draw.random() * 0.6), rows * draw.randint(1, 60))
+    amounts = usage.prompt_tokens - usage.cached_tokens, usage.cached_tokens, usage.completion_tokens, rows
+    seconds = scale * sum(t * a for t, a in zip(TRUE, amounts, strict=True)) * draw.uniform(0.98, 1.02)
+    return Run(kind, "d", rows, usage, 0.0, seconds)
+
+
+def test_the_time_of_the_next_run_is_foretold() -> None:
+    draw = random.Random(3)
+    found = [made(draw) for _ in range(12)]
+    for _ in range(20):
+        following = made(draw)
+        known = rates(found, b"k")
+        assert known is not None
+        assert known.of(following.usage, following.rows) == pytest.approx(following.seconds, rel=0.1)
+
+
+def test_one_past_run_of_this_kind_sets_the_scale() -> None:
+    draw = random.Random(4)
+    found = [made(draw, b"slow", scale=2.0), *(made(draw) for _ in range(10))]
+    following = made(draw, b"slow", scale=2.0)
+    known = rates(found, b"slow")
+    assert known is not None
+    assert known.of(following.usage, following.rows) == pytest.approx(following.seconds, rel=0.15)
+    assert rates([], b"k") is None
+
+
+def test_answers_to_the_same_instruction_come_first() -> None:
+    one = Run(b"a", "d", 100, Usage(0, 0, 300), 900.0, 1.0)
+    other = Run(b"b", "d", 100, Usage(0, 0, 700), 4_900.0, 1.0)
+    same, all_, few = lengths([one, other], b"a"), lengths([one, other], b"c"), lengths([one], b"a")
+    assert same is not None
+    assert (same.mean, same.margin, same.rows, same.same) == (3.0, 0.0, 100, True)
+    assert all_ is not None
+    assert (all_.mean, all_.same) == (5.0, False)
+    assert few is not None
+    assert lengths([Run(b"a", "d", 5, Usage(0, 0, 5), 5.0, 1.0)], b"a") is None
+
+
+def test_the_instruction_is_what_all_prompts_begin_with() -> None:
+    plan = make_plan(text_column([f"Name the section: {t}" for t in ("alpha beta", "alpha gamma", "zeta")]))
+    assert instruction(plan) == "Name the section: "
+    assert kind_of(Call(MODEL), plan) == kind_of(
+        Call(MODEL), make_plan(text_column(["Name the section: x", "Name the section: y"]))
+    )
+
+
+def test_a_tenant_is_told_nothing_of_anothers_answers(tmp_path: Path) -> None:
+    store, column = Store(tmp_path / "s"), text_column([f"Say: {n} " + "x " * 9 for n in range(40)])
+    run(Call(MODEL), column, Tools(EchoEngine(), store), Asker(tenant="one"))
+    assert [r.rows for r in past(store, "m", "one")] == [40]
+    assert past(store, "m", "two") == []
+    assert [r.usage.completion_tokens for r in past(store, "m")] == [40 * 11]

@@ -1,0 +1,59 @@
+"""demo-llama-swiftkv: `demo-llama` distilled into SwiftKV form on the packages it was trained on, scored beside it."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from complete_fn_workers.demo_model.corpus import INSTRUCTIONS, Package, answer, split_of
+from complete_fn_workers.demo_model.evaluate import evaluate
+from complete_fn_workers.swiftkv.cli import main as swiftkv
+
+CARD = Path(__file__).with_name("student.md")
+RECIPE = ["--lr", "5e-3", "--batch-tokens", "16384", "--held-out", "1000"]  # the better of two: benchmarks/figures.md
+
+
+def write_prompts(packages: Sequence[Package], path: Path) -> None:
+    """The training packages under all three instructions with their answers, in no particular order."""
+    chosen = [p for p in packages if split_of(p.source) == "train"]
+    rows = [(k + p.description, answer(k, p.section, p.synopsis)) for p in chosen for k in INSTRUCTIONS]
+    random.Random(1).shuffle(rows)
+    pq.write_table(pa.table({"prompt": [q for q, _ in rows], "answer": [a for _, a in rows]}), path)
+
+
+def make_student(packages: Sequence[Package], parent: Path, out: Path, minutes: float, options: Sequence[str]) -> None:
+    """Distil `parent` into the new folder `out`; `options` are further ones of `complete-fn swiftkv distill`."""
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.parquet"
+        write_prompts(packages, prompts)
+        given = ["--prompts", str(prompts), "--minutes", str(minutes), *RECIPE, *options]
+        swiftkv(["distill", str(parent), str(out), *given])
+
+
+def score_student(packages: Sequence[Package], parent_scores: Mapping[str, float], out: Path) -> None:
+    """Write the student's scores.json and its card."""
+    test = [p for p in packages if split_of(p.source) == "test"]
+    with tempfile.TemporaryDirectory() as home:
+        found = asdict(evaluate(str(out), test, Path(home)))
+    made = json.loads((out / "distill.json").read_text())
+    layers = json.loads((out / "config.json").read_text())
+    text = CARD.read_text().format(
+        kept=layers["num_key_value_layers"],
+        layers=layers["num_hidden_layers"],
+        trained_parameters=made["trained_parameters"],
+        minutes=made["minutes"],
+        tokens=made["tokens"] / 1e6,
+        **{name: made["recipe"][name] for name in ("lr", "batch_tokens")},
+        **found,
+        **{f"parent_{name}": value for name, value in parent_scores.items()},
+    )
+    (out / "PARENT_README.md").unlink(missing_ok=True)  # the parent ships beside it
+    (out / "README.md").write_text(text)
+    (out / "scores.json").write_text(json.dumps(found, indent=2) + "\n")

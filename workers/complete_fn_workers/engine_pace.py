@@ -1,0 +1,51 @@
+"""How much bulk work one engine step may take on while somebody chats: a chat waits for the step that runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+STEP_SECONDS = 0.05
+CHATTING_S = 30.0  # after a chat, the next one is expected for so long
+LEARN = 0.1  # weight of what was seen last
+LEAST_TOKENS = 32  # smaller steps say little about the rate
+
+
+class StepPace:
+    """Learns tokens a second from the steps themselves, and the share of prompts that is not cached from the answers.
+
+    Args:
+        budget: tokens that the scheduler puts into one step at most.
+    """
+
+    def __init__(self, budget: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.budget, self.clock = budget, clock
+        self.rate: float | None = None
+        self.fresh = 1.0
+        self.pending = 0.0  # prompt tokens that were admitted and not yet computed
+        self.until = -math.inf
+
+    def chat(self) -> None:
+        self.until = self.clock() + CHATTING_S
+
+    def room(self, decoding: int) -> float:
+        """Prompt tokens that may be added to the next step, beside so many rows that get one token each."""
+        if self.rate is None or self.clock() > self.until:
+            return math.inf
+        return self.rate * STEP_SECONDS - decoding - self.pending
+
+    def admit(self, prompt_tokens: int) -> None:
+        self.pending += prompt_tokens * self.fresh
+
+    def stepped(self, seconds: float, decoding: int) -> None:
+        """A step is over; `decoding` rows were in it beside the new ones."""
+        computed = min(self.pending, max(0, self.budget - decoding))
+        self.pending -= computed
+        tokens = computed + decoding
+        if tokens >= LEAST_TOKENS and seconds > 0:
+            seen = tokens / seconds
+            self.rate = seen if self.rate is None else self.rate + LEARN * (seen - self.rate)
+
+    def finished(self, prompt_tokens: int, cached_tokens: int) -> None:
+        self.fresh += LEARN * ((prompt_tokens - cached_tokens) / max(1, prompt_tokens) - self.fresh)

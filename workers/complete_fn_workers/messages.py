@@ -1,0 +1,60 @@
+"""The Celery side of a worker: messages that there is work ring the bell of its hands."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from celery.worker import state
+
+from complete_fn.queue import TASK, Bell, celery_app
+
+LOG = logging.getLogger("complete_fn.worker")
+AGAIN_SECONDS = 5.0
+STOP_SECONDS = 5.0
+
+
+class Messages:
+    """Takes messages of the models' queues on threads of its own, for as long as the process lives.
+
+    A message is acknowledged when a hand has looked into the store after it came. So a worker whose hands are full
+    holds as many messages as it has hands, and the next ones stay for others.
+
+    Raises:
+        InvalidOptionError: the broker's URL is not Redis'.
+    """
+
+    def __init__(self, broker: str, models: Iterable[str], bell: Bell, hands: int) -> None:
+        self.hands = hands
+        self.app = celery_app(broker, models)
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self.consume, name="messages", daemon=True)
+
+        def work(**_: Any) -> None:
+            bell.ring(until_looked=True)
+
+        self.app.task(name=TASK, typing=False)(work)
+
+    def start(self) -> None:
+        logging.getLogger("celery").setLevel(logging.ERROR)  # it repeats every try to reach a broker that is away
+        logging.getLogger("kombu").setLevel(logging.ERROR)
+        self.thread.start()
+
+    def consume(self) -> None:
+        """Celery's worker, without its signals: those are ours. One that fails is begun anew."""
+        quiet = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
+        while not self.closing.is_set():
+            worker = self.app.WorkController(
+                pool_cls="threads", concurrency=self.hands, loglevel=logging.ERROR, logfile=None, **quiet
+            )
+            worker.start()
+            if not self.closing.wait(AGAIN_SECONDS):
+                LOG.warning("Messages are taken again after a failure.")
+
+    def close(self) -> None:
+        """What is not acknowledged goes back to its queue."""
+        self.closing.set()
+        state.should_stop = 0  # type: ignore[assignment]  # an exit code, as Celery's own signal handlers set it
+        self.thread.join(STOP_SECONDS)
