@@ -148,11 +148,11 @@ class Place:
         return running if running.returncode != 0 and not (self.folder / "out.parquet").exists() else None
 
 
-def killed(make: Callable[[str], Place], name: str, seconds: float) -> Place:
-    """A run killed so long after its first commit, or sooner where the machine is faster than when that was drawn."""
+def killed(make: Callable[[str], Place], name: str, seconds: float, answers: int) -> Place:
+    """A run killed so long after its first commit, or sooner where by then all its `answers` were committed."""
     for attempt in range(6):
         place = make(f"{name}-{attempt}")
-        if place.kill_after(seconds / 2**attempt):
+        if place.kill_after(seconds / 2**attempt) and len(place.stored()) < answers:
             return place
     raise AssertionError(f"{name} always ended before it was killed")
 
@@ -203,9 +203,10 @@ def test_killed_runs_go_on(endpoint: SlowEndpoint, tmp_path: Path) -> None:
     draw = random.Random(int(times[0]))
     print(f"seed {int(times[0])}")
     whole = [(n, c, e) for n, _, c, e in outcome(undisturbed)]
+    answers = len(undisturbed.stored())
 
     def check(kind: str, seconds: float) -> None:
-        place = killed(lambda name: make_place(tmp_path, endpoint, name, *SHORT[kind]), kind, seconds)
+        place = killed(lambda name: make_place(tmp_path, endpoint, name, *SHORT[kind]), kind, seconds, answers)
         name = place.folder.name
         committed = place.stored()
         assert committed, kind
@@ -329,7 +330,7 @@ def test_ten_kills_of_a_real_run(tmp_path: Path) -> None:
     seed = int(times[0])
     draw = random.Random(seed)
     for n, moment in enumerate(sorted(draw.uniform(0, times[-1] - times[0]) for _ in range(KILLS))):
-        run = killed(place, f"killed{n}", moment)
+        run = killed(place, f"killed{n}", moment, len(undisturbed.stored()))
         committed = len(run.stored())
         assert run.billed() == run.stored_tokens()
         said = run.finish()
