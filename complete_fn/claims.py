@@ -1,53 +1,55 @@
-"""Who computes what, among the threads of this process: one prompt asked twice at the same time is computed once."""
+"""Who computes what: an answer that several runs ask for at the same time is computed by one. Inside transactions.
+
+An attempt claims keys as it hands their prompts to the engine, and lets them go with the slice that holds their
+answers, or at its end. So it never waits while it holds a claim that it is not working on, and no two runs can wait
+for each other.
+"""
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Iterable
+from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING
 
-Key = tuple[str, bytes]
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
+from complete_fn.tables import answers, attempts, claims
 
-class Claims:
-    """Claimed keys, each with an event that is set when its answer is committed or given up."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.events: dict[Key, threading.Event] = {}
-        self.releases = 0  # how often keys were let go: answers may have come into the store since
-
-    def take(self, tenant: str, keys: Iterable[bytes]) -> tuple[set[bytes], dict[bytes, threading.Event]]:
-        """(keys now mine, events of those that another run is computing)."""
-        mine: set[bytes] = set()
-        done = threading.Event()  # one for all keys of the call: they are let go together
-        theirs: dict[bytes, threading.Event] = {}
-        with self.lock:
-            for key in keys:
-                event = self.events.get((tenant, key))
-                if event is None:
-                    self.events[tenant, key] = done
-                    mine.add(key)
-                elif key not in mine:
-                    theirs[key] = event
-        return mine, theirs
-
-    def release(self, tenant: str, keys: Iterable[bytes]) -> None:
-        with self.lock:
-            self.releases += 1
-            events = {event for key in keys if (event := self.events.pop((tenant, key), None))}
-        for event in events:
-            event.set()
+if TYPE_CHECKING:
+    from complete_fn.store import Attempt
 
 
-CLAIMS = Claims()
+def claim(connection: sa.Connection, attempt: Attempt, keys: Sequence[bytes]) -> set[bytes]:
+    """Those of the keys that nobody has answered and nobody else is computing: they are the attempt's now."""
+    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(claims)
+    rows = [{"tenant": attempt.tenant, "key": key, "attempt": attempt.id} for key in sorted(keys)]  # no deadlock
+    connection.execute(insert.on_conflict_do_nothing(), rows)
+    of_mine = (claims.c.tenant == attempt.tenant) & claims.c.key.in_(keys) & (claims.c.attempt == attempt.id)
+    mine = set(connection.execute(sa.select(claims.c.key).where(of_mine)).scalars())
+    # After the insert, which waited for the commits of others: what they answered can be seen.
+    known = sa.select(answers.c.key).where(answers.c.tenant == attempt.tenant, answers.c.key.in_(mine))
+    answered = set(connection.execute(known).scalars())
+    let_go(connection, attempt, answered)
+    return mine - answered
 
 
-def after_fork() -> None:
-    """A forked child has none of the threads that would release these claims."""
-    CLAIMS.lock = threading.Lock()
-    CLAIMS.events.clear()
+def let_go(connection: sa.Connection, attempt: Attempt, keys: Set[bytes]) -> None:
+    if keys:
+        mine = (claims.c.attempt == attempt.id) & (claims.c.tenant == attempt.tenant)
+        connection.execute(claims.delete().where(mine, claims.c.key.in_(keys)))
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=after_fork)
+def let_all_go(connection: sa.Connection, attempt: Attempt) -> None:
+    connection.execute(claims.delete().where(claims.c.attempt == attempt.id))
+
+
+def claimed(connection: sa.Connection, tenant: str, keys: Sequence[bytes]) -> set[bytes]:
+    """Those of the keys that somebody is computing."""
+    theirs = (claims.c.tenant == tenant) & claims.c.key.in_(keys)
+    return set(connection.execute(sa.select(claims.c.key).where(theirs)).scalars())
+
+
+def drop_claims(connection: sa.Connection, silent_since: float) -> None:
+    """Let go what attempts claimed that do not run, or that nobody has heard of since then (seconds of the epoch)."""
+    heard = sa.select(attempts.c.id).where(attempts.c.status == "running", attempts.c.seen_at >= silent_since)
+    connection.execute(claims.delete().where(claims.c.attempt.not_in(heard)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from functools import partial
 
 from complete_fn.answers import Answers
 from complete_fn.budget import Budget, Caps
-from complete_fn.claims import CLAIMS
 from complete_fn.device_time import device_time_of
 from complete_fn.engine import Engine
 from complete_fn.errors import EngineError
@@ -21,20 +19,24 @@ from complete_fn.progress import Progress, Quiet
 from complete_fn.prompt_bound import PromptBound
 from complete_fn.rates import Meter, device_of, keep
 from complete_fn.slices import Slices
-from complete_fn.store import Store
+from complete_fn.store import LOOK_UP, Store
 from complete_fn.summary import summarise
 from complete_fn.token_counts import token_sizes
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 from complete_fn.work import Work, known_answers
 
 ADMIT = 128  # rows noted in the store as handed to the engine at a time
+LOOK_SECONDS, LOOKS_TO_DROP = 0.1, 20  # how often to look for answers that other runs compute; for runs that died
 Tell = Callable[[int, str], None]  # (row, new piece of its answer), on another thread; not for answers known already
 NOT_TEXT = "The prompt has a lone surrogate or bytes that are not UTF-8, which no tokenizer takes."
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a run works with. `budget` caps its money, `tokens` its tokens of prompts and answers."""
+    """What a run works with. `budget` caps its money, `tokens` its tokens of prompts and answers.
+
+    `pause` waits so many seconds for other runs, and raises what is to end this one.
+    """
 
     engine: Engine
     store: Store
@@ -43,6 +45,7 @@ class Tools:
     tokens: Budget | None = None
     priority: int = 0
     tell: Tell | None = None
+    pause: Callable[[float], None] = time.sleep
 
 
 def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode = "on") -> Answers:
@@ -57,47 +60,28 @@ def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode 
     """
     began = time.monotonic()
     plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
-    seen = CLAIMS.releases
     work = known_answers(call, plan, tools.store, who, cache)
     tools.progress.start(len(plan.order))
     try:
         with Slices(call, work, tools.store, who, tools.progress, device_time_of(tools.engine)) as slices:
             budget = None if tools.budget is None else tools.budget.for_attempt(slices.attempt)
             slices.reuse(work.reused)
-            while missing := work.missing():
-                with claimed(work, missing, who.tenant) as (mine, theirs):
-                    if work.shared and CLAIMS.releases != seen:  # committed between our look-up and our claim
-                        slices.reuse(work.look_again(mine, tools.store))
-                    mine = [n for n in mine if work.found[n] is None]
-                    compute(mine, call, work, slices, replace(tools, budget=budget), who)
-                wait(theirs)
-                slices.reuse(work.look_again(theirs, tools.store))
+            missing = work.missing()
+            while missing:
+                elsewhere = compute(missing, call, work, slices, replace(tools, budget=budget), who)
+                missing = unanswered(elsewhere, work, slices, tools)
     finally:
         tools.progress.stop()
     return Answers(plan, work.completions, call.model.prices, summarise(call, work, time.monotonic() - began))
 
 
-class claimed:
-    """Claim the keys of the missing prompts for this run; what another thread computes is left to it."""
+def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: Tools, who: Asker) -> list[int]:
+    """Stream the distinct prompts through the engine; what the budget refuses waits for money to come back.
 
-    def __init__(self, work: Work, missing: list[int], tenant: str) -> None:
-        self.work, self.missing, self.tenant = work, missing, tenant
-        self.keys: set[bytes] = set()
-
-    def __enter__(self) -> tuple[list[int], dict[int, threading.Event]]:
-        if not self.work.shared:
-            return self.missing, {}
-        keys = {n: self.work.keys[n] for n in self.missing}
-        self.keys, events = CLAIMS.take(self.tenant, keys.values())
-        mine = [n for n in self.missing if keys[n] in self.keys]
-        return mine, {n: events[k] for n, k in keys.items() if k in events}
-
-    def __exit__(self, *_: object) -> None:
-        CLAIMS.release(self.tenant, self.keys)
-
-
-def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: Tools, who: Asker) -> None:
-    """Stream the distinct prompts through the engine; what the budget refuses waits for money to come back."""
+    Returns:
+        The prompts that other runs are computing.
+    """
+    elsewhere: list[int] = []
     bound, caps = PromptBound(call.model), Caps(call.model.prices, tools.budget, tools.tokens)
     meter = Meter()
     while numbers:
@@ -116,10 +100,32 @@ def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: T
             tools.budget.release()
         again = refuse_hopeless(admission.refused, slices, caps)
         if len(again) == len(turn):
-            time.sleep(0.05)  # another thread holds the reservations
+            tools.pause(0.05)  # another run holds the reservations
         numbers = numbers[len(turn) :] + again
+        elsewhere += admission.elsewhere
     if (past := meter.run(call, work.plan, device_of(tools.engine))) is not None:
         keep(tools.store, who.tenant, call.model.name, past)
+    return elsewhere
+
+
+def unanswered(numbers: list[int], work: Work, slices: Slices, tools: Tools) -> list[int]:
+    """Wait until other runs have answered these prompts or let them go; returns the latter, to be computed here."""
+    free: list[int] = []
+    for low in range(0, len(numbers), LOOK_UP):
+        waiting = numbers[low : low + LOOK_UP]
+        asked = 0
+        while waiting:
+            claimed = tools.store.claimed(slices.attempt.tenant, [work.keys[n] for n in waiting])
+            found = work.look_again(waiting, tools.store)  # after: what was let go with its answer is found
+            slices.reuse(found)
+            free += [n for n in waiting if n not in found and work.keys[n] not in claimed]
+            waiting = [n for n in waiting if n not in found and work.keys[n] in claimed]
+            if waiting:
+                asked += 1
+                if asked % LOOKS_TO_DROP == 0:
+                    tools.store.drop_claims()
+                tools.pause(LOOK_SECONDS)
+    return free
 
 
 class Admission:
@@ -131,6 +137,7 @@ class Admission:
         self.call, self.work, self.slices, self.caps, self.bound = call, work, slices, caps, bound
         self.priority, self.tell, self.meter = tools.priority, tools.tell, meter
         self.sent: list[int] = []
+        self.elsewhere: list[int] = []
         self.answered = 0
         self.refused: dict[int, Usage] = {}
         self.held: dict[int, Usage] = {}
@@ -141,8 +148,11 @@ class Admission:
         for low in range(0, len(numbers), ADMIT):
             chosen = numbers[low : low + ADMIT]
             admitted = [(n, t) for n, t in self.work.texts(chosen) if self.sendable(n, t) and self.affordable(n, t)]
-            self.slices.admit([n for n, _ in admitted])
+            mine = self.slices.admit([n for n, _ in admitted])
             for number, text in admitted:
+                if number not in mine:
+                    self.leave(number)
+                    continue
                 self.sent.append(number)
                 prompt, tell = self.work.prompt(number, text), self.teller(number)
                 yield CompletionRequest(
@@ -154,6 +164,12 @@ class Admission:
                     tell,
                     call.choices,
                 )
+
+    def leave(self, number: int) -> None:
+        """To the run that is computing it."""
+        self.elsewhere.append(number)
+        if (worst := self.held.pop(number, None)) is not None:
+            self.caps.settle(worst, Usage())
 
     def teller(self, number: int) -> Callable[[str], None] | None:
         """Tells the rows of a distinct prompt, if anybody listens."""
@@ -239,12 +255,6 @@ def is_utf8(text: str | None) -> bool:
 
 def without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def wait(theirs: dict[int, threading.Event]) -> None:
-    for event in theirs.values():
-        while not event.wait(0.2):  # short, so that Ctrl-C gets through
-            pass
 
 
 def close(stream: Iterable[object]) -> None:

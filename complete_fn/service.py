@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from complete_fn.queue import InlineQueue, JobQueue
 from complete_fn.runner import Tell, Tools, run
 from complete_fn.settings import load_settings
 from complete_fn.shared_budget import Cap, SharedBudget, day_cap
-from complete_fn.stoppable import StoppableEngine
+from complete_fn.stoppable import StoppableEngine, stoppable_pause
 from complete_fn.storage import Storage
 from complete_fn.store import Store
 from complete_fn.types import Asker
@@ -142,8 +143,11 @@ class Service:
         caps = [c for c in (cap, self.day_cap(who.tenant)) if c is not None]
         budget = SharedBudget(self.store, who.tenant, caps) if caps else None
         with self.at_work(call.model) as (opened, pace):
-            engine = PacedEngine(StoppableEngine(opened, stop or threading.Event()), pace, watch or Watch())
-            tools = Tools(engine, self.store, budget, priority=priority, tell=tell)
+            stop = stop or threading.Event()
+            engine = PacedEngine(StoppableEngine(opened, stop), pace, watch or Watch())
+            tools = Tools(
+                engine, self.store, budget, priority=priority, tell=tell, pause=partial(stoppable_pause, stop)
+            )
             return run(call, prompts, tools, who, cache)
 
     @contextmanager

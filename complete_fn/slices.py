@@ -67,11 +67,17 @@ class Slices:
             self.committer.join()
             self.store.finish(self.attempt, "done" if kind is None else "cancelled" if stopped else "failed")
 
-    def admit(self, numbers: list[int]) -> None:
-        """Note these prompts in the store as handed to the engine."""
-        if numbers:
-            self.admitted.update(numbers)
-            self.store.admit(self.attempt, len(numbers), int(self.estimates[numbers].sum()))
+    def admit(self, numbers: list[int]) -> set[int]:
+        """Note these prompts as handed to the engine, but for those that another run computes; returns ours."""
+        mine = set(numbers)
+        if mine and self.work.claimable:
+            keys = {n: self.work.keys[n] for n in numbers}
+            claimed = self.store.claim(self.attempt, list(keys.values()))
+            mine = {n for n in numbers if keys[n] in claimed}
+        if mine:
+            self.admitted |= mine
+            self.store.admit(self.attempt, len(mine), int(self.estimates[list(mine)].sum()))
+        return mine
 
     def add(self, number: int, completion: Completion) -> None:
         with self.change:
@@ -122,9 +128,10 @@ class Slices:
         stored = [s for n, c in done if (s := self.work.stored(n, c)) is not None]
         admitted = [n for n in numbers if n in self.admitted]
         tokens = int(self.estimates[admitted].sum()) if admitted else 0
+        claims = {self.work.keys[n] for n in admitted} if self.work.claimable else frozenset[bytes]()
         shared = self.device_time.take()
         try:
-            self.store.commit(self.attempt, stored, self.lines(done) + shared, len(admitted), tokens)
+            self.store.commit(self.attempt, stored, self.lines(done) + shared, len(admitted), tokens, claims)
         except BaseException:
             self.device_time.put_back(shared)
             raise

@@ -56,6 +56,11 @@ class StoppableEngine:
         self.engine.close()
 
 
+def stoppable_pause(stop: threading.Event, seconds: float) -> None:
+    if stop.wait(seconds):
+        raise Stopped
+
+
 class Gate:
     """Hands requests on until it is closed. Once `close` has returned, the caller's iterable is not drawn from."""
 

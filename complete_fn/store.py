@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
@@ -25,6 +25,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError, InterfaceError
 
+from complete_fn.claims import claim, claimed, drop_claims, let_all_go, let_go
 from complete_fn.databases import Sqlite, open_database
 from complete_fn.disk import here, process_started
 from complete_fn.errors import StoreError, StoreLostError
@@ -240,12 +241,39 @@ class Store:
                 times = {"status": "running", "began": now, "seen_at": now}
                 connection.execute(attempts.insert().values(**row, **this, **times))
 
+    @retried
+    def claim(self, attempt: Attempt, keys: list[bytes]) -> set[bytes]:
+        """The keys that this attempt is to compute; the others have answers, or another attempt is at them."""
+        with self.write() as connection:
+            return claim(connection, attempt, keys)
+
+    @retried
+    def claimed(self, tenant: str, keys: list[bytes]) -> set[bytes]:
+        """The keys that some attempt is computing."""
+        with self.read() as connection:
+            return claimed(connection, tenant, keys)
+
+    @retried
+    def drop_claims(self) -> None:
+        """End the claims of attempts that are over, were killed, or say nothing: a suspended process, say."""
+        self.sweep()
+        with self.write() as connection:
+            drop_claims(connection, time.time() - SILENT_SECONDS)
+
     def admit(self, attempt: Attempt, rows: int, tokens: int) -> None:
         """Note work that is about to be handed to the engine, so that a killed attempt's loss can be told."""
         self.change(attempt, rows, tokens)
 
-    def commit(self, attempt: Attempt, done: list[Stored], lines: list[LedgerLine], rows: int, tokens: int) -> None:
-        """One slice: its answers, its ledger lines, and the reservation of `rows` and `tokens` given back.
+    def commit(
+        self,
+        attempt: Attempt,
+        done: list[Stored],
+        lines: list[LedgerLine],
+        rows: int,
+        tokens: int,
+        claims: Set[bytes] = frozenset(),
+    ) -> None:
+        """One slice: its answers, its ledger lines, and `claims` and the reservation of `rows` and `tokens` given back.
 
         Raises:
             StoreError: the slice cannot be written, or the attempt was given up as lost.
@@ -258,6 +286,7 @@ class Store:
                 upsert(connection, answers, ("tenant", "key"), values)
             self.write_lines(connection, attempt, lines, now)
             charge(connection, attempt, sum(line.cost_nano for line in lines), now)
+            let_go(connection, attempt, claims)
 
         self.change(attempt, -rows, -tokens, write)
 
@@ -300,6 +329,7 @@ class Store:
             mine = (attempts.c.id == attempt.id) & (attempts.c.status == "running")
             columns = attempts.c.reserved_rows, attempts.c.reserved_tokens
             left = connection.execute(sa.select(*columns).where(mine)).first()
+            let_all_go(connection, attempt)
             if left is None:
                 return False
             connection.execute(attempts.update().where(mine).values(status=status, ended=time.time()))

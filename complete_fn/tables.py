@@ -154,6 +154,16 @@ reservations = Table(
     Column("nano", BigInteger, nullable=False),
 )
 
+# Reusable answers that a running attempt is computing, so that no other computes them meanwhile.
+claims = Table(
+    "claims",
+    metadata,
+    Column("tenant", Words(), primary_key=True),
+    Column("key", LargeBinary(), primary_key=True),
+    Column("attempt", BigInteger, nullable=False),
+    Index("claims_attempt", "attempt"),
+)
+
 # What runs took, for estimates: tokens, the squares of the answers' lengths summed, seconds without the engine's start.
 runs = Table(
     "runs",

@@ -32,6 +32,7 @@ class Work:
         keys: [m] keys of reusable answers.
         job_keys: [m] keys that only this job can read, for answers that may not be reused; empty without a job.
         shared: whether answers are reusable at all (greedy, cache not off).
+        claimable: whether an answer that another run is computing will do (shared, cache not refreshed).
         found: [m] the answer, None while missing.
         reused: numbers answered by the store; `resumed` those among them that this job had computed itself.
     """
@@ -45,6 +46,10 @@ class Work:
     found: list[Completion | None] = field(default_factory=list)
     reused: set[int] = field(default_factory=set)
     resumed: set[int] = field(default_factory=set)
+
+    @property
+    def claimable(self) -> bool:
+        return self.shared and not self.since
 
     @property
     def completions(self) -> list[Completion]:
@@ -71,7 +76,7 @@ class Work:
         return Stored(self.job_keys[number], completion, self.who.job) if self.job_keys else None
 
     def look_again(self, numbers: Any, store: Store) -> set[int]:
-        """Take what another thread has committed meanwhile; the numbers of what was found."""
+        """Take what another run has committed meanwhile; the numbers of what was found."""
         wanted = {self.keys[n]: n for n in numbers}
         known = store.look_up(self.who.tenant, list(wanted), self.since)
         found = {wanted[key] for key in known}

@@ -17,6 +17,7 @@ def upgrade() -> None:
     make_attempts()
     make_budgets()
     make_reservations()
+    make_claims()
     make_runs()
     make_upkeep()
     make_api_keys()
@@ -133,6 +134,17 @@ def make_reservations() -> None:
         sa.Column("nano", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("attempt", "name"),
     )
+
+
+def make_claims() -> None:
+    op.create_table(
+        "claims",
+        sa.Column("tenant", sa.String(), nullable=False),
+        sa.Column("key", sa.LargeBinary(), nullable=False),
+        sa.Column("attempt", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", "key"),
+    )
+    op.create_index("claims_attempt", "claims", ["attempt"])
 
 
 def make_runs() -> None:
