@@ -51,7 +51,7 @@ class JobStore:
         """The job with its parts; with an idempotency key known already, the job that has it.
 
         Args:
-            pieces: `model`, `options`, `rows` and `tokens` of each part, in order.
+            pieces: `model`, `options`, `rows`, `tokens` and `shared` of each part, in order.
 
         Raises:
             JobError: the key belongs to another request.
@@ -113,7 +113,8 @@ class JobStore:
             rows = {r[0]: r[1] for r in connection.execute(live.select_from(lines).where(of_job).group_by("job"))}
         found = self.parts(job.id)
         done = job.nulls + sum(p.rows if p.status == "done" else min(p.rows, rows.get(p.name, 0)) for p in found)
-        return Counts(done, sum(p.failed for p in found if p.status == "done"), *tokens)
+        failed = sum(p.failed for p in found if p.status == "done")
+        return Counts(done, failed, *tokens, len(found), recomputed_tokens(found))
 
     @retried
     def stop(self, job: Job, ends_as: str, error: str | None = None) -> Job:
@@ -151,7 +152,9 @@ class JobStore:
         """The next part, leased to `worker`, in one statement that skips what others are claiming.
 
         It is of the tenant that was served least in the last minutes: estimated tokens over the tenant's weight; then
-        of the one served longest ago; of its jobs by priority, then age.
+        of the one served longest ago; of its jobs by priority, then age. Of a job's parts, it is the one behind a part
+        that this process had, whose engine is warm for it; else one behind which no other process is, the one that
+        shares least with the part before it first; else what another would have gone on with.
 
         Args:
             model: only parts of this model.
@@ -167,7 +170,8 @@ class JobStore:
         """`worker` claims one part at a time, so that a repeat finds what it claimed at `now`."""
         before = (parts.c.worker == worker) & (parts.c.claimed_at == now) & (parts.c.status == "running")
         leased = {"status": "running", "worker": worker, "lease_until": now + LEASE_SECONDS, "claimed_at": now}
-        first = next_part(now, model, of_jobs).scalar_subquery()
+        leased["claimant"] = process = worker.rpartition("|")[0]
+        first = next_part(now, process, model, of_jobs).scalar_subquery()
         claim = parts.update().where(parts.c.id == first, parts.c.status == "queued")
         with self.store.write() as connection:
             row = connection.execute(sa.select(*PART).where(before)).first()
@@ -289,9 +293,9 @@ def holds(part: Part) -> sa.ColumnElement[bool]:
     return of_claim(part) & (parts.c.status == "running")
 
 
-def next_part(now: float, model: str | None, of_jobs: Sequence[str]) -> sa.Select[Any]:
+def next_part(now: float, process: str, model: str | None, of_jobs: Sequence[str]) -> sa.Select[Any]:
     """The id of the part to claim; its row stays locked, and rows that others have locked are passed over."""
-    waiting, served = parts.alias("waiting"), parts.alias("served")
+    waiting, served, before = parts.alias("waiting"), parts.alias("served"), parts.alias("before")
     lately = (
         sa.select(served.c.tenant, summed(served.c.tokens).label("tokens"))
         .where(served.c.claimed_at > now - SHARE_SECONDS)
@@ -300,24 +304,36 @@ def next_part(now: float, model: str | None, of_jobs: Sequence[str]) -> sa.Selec
     )
     last_served = sa.select(sa.func.max(served.c.claimed_at)).where(served.c.tenant == waiting.c.tenant)
     share = sa.func.coalesce(lately.c.tokens, 0) / sa.func.coalesce(tenants.c.weight, 1.0)
+    follows = (before.c.job == waiting.c.job) & (before.c.number == waiting.c.number - 1)
+    mine = (before.c.claimant == process) | (waiting.c.claimant == process)
+    warmth = sa.case((mine, 0), (before.c.status == "running", 2), else_=1)
     due = (waiting.c.not_before <= now) | (jobs.c.status == "stopping")
     chosen = (
         sa.select(waiting.c.id)
         .join(jobs, jobs.c.id == waiting.c.job)
         .outerjoin(lately, lately.c.tenant == waiting.c.tenant)
         .outerjoin(tenants, tenants.c.name == waiting.c.tenant)
+        .outerjoin(before, follows)
         .where(waiting.c.status == "queued", due, jobs.c.status.in_(of_jobs))
         .order_by(
             share,
             last_served.scalar_subquery().asc().nulls_first(),
             jobs.c.priority.desc(),
             jobs.c.created_at,
+            warmth,
+            sa.case((mine, 0), else_=waiting.c.shared),
             waiting.c.number,
         )
         .limit(1)
         .with_for_update(of=waiting, skip_locked=True)
     )
     return chosen if model is None else chosen.where(waiting.c.model == model)
+
+
+def recomputed_tokens(of_job: Sequence[Part]) -> int:
+    """What the cuts between parts have cost, in order of their numbers: shared with a part of another process."""
+    behind = zip([None, *(p.claimant for p in of_job)], of_job, strict=False)
+    return sum(p.shared for before, p in behind if p.claimant is not None and p.claimant != before)
 
 
 def stop(connection: sa.Connection, job: str, ends_as: str, error: str | None) -> None:

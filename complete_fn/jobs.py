@@ -71,7 +71,9 @@ class Part:
     Attributes:
         options: what `parse_options` takes, as JSON.
         tokens: estimated, prompts and answers.
+        shared: tokens that its first prompt has in common with the last one of the part before it.
         fence: counts the claims; only the last claimant's commit counts.
+        claimant: the process (`worker` without its last field) that claimed it last.
         tries: claims that did not end well.
         result: file of the answers in the job's folder, once there is one.
         failed: rows without an answer, once there is a result.
@@ -86,8 +88,10 @@ class Part:
     options: str
     rows: int
     tokens: int
+    shared: int
     fence: int
     worker: str | None
+    claimant: str | None
     lease_until: float
     tries: int
     result: str | None
@@ -101,7 +105,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How far a job is. Tokens and cost are those of the ledger: what was committed, no more, no less."""
+    """How far a job is. Tokens and cost are those of the ledger: what was committed, no more, no less.
+
+    `recomputed_tokens`: what parts share with the part before them, where that one went to another process.
+    """
 
     done: int
     failed: int
@@ -109,6 +116,8 @@ class Counts:
     cached_tokens: int
     completion_tokens: int
     cost_nano: int
+    parts: int
+    recomputed_tokens: int
 
 
 def refuse_move(job: Job, status: str) -> None:

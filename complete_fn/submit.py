@@ -221,7 +221,7 @@ def write_parts(service: Service, job: str, first: int, groups: Sequence[Group])
     """Write parts numbered from `first` on; returns them as `JobStore.create` takes them."""
     pieces: list[dict[str, Any]] = []
     for group in groups:
-        for rows, prompts, tokens in cut(group, likely_output(service, group)):
+        for rows, prompts, tokens, shared in cut(group, likely_output(service, group)):
             with service.storage.writing(service.job_key(job, part_file(first + len(pieces)))) as sink:
                 parquet.write_table(pa.table({"row": pa.array(rows), "prompt": prompts}), sink)
             pieces.append(
@@ -230,6 +230,7 @@ def write_parts(service: Service, job: str, first: int, groups: Sequence[Group])
                     "options": json.dumps(dict(group.options), sort_keys=True),
                     "rows": len(rows),
                     "tokens": tokens,
+                    "shared": shared,
                 }
             )
     return pieces
@@ -261,16 +262,20 @@ def likely_output(service: Service, group: Group) -> int:
     return min(limit, round(mean_output(service.store, group.model.name) or LIKELY_OUTPUT))
 
 
-def cut(group: Group, output: int) -> list[tuple[Any, Any, int]]:
-    """(row numbers, prompts, estimated tokens) of each part; equal prompts and shared prefixes stay together."""
+def cut(group: Group, output: int) -> list[tuple[Any, Any, int, int]]:
+    """(row numbers, prompts, estimated tokens, tokens shared with the part before) of each part.
+
+    Equal prompts and shared prefixes stay together.
+    """
     options = parse_options(group.options)
     plan = make_plan(group.prompts, mergeable=options.sampling.greedy, sizes=token_sizes(group.model))
     if not len(plan.order):
         return []
     tokens = estimated_tokens(plan) + output
     weights = np.maximum(tokens, PART_TOKENS // PART_ROWS)
-    starts = cut_tree(shared_beginnings(plan), weights, int(PART_TOKENS / (1 + SLACK)))
-    return [piece(group, plan, tokens, low, high) for low, high in pairwise(starts.tolist())]
+    shared = shared_beginnings(plan)
+    starts = cut_tree(shared, weights, int(PART_TOKENS / (1 + SLACK)))
+    return [(*piece(group, plan, tokens, low, high), int(shared[low])) for low, high in pairwise(starts.tolist())]
 
 
 def piece(group: Group, plan: BatchPlan, tokens: Any, low: int, high: int) -> tuple[Any, Any, int]:

@@ -68,8 +68,3 @@ def shared_beginnings(plan: BatchPlan) -> Ints:
             shared[number] = int(common(before, now) / BYTES_PER_TOKEN)
             before = now
     return shared
-
-
-def cut_cost(shared: Ints, cuts: Ints) -> int:
-    """Tokens computed again because of the cuts, if each part goes to a worker without the one before it."""
-    return int(shared[cuts[1:-1]].sum())

@@ -110,6 +110,7 @@ def job_body(service: Service, job: Job) -> dict[str, Any]:
         "rows": {"total": job.rows, "done": c.done, "failed": c.failed, "null": job.nulls},
         "usage": usage,
         "cost": {"amount": f"{money(c.cost_nano):f}", "currency": job.currency, "basis": job.basis, "max_cost": cap},
+        "parts": {"total": c.parts, "recomputed_tokens": c.recomputed_tokens},
         "eta_seconds": eta_seconds(service, job, c),
         "priority": job.priority,
         "query_tag": job.query_tag,

@@ -87,6 +87,37 @@ def test_tenants_take_turns_and_priority_counts_within_one(jobs: JobStore) -> No
     assert order == ["urgent", "other", "big", "other", "big", "big", "big"]
 
 
+def test_a_process_goes_on_behind_its_own_part_and_another_takes_the_cheapest_cut(jobs: JobStore) -> None:
+    """Six parts; what they share with the part before is least at 3. Loads count down too: who is done takes more."""
+    jobs.create(job("a"), [PIECE | {"shared": s} for s in (0, 50, 50, 5, 40, 60)])
+    a, b, c = "host|1|1.0|0", "host|2|2.0|0", "host|3|3.0|1"
+
+    def claim(worker: str) -> int:
+        part = jobs.claim(worker)
+        assert part is not None
+        held.setdefault(worker, []).append(part)
+        return part.number
+
+    held: dict[str, list[Any]] = {}
+    assert [claim(a), claim(b), claim(a)] == [0, 3, 1]
+    assert jobs.counts(jobs.get("acme", "a")).recomputed_tokens == 5  # the cut at 3
+    assert claim("host|1|1.0|7") == 2  # another thread of the process that has 1
+    assert claim(b) == 4
+    assert claim(c) == 5  # all that is left, though another is warm for it
+    counts = jobs.counts(jobs.get("acme", "a"))
+    assert (counts.parts, counts.recomputed_tokens) == (6, 5 + 60)
+
+
+def test_a_part_behind_a_done_one_of_another_process_is_anybodys(jobs: JobStore) -> None:
+    jobs.create(job("a"), [PIECE | {"shared": s} for s in (0, 50, 90)])
+    first = jobs.claim("host|1|1.0|0")
+    assert first is not None
+    assert jobs.claim("host|2|2.0|0").number == 2  # type: ignore[union-attr]
+    assert jobs.finish(first, "done", "r", 0)
+    assert jobs.claim("host|2|2.0|1").number == 1  # type: ignore[union-attr]
+    assert jobs.counts(jobs.get("acme", "a")).recomputed_tokens == 50  # 1 and 2 are one process's, in whatever order
+
+
 def test_a_part_is_claimed_once_by_many_threads(jobs: JobStore) -> None:
     jobs.create(job("a"), [PIECE] * 40)
     claimed: list[int] = []
