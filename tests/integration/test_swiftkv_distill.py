@@ -27,7 +27,8 @@ from complete_fn_workers.swiftkv.convert import convert
 from complete_fn_workers.swiftkv.distill import Recipe, State, freeze_teacher, train
 from complete_fn_workers.swiftkv.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
 from complete_fn_workers.swiftkv.miniature import TINY, random_model, write_checkpoint
-from complete_fn_workers.swiftkv.reference import SwiftKV
+from complete_fn_workers.swiftkv.reference import States, SwiftKV
+from complete_fn_workers.swiftkv.remembered import fit_start, lesson_of, student_states
 from complete_fn_workers.swiftkv.scores import forced
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "boil")
@@ -137,9 +138,12 @@ def run_of(parent: Path, folder: Path, **recipe: Any) -> State:
     return state
 
 
-def test_training_moves_only_the_student_and_brings_it_nearer(parent: Path, prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"memory_gib": 1.0}, {"memory_gib": 1e-6}])
+def test_training_moves_only_the_student_and_brings_it_nearer(
+    parent: Path, prompts: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
     examples = examples_from(parent, prompts)
-    state = run_of(parent, tmp_path, epochs=4)
+    state = run_of(parent, tmp_path, epochs=4, **more)
     model = state.model  # type: ignore[attr-defined]
     frozen = {n: p.clone() for n, p in model.named_parameters() if "swiftkv" not in n}
     assert {n.split(".")[-2] for n in state.trained} == {
@@ -154,14 +158,62 @@ def test_training_moves_only_the_student_and_brings_it_nearer(parent: Path, prom
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_student_at_some_positions_is_the_student_there(parent: Path, prompts: Path) -> None:
+    model = load_pair(parent, SwiftKV(4, 2))
+    batch = next(epoch(examples_from(parent, prompts), 1024, seed=5))
+    lesson = lesson_of(model, batch)
+    judged = batch.answer[:, 1:]
+    assert int(lesson.real.sum()) == int(judged.sum())
+    with torch.no_grad():
+        h, rotary = model.early(batch.tokens)
+        for found, whole in (
+            (student_states(model, lesson), model.student_late(h, rotary)),
+            (States(lesson.last, lesson.before_last), model.teacher_late(h, rotary)),
+        ):
+            for mine, all_of_it in zip(found, whole, strict=True):
+                torch.testing.assert_close(mine, all_of_it[:, :-1][judged])
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_fitted_start_is_as_near_as_a_linear_map_can_be(parent: Path, prompts: Path, group: int) -> None:
+    model = load_pair(parent, SwiftKV(4, group))
+    examples = examples_from(parent, prompts)
+
+    def off() -> float:
+        """Squared distance of the student's keys and values from the mean of the teacher's in their group."""
+        total = 0.0
+        with torch.no_grad():
+            for batch in epoch(examples, 1024, seed=1):
+                h, rotary = model.early(batch.tokens)
+                x = model.norm_swiftkv(h)[batch.real]
+                wanted = []
+                for layer, attention in zip(model.late_layers, model.late_attentions, strict=True):
+                    own = layer.input_layernorm(h)[batch.real]
+                    wanted.append(torch.cat([attention.k_proj(own), attention.v_proj(own)], -1))
+                    h = layer(h, *rotary)
+                for at, own in enumerate(a for a in model.late_attentions if a.owner):
+                    made = torch.cat([own.k_proj_swiftkv(x), own.v_proj_swiftkv(x)], -1)
+                    total += float((made - torch.stack(wanted[at * group : (at + 1) * group]).mean(0)).pow(2).sum())
+        return total
+
+    published = off()
+    fit_start(model, epoch(examples, 1024, seed=0))
+    fitted = off()
+    assert fitted < published
+    with torch.no_grad():
+        model.late_attentions[0].k_proj_swiftkv.weight.mul_(1.05)
+    assert off() > fitted
+
+
+@pytest.mark.parametrize("more", [{}, {"memory_gib": 1.0}])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
-    parent: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parent: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
     examples = examples_from(parent, prompts)
-    whole = run_of(parent, tmp_path / "whole", epochs=2)
+    whole = run_of(parent, tmp_path / "whole", epochs=2, **more)
     train(whole.model, whole, examples, report=lambda _: None)  # type: ignore[attr-defined]
 
-    cut = run_of(parent, tmp_path / "cut", epochs=2)
+    cut = run_of(parent, tmp_path / "cut", epochs=2, **more)
     taken, real = [], distilling.step
 
     def interrupted(*arguments: Any) -> None:
@@ -174,7 +226,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     with pytest.raises(KeyboardInterrupt):
         train(cut.model, cut, examples, report=lambda _: None)  # type: ignore[attr-defined]
     monkeypatch.setattr(distilling, "step", real)
-    again = run_of(parent, tmp_path / "cut", epochs=2)
+    again = run_of(parent, tmp_path / "cut", epochs=2, **more)
     assert again.resume()
     assert again.progress.batches == 5 < sum(1 for _ in epoch(examples, 1024, 0))
     train(again.model, again, examples, report=lambda _: None)  # type: ignore[attr-defined]

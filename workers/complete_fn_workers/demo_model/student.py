@@ -12,28 +12,43 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from complete_fn_workers.demo_model.corpus import INSTRUCTIONS, Package, answer, split_of
+from complete_fn_workers.demo_model.corpus import AS_JSON, SECTION, SYNOPSIS, Package, split_of
 from complete_fn_workers.demo_model.evaluate import evaluate
 from complete_fn_workers.swiftkv.cli import main as swiftkv
 
 CARD = Path(__file__).with_name("student.md")
-RECIPE = ["--lr", "5e-3", "--batch-tokens", "16384", "--held-out", "1000"]  # the better of two: benchmarks/figures.md
+PACKAGES, PROMPTS = 44_000, 33_000
+RECIPE = [
+    *("--lr", "5e-3", "--batch-tokens", "16384", "--epochs", "99", "--held-out", "600", "--limit", str(PROMPTS)),
+    *("--start", "fitted", "--memory-gib", "4", "--max-answer-tokens", "128"),
+]  # the best of several: benchmarks/figures.md
 
 
 def write_prompts(packages: Sequence[Package], path: Path) -> None:
-    """The training packages under all three instructions with their answers, in no particular order."""
+    """Prompts about training packages, in no particular order, without answers: the teacher writes those.
+
+    A synopsis of each, a JSON object of every second and the section of every fourth: the longer an answer, the more
+    there is to learn from it, and sections are learnt soonest.
+    """
     chosen = [p for p in packages if split_of(p.source) == "train"]
-    rows = [(k + p.description, answer(k, p.section, p.synopsis)) for p in chosen for k in INSTRUCTIONS]
-    random.Random(1).shuffle(rows)
-    pq.write_table(pa.table({"prompt": [q for q, _ in rows], "answer": [a for _, a in rows]}), path)
+    random.Random(1).shuffle(chosen)
+    prompts: list[str] = []
+    for number, package in enumerate(chosen[:PACKAGES]):
+        kinds = [SYNOPSIS, *([AS_JSON] if number % 2 == 0 else []), *([SECTION] if number % 4 == 1 else [])]
+        prompts += [kind + package.description for kind in kinds]
+    random.Random(2).shuffle(prompts)
+    pq.write_table(pa.table({"prompt": prompts}), path)
 
 
 def make_student(packages: Sequence[Package], parent: Path, out: Path, minutes: float, options: Sequence[str]) -> None:
-    """Distil `parent` into the new folder `out`; `options` are further ones of `complete-fn swiftkv distill`."""
+    """Distil `parent` into the new folder `out`, on answers of its own.
+
+    `options` are further ones of `complete-fn swiftkv distill`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.parquet"
         write_prompts(packages, prompts)
-        given = ["--prompts", str(prompts), "--minutes", str(minutes), *RECIPE, *options]
+        given = ["--prompts", str(prompts), "--minutes", str(minutes), "--answers-by", str(parent), *RECIPE, *options]
         swiftkv(["distill", str(parent), str(out), *given])
 
 

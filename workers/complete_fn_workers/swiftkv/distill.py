@@ -8,6 +8,7 @@ difference of the last layer's input over all tokens (arXiv 2410.03960 and its t
 from __future__ import annotations
 
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from complete_fn.errors import InputError
 from complete_fn_workers.swiftkv.examples import LENGTHS, Batch, Example, epoch
 from complete_fn_workers.swiftkv.plot import draw_curves
 from complete_fn_workers.swiftkv.reference import Llama, Rotary, States
+from complete_fn_workers.swiftkv.remembered import Lesson, Memory, student_states
 
 SAVE_SECONDS = 60
 SHAPES = len(LENGTHS) + 4
@@ -34,7 +36,9 @@ class Recipe:
     The run ends at whichever of `epochs`, `max_tokens` (padded) and `max_minutes` comes first. `kl_over`: the published
     code averages the KL over `all` tokens of a batch, prompts counting as zero, which leaves short answers almost no
     weight beside the hidden states; `answers` averages over the answer tokens. `prompt_share` of the prompts' tokens
-    count as answers, for tables whose answers are too few to learn from.
+    count as answers, for tables whose answers are too few to learn from. `start`: keys and values begin as published,
+    or `fitted` to the teacher's by least squares. `memory_gib` > 0: the student runs, and is held to the teacher's
+    hidden states, at answer tokens alone, and later epochs take the teacher's states from so much memory.
     """
 
     lr: float = 2e-4
@@ -47,6 +51,8 @@ class Recipe:
     batch_tokens: int = 8192
     kl_over: Literal["answers", "all"] = "answers"
     prompt_share: float = 0.0
+    start: Literal["published", "fitted"] = "published"
+    memory_gib: float = 0.0
     seed: int = 0
 
 
@@ -97,6 +103,16 @@ def losses(model: Llama, halves: Halves, batch: Batch, recipe: Recipe) -> tuple[
     kl = recipe.temperature**2 * F.kl_div(given, wanted, log_target=True, reduction="sum") / max(count, 1)
     off = (student.before_last - teacher.before_last)[batch.real].float()
     return kl, off.pow(2).mean()
+
+
+def answer_losses(model: Llama, lesson: Lesson, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `losses`, both over the answer tokens."""
+    student = student_states(model, lesson)
+    with torch.no_grad():
+        wanted = (model.logits(lesson.last).float() / recipe.temperature).log_softmax(-1)
+    given = (model.logits(student.last).float() / recipe.temperature).log_softmax(-1)
+    kl = recipe.temperature**2 * F.kl_div(given, wanted, log_target=True, reduction="sum") / max(len(wanted), 1)
+    return kl, (student.before_last - lesson.before_last).float().pow(2).mean()
 
 
 def freeze_teacher(model: Llama, frozen: torch.dtype) -> dict[str, torch.nn.Parameter]:
@@ -166,14 +182,17 @@ class State:
         draw_curves(curves, self.path.parent / "loss.png", "million tokens (padded)")
 
 
-def remaining(examples: list[Example], recipe: Recipe, progress: Progress) -> Iterator[Batch]:
-    """The batches that are left, epoch after epoch."""
+def remaining(examples: list[Example], recipe: Recipe, progress: Progress) -> Iterator[tuple[int, Batch]]:
+    """(number, batch) of what is left, epoch after epoch. With a memory each epoch has the same batches, shuffled."""
+    fixed = list(epoch(examples, recipe.batch_tokens, recipe.seed)) if recipe.memory_gib else []
     while True:
-        seed = recipe.seed + progress.epoch
-        done = progress.batches
-        for number, batch in enumerate(epoch(examples, recipe.batch_tokens, seed, recipe.prompt_share)):
-            if number >= done:
-                yield batch
+        seed, done = recipe.seed + progress.epoch, progress.batches
+        if fixed:
+            order = random.Random(seed).sample(range(len(fixed)), len(fixed))
+            yield from ((number, fixed[number]) for number in order[done:])
+        else:
+            batches = enumerate(epoch(examples, recipe.batch_tokens, seed, recipe.prompt_share))
+            yield from ((number, batch) for number, batch in batches if number >= done)
         progress.epoch, progress.batches = progress.epoch + 1, 0
 
 
@@ -200,13 +219,23 @@ def train(
         raise InputError("No row has both prompt and answer and fits the model's context.")
     halves = Halves(model, compiled)
     device = model.embed_tokens.weight.device
+    memory = Memory(recipe.memory_gib * 2**30)
     began, saved = time.monotonic() - progress.seconds, time.monotonic()
     try:
-        for batch in remaining(examples, recipe, progress):
+        for number, batch in remaining(examples, recipe, progress):
             share = progress.share(recipe, per_epoch)
             if share >= 1:
                 break
-            step(model, halves, state, Batch(*(t.to(device) for t in vars(batch).values())), share)
+            here = batch.to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                if recipe.memory_gib:
+                    kl, mse = answer_losses(model, memory.lesson(number, model, here), recipe)
+                else:
+                    kl, mse = losses(model, halves, here, recipe)
+            step(state, kl, mse, share)
+            progress.batches += 1
+            progress.tokens += batch.tokens.numel()
+            progress.history.append((progress.tokens / 1e6, kl.item(), mse.item()))
             progress.seconds = time.monotonic() - began
             if time.monotonic() - saved > SAVE_SECONDS:
                 saved = time.monotonic()
@@ -217,19 +246,14 @@ def train(
     report(line_of(progress, 1.0))
 
 
-def step(model: Llama, halves: Halves, state: State, batch: Batch, share: float) -> None:
-    recipe, progress = state.recipe, state.progress
+def step(state: State, kl: torch.Tensor, mse: torch.Tensor, share: float) -> None:
+    recipe = state.recipe
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.lr * rate(share, recipe.warm_up)
-    with torch.autocast(batch.tokens.device.type, torch.bfloat16):
-        kl, mse = losses(model, halves, batch, recipe)
     torch.autograd.backward(kl + recipe.hidden_loss_mult * mse)
     torch.nn.utils.clip_grad_norm_(state.trained.values(), 1.0)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    progress.batches += 1
-    progress.tokens += batch.tokens.numel()
-    progress.history.append((progress.tokens / 1e6, kl.item(), mse.item()))
 
 
 def line_of(progress: Progress, share: float) -> str:

@@ -128,6 +128,9 @@ class Batch:
     answer: torch.Tensor
     real: torch.Tensor
 
+    def to(self, device: str | torch.device) -> Batch:
+        return Batch(*(t.to(device) for t in vars(self).values()))
+
 
 def batch_of(examples: list[Example], length: int, prompt_share: float, choose: torch.Generator) -> Batch:
     tokens = torch.zeros(len(examples), length, dtype=torch.long)

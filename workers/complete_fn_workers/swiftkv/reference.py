@@ -161,11 +161,24 @@ class SwiftKVAttention(Attention):
             self.v_proj_swiftkv = nn.Linear(s.hidden_size, s.num_key_value_heads * s.head_dim, bias=False)
 
     def cache(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        k = rotate(self.heads(self.k_proj_swiftkv(x)), *rotary)
-        return self.spread(k), self.spread(self.heads(self.v_proj_swiftkv(x)))
+        """Keys and values, each [batch, num_key_value_heads, length, head_dim]."""
+        return rotate(self.heads(self.k_proj_swiftkv(x)), *rotary), self.heads(self.v_proj_swiftkv(x))
 
     def student(self, x: Tensor, cache: tuple[Tensor, Tensor], rotary: Rotary) -> Tensor:
-        return self.mixed(rotate(self.heads(self.q_proj_swiftkv(x)), *rotary), *cache)
+        k, v = cache
+        return self.mixed(rotate(self.heads(self.q_proj_swiftkv(x)), *rotary), self.spread(k), self.spread(v))
+
+    def student_at(self, x: Tensor, cache: tuple[Tensor, Tensor], rotary: Rotary, at: Tensor) -> Tensor:
+        """As `student`, for the tokens at the positions `at` [batch, a] alone, whose inputs are x [batch, a, size]."""
+        q = rotate(self.heads(self.q_proj_swiftkv(x)), rotary.cos[at][:, None], rotary.sin[at][:, None])
+        k, v = cache
+        seen = at[:, None, None, :, None] >= torch.arange(k.shape[2], device=at.device)
+        of_group = q.unflatten(1, (k.shape[1], -1))  # queries beside the head they read: spreading that costs more
+        scores = (of_group.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, of_group.shape[2:4])
+        weights = (scores * q.shape[-1] ** -0.5).masked_fill(~seen, -1e30).softmax(-1)
+        mixed = (weights.flatten(2, 3) @ v).view(q.shape)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 class MLP(nn.Module):
@@ -269,6 +282,24 @@ class Llama(nn.Module):
             before = h
             h = layer.fed_forward(h + attention.student(layer.input_layernorm(h), cache, rotary))
         return States(self.norm(h), before)
+
+    def student_at(self, h: Tensor, at: Tensor) -> States:
+        """`student_late` at the positions `at` [batch, a] alone: all that is computed when a model is served.
+
+        Prompt tokens go no further than the keys and values made of `h`.
+        """
+        rotary = Rotary(self.cos[: h.shape[1]].to(h.dtype), self.sin[: h.shape[1]].to(h.dtype))
+        x = self.norm_swiftkv(h)
+        mine = torch.gather(h, 1, at[..., None].expand(-1, -1, h.shape[-1]))
+        cache: tuple[Tensor, Tensor] | None = None
+        before = mine
+        for layer, attention in zip(self.late_layers, self.late_attentions, strict=True):
+            if attention.owner:
+                cache = attention.cache(x, rotary)
+            assert cache is not None
+            before = mine
+            mine = layer.fed_forward(mine + attention.student_at(layer.input_layernorm(mine), cache, rotary, at))
+        return States(self.norm(mine), before)
 
     def student(self, tokens: Tensor) -> Tensor:
         """As `forward`, through the SwiftKV form: later layers read keys and values made of one hidden state."""

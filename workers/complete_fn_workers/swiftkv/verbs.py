@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from complete_fn_workers.swiftkv.checkpoint import load_pair, read_config, swift
 from complete_fn_workers.swiftkv.convert import convert, refuse_layers, write_student
 from complete_fn_workers.swiftkv.distill import Recipe, State, freeze_teacher, train
 from complete_fn_workers.swiftkv.evaluate import compare_answers, table
-from complete_fn_workers.swiftkv.examples import Encoder, Example, Row, read_rows, teacher_answers
+from complete_fn_workers.swiftkv.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
 from complete_fn_workers.swiftkv.reference import SwiftKV
+from complete_fn_workers.swiftkv.remembered import fit_start
 from complete_fn_workers.swiftkv.scores import forced
 
 
@@ -86,12 +87,25 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden-loss-mult", type=float, default=usual.hidden_loss_mult)
     parser.add_argument("--kl-over", choices=["answers", "all"], default=usual.kl_over)
     parser.add_argument("--prompt-share", type=float, default=usual.prompt_share)
+    parser.add_argument(
+        "--start",
+        choices=["published", "fitted"],
+        default=usual.start,
+        help="of keys and values; fitted: least squares",
+    )
+    parser.add_argument(
+        "--memory-gib",
+        type=float,
+        default=usual.memory_gib,
+        help="train on answer tokens alone and keep the teacher's states for later epochs in so much memory",
+    )
     parser.add_argument("--seed", type=int, default=usual.seed)
 
 
 def recipe_of(a: argparse.Namespace) -> Recipe:
-    named = ("lr", "temperature", "hidden_loss_mult", "epochs", "batch_tokens", "kl_over", "prompt_share", "seed")
-    chosen = {name: getattr(a, name) for name in named}
+    chosen = {f.name: getattr(a, f.name) for f in fields(Recipe) if hasattr(a, f.name)}
+    if a.memory_gib and (a.prompt_share or a.kl_over == "all"):
+        raise InvalidOptionError("--memory-gib trains on answers alone; leave out --prompt-share and --kl-over all.")
     return Recipe(**chosen, max_tokens=a.tokens, max_minutes=a.minutes)
 
 
@@ -146,7 +160,9 @@ def distil(a: argparse.Namespace, run: Path, training: list[Example], held_out: 
     trained = freeze_teacher(model, torch.bfloat16)
     state = State(run, trained, recipe)
     before = asdict(forced(model, held_out, a.batch_tokens)) if held_out else None
-    state.resume()
+    if not state.resume() and recipe.start == "fitted":
+        with torch.autocast(torch.device(a.device).type, torch.bfloat16):
+            fit_start(model, (b.to(a.device) for b in epoch(training, recipe.batch_tokens, recipe.seed)))
     train(model, state, training, a.compile)
     after = asdict(forced(model, held_out, a.batch_tokens)) if held_out else None
     write_student(a.parent, a.out, chosen, trained, a.keep_teacher)
