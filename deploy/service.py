@@ -27,11 +27,11 @@ TRY = """
 The service is up: {url}  (API: {url}/docs, figures: {url}/metrics). No engine runs until there is work.
 
   # The first chat wakes a worker: 503 with Retry-After until its engine is there, which curl heeds.
-  curl -s --retry 20 {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "demo-llama",
+  curl -s --retry 20 {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "demo-llama-swiftkv",
     "messages": [{{"role": "user", "content": "Name the section: A library for reading ZIP files."}}]}}'
 
   export COMPLETE_FN_URL={url}
-  .venv/bin/complete-fn jobs submit sql/examples/packages.parquet -m demo-llama \\
+  .venv/bin/complete-fn jobs submit sql/examples/packages.parquet -m demo-llama-swiftkv \\
       -p 'Name the section: {{description}}' -o /tmp/sections.parquet
   curl -s {url}/v1/usage
 

@@ -88,7 +88,10 @@ class ChatBody(SamplingBody):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"model": "demo-llama", "messages": [{"role": "user", "content": "Name the section: a text editor"}]}
+                {
+                    "model": "demo-llama-swiftkv",
+                    "messages": [{"role": "user", "content": "Name the section: a text editor"}],
+                }
             ]
         },
     )
@@ -107,7 +110,9 @@ class ChatBody(SamplingBody):
 
 class CompletionBody(SamplingBody):
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "demo-llama", "prompt": "Name the section: vim", "max_tokens": 16}]}
+        json_schema_extra={
+            "examples": [{"model": "demo-llama-swiftkv", "prompt": "Name the section: vim", "max_tokens": 16}]
+        }
     )
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16

@@ -73,7 +73,7 @@ class JobBody(Body):
         json_schema_extra={
             "examples": [
                 {
-                    "model": "demo-llama",
+                    "model": "demo-llama-swiftkv",
                     "prompt": "Name the section: {description}",
                     "source": {"file_id": "file-0123456789abcdef01234567"},
                     "options": {"max_tokens": 16},

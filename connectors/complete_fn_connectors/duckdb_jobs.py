@@ -1,7 +1,7 @@
 """Submit from SQL, come back later: a service's jobs as functions of a DuckDB database.
 
 register_jobs(con, Client("http://host:8000", key))
-SELECT complete_submit('SELECT id, body FROM reviews', 'demo-llama', 'Summarise: {body}');
+SELECT complete_submit('SELECT id, body FROM reviews', 'demo-llama-swiftkv', 'Summarise: {body}');
 SELECT * FROM complete_result('job-...');  -- on another day, from another process
 """
 

@@ -3,8 +3,8 @@
 import polars as pl
 from complete_fn_connectors.polars import complete, prompt
 
-df.with_columns(answer=complete("demo-llama", prompt("Name the section: {description}")))
-df.with_columns(answer=pl.col("text").llm.complete("demo-llama", max_tokens=20))
+df.with_columns(answer=complete("demo-llama-swiftkv", prompt("Name the section: {description}")))
+df.with_columns(answer=pl.col("text").llm.complete("demo-llama-swiftkv", max_tokens=20))
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def complete_columns(*, session: QuerySession | None = None, **asks: Ask) -> pl.
     takes, brings each thread's share of the rows as a plan.
 
     df.with_columns(complete_columns(
-        section=ask("demo-llama", prompt("Name the section: {description}")),
-        synopsis=ask("demo-llama", prompt("Write a one-line synopsis: {description}")),
+        section=ask("demo-llama-swiftkv", prompt("Name the section: {description}")),
+        synopsis=ask("demo-llama-swiftkv", prompt("Write a one-line synopsis: {description}")),
     ).struct.unnest())
 
     Raises:

@@ -11,7 +11,7 @@ import duckdb
 from complete_fn_connectors.duckdb import register
 
 SAMPLE = Path(__file__).with_name("packages.parquet")
-MODEL = "demo-llama"
+MODEL = "demo-llama-swiftkv"
 
 QUERIES = {
     "Cortex's own spelling, eight packages": f"""

@@ -2,6 +2,6 @@
 SELECT package, d['value'] AS answer, d['error']['code'] AS error, d['usage']['prompt_tokens'] AS prompt_tokens,
        d['usage']['cached_tokens'] AS cached_tokens, d['cost'] AS cost, d['source'] AS source
 FROM (
-    SELECT package, complete_details('demo-llama', 'Name the section: ' || description) AS d
+    SELECT package, complete_details('demo-llama-swiftkv', 'Name the section: ' || description) AS d
     FROM (FROM 'sql/examples/packages.parquet' ORDER BY package LIMIT 10)
 );

@@ -1,7 +1,7 @@
 -- Answers that are JSON by construction, taken apart in the same query.
 SELECT package, answer ->> 'section' AS section, answer ->> 'synopsis' AS synopsis
 FROM (
-    SELECT package, complete('demo-llama', 'Describe as JSON: ' || description, {
+    SELECT package, complete('demo-llama-swiftkv', 'Describe as JSON: ' || description, {
         'max_tokens': 200,
         'response_format': {
             'type': 'object',

@@ -32,7 +32,7 @@ def rows(path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, engine: Any) -
         return con.execute(path.read_text()).fetchall()
 
 
-@pytest.mark.filterwarnings("ignore:demo-llama is a demonstration")
+@pytest.mark.filterwarnings("ignore:demo-llama-swiftkv is a demonstration")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_an_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert path.read_text().startswith("-- ")
