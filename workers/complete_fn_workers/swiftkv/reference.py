@@ -173,9 +173,10 @@ class SwiftKVAttention(Attention):
         q = rotate(self.heads(self.q_proj_swiftkv(x)), rotary.cos[at][:, None], rotary.sin[at][:, None])
         k, v = cache
         seen = at[:, None, None, :, None] >= torch.arange(k.shape[2], device=at.device)
-        of_group = q.unflatten(1, (k.shape[1], -1))  # queries beside the head they read: spreading that costs more
-        scores = (of_group.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, of_group.shape[2:4])
-        weights = (scores * q.shape[-1] ** -0.5).masked_fill(~seen, -1e30).softmax(-1)
+        batch, heads, count, size = q.shape
+        of_group = q.reshape(batch, k.shape[1], -1, size)  # queries beside the head they read: spreading that costs more
+        scores = (of_group @ k.transpose(-1, -2)).view(batch, k.shape[1], heads // k.shape[1], count, -1)
+        weights = (scores * size**-0.5).masked_fill(~seen, -1e30).softmax(-1)
         mixed = (weights.flatten(2, 3) @ v).view(q.shape)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
