@@ -174,7 +174,7 @@ class SwiftKVAttention(Attention):
         k, v = cache
         seen = at[:, None, None, :, None] >= torch.arange(k.shape[2], device=at.device)
         batch, heads, count, size = q.shape
-        of_group = q.reshape(batch, k.shape[1], -1, size)  # queries beside the head they read: spreading that costs more
+        of_group = q.reshape(batch, k.shape[1], -1, size)  # spreading keys and values would cost more
         scores = (of_group @ k.transpose(-1, -2)).view(batch, k.shape[1], heads // k.shape[1], count, -1)
         weights = (scores * size**-0.5).masked_fill(~seen, -1e30).softmax(-1)
         mixed = (weights.flatten(2, 3) @ v).view(q.shape)
