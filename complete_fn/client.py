@@ -19,6 +19,7 @@ from complete_fn.types import Usage
 
 OVER = ("completed", "failed", "cancelled", "expired")
 FIRST_WAIT, LONGEST_WAIT = 0.2, 2.0
+WAIT_SHARE = 0.02  # of the time so far between two looks: a short job is not slowed by looking for its end
 CHUNK = 1 << 20
 
 
@@ -125,7 +126,7 @@ class RemoteJob:
             JobError: it failed, or its results cannot be written to the sink; the message says why.
         """
         now = self.state()
-        bar, pause = progress_for(now["model"], progress), FIRST_WAIT
+        bar, began = progress_for(now["model"], progress), time.monotonic()
         bar.start(now["rows"]["total"])
         shown, used, paid = 0, Usage(), Decimal(0)
         try:
@@ -135,8 +136,7 @@ class RemoteJob:
                 shown, used, paid = rows, usage, cost
                 if now["status"] in OVER and (now["sink"] or {}).get("status") not in ("waiting", "writing"):
                     break
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_WAIT)
+                time.sleep(min(max(FIRST_WAIT, WAIT_SHARE * (time.monotonic() - began)), LONGEST_WAIT))
                 now = self.state()
         finally:
             bar.stop()
