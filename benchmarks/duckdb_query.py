@@ -24,6 +24,7 @@ import duckdb
 from complete_fn.catalogue import find_model
 from complete_fn.engine import Engine
 from complete_fn.engines import engine_for
+from complete_fn.settings import load_settings
 from complete_fn.types import Asker, Completion, CompletionRequest
 from complete_fn_connectors.duckdb import register, sql
 from complete_fn_workers.embedded import Link
@@ -102,15 +103,15 @@ def tables(con: duckdb.DuckDBPyConnection, rows: int) -> None:
 
 def run(side: str, query: str, con: duckdb.DuckDBPyConnection, models: Path, salt: str) -> dict[str, Any]:
     counts = {"submissions": 0, "prompts": 0}
+    settings = load_settings(models.parent, models)  # a home has engines of its own; these are all runs'
     with (
         tempfile.TemporaryDirectory() as home,
         register(con, home=home, models_file=models, progress=False) as registered,
     ):
         session = registered.session
         session.who = Asker(tenant=salt)
-        own = session.engine_of
-        session.engine_of = lambda model: Counted(own(model), counts)  # type: ignore[method-assign]
-        engines = [engine_for(session.model(name), session.settings) for name in (CHEAP, STRONG) if name in query]
+        session.engine_of = lambda model: Counted(engine_for(model, settings), counts)  # type: ignore[method-assign]
+        engines = [engine_for(session.model(name), settings) for name in (CHEAP, STRONG) if name in query]
         before, began = steps(engines), time.perf_counter()
         rows = con.execute(query).fetchall() if side == "plain" else sql(con, query).fetchall()
         seconds = time.perf_counter() - began
