@@ -4,9 +4,9 @@
     python benchmarks/rest_overhead.py --rows 1000 --pairs 3
 
 Service and shell each have a warm engine of their own, as their homes differ; one works at a time. The shell's time is
-that of its whole process, without the start of Python (measured by a run over one row). A job's time is from its submission until
-its results are fetched, upload and download included. Every run's prompts begin with a number of its own, so that none
-finds the answers or prefixes of another. Goal: 0.95.
+that of its whole process, without the start of Python (measured by a run over one row). A job's time is from its
+submission until its results are fetched, upload and download included. Every run's prompts begin with a number of its
+own, so that none finds the answers or prefixes of another. Goal: 0.95.
 """
 
 from __future__ import annotations
