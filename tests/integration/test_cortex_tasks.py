@@ -10,18 +10,9 @@ from typing import Any
 import duckdb
 import pytest
 
-from complete_fn import Completion, CompletionRequest, EchoEngine, Usage
+from complete_fn import EchoEngine
 from complete_fn_connectors.duckdb import register
-
-
-class Extracting(EchoEngine):
-    """Answers a schema with an object of it."""
-
-    def complete(self, request: CompletionRequest) -> Completion:
-        if request.response_format is None:
-            return super().complete(request)
-        names = json.loads(request.response_format)["properties"]
-        return Completion(json.dumps(dict.fromkeys(names, "x")), "stop", usage=Usage(3, 0, 4))
+from tests.engines import Extracting
 
 
 @pytest.fixture

@@ -11,22 +11,13 @@ import duckdb
 import polars as pl
 import pytest
 
-from complete_fn import Completion, CompletionRequest, EchoEngine, Usage
+from complete_fn import Completion, CompletionRequest
 from complete_fn.cli import main
 from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn_connectors import polars as llm
 from complete_fn_connectors.duckdb import register, sql
 from complete_fn_connectors.tasks import TASKS, templates
-
-
-class Extracting(EchoEngine):
-    """Answers a schema with an object of it."""
-
-    def complete(self, request: CompletionRequest) -> Completion:
-        if request.response_format is None:
-            return super().complete(request)
-        names = json.loads(request.response_format)["properties"]
-        return Completion(json.dumps(dict.fromkeys(names, "x")), "stop", usage=Usage(3, 0, 4))
+from tests.engines import Extracting
 
 
 @pytest.fixture

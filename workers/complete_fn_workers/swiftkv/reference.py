@@ -250,7 +250,11 @@ class Llama(nn.Module):
         h: Tensor = self.embed_tokens(tokens)
         if torch.is_autocast_enabled("cpu"):
             h = h.to(torch.bfloat16)
-        return h, Rotary(self.cos[: tokens.shape[1]].to(h.dtype), self.sin[: tokens.shape[1]].to(h.dtype))
+        return h, self.rotary(h)
+
+    def rotary(self, h: Tensor) -> Rotary:
+        """For the positions and in the type of h [batch, length, hidden_size]."""
+        return Rotary(self.cos[: h.shape[1]].to(h.dtype), self.sin[: h.shape[1]].to(h.dtype))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[batch, length] token ids -> [batch, length, hidden_size] after the final norm."""
@@ -273,34 +277,27 @@ class Llama(nn.Module):
             before, h = h, layer(h, *rotary)
         return States(self.norm(h), before)
 
-    def student_late(self, h: Tensor, rotary: Rotary) -> States:
-        x, before = self.norm_swiftkv(h), h
+    def student_late(self, h: Tensor, rotary: Rotary, at: Tensor | None = None) -> States:
+        """Of all positions, or of `at` [batch, a] alone: what a served model computes.
+
+        Prompt tokens then go no further than the keys and values made of `h`.
+        """
+        x = self.norm_swiftkv(h)
+        if at is not None:
+            h = torch.gather(h, 1, at[..., None].expand(-1, -1, h.shape[-1]))
+        before = h
         cache: tuple[Tensor, Tensor] | None = None
         for layer, attention in zip(self.late_layers, self.late_attentions, strict=True):
             if attention.owner:
                 cache = attention.cache(x, rotary)
             assert cache is not None
             before = h
-            h = layer.fed_forward(h + attention.student(layer.input_layernorm(h), cache, rotary))
+            own = layer.input_layernorm(h)
+            mixed = (
+                attention.student(own, cache, rotary) if at is None else attention.student_at(own, cache, rotary, at)
+            )
+            h = layer.fed_forward(h + mixed)
         return States(self.norm(h), before)
-
-    def student_at(self, h: Tensor, at: Tensor) -> States:
-        """`student_late` at the positions `at` [batch, a] alone: all that is computed when a model is served.
-
-        Prompt tokens go no further than the keys and values made of `h`.
-        """
-        rotary = Rotary(self.cos[: h.shape[1]].to(h.dtype), self.sin[: h.shape[1]].to(h.dtype))
-        x = self.norm_swiftkv(h)
-        mine = torch.gather(h, 1, at[..., None].expand(-1, -1, h.shape[-1]))
-        cache: tuple[Tensor, Tensor] | None = None
-        before = mine
-        for layer, attention in zip(self.late_layers, self.late_attentions, strict=True):
-            if attention.owner:
-                cache = attention.cache(x, rotary)
-            assert cache is not None
-            before = mine
-            mine = layer.fed_forward(mine + attention.student_at(layer.input_layernorm(mine), cache, rotary, at))
-        return States(self.norm(mine), before)
 
     def student(self, tokens: Tensor) -> Tensor:
         """As `forward`, through the SwiftKV form: later layers read keys and values made of one hidden state."""

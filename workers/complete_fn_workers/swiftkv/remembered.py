@@ -57,7 +57,7 @@ def lesson_of(model: Llama, batch: Batch) -> Lesson:
 
 def student_states(model: Llama, lesson: Lesson) -> States:
     """The student's states at the lesson's answer tokens, [n, hidden_size] each."""
-    last, before = model.student_at(lesson.h, lesson.at)
+    last, before = model.student_late(lesson.h, model.rotary(lesson.h), lesson.at)
     return States(last[lesson.real], before[lesson.real])
 
 
