@@ -39,6 +39,7 @@ class Job:
     table: str
     template: str
     options: Mapping[str, Any]
+    together: bool = False  # rows that lie together in the table, instead of rows from all over it
 
 
 JOBS = (
@@ -51,7 +52,13 @@ JOBS = (
         "Name the section: {package} {package_description} {dependency} {dependency_description}",
         {"max_tokens": 8, "reorder_fields": True},
     ),
-    Job("functions", "functions", "Write a one-line synopsis: {class} {documentation}", {"max_tokens": 16}),
+    Job(
+        "functions",
+        "functions",
+        "Write a one-line synopsis: {class} {documentation}",
+        {"max_tokens": 16},
+        together=True,
+    ),
 )
 
 
@@ -64,9 +71,9 @@ def measure(job: Job, table: Table, a: argparse.Namespace, home: str) -> None:
     options = parse_options({**job.options, "cache": "off"})
     who = Asker(tenant=job.name)
     session = Session(home=home, who=who, progress=False)
-    step = max(1, len(table.rows) // (a.rows + a.pilot))
+    step = 1 if job.together else max(1, len(table.rows) // (a.rows + a.pilot))
     chosen = list(range(0, len(table.rows), step))[: a.rows + a.pilot]
-    pilot = chosen[:: max(1, len(chosen) // a.pilot)][: a.pilot]
+    pilot = chosen[:: 1 if job.together else max(1, len(chosen) // a.pilot)][: a.pilot]
     rest = sorted(set(chosen) - set(pilot))
     session.complete(a.model, prompts_of(table, job, pilot), options, planned=True)
     prompts = prompts_of(table, job, rest)
@@ -96,6 +103,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo-llama")
     parser.add_argument("--rows", type=int, default=1500, help="rows of each job")
     parser.add_argument("--pilot", type=int, default=300, help="rows answered before")
+    parser.add_argument("--jobs", nargs="+", default=[j.name for j in JOBS], metavar="NAME")
     parser.add_argument("--report", action="store_true", help="print each estimate as the dry run does")
     a = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {a.model}, pilots of {a.pilot} rows")
@@ -103,7 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         warm = Session(home=home, who=Asker(tenant="warm up"), progress=False)
         warm.complete(a.model, [f"Name the section: package {n}" for n in range(64)], {"max_tokens": 4, "cache": "off"})
-        for job in JOBS:
+        for job in (j for j in JOBS if j.name in a.jobs):
             measure(job, by_name[job.table], a, home)
         warm.close()
 

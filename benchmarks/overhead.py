@@ -27,6 +27,7 @@ from complete_fn.catalogue import Model, find_model
 from complete_fn.types import Asker
 from complete_fn_connectors.duckdb import register
 from complete_fn_workers.allocator import allocator_environment
+from complete_fn_workers.machine import computes_bfloat16
 
 SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
 INSTRUCTION = "Write a one-line synopsis: "
@@ -95,6 +96,7 @@ def start_plain(model: Model) -> subprocess.Popen[str]:
         "enable_prefix_caching": True,
         "kv_cache_memory_bytes": 1 << 30,
         "seed": 0,
+        **({} if computes_bfloat16() else {"dtype": "float32"}),  # as our engine chooses
         **model.engine_args,
     }
     ask(child, setting)

@@ -256,6 +256,7 @@ def main() -> None:
         serve(a.serve)
         return
     from complete_fn.catalogue import find_model
+    from complete_fn_workers.machine import computes_bfloat16
 
     model = find_model(a.model)
     setting = {
@@ -264,6 +265,7 @@ def main() -> None:
         "enable_prefix_caching": True,
         "kv_cache_memory_bytes": 1 << 30,
         "seed": 0,
+        **({} if computes_bfloat16() else {"dtype": "float32"}),  # as our engine chooses
         **model.engine_args,
     }
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {a.model}, {setting}")

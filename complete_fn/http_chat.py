@@ -74,7 +74,7 @@ class Endpoint:
             reply = await self.ask(body)
             if reply.status_code == 400 and too_long(reply):
                 # Prompt and answer together may be too much: let the endpoint give the answer what room there is.
-                body.pop(self.max_tokens_field)
+                body.pop(self.max_tokens_field, None)
                 return await self.outcome(await self.ask(body), None, body)
             return await self.outcome(reply, request.sampling.max_tokens, body)
         except httpx.TimeoutException:
@@ -94,6 +94,9 @@ class Endpoint:
             "top_p": sampling.top_p,
             self.max_tokens_field: sampling.max_tokens or self.model.default_max_tokens,
         }
+        if self.ours and sampling.max_tokens is None:
+            del body[self.max_tokens_field]
+            body["default_max_tokens"] = True  # the same question as in a job there: its answer is paid once
         if sampling.top_k:
             body["top_k"] = sampling.top_k
         if sampling.seed is not None:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
 from complete_fn.files import LineRows, Place, Rows
+from complete_fn.json_line import json_line
 from complete_fn.plan.batch import to_texts
 from complete_fn.storage import Storage, remote
 
@@ -245,7 +246,7 @@ def json_lines(rows: Rows, low: int, count: int) -> Iterator[bytes]:
         yield from rows.lines[low : low + count]
         return
     for batch in rows.table().slice(low, count).to_batches():
-        columns = [(json.dumps(n, ensure_ascii=False), json_values(c)) for n, c in zip(rows.names, batch, strict=True)]
+        columns = [(json_line(n), json_values(c)) for n, c in zip(rows.names, batch, strict=True)]
         for number in range(batch.num_rows):
             yield ("{" + ", ".join(f"{name}: {values[number]}" for name, values in columns) + "}").encode()
 
@@ -264,7 +265,7 @@ def spliced(line: bytes, added: bytes) -> bytes:
 
 
 def as_json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=json_form)
+    text = json_line(value, json_form)
     return text if text.isascii() or encodable(text) else json.dumps(value, default=json_form)
 
 

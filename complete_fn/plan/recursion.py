@@ -134,8 +134,9 @@ def groups(cells: Cells, rows: Ints, left: Path, prefix: int, bias: float) -> li
     codes = cells.codes[rows]
     for field in left:
         order = np.argsort(codes[:, field], kind="stable")
-        starts = np.flatnonzero(np.diff(codes[order, field], prepend=-1))
-        counts = np.diff(starts, append=len(rows))
+        ranks = codes[order, field]
+        starts = np.append(0, np.flatnonzero(ranks[1:] != ranks[:-1]) + 1)
+        counts = np.append(starts[1:], len(rows)) - starts
         if counts.max() < 2:
             continue
         by_value = codes[order][:, left]
@@ -172,6 +173,8 @@ def ranked(cells: Cells, rows: Ints, row: int, shared: Path) -> Path:
 
 def by_likeness(cells: Cells, rows: Ints, left: Path) -> Path:
     """An order for rows without a repeated cell: first the field whose values have the most beginning in common."""
+    if len(rows) == 1:
+        return tuple(sorted(left))
     likeness = {f: cells.near[f].neighbours(np.unique(cells.codes[rows, f])) for f in left}
     return tuple(sorted(left, key=lambda f: (-likeness[f], f)))
 

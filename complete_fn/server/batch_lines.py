@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from complete_fn.errors import CompleteError, InputError, TooLargeError
 from complete_fn.jobs import Job
+from complete_fn.json_line import json_line
 from complete_fn.keys import Call
 from complete_fn.prompts import text_column
 from complete_fn.server.bodies import ChatBody, CompletionBody
@@ -136,4 +137,4 @@ def answer_lines(job: Job, source: bytes, details: Sequence[Detail | None]) -> I
             body = chat_body(model, row) if asked["url"] == CHAT else completion_body(model, [row])
             line["response"] = {"status_code": 200, "request_id": name, "body": body}
         good = line["error"] is None and why is None
-        yield good, json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        yield good, json_line(line).encode() + b"\n"

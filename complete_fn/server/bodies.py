@@ -15,6 +15,7 @@ from complete_fn.schema_bounds import refuse_patterns
 from complete_fn.types import INTERACTIVE
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+DEFAULT_LIMIT = "Without max_tokens, end answers at the model's default_max_tokens, as rows of jobs do."
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -68,15 +69,16 @@ class SamplingBody(Body):
         """Requests overtake bulk work; those of the tier that OpenAI calls `flex` do not mind to wait."""
         return 0 if self.service_tier == "flex" else INTERACTIVE
 
-    def call(self, model: Model, max_tokens: int | None, response_format: Any = None) -> Call:
-        """The call with OpenAI's defaults: temperature 1, top_p 1; `max_tokens` None takes what the context leaves."""
+    def call(self, model: Model, max_tokens: int | None, response_format: Any = None, usual: bool = False) -> Call:
+        """The call with OpenAI's defaults: temperature 1, top_p 1; `max_tokens` None takes what the context leaves, or
+        the model's default, if `usual`."""
         given = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
             "stop": self.stop or None,
-            "max_tokens": max_tokens or model.max_model_len,
+            "max_tokens": max_tokens or (None if usual else model.max_model_len),
             "response_format": response_format,
         }
         options = parse_options(given)
@@ -98,6 +100,7 @@ class ChatBody(SamplingBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    default_max_tokens: Annotated[bool, Field(description=DEFAULT_LIMIT)] = False
     response_format: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
@@ -105,7 +108,8 @@ class ChatBody(SamplingBody):
         return pack_messages([{"role": ROLES[m.role], "content": content(m)} for m in self.messages])
 
     def chat_call(self, model: Model) -> Call:
-        return self.call(model, self.max_completion_tokens or self.max_tokens, schema_of(self.response_format))
+        limit = self.max_completion_tokens or self.max_tokens
+        return self.call(model, limit, schema_of(self.response_format), self.default_max_tokens)
 
 
 class CompletionBody(SamplingBody):

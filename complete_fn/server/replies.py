@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
+
+from complete_fn.json_line import json_line
 
 Detail = dict[str, Any]  # one row of `Answers.details`
 
@@ -103,4 +104,4 @@ DONE = "data: [DONE]\n\n"
 
 
 def event(body: Detail) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {json_line(body)}\n\n"

@@ -26,10 +26,11 @@ from complete_fn.service_tables import parts
 from complete_fn.store import Store
 from complete_fn.tables import ledger, of_class
 from complete_fn.worker_store import Beat, WorkerStore
-from deploy.servers import Postgres, Redis, free_port, running
+from deploy.servers import Postgres, Redis, end_with_parent, free_port, running
 
 LOOK_SECONDS = 0.2
 START_SECONDS = 120.0
+SEED = 5
 
 
 @dataclass
@@ -58,7 +59,9 @@ class Site:
 
     def start(self, name: str) -> None:
         with (self.home / f"{name}.log").open("ab") as log:
-            child = subprocess.Popen(self.command(name), env=self.environment, stdout=log, stderr=log)
+            child = subprocess.Popen(
+                self.command(name), env=self.environment, stdout=log, stderr=log, preexec_fn=end_with_parent
+            )
         self.processes[name] = child
 
     def supervise(self) -> None:
@@ -200,12 +203,19 @@ def site(home: Path, models: str, settings: dict[str, str]) -> Iterator[Site]:
         yield found
 
 
+def schedule(pauses: tuple[float, float], choose: random.Random) -> Iterator[tuple[float, str]]:
+    """Without end: a pause (seconds, drawn from-to) and the fault after it; all kinds in turn, shuffled."""
+    while True:
+        for fault in choose.sample(FAULTS, len(FAULTS)):
+            yield choose.uniform(*pauses), fault
+
+
 class Chaos:
-    """Throws a fault after every pause (seconds, drawn from-to) until it is left; all kinds in turn, shuffled."""
+    """Throws the faults of a schedule until it is left."""
 
     def __init__(self, at: Site, model: str, pauses: tuple[float, float], again: Callable[[], object]) -> None:
         self.at, self.model, self.pauses, self.again = at, model, pauses, again
-        self.choose = random.Random(5)
+        self.choose = random.Random(SEED)
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.go, daemon=True)
         self.failure: BaseException | None = None
@@ -221,11 +231,10 @@ class Chaos:
 
     def go(self) -> None:
         try:
-            while True:
-                for fault in self.choose.sample(FAULTS, len(FAULTS)):
-                    if self.over.wait(self.choose.uniform(*self.pauses)):
-                        return
-                    self.at.throw(fault, self.choose, self.model, self.again)
+            for pause, fault in schedule(self.pauses, self.choose):
+                if self.over.wait(pause):
+                    return
+                self.at.throw(fault, self.choose, self.model, self.again)
         except BaseException as error:
             self.failure = error
 

@@ -10,6 +10,7 @@ import pytest
 from tests.acceptance.chaos import FAULTS, Chaos, committed_usage, site
 
 MOST_JOBS = 6
+LONG_ROWS, LONG_PAUSES = 24_000, (5.0, 15.0)  # benchmarks/chaos_run_batch.py takes the same
 ECHO = """
 [models.tiny]
 engine = 'echo'
@@ -89,4 +90,4 @@ def test_a_job_under_faults_ends_as_a_quiet_one(tmp_path: Path) -> None:
 def test_a_job_of_minutes_on_real_engines_under_faults_ends_as_a_quiet_one(
     needs_vllm: None, tmp_path: Path, tiny_model: Path
 ) -> None:
-    put_through(tmp_path, REAL.format(folder=tiny_model), 20_000, 32, (5, 15), 3000)
+    put_through(tmp_path, REAL.format(folder=tiny_model), LONG_ROWS, 32, LONG_PAUSES, 3000)

@@ -158,7 +158,7 @@ def test_a_planned_query_has_the_plain_result_and_pays_for_nothing_else(query: s
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore::complete_fn.CompletionWarning")
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(queries())
 def test_many_more(query: str) -> None:
     check(query)

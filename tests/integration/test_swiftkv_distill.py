@@ -55,6 +55,12 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_prompt_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one\u2028two\x85", "answer": "a\u2029"}\n{"prompt": "three", "answer": "b"}\n')
+    assert read_rows(file, "prompt", "answer") == [Row("one\u2028two\x85", "a\u2029"), Row("three", "b")]
+
+
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_conversion_keeps_the_teacher_and_starts_as_published(parent: Path, tmp_path: Path, group: int) -> None:
     convert(parent, tmp_path / "out", SwiftKV(4, group))

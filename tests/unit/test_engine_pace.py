@@ -14,6 +14,20 @@ class Clock:
         return self.now
 
 
+def test_a_chats_first_step_takes_on_no_bulk_rows_but_chats_do_not_keep_them_out() -> None:
+    pace = StepPace(4096)
+    assert [pace.takes_bulk(chats, 8) for chats in (0, 1, 1, 2, 0, 1, 0)] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert StepPace(4096).takes_bulk(3, 0), "nothing runs: nothing is delayed by waiting"
+
+
 def test_without_chats_nothing_is_held_back() -> None:
     pace = StepPace(4096, Clock())
     pace.admit(4000)

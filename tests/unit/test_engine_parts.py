@@ -22,7 +22,7 @@ from complete_fn_workers.allocator import KEEP_MEMORY, allocator_environment, fi
 from complete_fn_workers.embedded import sendable
 from complete_fn_workers.engine_launch import EngineSpec, engine_environment, engine_key, engine_place, thread_binding
 from complete_fn_workers.engine_wire import Frames, pack
-from complete_fn_workers.machine import available_cores, memory_bytes
+from complete_fn_workers.machine import available_cores, computes_bfloat16, memory_bytes
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
@@ -106,6 +106,27 @@ def test_childs_environment_keeps_vllm_inside_and_local_models_offline(tmp_path:
     assert int(environment["OMP_NUM_THREADS"]) == available_cores()
     assert "VLLM_CPU_OMP_THREADS_BIND" not in environment
     assert memory_bytes() > 1 << 28
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx2 fma\n\nprocessor : 1\nflags\t\t: fpu avx2 fma\n", False),
+        ("flags\t\t: fpu avx512f avx512_vnni\n", False),
+        ("flags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu avx2 amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+    ],
+)
+def test_bfloat16_is_read_from_the_cpus_flags(
+    cpuinfo: str, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import complete_fn_workers.machine as machine
+
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert computes_bfloat16(), "no file, no finding"
+    machine.CPUINFO.write_text(cpuinfo)
+    assert computes_bfloat16() == expected
 
 
 def test_answers_are_checked_against_the_schema() -> None:

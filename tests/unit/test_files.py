@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from complete_fn.errors import InputError
 from complete_fn.files import LineRows, Place, Rows, place_of
 from complete_fn.inputs import file_source
+from complete_fn.json_line import json_line
 from complete_fn.outputs import refuse_output, writing
 from complete_fn.plan.batch import to_texts
 
@@ -183,6 +184,27 @@ def test_jsonl_lines_come_back_byte_for_byte(tmp_path: Path) -> None:
         LINES[2][:-1] + rb', "completion": "b\n"}',
         b'{"completion": "c"}',
         LINES[4][:-1] + ', "completion": "\U0001f980"}'.encode(),
+    ]
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_written_line_is_one_line_to_any_reader(text: str) -> None:
+    line = json_line({text: text + "\x85\u2028\u2029\r\n\x0b\x0c\x1e"})
+    assert line.splitlines() == [line]
+    assert json.loads(line) == {text: text + "\x85\u2028\u2029\r\n\x0b\x0c\x1e"}
+
+
+def test_answers_that_end_lines_elsewhere_stay_in_theirs(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a\u2028": ["x\x85", "é"]}), tmp_path / "in.parquet")
+    source = place_of(str(tmp_path / "in.parquet"))
+    through(
+        source=source, place=place_of(str(tmp_path / "out.jsonl")), new={"completion": pa.array(["1\u20282", None])}
+    )
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"a\u2028": "x\x85", "completion": "1\u20282"},
+        {"a\u2028": "é", "completion": None},
     ]
 
 

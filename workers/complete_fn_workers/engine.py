@@ -97,14 +97,21 @@ class EngineLoop:
     def run(self) -> None:
         while True:
             self.take(block=not (self.running or self.waiting or self.interactive or self.next))
-            while self.interactive and len(self.running) < 2 * self.max_num_seqs:
-                if (chat := self.readied(self.interactive.popleft())) is not None:
-                    self.submit(chat.row, chat.asked, chat.row.sampling.priority)
-                self.pace.chat()
-            self.admit_bulk()
+            if self.pace.takes_bulk(self.admit_chats(), self.running_bulk):
+                self.admit_bulk()
             if self.running:
                 self.step()
             self.deliver()
+
+    def admit_chats(self) -> int:
+        """All that wait, as far as there are seats; how many."""
+        chats = 0
+        while self.interactive and len(self.running) < 2 * self.max_num_seqs:
+            if (chat := self.readied(self.interactive.popleft())) is not None:
+                self.submit(chat.row, chat.asked, chat.row.sampling.priority)
+                chats += 1
+            self.pace.chat()
+        return chats
 
     def admit_bulk(self) -> None:
         """Fill the seats as far as the cache has room; while somebody chats, as far as the next step stays short."""

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
+from vllm.platforms import CpuArchEnum, current_platform
+from vllm.plugins import load_general_plugins
+from vllm.transformers_utils.config import get_config
 from vllm.usage.usage_lib import UsageContext
 
-from complete_fn_workers.machine import GIB, memory_bytes
+from complete_fn_workers.machine import GIB, computes_bfloat16, memory_bytes
 
 LOAD_FORMATS = ("safetensors", "dummy")
 INTERACTIVE_SEATS = 4
@@ -42,7 +44,7 @@ def vllm_config(spec: dict[str, Any]) -> VllmConfig:
     }
     if current_platform.is_cpu():
         # Blocks of 128 tokens, the CPU default, never hit on a 100-token instruction; compiling costs 50 s at start.
-        defaults |= {"block_size": 32, "enforce_eager": True}
+        defaults |= {"block_size": 32, "enforce_eager": True, "dtype": cpu_dtype(spec)}
     fixed = {
         "model": spec["checkpoint"],
         "revision": spec["revision"],
@@ -55,6 +57,32 @@ def vllm_config(spec: dict[str, Any]) -> VllmConfig:
     # Seats of their own, so that a chat need not wait until a bulk row ends.
     config.scheduler_config.max_num_seqs += INTERACTIVE_SEATS
     return config
+
+
+def cpu_dtype(spec: dict[str, Any]) -> str:
+    """float32 for a half-precision checkpoint on an x86 CPU that would compute it in float32 anyway, value by value.
+
+    There float32 is several times faster (benchmarks/figures.md); it is kept from models whose weights would then take
+    more than a third of memory, and from quantised ones.
+    """
+    if current_platform.get_cpu_architecture() != CpuArchEnum.X86 or computes_bfloat16():
+        return "auto"
+    load_general_plugins()  # SwiftKV's configuration among them
+    config = get_config(spec["checkpoint"], trust_remote_code=False, revision=spec["revision"])
+    try:
+        weights = 4 * most_weights(config.get_text_config())
+    except (AttributeError, TypeError):  # dimensions of another kind
+        return "auto"
+    quantised = getattr(config, "quantization_config", None) is not None
+    return "auto" if quantised or weights > memory_bytes() / 3 else "float32"
+
+
+def most_weights(config: Any) -> int:
+    """A bound on a decoder's parameters from its configuration's dimensions."""
+    width, vocabulary = int(config.hidden_size), int(config.vocab_size)
+    experts = int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1)
+    mlp = 3 * width * int(getattr(config, "intermediate_size", None) or 4 * width) * experts
+    return int(config.num_hidden_layers) * (4 * width * width + mlp) + 2 * vocabulary * width
 
 
 def check_engine_args(own: dict[str, Any]) -> None:

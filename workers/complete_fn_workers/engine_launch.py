@@ -229,6 +229,8 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the child is ours already; a second one costs 20 s at start
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(available_cores()),
+        # Threads that spin for long while they wait take the cores from a second engine on this machine.
+        "GOMP_SPINCOUNT": "10000",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }

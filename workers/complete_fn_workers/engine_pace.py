@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
-STEP_SECONDS = 0.05
+STEP_SECONDS = 0.03
 CHATTING_S = 30.0  # after a chat, the next one is expected for so long
 LEARN = 0.1  # weight of what was seen last
 LEAST_TOKENS = 32  # smaller steps say little about the rate
@@ -25,9 +25,16 @@ class StepPace:
         self.fresh = 1.0
         self.pending = 0.0  # prompt tokens that were admitted and not yet computed
         self.until = -math.inf
+        self.held_back = False  # the last step took on no bulk rows for the sake of a chat
 
     def chat(self) -> None:
         self.until = self.clock() + CHATTING_S
+
+    def takes_bulk(self, chats: int, running: int) -> bool:
+        """Whether the next step takes on bulk rows beside `running` ones: not with the first tokens of chats, but never
+        twice in a row without, however many chats come."""
+        self.held_back = chats > 0 and running > 0 and not self.held_back
+        return not self.held_back
 
     def room(self, decoding: int) -> float:
         """Prompt tokens that may be added to the next step, beside so many rows that get one token each."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # x86 instructions that multiply it
 GIB = 1 << 30
 
 
@@ -38,6 +40,15 @@ def cgroup_cpus() -> float | None:
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return None
+
+
+def computes_bfloat16() -> bool:
+    """Whether this x86 CPU multiplies bfloat16 by itself; True where nothing tells."""
+    try:
+        flags = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return True
+    return bool(BFLOAT16 & set(flags.split()))
 
 
 def memory_bytes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ engine_args = {{ max_num_seqs = 16, max_num_batched_tokens = 1024 }}
 prices = {{ input = 1, cached_input = 1, output = 2 }}
 """
 ROWS, TOKENS = 900, 16
+SEATS = 16
+BOUND_SLACK = 64  # a prompt's tokens are bounded before they are counted
 
 
 @pytest.mark.engine
@@ -57,3 +60,33 @@ def test_a_job_outlives_a_worker_an_engine_and_the_broker(
     asked = [CompletionRequest("tiny", f"row number {n}", sampling) for n in range(ROWS)]
     calm = dict(engine.stream(asked, ""))
     assert [row["completion"] for row in rows] == [calm[n].text for n in range(ROWS)]
+
+
+@pytest.mark.engine
+@pytest.mark.long  # two starts of an engine
+@pytest.mark.timeout(900)
+def test_a_budget_is_spent_but_for_a_reservation_a_seat_and_never_passed(
+    needs_vllm: None, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPLETE_FN_MEMORY", "0.25")
+    monkeypatch.setattr("complete_fn.submit.PART_ROWS", 40)
+    tokens, cap = 200, Decimal("0.08")
+    with running(Redis) as broker, site(tmp_path / "home", broker.url, MODEL.format(folder=tiny_model)) as found:
+        found.work()
+        found.work()
+        job = found.submit(600, "row", "tiny", tokens, max_cost=str(cap))
+        now = found.finish(job, 600)
+        rows = found.results(job)
+        both = [b for b in found.beats() if b.warm("tiny")]
+    assert len(both) == 2
+    codes = [row["completion_details"]["error"]["code"] for row in rows if row["completion_details"]["error"]]
+    assert set(codes) == {"budget_exceeded"}
+    assert 0 < len(codes) == now["rows"]["failed"] < 600
+    spent = Decimal(now["cost"]["amount"])
+    longest = max(row["completion_details"]["usage"]["prompt_tokens"] for row in rows)
+    reservation = Decimal(longest + BOUND_SLACK + 2 * tokens) / 1_000_000
+    print(
+        f"cap {cap}, spent {spent}, left {cap - spent}: {(cap - spent) / reservation:.1f} reservations of {reservation}"
+    )
+    assert spent <= cap
+    assert cap - spent <= 2 * SEATS * reservation

@@ -57,12 +57,12 @@ class Site:
         until(lambda: any(beat.pid == worker.pid for beat in self.service.workers.alive()))
         return worker
 
-    def submit(self, rows: int, name: str = "row", model: str = "slow", tokens: int = 8) -> str:
+    def submit(self, rows: int, name: str = "row", model: str = "slow", tokens: int = 8, **more: Any) -> str:
         lines = "\n".join(json.dumps({"id": n, "text": f"{name} number {n}"}) for n in range(rows))
         files = {"file": ("rows.jsonl", lines)}
         file = self.http.post("/v1/files", files=files, data={"purpose": "user_data"}).json()["id"]
         body = {"model": model, "prompt": "{text}", "source": {"file_id": file}, "options": {"max_tokens": tokens}}
-        return str(self.http.post("/v1/jobs", json=body).json()["id"])
+        return str(self.http.post("/v1/jobs", json=body | more).json()["id"])
 
     def state(self, job: str) -> dict[str, Any]:
         found: dict[str, Any] = self.http.get(f"/v1/jobs/{job}").json()

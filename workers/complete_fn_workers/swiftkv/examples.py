@@ -51,7 +51,7 @@ def read_rows(path: Path, prompt: str, answer: str | None) -> list[Row]:
             have = pq.read_schema(path).names
             table = pq.read_table(path, columns=[name for name in wanted if name in have])
         else:
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            lines = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
             table = pa.table({name: [line.get(name) for line in lines] for name in set().union(*lines) & set(wanted)})
     except (pa.ArrowException, ValueError, OSError) as error:
         raise InputError(f"'{path}' cannot be read as Parquet or JSONL: {error}") from error
