@@ -51,8 +51,9 @@ services:
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql-plpython3-$$(ls /usr/lib/postgresql | sort -n | tail -1); \
 	else echo "PostgreSQL with PL/Python and Redis are needed: sudo apt-get install postgresql postgresql-plpython3-15 redis-server (or your system's packages)"; exit 1; fi
 
+# A test that its own time limit cannot end (it waits for a child without end, say) ends the run, with every stack.
 test: setup services lint
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	$(BIN)/python -m pytest -m "not long and not gpu" -o faulthandler_timeout=960 -o faulthandler_exit_on_timeout=true
 
 test-long: setup services lint
 	$(BIN)/python -m pytest -m "not gpu"

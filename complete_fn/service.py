@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from complete_fn.queue import InlineQueue, JobQueue
 from complete_fn.runner import Tell, Tools, run
 from complete_fn.settings import load_settings
 from complete_fn.shared_budget import Cap, SharedBudget, day_cap
-from complete_fn.stoppable import StoppableEngine, stoppable_pause
+from complete_fn.stoppable import StoppableEngine
 from complete_fn.storage import Storage
 from complete_fn.store import Store
 from complete_fn.types import Asker
@@ -144,10 +143,9 @@ class Service:
         budget = SharedBudget(self.store, who.tenant, caps) if caps else None
         with self.at_work(call.model) as (opened, pace):
             stop = stop or threading.Event()
-            engine = PacedEngine(StoppableEngine(opened, stop), pace, watch or Watch())
-            tools = Tools(
-                engine, self.store, budget, priority=priority, tell=tell, pause=partial(stoppable_pause, stop)
-            )
+            stoppable = StoppableEngine(opened, stop)
+            engine = PacedEngine(stoppable, pace, watch or Watch())
+            tools = Tools(engine, self.store, budget, priority=priority, tell=tell, pause=stoppable.pause)
             return run(call, prompts, tools, who, cache)
 
     @contextmanager

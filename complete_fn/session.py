@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,14 +26,16 @@ from complete_fn.engine import Engine
 from complete_fn.engines import at_engine, engine_for
 from complete_fn.errors import InvalidOptionError, RowFailedError
 from complete_fn.estimate import Estimate, estimate
+from complete_fn.interrupts import NextInterrupt, uninterrupted
 from complete_fn.keys import Call
-from complete_fn.options import Options, parse_options
+from complete_fn.options import CacheMode, Options, parse_options
 from complete_fn.plan import make_plan
 from complete_fn.progress import Progress, Quiet, progress_for
 from complete_fn.prompts import escaped, plain_column
 from complete_fn.reports import tokens_used
 from complete_fn.runner import Tools, run
 from complete_fn.settings import load_settings
+from complete_fn.stoppable import Stop, StoppableEngine
 from complete_fn.store import Store
 from complete_fn.types import Asker, Completion
 from complete_fn.work import known_answers
@@ -136,20 +139,26 @@ class Session:
             RequestError: unknown model or invalid option; nothing was run.
             RowFailedError: a row failed and the option `strict` is on.
             EngineError, StoreError: see `runner.run`.
+            KeyboardInterrupt: Ctrl-C; finished rows are kept.
         """
         chosen = parse_options(options)
         found = self.model(model)
         column = prompts if planned else escaped(plain_column(prompts))
         self.warn_of_strangers(found, column)
-        call = Call.of(found, chosen)
-        budget, bar = self.budget_of(found, job), self.bar(found, len(column))
-        tools = Tools(self.engine_of(found), self.store, budget, bar, self.tokens_of(job))
-        answers = run(call, column, tools, replace(self.who, job=job), chosen.cache)
+        stop = NextInterrupt()  # here: on the run's own thread it might begin to listen too late
+        answers = uninterrupted(partial(self.answer, Call.of(found, chosen), column, job, chosen.cache, stop))
         with self.lock:
             self.summary = self.summary + answers.summary
         if answers.summary.failed:
             self.report_failures(answers, chosen.strict)
         return answers
+
+    def answer(self, call: Call, column: Any, job: str | None, cache: CacheMode, stop: Stop) -> Answers:
+        budget, bar = self.budget_of(call.model, job), self.bar(call.model, len(column))
+        why = "the query was interrupted; finished rows are kept"
+        engine = StoppableEngine(self.engine_of(call.model), stop, KeyboardInterrupt, why)
+        tools = Tools(engine, self.store, budget, bar, self.tokens_of(job), pause=engine.pause)
+        return run(call, column, tools, replace(self.who, job=job), cache)
 
     def known(
         self, model: str, prompts: Any, options: Mapping[str, Any] | Options | None = None

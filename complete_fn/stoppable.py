@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import Protocol
 
 from complete_fn.engine import Engine
 from complete_fn.runner import close
@@ -20,34 +23,52 @@ class Stopped(BaseException):
     """The run was told to stop. Like KeyboardInterrupt no `Exception`: its attempt counts as cancelled."""
 
 
-class StoppableEngine:
-    """`engine`, whose streams raise `Stopped` within a moment of `stop` being set. What is in flight is aborted."""
+class Stop(Protocol):
+    """Says whether to stop: a threading.Event, or an `interrupts.NextInterrupt`."""
 
-    def __init__(self, engine: Engine, stop: threading.Event) -> None:
-        self.engine = engine
-        self.stop = stop
+    def is_set(self) -> bool: ...
+
+    def wait(self, seconds: float, /) -> bool: ...
+
+
+class StoppableEngine:
+    """`engine`, whose streams raise `error` within a moment of `stop` being set. What is in flight is aborted.
+
+    The engine runs on a thread of its own, so that nothing it is blocked in can hold the stop up.
+    """
+
+    def __init__(self, engine: Engine, stop: Stop, error: type[BaseException] = Stopped, why: str = "") -> None:
+        self.engine, self.stop = engine, stop
+        self.error, self.why = error, why
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         gate = Gate(requests, self.stop)
         outcomes: queue.Queue[Outcome] = queue.Queue(AHEAD)
-        threading.Thread(target=pump, args=(self.engine, gate, tenant, outcomes), daemon=True).start()
+        Pump(self.engine, gate, tenant, outcomes).start()
         try:
             while (outcome := self.wait_for(outcomes)) is not None:
                 if isinstance(outcome, BaseException):
                     raise outcome
                 yield outcome
-            if self.stop.is_set():
-                raise Stopped
+            self.check()
         finally:
             gate.close()
 
     def wait_for(self, outcomes: queue.Queue[Outcome]) -> Outcome:
-        """The next outcome; what is done already is given out before `Stopped` is raised."""
+        """The next outcome; what is done already is given out before the stop is raised."""
         while True:
             with suppress(queue.Empty):
                 return outcomes.get(timeout=POLL_SECONDS)
-            if self.stop.is_set():
-                raise Stopped
+            self.check()
+
+    def check(self) -> None:
+        if self.stop.is_set():
+            raise self.error(self.why)
+
+    def pause(self, seconds: float) -> None:
+        """For `Tools.pause`: wait so long, or raise the stop."""
+        if self.stop.wait(seconds):
+            raise self.error(self.why)
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         return self.engine.count_tokens(texts)
@@ -56,15 +77,10 @@ class StoppableEngine:
         self.engine.close()
 
 
-def stoppable_pause(stop: threading.Event, seconds: float) -> None:
-    if stop.wait(seconds):
-        raise Stopped
-
-
 class Gate:
     """Hands requests on until it is closed. Once `close` has returned, the caller's iterable is not drawn from."""
 
-    def __init__(self, requests: Iterable[CompletionRequest], stop: threading.Event) -> None:
+    def __init__(self, requests: Iterable[CompletionRequest], stop: Stop) -> None:
         self.requests = iter(requests)
         self.stop = stop
         self.lock = threading.Lock()
@@ -75,7 +91,7 @@ class Gate:
 
     def __next__(self) -> CompletionRequest:
         with self.lock:
-            if self.closed or self.stop.is_set():
+            if self.abandoned:
                 raise StopIteration
             return next(self.requests)
 
@@ -89,24 +105,41 @@ class Gate:
             self.closed = True
 
 
-def pump(engine: Engine, gate: Gate, tenant: str, outcomes: queue.Queue[Outcome]) -> None:
+PUMPS: weakref.WeakSet[Pump] = weakref.WeakSet()
+
+
+class Pump(threading.Thread):
     """Runs the engine's stream on a thread of its own: a generator can only be closed where it runs."""
-    last: Outcome = None
-    try:
-        stream = engine.stream(gate, tenant)
-        for outcome in stream:
-            if not put(outcomes, outcome, gate) or gate.stop.is_set():
-                break
-        close(stream)
-    except BaseException as error:
-        last = error
-    put(outcomes, last, gate)
+
+    def __init__(self, engine: Engine, gate: Gate, tenant: str, outcomes: queue.Queue[Outcome]) -> None:
+        super().__init__(daemon=True, name="complete-fn-pump")
+        self.engine, self.gate, self.tenant, self.outcomes = engine, gate, tenant, outcomes
+        PUMPS.add(self)
+
+    def run(self) -> None:
+        last: Outcome = None
+        try:
+            stream = self.engine.stream(self.gate, self.tenant)
+            for outcome in stream:
+                if not self.put(outcome) or self.gate.stop.is_set():
+                    break
+            close(stream)
+        except BaseException as error:
+            last = error
+        self.put(last)
+
+    def put(self, outcome: Outcome) -> bool:
+        """Whether the outcome could be put: False once nobody takes any more."""
+        while not self.gate.closed:
+            with suppress(queue.Full):
+                self.outcomes.put(outcome, timeout=POLL_SECONDS)
+                return True
+        return False
 
 
-def put(outcomes: queue.Queue[Outcome], outcome: Outcome, gate: Gate) -> bool:
-    """Whether the outcome could be put: False once nobody takes any more."""
-    while not gate.closed:
-        with suppress(queue.Full):
-            outcomes.put(outcome, timeout=POLL_SECONDS)
-            return True
-    return False
+def let_finish(seconds: float) -> None:
+    """Wait, at most so long, until the engines' threads have noticed that nobody listens any more."""
+    end = time.monotonic() + seconds
+    for pump in list(PUMPS):
+        if pump.gate.closed:
+            pump.join(max(0.0, end - time.monotonic()))

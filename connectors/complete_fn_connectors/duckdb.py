@@ -17,6 +17,8 @@ from duckdb.func import ARROW, SPECIAL
 from complete_fn import answers as arrow_answers
 from complete_fn.engine import Engine
 from complete_fn.errors import CompleteError, InputError
+from complete_fn.interrupts import INTERRUPTS
+from complete_fn.stoppable import let_finish
 from complete_fn.types import Asker
 from complete_fn_connectors import cortex as snowflake
 from complete_fn_connectors import functions, query
@@ -24,7 +26,6 @@ from complete_fn_connectors.collect import Memory, Remembering
 from complete_fn_connectors.estimates import QueryEstimate, estimate_query
 from complete_fn_connectors.explain import Explanation, explain_query
 from complete_fn_connectors.functions import QuerySession
-from complete_fn_connectors.interrupt import INTERRUPTS
 from complete_fn_connectors.planning import at_plan_time, places
 from complete_fn_connectors.sites import SITE
 from complete_fn_connectors.statement import Parameters
@@ -316,7 +317,7 @@ def estimate(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, param
 def close_all() -> None:
     """At exit: without it nanobind reports the functions and their connections as leaked."""
     INTERRUPTS.raise_all()
-    INTERRUPTS.let_finish(1.0)
+    let_finish(1.0)
     for con, reference in list(REGISTERED.items()):
         registration = reference()
         with contextlib.suppress(duckdb.Error, AttributeError):  # DuckDB 1 has no abort() and needs none

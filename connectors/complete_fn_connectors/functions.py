@@ -12,14 +12,12 @@ import pyarrow as pa
 
 from complete_fn.answers import DETAILS, Answers
 from complete_fn.catalogue import Model
-from complete_fn.engine import Engine
 from complete_fn.errors import EngineError, InputError, RequestError
 from complete_fn.options import Options
 from complete_fn.progress import Progress, Quiet
 from complete_fn.session import Session, warn
 from complete_fn_connectors.arrow import Group, by_group, groups, is_text, prompt_column, prompt_structs, whole
 from complete_fn_connectors.bar import QueryBar
-from complete_fn_connectors.interrupt import INTERRUPTS, Interruptible
 
 VECTOR = 2048  # rows of a full call by DuckDB: another one of the same query is likely to follow
 PAUSE = 0.25  # seconds without a call after which the next one belongs to another query
@@ -39,9 +37,6 @@ class QuerySession(Session):
         self.warn_at = 1
         self.bars: dict[str, QueryBar] = {}
         self.warnings: deque[float] = deque([-WITHIN] * LOUD, LOUD)
-
-    def engine_of(self, model: Model) -> Engine:
-        return Interruptible(super().engine_of(model), INTERRUPTS)
 
     def bar(self, model: Model, rows: int) -> Progress:
         """One bar for all pieces of a query, where a person is looking."""

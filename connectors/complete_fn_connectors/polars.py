@@ -19,12 +19,12 @@ import pyarrow as pa
 
 from complete_fn.choices import parse_choices
 from complete_fn.engine import Engine
+from complete_fn.interrupts import INTERRUPTS
 from complete_fn.options import parse_options
 from complete_fn.prompts import template_fields
 from complete_fn.types import Asker
 from complete_fn_connectors import functions, tasks
 from complete_fn_connectors.functions import QuerySession
-from complete_fn_connectors.interrupt import INTERRUPTS
 from complete_fn_connectors.polars_columns import Ask, answer_together
 
 IntoExpr = pl.Expr | str

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from complete_fn.engine import EchoEngine
 from complete_fn.keys import Call
 from complete_fn.prompts import text_column
 from complete_fn.runner import Tools, run
-from complete_fn.stoppable import Stopped, stoppable_pause
+from complete_fn.stoppable import StoppableEngine, Stopped
 from complete_fn.store import Store
 from complete_fn.tables import attempts, claims, ledger
 from complete_fn.types import Asker, Completion, CompletionRequest, RowError, SamplingParams
@@ -135,7 +134,7 @@ def test_a_run_that_waits_for_another_can_be_stopped(store_url: str) -> None:
         first = pool.submit(run, CALL, prompts(0, 5), Tools(Held(), store), Asker())
         while claimed_by_others(store) < 5:
             time.sleep(0.02)
-        tools = Tools(EchoEngine(), store, pause=partial(stoppable_pause, stop))
+        tools = Tools(EchoEngine(), store, pause=StoppableEngine(EchoEngine(), stop).pause)
         second = pool.submit(run, CALL, prompts(0, 5), tools, Asker())
         time.sleep(0.5)
         assert not second.done()

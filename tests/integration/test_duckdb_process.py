@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+# A process that hangs prints what its threads do and ends, so that the test that waits for it fails instead of hanging.
 SLOW = """
-import sys, threading, time, warnings, duckdb
+import faulthandler, sys, threading, time, warnings, duckdb
+faulthandler.dump_traceback_later(100, exit=True)
 from complete_fn import Completion, EchoEngine, Usage
 from complete_fn_connectors.duckdb import register
 
@@ -61,7 +63,9 @@ def interrupted(script: str, home: Path, after: str = "running") -> tuple[str, s
             line = process.stdout.readline()
             seen += line
         seconds = time.monotonic() - sent
-        return seen + process.stdout.read(), process.stderr.read(), seconds
+        out, err = seen + process.stdout.read(), process.stderr.read()
+    assert "Timeout (" not in err, err
+    return out, err, seconds
 
 
 def kept(home: Path) -> tuple[int, set[str]]:
@@ -153,7 +157,7 @@ def test_ctrl_c_ends_a_polars_query_too(query: str, tmp_path: Path) -> None:
 
 FORK = """
 import os, signal
-from complete_fn_connectors.interrupt import INTERRUPTS
+from complete_fn.interrupts import INTERRUPTS
 signal.signal(signal.SIGINT, lambda *_: None)
 INTERRUPTS.listen()
 if (child := os.fork()) == 0:

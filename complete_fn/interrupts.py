@@ -1,0 +1,134 @@
+"""Ctrl-C: ends the completions of this process on whatever thread they run, and keeps what is finished."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+POLL_SECONDS, GRACE_SECONDS = 0.1, 5.0
+T = TypeVar("T")
+
+
+class Interrupts:
+    """Counts interrupts of this process. Python's own wake-up socket tells any thread of a SIGINT at once.
+
+    Only one wake-up descriptor exists per process: where another library holds it, its owner keeps it, and Ctrl-C
+    then waits for the rows in flight. Handlers are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.number = 0
+        self.inbox: socket.socket | None = None
+        self.outbox: socket.socket | None = None
+
+    def listen(self) -> None:
+        """Ask for wake-ups; possible on the main thread only, done once."""
+        if self.inbox is not None or threading.current_thread() is not threading.main_thread():
+            return
+        inbox, outbox = socket.socketpair()
+        inbox.setblocking(False)
+        outbox.setblocking(False)
+        taken = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
+        if taken != -1:
+            signal.set_wakeup_fd(taken)
+            inbox.close()
+            outbox.close()
+            return
+        self.inbox, self.outbox = inbox, outbox
+
+    def forget(self) -> None:
+        """In a forked child: its signals are none of its parent's business."""
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+        self.lock, self.inbox, self.outbox = threading.Lock(), None, None
+
+    def count(self) -> int:
+        """How many interrupts there have been."""
+        with self.lock:
+            if self.inbox is not None:
+                with contextlib.suppress(BlockingIOError):
+                    self.number += self.inbox.recv(4096).count(signal.SIGINT)
+            return self.number
+
+    def raise_all(self) -> None:
+        """Interrupt every completion that is running now, as Ctrl-C would."""
+        with self.lock:
+            self.number += 1
+
+
+INTERRUPTS = Interrupts()
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=INTERRUPTS.forget)
+
+
+class NextInterrupt:
+    """Set by the first interrupt from now on; stands where a threading.Event would."""
+
+    def __init__(self, interrupts: Interrupts = INTERRUPTS) -> None:
+        self.interrupts, self.seen = interrupts, interrupts.count()
+
+    def is_set(self) -> bool:
+        return self.interrupts.count() != self.seen
+
+    def wait(self, seconds: float, /) -> bool:
+        """Whether it was set within so many seconds."""
+        end = time.monotonic() + seconds
+        while not self.is_set() and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+        return self.is_set()
+
+
+def uninterrupted(work: Callable[[], T]) -> T:
+    """`work()`, never on the main thread: Ctrl-C interrupts everybody, then waits until `work` has ended by itself.
+
+    Python raises KeyboardInterrupt in the main thread after any call, also between a lock's acquire and the `with`
+    that would release it: `threading.Condition.__enter__` has such a place. Whoever needs that lock then waits for
+    ever. So the main thread takes no such lock; it only waits, in C.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    ended: queue.SimpleQueue[Outcome[T]] = queue.SimpleQueue()
+    gone: queue.SimpleQueue[None] = queue.SimpleQueue()  # `ended` may be empty because the outcome was taken
+
+    def go() -> None:
+        ended.put(Outcome(work))
+        gone.put(None)
+
+    try:
+        _thread.start_new_thread(go, ())  # Thread.start() takes a Condition
+        outcome = ended.get()
+    except BaseException:
+        INTERRUPTS.raise_all()
+        with contextlib.suppress(queue.Empty):
+            gone.get(timeout=GRACE_SECONDS)  # what is finished is committed meanwhile
+        raise
+    return outcome.take()
+
+
+class Outcome(Generic[T]):
+    """What a call returned or raised."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.error: BaseException | None = None
+        try:
+            self.value = work()
+        except BaseException as error:
+            self.error = error
+
+    def take(self) -> T:
+        if self.error is None:
+            return self.value
+        try:
+            raise self.error
+        finally:
+            self.error = None  # no cycle of frames, which would keep the run's tables
