@@ -1,4 +1,7 @@
-"""Peak memory and time of `complete-fn run` over 1 and 10 million rows, answered by EchoEngine."""
+"""Peak memory and time of `complete-fn run` over 1 and 10 million rows, answered by EchoEngine.
+
+The rows come from a Parquet file, or from a table of a PostgreSQL, in a database that is made for it and dropped.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import parquet
+from read_databases import docs
 
 from complete_fn.windows import WINDOW_BYTES, WINDOW_ROWS
 
@@ -30,10 +36,21 @@ def write_rows(path: Path, rows: int) -> None:
             writer.write_table(pa.table({"id": ids, "text": [f"{n} {FILL}" for n in ids]}, schema))
 
 
-def measured(folder: Path, rows: int, kind: str) -> tuple[float, float]:
+@contextmanager
+def source(server: str | None, folder: Path, rows: int) -> Iterator[list[str]]:
+    """The arguments that name the rows."""
+    if server is None:
+        write_rows(folder / "in.parquet", rows)
+        yield [str(folder / "in.parquet")]
+        return
+    with docs(server, f"SELECT i AS id, i || ' {FILL}' AS text FROM generate_series(1, {rows}) i") as url:
+        yield [url, "--table", "docs", "--key", "id"]
+
+
+def measured(folder: Path, given: list[str], kind: str) -> tuple[float, float]:
     """(seconds, peak MB) of one run in a process of its own."""
     code = "import sys; from complete_fn.cli import main; sys.exit(main())"
-    given = ["run", "-m", "echo", "-p", "{text}", str(folder / "in.parquet"), "-o", str(folder / f"out.{kind}")]
+    given = ["run", "-m", "echo", "-p", "{text}", *given, "-o", str(folder / f"out.{kind}")]
     began = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-c", code, *given, "--max-tokens", "4", "--quiet", "--overwrite"])
     _, status, used = os.wait4(child.pid, 0)
@@ -46,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=int, nargs="*", default=[1_000_000, 10_000_000])
     parser.add_argument("--format", default="parquet", choices=("parquet", "jsonl", "csv", "arrow"))
+    parser.add_argument("--server", help="read from this PostgreSQL: postgresql://USER@HOST, who may make databases")
     a = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, pyarrow {pa.__version__}")
     print(f"windows of {WINDOW_ROWS:,} rows or {WINDOW_BYTES / 1e6:,.0f} MB; state in SQLite")
@@ -53,11 +71,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "models.toml").write_text(MODELS)
-            write_rows(folder / "in.parquet", rows)
             os.environ.update(COMPLETE_FN_MODELS=str(folder / "models.toml"), COMPLETE_FN_HOME=str(folder / "home"))
-            seconds, peak = measured(folder, rows, a.format)
-            size = (folder / "in.parquet").stat().st_size / 1e6
-        print(f"{rows:>11,} rows, {size:,.0f} MB: {seconds:,.0f} s, {rows / seconds:,.0f} rows/s, peak {peak:,.0f} MB")
+            with source(a.server, folder, rows) as given:
+                seconds, peak = measured(folder, given, a.format)
+        print(f"{rows:>11,} rows: {seconds:,.0f} s, {rows / seconds:,.0f} rows/s, peak {peak:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
+from complete_fn.adbc import postgres_batches
 from complete_fn.errors import InputError, TooLargeError
 from complete_fn.files import Rows
 from complete_fn.result_tables import refuse_keys, result_table, upserting
@@ -153,8 +154,16 @@ class SqlDatabase:
             raise InputError(f"The {self.where} cannot be used: {str(error).splitlines()[0]}") from error
 
     def batches(self, query: Query) -> Iterator[Any]:
-        sql, values = self.statement(query)
         deadline = None if self.seconds is None else time.monotonic() + self.seconds
+        if self.family == "postgresql" and (arrow := self.arrow_batches(query)) is not None:
+            for batch in arrow:
+                if batch.num_rows:
+                    refuse_late(deadline, self.seconds)
+                yield batch
+            return
+        mark = "?" if self.family == "sqlite" else "%s"
+        given = query.sql if mark == "?" else query.sql.replace("%", "%%")  # the drivers fill in %s, always
+        sql, values = self.statement(given, query, mark), None if query.after is None else (query.after,)
         with self.named_errors(), self.engine.connect() as connection:
             if self.read_only:
                 self.make_read_only(connection, deadline)
@@ -172,23 +181,34 @@ class SqlDatabase:
                 nothing: list[list[Any]] = [[] for _ in names]
                 yield batch_of(names, nothing, [self.kind_of([], c) for c in codes])
 
-    def statement(self, query: Query) -> tuple[str, tuple[Any, ...] | None]:
-        """The SQL as the driver takes it, with its values."""
-        mark = "?" if self.family == "sqlite" else "%s"
-        plain_sql = query.sql if mark == "?" else query.sql.replace("%", "%%")  # the drivers fill in %s, always
+    def arrow_batches(self, query: Query) -> Iterator[Any] | None:
+        """By ADBC, where it is installed and reads the columns alike."""
+        from psycopg.sql import Literal
+
+        # A literal, because the driver holds the whole result of a statement with parameters in memory.
+        sql = self.statement(query.sql, query, "" if query.after is None else Literal(query.after).as_string())
+        extra = {"client_encoding": "utf8", "connect_timeout": str(CONNECT_SECONDS)}
+        url = self.engine.url.set(drivername="postgresql").update_query_dict(extra)
+        return postgres_batches(url.render_as_string(hide_password=False), sql, self.read_only_statements(), self.where)
+
+    def statement(self, sql: str, query: Query, after: str) -> str:
+        """The SQL of the query; `after` is how the value is written that rows come behind."""
         if query.key is None:
-            return plain_sql, None
+            return sql
         name = self.engine.dialect.identifier_preparer.quote_identifier(query.key)
-        whole = f"SELECT * FROM ({plain_sql}\n) AS q"
-        if query.after is None:
-            return f"{whole} ORDER BY {name}", None
-        return f"{whole} WHERE {name} > {mark} ORDER BY {name}", (query.after,)
+        where = "" if query.after is None else f"WHERE {name} > {after} "
+        return f"SELECT * FROM ({sql}\n) AS q {where}ORDER BY {name}"
+
+    def read_only_statements(self) -> list[str]:
+        """For the beginning of a transaction of PostgreSQL."""
+        limit = f"SET LOCAL statement_timeout = {int((self.seconds or 0.0) * 1000)}"
+        return ["SET TRANSACTION READ ONLY", limit] if self.read_only else []
 
     def make_read_only(self, connection: sa.Connection, deadline: float | None) -> None:
         seconds = self.seconds or 0.0
         if self.family == "postgresql":
-            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-            connection.exec_driver_sql(f"SET LOCAL statement_timeout = {int(seconds * 1000)}")
+            for statement in self.read_only_statements():
+                connection.exec_driver_sql(statement)
         elif self.family == "mysql":
             limit = f"max_statement_time = {seconds}" if self.is_mariadb(connection) else ""
             limit = limit or f"max_execution_time = {int(seconds * 1000)}"
