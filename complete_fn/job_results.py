@@ -85,14 +85,14 @@ def result_windows(service: Service, job: Job, with_details: bool, partial: bool
     """(rows, their new columns, their numbers) of each window.
 
     Args:
-        partial: only the rows that are done.
+        partial: only the rows that are done; of a completed job all, those without a prompt too.
     """
     column = json.loads(job.request)["column"]
     parts = service.jobs.parts(job.id)
     for window in windows_of(service, job):
         rows, details = rows_of(service, job, window), details_of(service, job, window, parts)
         numbers = pa.array(np.arange(window.rows) + window.first)
-        if partial:
+        if partial and job.status != "completed":
             done = pc.indices_nonzero(pc.is_valid(details))
             rows, details, numbers = taken(rows, done), details.take(done), numbers.take(done)
         failed = pc.is_valid(pc.struct_field(details, [1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import threading
 import time
@@ -79,6 +80,25 @@ def test_rows_come_back_in_order_and_nulls_stay(shared: Running, installed: Inst
         "SELECT completion, error ->> 'code' FROM complete_table($$SELECT repeat('word ', 99) AS prompt$$, 'echo')"
     ).fetchall()
     assert long == [(None, "prompt_too_long")]
+
+
+def test_the_example_runs_as_it_is(serve: Callable[..., Running], installed: Install, postgres_url: str) -> None:
+    engine = Counting()
+    con = installed(serve(engine=engine))
+    con.execute(
+        "CREATE TABLE packages AS SELECT 'p' || g AS package, 'does ' || g AS description FROM generate_series(1, 9) g"
+    )
+    con.execute("UPDATE packages SET description = NULL WHERE package = 'p5'")
+    done = psql(postgres_url, "../examples/warehouses/postgres.sql")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert " p1      | Name the section: does 1\n" in done.stdout
+    assert re.search(r" p5 +\| +\| *\n", done.stdout)
+    (job,) = re.findall(r"job_\w+", done.stdout)
+    deadline = time.monotonic() + 30
+    while len(found := con.execute("SELECT completion FROM complete_result(%s)", [job]).fetchall()) < 9:
+        assert time.monotonic() < deadline, (len(found), found)
+        time.sleep(0.1)
+    assert len(engine.asked) == 8  # the job asks what the table has paid for
 
 
 def test_a_table_is_one_submission_and_rows_are_one_each(serve: Callable[..., Running], installed: Install) -> None:
