@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from complete_fn.catalogue import Prices
 from complete_fn.errors import InvalidOptionError
@@ -53,12 +54,41 @@ class Budget:
             return self.reserved == 0 and self.spent + worst > self.limit
 
 
-class Caps:
-    """The caps of one run: money, tokens, both or neither. A row is admitted only if each covers its worst case."""
+@dataclass(frozen=True)
+class Brake:
+    """One query's own caps, beside those of its session."""
 
-    def __init__(self, prices: Prices, money: Budget | None = None, tokens: Budget | None = None) -> None:
+    money: Budget | None = None
+    tokens: Budget | None = None
+
+    @classmethod
+    def of(cls, max_cost: Any, max_total_tokens: int | None) -> Brake:
+        """Raises:
+        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
+        """
+        return cls(
+            None if max_cost is None else Budget(parse_cap(max_cost), name="The query's max_cost"),
+            None
+            if max_total_tokens is None
+            else Budget(parse_token_cap(max_total_tokens), name="The query's max_total_tokens"),
+        )
+
+    def __bool__(self) -> bool:
+        return self.money is not None or self.tokens is not None
+
+
+NO_BRAKE = Brake()
+
+
+class Caps:
+    """The caps of one run, of money and of tokens. A row is admitted only if each covers its worst case."""
+
+    def __init__(
+        self, prices: Prices, money: Budget | None = None, tokens: Budget | None = None, brake: Brake = NO_BRAKE
+    ) -> None:
         self.prices = prices
-        self.budgets = [(b, unit) for b, unit in ((money, self.money), (tokens, whole_tokens)) if b is not None]
+        given = [(money, self.money), (tokens, whole_tokens), (brake.money, self.money), (brake.tokens, whole_tokens)]
+        self.budgets = [(budget, unit) for budget, unit in given if budget is not None]
 
     def money(self, usage: Usage) -> Decimal:
         return amount(self.prices, usage)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from complete_fn.answers import Answers
-from complete_fn.budget import Budget, Caps
+from complete_fn.budget import NO_BRAKE, Brake, Budget, Caps
 from complete_fn.device_time import device_time_of
 from complete_fn.engine import Engine
 from complete_fn.errors import EngineError
@@ -33,7 +33,7 @@ NOT_TEXT = "The prompt has a lone surrogate or bytes that are not UTF-8, which n
 
 @dataclass(frozen=True)
 class Tools:
-    """What a run works with. `budget` caps its money, `tokens` its tokens of prompts and answers.
+    """What a run works with. `budget` caps its money, `tokens` its tokens of prompts and answers, `brake` both.
 
     `pause` waits so many seconds for other runs, and raises what is to end this one.
     """
@@ -43,6 +43,7 @@ class Tools:
     budget: Budget | None = None
     progress: Progress = Quiet()
     tokens: Budget | None = None
+    brake: Brake = NO_BRAKE
     priority: int = 0
     tell: Tell | None = None
     pause: Callable[[float], None] = time.sleep
@@ -82,7 +83,7 @@ def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: T
         The prompts that other runs are computing.
     """
     elsewhere: list[int] = []
-    bound, caps = PromptBound(call.model), Caps(call.model.prices, tools.budget, tools.tokens)
+    bound, caps = PromptBound(call.model), Caps(call.model.prices, tools.budget, tools.tokens, tools.brake)
     meter = Meter()
     while numbers:
         turn = numbers if not caps or bound.known else numbers[:1]

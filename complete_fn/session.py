@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from complete_fn.answers import Answers, Summary
 from complete_fn.bounds import prune
-from complete_fn.budget import Budget, parse_cap, parse_token_cap
+from complete_fn.budget import NO_BRAKE, Budget, parse_cap, parse_token_cap
 from complete_fn.catalogue import Model, find_model, load_catalogue
 from complete_fn.engine import Engine
 from complete_fn.engines import at_engine, engine_for
@@ -88,6 +88,7 @@ class Session:
         self.tokens: Budget | None = None
         if max_total_tokens is not None:
             self.tokens = Budget(parse_token_cap(max_total_tokens), name="max_total_tokens")
+        self.brake = NO_BRAKE
         self.progress = progress
         self.summary = Summary()
         self.lock = threading.Lock()
@@ -157,7 +158,7 @@ class Session:
         budget, bar = self.budget_of(call.model, job), self.bar(call.model, len(column))
         why = "the query was interrupted; finished rows are kept"
         engine = StoppableEngine(self.engine_of(call.model), stop, KeyboardInterrupt, why)
-        tools = Tools(engine, self.store, budget, bar, self.tokens_of(job), pause=engine.pause)
+        tools = Tools(engine, self.store, budget, bar, self.tokens_of(job), self.brake, pause=engine.pause)
         return run(call, column, tools, replace(self.who, job=job), cache)
 
     def known(
@@ -199,7 +200,7 @@ class Session:
         Raises:
             InvalidOptionError: the model is priced in another currency than the first one was.
         """
-        if self.budget is None:
+        if self.budget is None and self.brake.money is None:
             return None
         with self.lock:
             self.currency = self.currency or model.prices.currency
@@ -210,7 +211,7 @@ class Session:
                 )
             counted = job is None or job in self.jobs
             self.jobs.add(job or "")
-        if not counted and job is not None:
+        if self.budget is not None and not counted and job is not None:
             self.budget.settle(Decimal(0), self.store.spent(self.who.tenant, job))
         return self.budget
 

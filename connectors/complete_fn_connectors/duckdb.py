@@ -265,7 +265,14 @@ def has_function(con: duckdb.DuckDBPyConnection, name: str) -> bool:
     return bool(con.execute("SELECT 1 FROM duckdb_functions() WHERE function_name = ?", [name]).fetchall())
 
 
-def sql(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params: Parameters = None) -> Any:
+def sql(
+    con: duckdb.DuckDBPyConnection | ModuleType,
+    query_text: str,
+    params: Parameters = None,
+    *,
+    max_cost: Any = None,
+    max_total_tokens: int | None = None,
+) -> Any:
     """Run a query once, with its completions planned as a whole instead of 2,048 rows at a time.
 
     The query is first run in collect mode: what its calls would ask is noted, then asked as one plan for each model,
@@ -275,16 +282,23 @@ def sql(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params: Pa
 
     Args:
         params: values of a prepared query's parameters, a sequence or a mapping by name.
+        max_cost: never spend more on this query, in the catalogue's currency; what it does not cover is NULL with
+            `budget_exceeded`. The registration's own cap holds too. Whatever else the registration is asked meanwhile,
+            from other threads, counts as well.
+        max_total_tokens: the same for tokens, those of prompts and answers together.
 
     Returns:
         A relation over the rows, which are not computed again; what `con.execute` returns for INSERT, CREATE and COPY.
 
     Raises:
-        InputError: the connection is not registered.
+        InputError: the connection is not registered, or another query of it has caps of its own now.
+        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
         duckdb.Error: as `con.execute`.
     """
     con = duckdb.default_connection() if isinstance(con, ModuleType) else con
-    return query.run_query(con, registration_of(con), query_text, params)
+    registration = registration_of(con)
+    with registration.session.braked(max_cost, max_total_tokens):
+        return query.run_query(con, registration, query_text, params)
 
 
 def explain(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params: Parameters = None) -> Explanation:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 
 from complete_fn.answers import DETAILS, Answers
+from complete_fn.budget import NO_BRAKE, Brake
 from complete_fn.catalogue import Model
 from complete_fn.errors import EngineError, InputError, RequestError
 from complete_fn.options import Options
@@ -37,6 +39,30 @@ class QuerySession(Session):
         self.warn_at = 1
         self.bars: dict[str, QueryBar] = {}
         self.warnings: deque[float] = deque([-WITHIN] * LOUD, LOUD)
+
+    @contextmanager
+    def braked(self, max_cost: Any, max_total_tokens: int | None) -> Iterator[None]:
+        """Caps for what is asked meanwhile, besides the session's own.
+
+        Raises:
+            InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
+            InputError: another query of the session has caps of its own.
+        """
+        brake = Brake.of(max_cost, max_total_tokens)
+        if not brake:
+            yield
+            return
+        with self.counting:
+            if self.brake:
+                raise InputError(
+                    "Another query is running with a max_cost or max_total_tokens of its own. Wait for it, or "
+                    "register another connection."
+                )
+            self.brake = brake
+        try:
+            yield
+        finally:
+            self.brake = NO_BRAKE
 
     def bar(self, model: Model, rows: int) -> Progress:
         """One bar for all pieces of a query, where a person is looking."""

@@ -12,8 +12,8 @@ import polars as pl
 import pytest
 
 from complete_fn import Completion, CompletionRequest, CompletionWarning, EchoEngine
-from complete_fn.errors import InputError
-from complete_fn_connectors.duckdb import explain, register, sql
+from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn_connectors.duckdb import explain, register, registration_of, sql
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -229,6 +229,48 @@ def test_the_budget_holds_and_failed_rows_are_asked_once(tmp_path: Path) -> None
             assert first(sql(con, "SELECT complete('demo-llama', 'a b c')")) == [None]
         assert engine.requests == []
         assert "budget_exceeded" in registration.summary()
+
+
+@pytest.mark.parametrize("cap", [{"max_total_tokens": 1800}, {"max_cost": "0.000018"}])
+def test_a_querys_own_cap_holds_for_it_alone(
+    cap: dict[str, Any], con: duckdb.DuckDBPyConnection, engine: Counting
+) -> None:
+    query = (
+        "SELECT complete('demo-llama', repeat(text || ' ', 50), {'max_tokens': 2}) FROM docs WHERE id BETWEEN ? AND ?"
+    )
+    with pytest.warns(CompletionWarning, match=f"The query's {next(iter(cap))}"):
+        answers = first(sql(con, query, [100, 129], **cap))
+    answered = [answer for answer in answers if answer is not None]
+    assert 0 < len(answered) == len(engine.requests) < 30
+    assert 102 * len(answered) <= 1800
+    again = first(sql(con, query, [100, 129], **cap))  # what is known is free
+    assert set(answered) < set(again)
+    assert None not in first(sql(con, query, [200, 229]))
+
+
+def test_the_registrations_cap_holds_beside_the_querys(tmp_path: Path) -> None:
+    engine = Counting()
+    with duckdb.connect() as con, register(con, engine=engine, home=tmp_path, max_total_tokens=1200):
+        with pytest.warns(CompletionWarning, match=": max_total_tokens 1,200"):
+            answers = first(
+                sql(
+                    con,
+                    "SELECT complete('m', 'doc ' || i, {'max_tokens': 2}) FROM range(900) r(i)",
+                    max_total_tokens=9999,
+                )
+            )
+        assert 0 < len(engine.requests) == sum(answer is not None for answer in answers) <= 300
+
+
+def test_a_cap_that_is_none_or_meets_another_is_refused(con: duckdb.DuckDBPyConnection, engine: Counting) -> None:
+    with pytest.raises(InvalidOptionError, match="max_cost = 'plenty'"):
+        sql(con, "SELECT complete('m', 'x')", max_cost="plenty")
+    with pytest.raises(InvalidOptionError, match="max_total_tokens = -1"):
+        sql(con, "SELECT complete('m', 'x')", max_total_tokens=-1)
+    with registration_of(con).session.braked(1, None), pytest.raises(InputError, match="Another query is running"):
+        sql(con, "SELECT complete('m', 'x')", max_cost=1)
+    assert engine.requests == []
+    assert first(sql(con, "SELECT complete('m', 'x')", max_cost=1)) == ["x"]
 
 
 def test_faults_are_told_as_by_the_plain_run(con: duckdb.DuckDBPyConnection, engine: Counting) -> None:
