@@ -3,6 +3,8 @@
     python benchmarks/swiftkv_speed.py --quick            both sizes, eager, about 12 minutes on two cores
     python benchmarks/swiftkv_speed.py --json speed.json  all workloads, eager and compiled
     python benchmarks/swiftkv_speed.py --startup          time until an engine is ready
+    python benchmarks/swiftkv_speed.py --quick --sizes demo --prompts 64
+                                                          demo-llama's size, where SwiftKV gains little or nothing
 
 Ratios are plain / SwiftKV, so above 1 SwiftKV is faster; each is the median over pairs of runs that follow each other,
 the order turned round every time. A pair during which other processes used more than 5 % of the machine is measured
@@ -56,6 +58,7 @@ class Dims:
 
 SIZES = {
     "tiny": Dims(4, 128, 4, 2, 32, 256),
+    "demo": Dims(8, 256, 4, 2, 64, 480, 5120),  # demo-llama
     "180m": Dims(16, 1024, 16, 4, 64, 2816),
     "870m": Dims(16, 2048, 32, 8, 64, 7168),
     "8b": Dims(32, 4096, 32, 8, 128, 14336, 128256),
