@@ -6,7 +6,8 @@
 Adds the parent converted without distillation and, for each student named with `+fp8`, the same with an FP8 cache.
 Each row is one package of the test split (disjoint from training by source package) under all three instructions,
 answered greedily by the embedded engine. Differences are student - parent in points, with a 95 % interval from the
-rows' paired differences. At this size SwiftKV is no speed-up: `benchmarks/swiftkv_speed.py` shows where it is one.
+rows' paired differences. At this size and with prompts this short SwiftKV is hardly a speed-up, which
+`benchmarks/swiftkv_speed.py --quick --sizes demo --prompts 64` shows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of PostgreSQL straight into Arrow, by ADBC's driver: about ten times as fast as through Python's objects.
+"""Rows of PostgreSQL straight into Arrow, by ADBC's driver: 7 to 11 times as fast as through Python's objects.
 
 Only where that gives the same columns as the other way, which reads the rest.
 """
@@ -6,17 +6,19 @@ Only where that gives the same columns as the other way, which reads the rest.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from datetime import date, datetime
-from typing import Any
+from typing import Any, TypeVar
 from zoneinfo import available_timezones
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
+from complete_fn.interrupts import uninterrupted
 
+T = TypeVar("T")
 # Not float4, which the driver gives with the digits of a double, nor numeric, whose scale its values decide.
 TYPES = {
     "bool": pa.bool_(), "int2": pa.int64(), "int4": pa.int64(), "int8": pa.int64(), "float8": pa.float64(),
@@ -25,73 +27,134 @@ TYPES = {
 }  # fmt: skip
 ROWS = re.compile(r"[\s(]*(select|with|values|table)\b", re.IGNORECASE)  # what COPY takes
 WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)  # COPY takes them in a WITH, a cursor does not
+SEVERITY = re.compile(r"\b[^\W\d_]+:  ")  # "ERROR:  ", in the server's language
 CALENDAR = {
     pa.date32(): (date.min, date.max),
     pa.timestamp("us"): (datetime.min, datetime.max),
 }
 
 
-def postgres_batches(url: str, sql: str, before: Sequence[str], where: str) -> Iterator[Any] | None:
+def postgres_batches(conninfo: str, sql: str, before: Sequence[str], where: str) -> Generator[Any] | None:
     """The record batches of a query, streamed, at least one; None where it is to be read the other way.
 
     Args:
-        url: as libpq takes it.
+        conninfo: as libpq takes it.
         before: statements for the beginning of the transaction.
         where: what to call the database in an error.
 
     Raises:
         InputError: as the batches are drawn: the database does not go on.
     """
-    if not ROWS.match(sql) or WRITES.search(sql):
+    sql = sql.rstrip("; \n")
+    if not ROWS.match(sql) or WRITES.search(sql) or ";" in sql:
         return None
     try:
         from adbc_driver_manager import Error
-        from adbc_driver_postgresql import dbapi
     except ImportError:
         return None
-    sql = sql.rstrip("; \n") + "\n"  # a comment at its end would take COPY's bracket with it
-    # What fails here fails the other way too, in words of its own: a host, a name, a right.
-    with suppress(Error):
-        connection = dbapi.connect(url)
+    opened = Opened(conninfo, sql + "\n", where)  # a comment at its end would take COPY's bracket with it
+    try:
+        schema = opened.do(lambda: opened.begin(before))
+    except Error:
+        schema = None  # it fails the other way too, in words of its own: a host, a name, a right
+    except BaseException:
+        opened.close()
+        raise
+    if schema is None:
+        opened.close()
+        return None
+    return opened.batches(schema)
+
+
+class Opened:
+    """A query on a connection of its own. Everything that waits is done off the main thread, where the driver would
+    take Ctrl-C for itself."""
+
+    def __init__(self, conninfo: str, sql: str, where: str) -> None:
+        self.conninfo, self.sql, self.where = conninfo, sql, where
+        self.connection: Any = None
+        self.cursor: Any = None
+        self.process: int | None = None  # the server's
+        self.busy = False
+
+    def begin(self, before: Sequence[str]) -> Any | None:
+        """The schema of the rows, or None if a column is read otherwise the other way."""
+        from adbc_driver_postgresql import dbapi
+
+        self.connection = dbapi.connect(self.conninfo)
+        self.cursor = self.connection.cursor()
+        for statement in before:
+            self.cursor.execute(statement)
+        self.cursor.execute(
+            "SELECT pg_backend_pid(), current_setting('TimeZone'), current_setting('statement_timeout')"
+        )
+        self.process, zone, limit = self.cursor.fetchone()
+        if not before and limit != "0":
+            return None  # it would count for the whole stream, which waits for completions; else for each FETCH
+        return kinds_of(zone, self.cursor.adbc_execute_schema(self.sql))
+
+    def batches(self, schema: Any) -> Generator[Any]:
+        from adbc_driver_manager import Error
+
         try:
-            cursor = connection.cursor()
-            for statement in before:
-                cursor.execute(statement)
-            cursor.execute("SELECT current_setting('TimeZone')")
-            kinds = kinds_of(cursor.fetchone()[0], cursor.adbc_execute_schema(sql))
-            if kinds is not None:
-                return read(connection, cursor, sql, kinds, where)
-        except Error:
-            connection.close()
-            raise
-        connection.close()
-    return None
+            self.do(lambda: self.cursor.execute(self.sql))
+            reader = iter(self.cursor.fetch_record_batch())
+            batch = pa.RecordBatch.from_pylist([], schema)
+            while batch is not None:
+                yield batch
+                found = self.do(lambda: next(reader, None))
+                batch = None if found is None else as_schema(found, schema)
+        except (Error, OSError) as error:
+            raise InputError(f"The {self.where} refuses: {own_words(str(error))}") from error
+        finally:
+            self.close()
+
+    def do(self, call: Callable[[], T]) -> T:
+        def work() -> T:
+            self.busy = True
+            try:
+                return call()
+            finally:
+                self.busy = False
+
+        return uninterrupted(work, self.cancel)
+
+    def cancel(self) -> None:
+        """By another connection: the driver's own cancel waits for what it is to end."""
+        import psycopg
+
+        with suppress(psycopg.Error):
+            if self.process is not None:
+                with psycopg.connect(self.conninfo, autocommit=True) as connection:
+                    connection.execute("SELECT pg_cancel_backend(%s)", [self.process])
+
+    def close(self) -> None:
+        from adbc_driver_manager import Error
+
+        if self.busy:  # it could not be cancelled, and closing would wait for it
+            return
+        for each in (self.cursor, self.connection):
+            if each is not None:
+                with suppress(Error):
+                    each.close()
 
 
 def kinds_of(zone: str, schema: Any) -> Any | None:
     """The schema of the other way, or None if a column's type is read otherwise there."""
     names = [(column.metadata or {}).get(b"POSTGRESQL:type", b"").decode() for column in schema]
-    if any(name not in TYPES for name in names) or ("timestamptz" in names and zone not in available_timezones()):
+    if (
+        not names
+        or any(name not in TYPES for name in names)
+        or ("timestamptz" in names and zone not in available_timezones())
+    ):
         return None
     kinds = [pa.timestamp("us", zone) if name == "timestamptz" else TYPES[name] for name in names]
     return pa.schema([pa.field(column.name, kind) for column, kind in zip(schema, kinds, strict=True)])
 
 
-def read(connection: Any, cursor: Any, sql: str, schema: Any, where: str) -> Iterator[Any]:
-    from adbc_driver_manager import Error
-
-    try:
-        cursor.execute(sql)
-        yield pa.RecordBatch.from_pylist([], schema)
-        for batch in cursor.fetch_record_batch():
-            columns = [in_calendar(c, f) for c, f in zip(batch.columns, batch.schema, strict=True)]
-            yield pa.record_batch([c.cast(kind) for c, kind in zip(columns, schema.types, strict=True)], schema=schema)
-    except (Error, OSError) as error:
-        raise InputError(f"The {where} refuses: {own_words(str(error))}") from error
-    finally:
-        with suppress(Error):
-            cursor.close()
-            connection.close()
+def as_schema(batch: Any, schema: Any) -> Any:
+    columns = [in_calendar(c, field) for c, field in zip(batch.columns, batch.schema, strict=True)]
+    return pa.record_batch([c.cast(kind) for c, kind in zip(columns, schema.types, strict=True)], schema=schema)
 
 
 def in_calendar(column: Any, field: Any) -> Any:
@@ -109,4 +172,5 @@ def in_calendar(column: Any, field: Any) -> Any:
 
 def own_words(text: str) -> str:
     """The server's message in the driver's: "...: ERROR:  division by zero"."""
-    return text.partition("ERROR:")[2].strip().partition("\n")[0] or text.partition("\n")[0]
+    found = SEVERITY.search(text)
+    return (text[found.end() :] if found else text).partition("\n")[0].strip()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
-from complete_fn.catalogue import Prices
+from complete_fn.catalogue import Model, Prices
 from complete_fn.errors import InvalidOptionError
 from complete_fn.prices import amount
 from complete_fn.types import Usage
@@ -27,7 +27,22 @@ class Budget:
         self.name = name
         self.spent = spent
         self.reserved = Decimal(0)
+        self.currency: str | None = None
         self.lock = threading.Lock()
+
+    def count_in(self, model: Model) -> None:
+        """Count in the currency of the first model that is asked.
+
+        Raises:
+            InvalidOptionError: the model is priced in another one.
+        """
+        with self.lock:
+            self.currency = self.currency or model.prices.currency
+        if model.prices.currency != self.currency:
+            raise InvalidOptionError(
+                f"{self.name} counts {self.currency}, but {model.name!r} is priced in {model.prices.currency}. "
+                "Use one session for each currency."
+            )
 
     def reserve(self, worst: Decimal) -> bool:
         with self.lock:

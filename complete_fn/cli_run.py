@@ -23,6 +23,7 @@ from complete_fn.estimate import Estimate
 from complete_fn.estimate_report import report
 from complete_fn.files import FORMATS, Place, place_of
 from complete_fn.inputs import Limited, Survey, database_url, file_source, is_database, query_source, survey
+from complete_fn.interrupts import off_main
 from complete_fn.keys import Call
 from complete_fn.options import Options, parse_options
 from complete_fn.outputs import refuse_output, writing
@@ -275,12 +276,14 @@ class Teller:
         if not self.quiet:
             print(text, file=sys.stderr)
 
+    @off_main
     def last_stop(self) -> None:
         """How the last attempt of an unfinished job ended, and what was lost with it."""
         stop = last_stop(self.session.store, self.session.who.tenant, self.work.job)
         if stop is not None:
             self.say(stop.line())
 
+    @off_main
     def committed(self, what: str) -> None:
         tenant = self.session.who.tenant
         try:

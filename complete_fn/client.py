@@ -150,7 +150,7 @@ class RemoteJob:
         """The rows with their answers.
 
         Args:
-            partial: only the rows that are done, also before the job is over.
+            partial: only the rows that are done, also before the job is over; all of a completed one.
         """
         query = {"format": "arrow", "details": details, "partial": partial}
         reply = self.client.ask("GET", f"/jobs/{self.id}/results", params=query)

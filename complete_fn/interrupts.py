@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from functools import partial, wraps
+from typing import Generic, ParamSpec, TypeVar
 
-POLL_SECONDS, GRACE_SECONDS = 0.1, 5.0
+POLL_SECONDS, GRACE_SECONDS = 0.1, 2.0
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Interrupts:
@@ -88,8 +90,8 @@ class NextInterrupt:
         return self.is_set()
 
 
-def uninterrupted(work: Callable[[], T]) -> T:
-    """`work()`, never on the main thread: Ctrl-C interrupts everybody, then waits until `work` has ended by itself.
+def uninterrupted(work: Callable[[], T], interrupt: Callable[[], None] = INTERRUPTS.raise_all) -> T:
+    """`work()`, never on the main thread: Ctrl-C calls `interrupt`, then waits a moment for `work` to end by itself.
 
     Python raises KeyboardInterrupt in the main thread after any call, also between a lock's acquire and the `with`
     that would release it: `threading.Condition.__enter__` has such a place. Whoever needs that lock then waits for
@@ -106,13 +108,26 @@ def uninterrupted(work: Callable[[], T]) -> T:
 
     try:
         _thread.start_new_thread(go, ())  # Thread.start() takes a Condition
-        outcome = ended.get()
+        outcome = None
+        while outcome is None:  # polars' handler restarts what a signal breaks off, so nothing may wait for long
+            with contextlib.suppress(queue.Empty):
+                outcome = ended.get(timeout=POLL_SECONDS)
     except BaseException:
-        INTERRUPTS.raise_all()
+        interrupt()
         with contextlib.suppress(queue.Empty):
             gone.get(timeout=GRACE_SECONDS)  # what is finished is committed meanwhile
         raise
     return outcome.take()
+
+
+def off_main(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates what works with the store and may be called on the main thread: see `uninterrupted`."""
+
+    @wraps(function)
+    def wrapped(*arguments: P.args, **named: P.kwargs) -> T:
+        return uninterrupted(partial(function, *arguments, **named))
+
+    return wrapped
 
 
 class Outcome(Generic[T]):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
@@ -156,10 +156,11 @@ class SqlDatabase:
     def batches(self, query: Query) -> Iterator[Any]:
         deadline = None if self.seconds is None else time.monotonic() + self.seconds
         if self.family == "postgresql" and (arrow := self.arrow_batches(query)) is not None:
-            for batch in arrow:
-                if batch.num_rows:
-                    refuse_late(deadline, self.seconds)
-                yield batch
+            with closing(arrow):
+                for batch in arrow:
+                    if batch.num_rows:
+                        refuse_late(deadline, self.seconds)
+                    yield batch
             return
         mark = "?" if self.family == "sqlite" else "%s"
         given = query.sql if mark == "?" else query.sql.replace("%", "%%")  # the drivers fill in %s, always
@@ -181,15 +182,19 @@ class SqlDatabase:
                 nothing: list[list[Any]] = [[] for _ in names]
                 yield batch_of(names, nothing, [self.kind_of([], c) for c in codes])
 
-    def arrow_batches(self, query: Query) -> Iterator[Any] | None:
+    def arrow_batches(self, query: Query) -> Generator[Any] | None:
         """By ADBC, where it is installed and reads the columns alike."""
+        if self.engine.dialect.driver != "psycopg":
+            return None
+        from psycopg.conninfo import make_conninfo
         from psycopg.sql import Literal
 
         # A literal, because the driver holds the whole result of a statement with parameters in memory.
-        sql = self.statement(query.sql, query, "" if query.after is None else Literal(query.after).as_string())
-        extra = {"client_encoding": "utf8", "connect_timeout": str(CONNECT_SECONDS)}
-        url = self.engine.url.set(drivername="postgresql").update_query_dict(extra)
-        return postgres_batches(url.render_as_string(hide_password=False), sql, self.read_only_statements(), self.where)
+        sql = self.statement(query.sql, query, "" if query.after is None else Literal(query.after).as_string(None))
+        given = dict(self.engine.dialect.create_connect_args(self.engine.url)[1])
+        given.pop("context", None)  # psycopg's own
+        conninfo = make_conninfo(**{"connect_timeout": CONNECT_SECONDS} | given | {"client_encoding": "utf8"})
+        return postgres_batches(conninfo, sql, self.read_only_statements(), self.where)
 
     def statement(self, sql: str, query: Query, after: str) -> str:
         """The SQL of the query; `after` is how the value is written that rows come behind."""

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,9 +23,9 @@ from complete_fn.budget import NO_BRAKE, Budget, parse_cap, parse_token_cap
 from complete_fn.catalogue import Model, find_model, load_catalogue
 from complete_fn.engine import Engine
 from complete_fn.engines import at_engine, engine_for
-from complete_fn.errors import InvalidOptionError, RowFailedError
+from complete_fn.errors import RowFailedError
 from complete_fn.estimate import Estimate, estimate
-from complete_fn.interrupts import NextInterrupt, uninterrupted
+from complete_fn.interrupts import NextInterrupt, off_main
 from complete_fn.keys import Call
 from complete_fn.options import CacheMode, Options, parse_options
 from complete_fn.plan import make_plan
@@ -95,7 +94,6 @@ class Session:
         SESSIONS.add(self)
         self.opened: Store | None = None
         self.warned: set[str] = set()
-        self.currency: str | None = None
         self.jobs: set[str] = set()
         self.counted: set[str] = set()  # jobs whose earlier tokens are in `tokens`
 
@@ -147,20 +145,25 @@ class Session:
         column = prompts if planned else escaped(plain_column(prompts))
         self.warn_of_strangers(found, column)
         stop = NextInterrupt()  # here: on the run's own thread it might begin to listen too late
-        answers = uninterrupted(partial(self.answer, Call.of(found, chosen), column, job, chosen.cache, stop))
+        answers = self.answer(Call.of(found, chosen), column, job, chosen.cache, stop)
         with self.lock:
             self.summary = self.summary + answers.summary
         if answers.summary.failed:
             self.report_failures(answers, chosen.strict)
         return answers
 
+    @off_main
     def answer(self, call: Call, column: Any, job: str | None, cache: CacheMode, stop: Stop) -> Answers:
+        brake = self.brake  # another thread may change it meanwhile
         budget, bar = self.budget_of(call.model, job), self.bar(call.model, len(column))
+        if brake.money is not None:
+            brake.money.count_in(call.model)
         why = "the query was interrupted; finished rows are kept"
         engine = StoppableEngine(self.engine_of(call.model), stop, KeyboardInterrupt, why)
-        tools = Tools(engine, self.store, budget, bar, self.tokens_of(job), self.brake, pause=engine.pause)
+        tools = Tools(engine, self.store, budget, bar, self.tokens_of(job), brake, pause=engine.pause)
         return run(call, column, tools, replace(self.who, job=job), cache)
 
+    @off_main
     def known(
         self, model: str, prompts: Any, options: Mapping[str, Any] | Options | None = None
     ) -> dict[str, Completion]:
@@ -172,6 +175,7 @@ class Session:
         numbers = sorted(work.reused)
         return {text: found for n, text in work.texts(numbers) if (found := work.found[n]) is not None}
 
+    @off_main
     def estimate(
         self,
         model: str,
@@ -200,18 +204,13 @@ class Session:
         Raises:
             InvalidOptionError: the model is priced in another currency than the first one was.
         """
-        if self.budget is None and self.brake.money is None:
+        if self.budget is None:
             return None
+        self.budget.count_in(model)
         with self.lock:
-            self.currency = self.currency or model.prices.currency
-            if model.prices.currency != self.currency:
-                raise InvalidOptionError(
-                    f"max_cost counts {self.currency}, but {model.name!r} is priced in {model.prices.currency}. "
-                    "Use one session for each currency."
-                )
             counted = job is None or job in self.jobs
             self.jobs.add(job or "")
-        if self.budget is not None and not counted and job is not None:
+        if not counted and job is not None:
             self.budget.settle(Decimal(0), self.store.spent(self.who.tenant, job))
         return self.budget
 
@@ -258,6 +257,7 @@ class Session:
         """Tokens of each text by the model's own tokenizer."""
         return self.engine_of(self.model(model)).count_tokens(texts)
 
+    @off_main
     def end_job(self, job: str) -> None:
         """The results of a job are safe: what was kept only for its resume goes."""
         self.store.end_job(self.who.tenant, job)
@@ -273,6 +273,7 @@ def after_fork() -> None:
     """A forked child may have been born while another thread held a lock, which nobody would release there."""
     for session in SESSIONS:
         session.lock = threading.Lock()
+        session.brake = NO_BRAKE
         for budget in (session.budget, session.tokens):
             if budget is not None:
                 budget.lock = threading.Lock()

@@ -22,6 +22,7 @@ from complete_fn.catalogue import Model
 from complete_fn.errors import InputError
 from complete_fn.files import Rows
 from complete_fn.inputs import Survey, prompt_digest
+from complete_fn.interrupts import off_main
 from complete_fn.options import Options
 from complete_fn.progress import Bar, Progress, progress_for
 from complete_fn.prompts import render_column
@@ -227,6 +228,7 @@ class RunSession(Session):
     def bar(self, model: Model, rows: int) -> Progress:
         return super().bar(model, rows) if self.one is None else self.one
 
+    @off_main
     def charge(self, model: str, jobs: list[str]) -> None:
         """Count what earlier attempts have spent on all windows before the first of them is begun again."""
         for job in jobs:

@@ -197,7 +197,9 @@ def get_results(
     caller: Caller,
     format: Literal["parquet", "jsonl", "arrow", "csv"] = "parquet",
     details: Annotated[bool, Query(description="add error, usage, cost and source of each row")] = False,
-    partial: Annotated[bool, Query(description="only the rows that are done, also before the job is over")] = False,
+    partial: Annotated[
+        bool, Query(description="rows that are done, also before the end; all of a completed job")
+    ] = False,
 ) -> StreamingResponse:
     caller.require("jobs")
     job = service.jobs.get(caller.tenant, job_id, "table")

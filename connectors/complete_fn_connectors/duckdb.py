@@ -288,7 +288,8 @@ def sql(
         max_total_tokens: the same for tokens, those of prompts and answers together.
 
     Returns:
-        A relation over the rows, which are not computed again; what `con.execute` returns for INSERT, CREATE and COPY.
+        A relation over the rows, which are not computed again; what `con.execute` returns for INSERT, CREATE and COPY
+        (with a cap a relation of it).
 
     Raises:
         InputError: the connection is not registered, or another query of it has caps of its own now.

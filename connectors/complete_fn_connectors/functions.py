@@ -52,17 +52,18 @@ class QuerySession(Session):
         if not brake:
             yield
             return
-        with self.counting:
-            if self.brake:
-                raise InputError(
-                    "Another query is running with a max_cost or max_total_tokens of its own. Wait for it, or "
-                    "register another connection."
-                )
-            self.brake = brake
         try:
+            with self.counting:
+                if self.brake:
+                    raise InputError(
+                        "Another query is running with a max_cost or max_total_tokens of its own. Wait for it, or "
+                        "register another connection."
+                    )
+                self.brake = brake
             yield
         finally:
-            self.brake = NO_BRAKE
+            if self.brake is brake:
+                self.brake = NO_BRAKE
 
     def bar(self, model: Model, rows: int) -> Progress:
         """One bar for all pieces of a query, where a person is looking."""

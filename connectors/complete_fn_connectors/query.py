@@ -90,15 +90,23 @@ def run_query(con: duckdb.DuckDBPyConnection, functions: Functions, query: str, 
             final, selects = query, is_query(con, query)
     with remembering(functions, memory):
         try:
-            return finish(con, final, selects, parameters)
+            return finish(con, functions, final, selects, parameters)
         except duckdb.Error:
             if not guarded or in_transaction_that_failed(con):
                 raise
-        return finish(con, query, selects, parameters)  # a guard failed for a row that a completion would have spared
+        # A guard failed for a row that a completion would have spared.
+        return finish(con, functions, query, selects, parameters)
 
 
-def finish(con: duckdb.DuckDBPyConnection, query: str, selects: bool, parameters: Parameters) -> Any:
-    return materialised(con, query, parameters) if selects else as_caller(con.execute, query, parameters or [])
+def finish(
+    con: duckdb.DuckDBPyConnection, functions: Functions, query: str, selects: bool, parameters: Parameters
+) -> Any:
+    if selects:
+        return materialised(con, query, parameters)
+    done = as_caller(con.execute, query, parameters or [])
+    if not functions.session.brake:
+        return done
+    return con.from_arrow(done.to_arrow_table())  # a result that streams would ask when the brake is off again
 
 
 def as_caller(method: Callable[..., Any], *arguments: Any) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,6 +106,67 @@ def test_refusals_are_the_same(sql: str, database: SqlDatabase, monkeypatch: pyt
         told.append(str(caught.value))
     assert told[0] == told[1]
     assert sum(batch.num_rows for batch in database.batches(Query("SELECT id FROM kinds"))) == 25_000
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        Query("SELECT 1 AS a; -- two"),
+        Query("SELECT 1 AS a INTO made"),
+        Query("SHOW search_path"),
+        Query("SELECT (SELECT count(*) FROM kinds WHERE text = ';') AS a"),
+    ],
+)
+def test_statements_that_copy_does_not_take_go_the_other_way(query: Query, database: SqlDatabase) -> None:
+    assert database.arrow_batches(query) is None
+
+
+def test_settings_of_the_url_and_a_time_limit_count(database: SqlDatabase) -> None:
+    query = Query("SELECT current_setting('app.tenant') AS tenant, current_setting('work_mem') AS mem")
+    options = {"options": "-c app.tenant=odd\\ one -c work_mem=3MB"}
+    odd = SqlDatabase(database.engine.url.update_query_dict(options), read_only=False, seconds=None)
+    arrow = odd.arrow_batches(query)
+    assert arrow is not None
+    assert pa.Table.from_batches(list(arrow)).to_pylist() == [{"tenant": "odd one", "mem": "3MB"}]
+    limited = {"options": "-c statement_timeout=60000"}
+    slow = SqlDatabase(database.engine.url.update_query_dict(limited), read_only=False, seconds=None)
+    assert slow.arrow_batches(Query("SELECT 1 AS a")) is None
+    assert sum(batch.num_rows for batch in slow.batches(Query("SELECT 1 AS a"))) == 1
+
+
+WAITING = """
+import sys
+from complete_fn.row_databases import Query, open_database
+print("ready", flush=True)
+try:
+    list(open_database(sys.argv[1]).batches(Query(sys.argv[2])))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize(
+    "sql", ["SELECT 'x' AS x, pg_sleep(60) IS NULL AS b", "SELECT id, pg_sleep(id - 5) IS NULL AS b FROM kinds"]
+)
+def test_ctrl_c_ends_a_query_that_waits(sql: str, database: SqlDatabase) -> None:
+    url = database.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    command = [sys.executable, "-c", WAITING, url, sql]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(2)
+        child.send_signal(signal.SIGINT)
+        try:
+            out, err = child.communicate(timeout=10)
+        finally:
+            child.kill()
+    assert (out, err) == ("interrupted\n", "")
+    with database.engine.connect() as connection:  # nor does the server go on
+        busy = (
+            "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%%pg_sleep(%%' AND pid <> %s"
+        )
+        (own,) = connection.exec_driver_sql("SELECT pg_backend_pid()").one()
+        assert connection.exec_driver_sql(busy, (own,)).scalar() == 0
 
 
 @pytest.mark.parametrize("value", ["infinity", "10000-01-01", "0001-01-01 BC"])

@@ -248,6 +248,32 @@ def test_a_querys_own_cap_holds_for_it_alone(
     assert None not in first(sql(con, query, [200, 229]))
 
 
+@pytest.mark.parametrize("query", ["SET threads = 2; SELECT {call} FROM docs", "EXECUTE later"])
+def test_a_querys_cap_holds_for_rows_that_would_be_streamed(
+    query: str, con: duckdb.DuckDBPyConnection, engine: Counting
+) -> None:
+    call = "complete('m', repeat(text || ' ', 50), {'max_tokens': 2})"
+    con.execute(f"PREPARE later AS SELECT {call} FROM docs")
+    with pytest.warns(CompletionWarning, match="The query's max_total_tokens"):
+        answers = first(sql(con, query.format(call=call), max_total_tokens=2500))
+    assert len(answers) == 6000
+    assert 0 < 102 * len(engine.requests) <= 2500
+
+
+def test_caps_of_two_queries_may_count_two_currencies(tmp_path: Path) -> None:
+    models = tmp_path / "models.toml"
+    models.write_text(
+        "".join(
+            f"[models.{c}]\ncheckpoint = '{c}'\nprices = {{ output = 1, currency = '{c}' }}\n" for c in ("EUR", "JPY")
+        )
+    )
+    with duckdb.connect() as con, register(con, engine=Counting(), home=tmp_path, models_file=models):
+        assert first(sql(con, "SELECT complete('EUR', 'a')", max_cost=1)) == ["a"]
+        assert first(sql(con, "SELECT complete('JPY', 'a')", max_cost=1)) == ["a"]
+        with pytest.raises(duckdb.Error, match="counts EUR, but 'JPY' is priced in JPY"):
+            sql(con, "SELECT complete('EUR', 'b'), complete('JPY', 'b')", max_cost=1)
+
+
 def test_the_registrations_cap_holds_beside_the_querys(tmp_path: Path) -> None:
     engine = Counting()
     with duckdb.connect() as con, register(con, engine=engine, home=tmp_path, max_total_tokens=1200):
