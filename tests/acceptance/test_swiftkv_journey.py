@@ -44,7 +44,7 @@ def test_convert_distill_with_the_teachers_answers_evaluate_and_serve(tmp_path: 
     choose = random.Random(2)
     prompts = [" ".join(choose.choices(WORDS, k=choose.randrange(3, 30))) for _ in range(60)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in prompts))
-    table = ("--prompts", "prompts.jsonl", "--prompt-column", "text")
+    table = ("--prompts", "prompts.jsonl", "--prompt", "{text}")
 
     verb(tmp_path, "swiftkv", "convert", "tiny", "converted")
     answers = ("--answers-by", "./tiny", "--max-answer-tokens", "12")

@@ -58,7 +58,16 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_prompt_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "one\u2028two\x85", "answer": "a\u2029"}\n{"prompt": "three", "answer": "b"}\n')
-    assert read_rows(file, "prompt", "answer") == [Row("one\u2028two\x85", "a\u2029"), Row("three", "b")]
+    assert read_rows(file, "{prompt}", "answer") == [Row("one\u2028two\x85", "a\u2029"), Row("three", "b")]
+
+
+def test_prompts_may_be_those_of_a_job(tmp_path: Path) -> None:
+    table = {"id": [1, 2, 3], "text": ["a", None, "c"], "completion": ["x", "y", None]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    found = read_rows(tmp_path / "rows.parquet", "Say {text} {{{id}}}", "completion")
+    assert found == [Row("Say a {1}", "x"), Row("Say c {3}", None)]
+    with pytest.raises(InputError, match="'Say it' names no column"):
+        read_rows(tmp_path / "rows.parquet", "Say it", None)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
@@ -119,13 +128,13 @@ def test_a_llama_licence_asks_for_a_llama_name(parent: Path, tmp_path: Path) -> 
 
 
 def examples_from(parent: Path, prompts: Path) -> list[Example]:
-    return Encoder(parent).encoded(read_rows(prompts, "prompt", "answer"), TINY.max_position_embeddings)
+    return Encoder(parent).encoded(read_rows(prompts, "{prompt}", "answer"), TINY.max_position_embeddings)
 
 
 def test_examples_end_with_the_end_of_turn_and_batches_hold_each_once(parent: Path, prompts: Path) -> None:
     encoder = Encoder(parent)
     examples = examples_from(parent, prompts)
-    rows = read_rows(prompts, "prompt", "answer")
+    rows = read_rows(prompts, "{prompt}", "answer")
     for row, example in zip(rows, examples, strict=True):
         assert encoder.tokenizer.decode(example.ids[example.start :]) == f"{row.answer}<|eot_id|>"
         assert encoder.tokenizer.decode(example.ids[: example.start]) == encoder.rendered(row.prompt)
@@ -267,6 +276,6 @@ def test_missing_answers_are_the_teachers_and_asked_for_once(tmp_path: Path) -> 
 
 
 def test_a_table_without_the_column_names_what_it_has(prompts: Path) -> None:
-    argv = ["eval", "x", "--teacher", "y", "--prompts", str(prompts), "--prompt-column", "text"]
+    argv = ["eval", "x", "--teacher", "y", "--prompts", str(prompts), "--prompt", "Say {text}"]
     with pytest.raises(InputError, match="no column 'text'"):
         main(argv)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from complete_fn.engine import Engine
 from complete_fn.errors import InputError
+from complete_fn.prompts import as_text, parse_template, template_fields
 from complete_fn.types import CompletionRequest, SamplingParams
 
 # Few, because a compiled model is compiled once for each.
@@ -37,15 +39,22 @@ class Example:
     start: int
 
 
-def read_rows(path: Path, prompt: str, answer: str | None) -> list[Row]:
-    """The rows of a Parquet or JSONL file; rows with a NULL or empty prompt are left out.
+def read_rows(path: Path, template: str, answer: str | None) -> list[Row]:
+    """The rows of a Parquet or JSONL file; rows with a NULL field or an empty prompt are left out.
+
+    Args:
+        template: the prompt with its columns in braces, as in `complete-fn run`.
 
     Raises:
-        InputError: the file cannot be read or lacks a column.
+        InputError: the file cannot be read or lacks a column; the template names none.
+        InvalidOptionError: the template cannot be used.
     """
     if not path.is_file():
         raise InputError(f"'{path}' is no file.")
-    wanted = [prompt, *([answer] if answer else [])]
+    fields = template_fields(template)
+    if not fields:
+        raise InputError(f"--prompt {template!r} names no column. Write it in braces: '{{text}}'.")
+    wanted = [*fields, *([answer] if answer else [])]
     try:
         if path.suffix == ".parquet":
             have = pq.read_schema(path).names
@@ -59,7 +68,12 @@ def read_rows(path: Path, prompt: str, answer: str | None) -> list[Row]:
     if missing:
         raise InputError(f"'{path}' has no column {missing[0]!r}; it has {', '.join(table.column_names) or 'none'}.")
     answers = table[answer].to_pylist() if answer else [None] * len(table)
-    return [Row(str(p), a) for p, a in zip(table[prompt].to_pylist(), answers, strict=True) if p]
+    parts: list[Any] = []
+    for text, name in parse_template(template):
+        parts += [pa.scalar(text, pa.large_string())] if text else []
+        parts += [as_text(table[name], name)] if name is not None else []
+    prompts = pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string())).to_pylist()
+    return [Row(p, a) for p, a in zip(prompts, answers, strict=True) if p]
 
 
 def teacher_answers(rows: list[Row], engine: Engine, model: str, journal: Path, max_tokens: int | None) -> list[Row]:

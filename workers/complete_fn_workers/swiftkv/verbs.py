@@ -59,7 +59,7 @@ def convert_verb(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 
 def add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="Parquet or JSONL file")
-    parser.add_argument("--prompt-column", default="prompt")
+    parser.add_argument("--prompt", default="{prompt}", help="template over the file's columns (default: %(default)s)")
     parser.add_argument("--answer-column", help="default: 'answer' if there is one")
     parser.add_argument("--limit", type=int, help="take only so many rows, from the front")
 
@@ -67,13 +67,13 @@ def add_table(parser: argparse.ArgumentParser) -> None:
 def table_rows(a: argparse.Namespace) -> list[Row]:
     """Without `--answer-column`, a column 'answer' is used where there is one."""
     if a.answer_column:
-        return read_rows(a.prompts, a.prompt_column, a.answer_column)[: a.limit]
+        return read_rows(a.prompts, a.prompt, a.answer_column)[: a.limit]
     try:
-        return read_rows(a.prompts, a.prompt_column, "answer")[: a.limit]
+        return read_rows(a.prompts, a.prompt, "answer")[: a.limit]
     except InputError as error:
         if "has no column 'answer'" not in str(error):
             raise
-    return read_rows(a.prompts, a.prompt_column, None)[: a.limit]
+    return read_rows(a.prompts, a.prompt, None)[: a.limit]
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
