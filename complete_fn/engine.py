@@ -52,10 +52,12 @@ def prompt_text(request: CompletionRequest) -> str:
 class EchoEngine:
     """Answers every prompt with itself; a token is a word, and told as such.
 
-    Of `choices` it answers with the one that the prompt names most often, the earlier one of several.
+    Of `choices` it answers with the one that the prompt names most often, the earlier one of several. It remembers all
+    requests, for tests; one of the catalogue, which may be asked without end, does not.
     """
 
-    def __init__(self, context: int = 4096, row_seconds: float = 0.0) -> None:
+    def __init__(self, context: int = 4096, row_seconds: float = 0.0, remembers: bool = True) -> None:
+        self.remembers = remembers
         self.context = context
         self.row_seconds = row_seconds
         self.requests: list[CompletionRequest] = []
@@ -63,7 +65,8 @@ class EchoEngine:
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         for position, request in enumerate(requests):
-            self.requests.append(request)
+            if self.remembers:
+                self.requests.append(request)
             time.sleep(self.row_seconds)
             completion = self.complete(request)
             if request.tell is not None:
@@ -101,4 +104,4 @@ class EchoEngine:
 
 
 def open_engine(model: Model, settings: Settings) -> EchoEngine:
-    return EchoEngine(model.max_model_len or 4096, float(model.engine_args.get("row_seconds", 0.0)))
+    return EchoEngine(model.max_model_len or 4096, float(model.engine_args.get("row_seconds", 0.0)), remembers=False)
