@@ -49,6 +49,7 @@ def postgres_batches(conninfo: str, sql: str, before: Sequence[str], where: str)
     if not ROWS.match(sql) or WRITES.search(sql) or ";" in sql:
         return None
     try:
+        import adbc_driver_postgresql  # noqa: F401
         from adbc_driver_manager import Error
     except ImportError:
         return None
@@ -74,7 +75,6 @@ class Opened:
         self.conninfo, self.sql, self.where = conninfo, sql, where
         self.connection: Any = None
         self.cursor: Any = None
-        self.process: int | None = None  # the server's
         self.busy = False
 
     def begin(self, before: Sequence[str]) -> Any | None:
@@ -85,10 +85,8 @@ class Opened:
         self.cursor = self.connection.cursor()
         for statement in before:
             self.cursor.execute(statement)
-        self.cursor.execute(
-            "SELECT pg_backend_pid(), current_setting('TimeZone'), current_setting('statement_timeout')"
-        )
-        self.process, zone, limit = self.cursor.fetchone()
+        self.cursor.execute("SELECT current_setting('TimeZone'), current_setting('statement_timeout')")
+        zone, limit = self.cursor.fetchone()
         if not before and limit != "0":
             return None  # it would count for the whole stream, which waits for completions; else for each FETCH
         return kinds_of(zone, self.cursor.adbc_execute_schema(self.sql))
@@ -120,13 +118,11 @@ class Opened:
         return uninterrupted(work, self.cancel)
 
     def cancel(self) -> None:
-        """By another connection: the driver's own cancel waits for what it is to end."""
-        import psycopg
+        from adbc_driver_manager import Error
 
-        with suppress(psycopg.Error):
-            if self.process is not None:
-                with psycopg.connect(self.conninfo, autocommit=True) as connection:
-                    connection.execute("SELECT pg_cancel_backend(%s)", [self.process])
+        with suppress(Error):
+            if self.cursor is not None:
+                self.cursor.adbc_cancel()
 
     def close(self) -> None:
         from adbc_driver_manager import Error
