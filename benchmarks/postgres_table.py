@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import socket
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import psycopg
 import uvicorn
+from read_databases import new_database
 
 from complete_fn import Completion, CompletionRequest, EchoEngine
 from complete_fn.server.app import make_app
@@ -49,17 +49,12 @@ def main() -> None:
     server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning"))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
-    name = f"complete_fn_{secrets.token_hex(4)}"
-    with psycopg.connect(f"{chosen.dsn} dbname=postgres", autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name}".encode())
-        try:
-            dsn = f"{chosen.dsn} dbname={name}"
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            command = ["psql", "-X", "-q", "-d", dsn, "-f", str(SQL)]
-            subprocess.run(command, env={**os.environ, "COMPLETE_FN_URL": url}, check=True)
-            measure(dsn, engine, chosen.rows)
-        finally:
-            admin.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+    with new_database(chosen.dsn) as name:
+        dsn = f"{chosen.dsn} dbname={name}"
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        command = ["psql", "-X", "-q", "-d", dsn, "-f", str(SQL)]
+        subprocess.run(command, env={**os.environ, "COMPLETE_FN_URL": url}, check=True)
+        measure(dsn, engine, chosen.rows)
     server.should_exit = True
     thread.join(30)
 

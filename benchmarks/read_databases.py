@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 import psycopg
+from psycopg.conninfo import make_conninfo
 
 from complete_fn import row_databases
 from complete_fn.row_databases import Query, SqlDatabase, open_database
@@ -29,18 +30,25 @@ COLUMNS = {
 
 
 @contextmanager
-def docs(server: str, sql: str) -> Iterator[str]:
-    """URL of a new database with a table `docs` of what the SELECT gives, indexed by its `id`."""
+def new_database(server: str) -> Iterator[str]:
+    """Name of a new database; `server` is a conninfo of a user who may make one."""
     name = f"complete_fn_{secrets.token_hex(4)}"
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as admin:
+    with psycopg.connect(make_conninfo(server, dbname="postgres"), autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name}".encode())
         try:
-            with psycopg.connect(f"{server}/{name}", autocommit=True) as connection:
-                connection.execute(f"CREATE TABLE docs AS {sql}".encode())
-                connection.execute("CREATE INDEX ON docs (id)")
-            yield f"{server}/{name}"
+            yield name
         finally:
             admin.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+@contextmanager
+def docs(server: str, sql: str) -> Iterator[str]:
+    """URL of a new database with a table `docs` of what the SELECT gives, indexed by its `id`."""
+    with new_database(server) as name:
+        with psycopg.connect(f"{server}/{name}", autocommit=True) as connection:
+            connection.execute(f"CREATE TABLE docs AS {sql}".encode())
+            connection.execute("CREATE INDEX ON docs (id)")
+        yield f"{server}/{name}"
 
 
 def seconds(database: SqlDatabase, rows: int, arrow: bool) -> float:

@@ -49,14 +49,13 @@ def postgres_batches(conninfo: str, sql: str, before: Sequence[str], where: str)
     if not ROWS.match(sql) or WRITES.search(sql) or ";" in sql:
         return None
     try:
-        import adbc_driver_postgresql  # noqa: F401
-        from adbc_driver_manager import Error
+        from adbc_driver_postgresql import dbapi
     except ImportError:
         return None
-    opened = Opened(conninfo, sql + "\n", where)  # a comment at its end would take COPY's bracket with it
+    opened = Opened(dbapi, conninfo, sql + "\n", where)  # a comment at its end would take COPY's bracket with it
     try:
         schema = opened.do(lambda: opened.begin(before))
-    except Error:
+    except dbapi.Error:
         schema = None  # it fails the other way too, in words of its own: a host, a name, a right
     except BaseException:
         opened.close()
@@ -71,7 +70,8 @@ class Opened:
     """A query on a connection of its own. Everything that waits is done off the main thread, where the driver would
     take Ctrl-C for itself."""
 
-    def __init__(self, conninfo: str, sql: str, where: str) -> None:
+    def __init__(self, dbapi: Any, conninfo: str, sql: str, where: str) -> None:
+        self.dbapi = dbapi
         self.conninfo, self.sql, self.where = conninfo, sql, where
         self.connection: Any = None
         self.cursor: Any = None
@@ -79,9 +79,7 @@ class Opened:
 
     def begin(self, before: Sequence[str]) -> Any | None:
         """The schema of the rows, or None if a column is read otherwise the other way."""
-        from adbc_driver_postgresql import dbapi
-
-        self.connection = dbapi.connect(self.conninfo)
+        self.connection = self.dbapi.connect(self.conninfo)
         self.cursor = self.connection.cursor()
         for statement in before:
             self.cursor.execute(statement)
@@ -92,8 +90,6 @@ class Opened:
         return kinds_of(zone, self.cursor.adbc_execute_schema(self.sql))
 
     def batches(self, schema: Any) -> Generator[Any]:
-        from adbc_driver_manager import Error
-
         try:
             self.do(lambda: self.cursor.execute(self.sql))
             reader = iter(self.cursor.fetch_record_batch())
@@ -102,7 +98,7 @@ class Opened:
                 yield batch
                 found = self.do(lambda: next(reader, None))
                 batch = None if found is None else as_schema(found, schema)
-        except (Error, OSError) as error:
+        except (self.dbapi.Error, OSError) as error:
             raise InputError(f"The {self.where} refuses: {own_words(str(error))}") from error
         finally:
             self.close()
@@ -118,20 +114,16 @@ class Opened:
         return uninterrupted(work, self.cancel)
 
     def cancel(self) -> None:
-        from adbc_driver_manager import Error
-
-        with suppress(Error):
+        with suppress(self.dbapi.Error):
             if self.cursor is not None:
                 self.cursor.adbc_cancel()
 
     def close(self) -> None:
-        from adbc_driver_manager import Error
-
         if self.busy:  # it could not be cancelled, and closing would wait for it
             return
         for each in (self.cursor, self.connection):
             if each is not None:
-                with suppress(Error):
+                with suppress(self.dbapi.Error):
                     each.close()
 
 

@@ -11,10 +11,10 @@ from contextlib import suppress
 from typing import Protocol
 
 from complete_fn.engine import Engine
+from complete_fn.interrupts import POLL_SECONDS
 from complete_fn.runner import close
 from complete_fn.types import Completion, CompletionRequest
 
-POLL_SECONDS = 0.1
 AHEAD = 256  # outcomes that wait for a slow disk
 Outcome = tuple[int, Completion] | BaseException | None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from complete_fn.types import CompletionRequest, SamplingParams
 from deploy.servers import Redis, running
-from tests.integration.server.test_server_workers import site, until
+from tests.integration.server.test_server_workers import Site, site, until
 
 MODEL = """
 [models.tiny]
@@ -21,23 +23,33 @@ default_max_tokens = 24
 engine_args = {{ max_num_seqs = 16, max_num_batched_tokens = 1024 }}
 prices = {{ input = 1, cached_input = 1, output = 2 }}
 """
+Start = Callable[[], AbstractContextManager[tuple[Site, Redis]]]
 ROWS, TOKENS = 900, 16
 SEATS = 16
 BOUND_SLACK = 64  # a prompt's tokens are bounded before they are counted
 
 
+@pytest.fixture
+def start(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Call it for a service with two workers, and its broker."""
+    monkeypatch.setenv("COMPLETE_FN_MEMORY", "0.25")
+    monkeypatch.setattr("complete_fn.submit.PART_ROWS", 40)
+
+    @contextmanager
+    def two_workers() -> Iterator[tuple[Site, Redis]]:
+        with running(Redis) as broker, site(tmp_path / "home", broker.url, MODEL.format(folder=tiny_model)) as found:
+            found.work()
+            found.work()
+            yield found, broker
+
+    return two_workers
+
+
 @pytest.mark.engine
 @pytest.mark.long  # four starts of an engine
 @pytest.mark.timeout(900)
-def test_a_job_outlives_a_worker_an_engine_and_the_broker(
-    tmp_path: Path, engine: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COMPLETE_FN_MEMORY", "0.25")
-    monkeypatch.setattr("complete_fn.submit.PART_ROWS", 40)
-    models = MODEL.format(folder=tiny_model)
-    with running(Redis) as broker, site(tmp_path / "home", broker.url, models) as found:
-        found.work()
-        found.work()
+def test_a_job_outlives_a_worker_an_engine_and_the_broker(start: Start, engine: Any) -> None:
+    with start() as (found, broker):
         job = found.submit(ROWS, "row", "tiny", TOKENS)
         until(lambda: found.done(job) > 60, 400)
         warm = next(beat for beat in found.beats() if beat.warm("tiny"))
@@ -65,15 +77,9 @@ def test_a_job_outlives_a_worker_an_engine_and_the_broker(
 @pytest.mark.engine
 @pytest.mark.long  # two starts of an engine
 @pytest.mark.timeout(900)
-def test_a_budget_is_spent_but_for_a_reservation_a_seat_and_never_passed(
-    needs_vllm: None, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COMPLETE_FN_MEMORY", "0.25")
-    monkeypatch.setattr("complete_fn.submit.PART_ROWS", 40)
+def test_a_budget_is_spent_but_for_a_reservation_a_seat_and_never_passed(needs_vllm: None, start: Start) -> None:
     tokens, cap = 200, Decimal("0.08")
-    with running(Redis) as broker, site(tmp_path / "home", broker.url, MODEL.format(folder=tiny_model)) as found:
-        found.work()
-        found.work()
+    with start() as (found, _):
         job = found.submit(600, "row", "tiny", tokens, max_cost=str(cap))
         now = found.finish(job, 600)
         rows = found.results(job)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from complete_fn.engine import Engine
 from complete_fn.errors import InputError
-from complete_fn.prompts import as_text, parse_template, template_fields
+from complete_fn.prompts import render_column, template_fields, unpack
 from complete_fn.types import CompletionRequest, SamplingParams
 
 # Few, because a compiled model is compiled once for each.
@@ -68,12 +67,8 @@ def read_rows(path: Path, template: str, answer: str | None) -> list[Row]:
     if missing:
         raise InputError(f"'{path}' has no column {missing[0]!r}; it has {', '.join(table.column_names) or 'none'}.")
     answers = table[answer].to_pylist() if answer else [None] * len(table)
-    parts: list[Any] = []
-    for text, name in parse_template(template):
-        parts += [pa.scalar(text, pa.large_string())] if text else []
-        parts += [as_text(table[name], name)] if name is not None else []
-    prompts = pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string())).to_pylist()
-    return [Row(p, a) for p, a in zip(prompts, answers, strict=True) if p]
+    prompts = render_column(template, {name: table[name] for name in fields}, len(table)).to_pylist()
+    return [Row(str(unpack(p)), a) for p, a in zip(prompts, answers, strict=True) if p]
 
 
 def teacher_answers(rows: list[Row], engine: Engine, model: str, journal: Path, max_tokens: int | None) -> list[Row]:
