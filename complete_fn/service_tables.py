@@ -31,6 +31,16 @@ tenants = Table(
     Column("tokens_per_minute", BigInteger),
 )
 
+# What was used of the tokens a minute of a `tenant` or a `key` (`kind`), at `at`; it drains.
+token_buckets = Table(
+    "token_buckets",
+    metadata,
+    Column("kind", Words(), primary_key=True),
+    Column("name", Words(), primary_key=True),
+    Column("used", Float, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
 # What was uploaded, and what batches left to be fetched. The bytes are in the service's storage, under the id.
 files = Table(
     "files",

@@ -403,8 +403,12 @@ def upsert(
 ) -> None:
     """Insert the rows; a row of the same key gets the new values, or `only` these. All rows have the same columns."""
     insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
-    fresh = {name: insert.excluded[name] for name in only or rows[0] if name not in key}
-    connection.execute(insert.on_conflict_do_update(index_elements=list(key), set_=fresh), rows)
+    fresh = {name: insert.excluded[name] for name in (rows[0] if only is None else only) if name not in key}
+    if fresh:
+        insert = insert.on_conflict_do_update(index_elements=list(key), set_=fresh)
+    else:
+        insert = insert.on_conflict_do_nothing(index_elements=list(key))
+    connection.execute(insert, rows)
 
 
 def gone(pid: int, started: float) -> bool:

@@ -71,7 +71,7 @@ def make_app(service: Service, loopback: bool = True, workers: int = AT_ONCE, ro
         service.close()
 
     app = FastAPI(title="complete-fn", version=__version__, description=DESCRIPTION, lifespan=lifespan)
-    app.state.service, app.state.metrics, app.state.rates = service, Metrics(service), RateLimits()
+    app.state.service, app.state.metrics, app.state.rates = service, Metrics(service), RateLimits(service.store)
     app.state.remote, app.state.internal = remote_of(service, rounds), False
     add_refusals(app)
     app.add_middleware(Door, service=service, loopback=loopback)

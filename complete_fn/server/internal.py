@@ -60,7 +60,12 @@ def internal_app(service: Service, secret: str) -> FastAPI:
         yield
 
     app = FastAPI(title="complete-fn worker", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service, app.state.rates, app.state.remote, app.state.internal = service, RateLimits(), None, True
+    app.state.service, app.state.rates, app.state.remote, app.state.internal = (
+        service,
+        RateLimits(service.store),
+        None,
+        True,
+    )
     add_refusals(app)
     app.add_middleware(InternalDoor, secret=secret)
     app.add_middleware(Bounds, upload_bytes=0, body_bytes=service.limits.body_bytes)

@@ -58,8 +58,11 @@ class Live:
                 if isinstance(error, asyncio.CancelledError):
                     raise
             finally:
-                grant.settle(sum(map(computed_tokens, self.rows)) if self.failure is None else self.prompt_tokens)
-                self.pieces.put_nowait(None)
+                used = sum(map(computed_tokens, self.rows)) if self.failure is None else self.prompt_tokens
+                try:
+                    await grant.settled(used)
+                finally:
+                    self.pieces.put_nowait(None)
 
         self.task = asyncio.create_task(run())
 

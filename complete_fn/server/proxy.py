@@ -55,7 +55,7 @@ class Proxy:
                 return await proxy(self.client, request, str(beat.address), self.secret, caller, grant, prompt)
             except httpx.ConnectError:
                 self.looked = 0.0  # it has gone; the next one
-        grant.settle(0)
+        await grant.settled(0)
         if self.want is not None:
             self.want(model)
         raise EngineError(NOBODY.format(model=model))
@@ -95,13 +95,13 @@ async def proxy(
     try:
         await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not sending.done():
-            grant.settle(prompt)
+            await grant.settled(prompt)
             return Response(status_code=CLIENT_CLOSED)
         upstream = sending.result()
     except httpx.ConnectError:
         raise
     except httpx.HTTPError as error:
-        grant.settle(prompt)
+        await grant.settled(prompt)
         raise EngineError(f"The worker broke off: {type(error).__name__}. Try again.") from error
     finally:
         leaving.cancel()
@@ -121,8 +121,8 @@ async def body(upstream: httpx.Response, grant: Grant, prompt: int) -> AsyncIter
     finally:
         if (told := TAIL.search(tail)) is not None:
             used = int(told[1])
-        grant.settle(used)
         with anyio.CancelScope(shield=True):
+            await grant.settled(used)
             await upstream.aclose()
 
 

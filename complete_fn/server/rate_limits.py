@@ -1,111 +1,148 @@
-"""Rate limits in tokens a minute, by tenant and by key: a token bucket for each, in this process.
+"""Rate limits in tokens a minute, by tenant and by key: buckets in the store, so that all API processes share them.
 
 A request takes what it may need before it is run, prompt and answer, and what it did not use comes back when it ends.
-A request that is larger than a whole minute's tokens is let in when the bucket is full, and the next ones wait longer.
+A request that is larger than a whole minute's tokens is let in when nothing else was, and the next ones wait longer.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from complete_fn.errors import RateLimitError
+import sqlalchemy as sa
+
+from complete_fn.errors import RateLimitError, StoreError
 from complete_fn.key_store import Principal
+from complete_fn.service_tables import token_buckets
+from complete_fn.store import Store, upsert
+
+LOG = logging.getLogger("complete_fn.server")
+C = token_buckets.c
 
 
-@dataclass
+class Name(NamedTuple):
+    """Whose bucket it is: a tenant's, or a key's."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Bucket:
-    """`per_minute` tokens flow in each minute; no more than that stay. Not for several threads without a lock."""
+    """`used` tokens of a minute's `limit`, `at` seconds of the epoch; they drain at the limit's pace."""
 
-    per_minute: int
-    clock: Callable[[], float] = time.monotonic
-    level: float = field(init=False)
-    at: float = field(init=False)
+    limit: int
+    used: float
+    at: float
 
-    def __post_init__(self) -> None:
-        self.level, self.at = float(self.per_minute), self.clock()
-
-    def fill(self) -> None:
-        now = self.clock()
-        self.level = min(self.per_minute, self.level + (now - self.at) * self.per_minute / 60)
-        self.at = now
+    def drained(self, now: float) -> Bucket:
+        later = max(self.at, now)  # other machines' clocks differ
+        return Bucket(self.limit, max(0.0, self.used - (later - self.at) * self.limit / 60), later)
 
     def wait(self, tokens: int) -> float:
         """Seconds until so many can be taken."""
-        self.fill()
-        return max(0.0, (min(tokens, self.per_minute) - self.level) * 60 / self.per_minute)
+        return max(0.0, (self.used + min(tokens, self.limit) - self.limit) * 60 / self.limit)
 
-    def change(self, tokens: int) -> None:
-        self.fill()
-        self.level = min(self.per_minute, self.level + tokens)
+    @property
+    def left(self) -> int:
+        return max(0, math.floor(self.limit - self.used))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Grant:
-    """Tokens taken for one request."""
+    """Tokens taken for one request. `headers` are OpenAI's, none where nothing limits the caller."""
 
-    buckets: Sequence[Bucket]
     tokens: int
-    lock: threading.Lock
+    give_back: Callable[[float], dict[str, str]] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
 
     def settle(self, used: int) -> None:
         """The request is over; it used so many."""
-        with self.lock:
-            for bucket in self.buckets:
-                bucket.change(self.tokens - used)
+        if self.give_back is not None and used != self.tokens:
+            try:
+                self.headers = self.give_back(self.tokens - used)
+            except StoreError as error:  # the reply is not to fail for it; the bucket drains anyway
+                LOG.warning("tokens of a rate limit were not given back: %s", type(error).__name__)
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """OpenAI's headers, of the bucket with the least left; none where nothing limits the caller."""
-        with self.lock:
-            return limit_headers(self.buckets)
+    async def settled(self, used: int) -> None:
+        """`settle` off the event loop; it is done even if the task is cancelled meanwhile."""
+        if self.give_back is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self.settle, used)
 
 
 class RateLimits:
-    """The buckets of all tenants and keys that have a limit."""
+    """The buckets of all tenants and keys that have a limit. Others never touch the store.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self.lock = threading.Lock()
-        self.buckets: dict[tuple[str, str], Bucket] = {}
+    Args:
+        clock: seconds of the epoch.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+        self.store, self.clock = store, clock
 
     def admit(self, caller: Principal, tokens: int) -> Grant:
         """Raises:
         RateLimitError: the tenant's or the key's bucket has not so many left.
         """
-        limits = {("tenant", caller.tenant): caller.tenant_tokens, ("key", caller.key): caller.key_tokens}
-        with self.lock:
-            mine = {name: self.bucket(name, limit) for name, limit in limits.items() if limit is not None}
-            waits = {name: bucket.wait(tokens) for name, bucket in mine.items()}
-            kind, seconds = max(((n[0], w) for n, w in waits.items()), key=lambda w: w[1], default=("", 0.0))
-            if seconds > 0:
-                limit = limits[next(n for n in mine if n[0] == kind)]
+        limits = limits_of(caller)
+        if not limits:
+            return Grant(tokens)
+        with self.store.write() as connection:
+            buckets = self.buckets(connection, limits)
+            name, bucket = max(buckets.items(), key=lambda b: b[1].wait(tokens))
+            if (seconds := bucket.wait(tokens)) > 0:
                 raise RateLimitError(
-                    f"This {kind} may use {limit:,} tokens a minute, and the request may need {tokens:,}. "
+                    f"This {name.kind} may use {bucket.limit:,} tokens a minute, and the request may need {tokens:,}. "
                     f"Try again in {math.ceil(seconds)} s.",
-                    {"Retry-After": str(math.ceil(seconds)), **limit_headers(list(mine.values()))},
+                    {"Retry-After": str(math.ceil(seconds)), **limit_headers(buckets)},
                 )
-            for bucket in mine.values():
-                bucket.change(-tokens)
-        return Grant(list(mine.values()), tokens, self.lock)
+            after = self.add(connection, buckets, tokens)
+        return Grant(tokens, lambda back: self.change(limits, -back), limit_headers(after))
 
-    def bucket(self, name: tuple[str, str], per_minute: int) -> Bucket:
-        found = self.buckets.get(name)
-        if found is None or found.per_minute != per_minute:
-            found = self.buckets[name] = Bucket(per_minute, self.clock)
-        return found
+    async def admitted(self, caller: Principal, tokens: int) -> Grant:
+        """`admit` off the event loop."""
+        if not limits_of(caller):
+            return Grant(tokens)
+        return await asyncio.get_running_loop().run_in_executor(None, self.admit, caller, tokens)
+
+    def change(self, limits: Mapping[Name, int], tokens: float) -> dict[str, str]:
+        """The headers then."""
+        with self.store.write() as connection:
+            return limit_headers(self.add(connection, self.buckets(connection, limits), tokens))
+
+    def buckets(self, connection: sa.Connection, limits: Mapping[Name, int]) -> dict[Name, Bucket]:
+        """The buckets as they are now, locked."""
+        now = self.clock()
+        chosen = sa.select(token_buckets).where(sa.tuple_(C.kind, C.name).in_(list(limits))).order_by(C.kind)
+        rows = connection.execute(chosen.with_for_update()).all()
+        if len(rows) < len(limits):
+            fresh = [{"kind": n.kind, "name": n.name, "used": 0.0, "at": now} for n in limits]
+            upsert(connection, token_buckets, ("kind", "name"), fresh, only=())
+            rows = connection.execute(chosen.with_for_update()).all()
+        found = {Name(row.kind, row.name): row for row in rows}
+        return {name: Bucket(limit, found[name].used, found[name].at).drained(now) for name, limit in limits.items()}
+
+    def add(self, connection: sa.Connection, buckets: Mapping[Name, Bucket], tokens: float) -> dict[Name, Bucket]:
+        after = {name: replace(bucket, used=max(0.0, bucket.used + tokens)) for name, bucket in buckets.items()}
+        rows = [{"kind": n.kind, "name": n.name, "used": b.used, "at": b.at} for n, b in after.items()]
+        upsert(connection, token_buckets, ("kind", "name"), rows)
+        return after
 
 
-def limit_headers(buckets: Sequence[Bucket]) -> dict[str, str]:
-    if not buckets:
-        return {}
-    least = min(buckets, key=lambda b: b.level)
-    seconds = least.wait(least.per_minute)
+def limits_of(caller: Principal) -> dict[Name, int]:
+    found = {Name("key", caller.key): caller.key_tokens, Name("tenant", caller.tenant): caller.tenant_tokens}
+    return {name: limit for name, limit in found.items() if limit is not None}
+
+
+def limit_headers(buckets: Mapping[Name, Bucket]) -> dict[str, str]:
+    least = min(buckets.values(), key=lambda b: b.left)
     return {
-        "x-ratelimit-limit-tokens": str(least.per_minute),
-        "x-ratelimit-remaining-tokens": str(max(0, math.floor(least.level))),
-        "x-ratelimit-reset-tokens": f"{seconds:.3f}s",
+        "x-ratelimit-limit-tokens": str(least.limit),
+        "x-ratelimit-remaining-tokens": str(least.left),
+        "x-ratelimit-reset-tokens": f"{least.wait(least.limit):.3f}s",
     }

@@ -13,6 +13,7 @@ from complete_fn.server.auth import Caller, ServiceOf, asker
 from complete_fn.server.bodies import ChatBody, CompletionBody
 from complete_fn.server.live import Live, computed_tokens
 from complete_fn.server.proxy import Proxy
+from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.refusals import refusal
 from complete_fn.server.replies import Chunks, Detail, chat_body, completion_body, refused
 from complete_fn.server.streams import EventStream
@@ -60,7 +61,8 @@ async def complete(body: CompletionBody, request: Request, service: ServiceOf, c
 async def answer(live: Live, body: ChatBody | CompletionBody, chunks: Chunks, caller: Principal) -> Response:
     """The reply; until its first piece of text an error has a status of its own."""
     live.refuse_crowd()
-    grant = live.request.app.state.rates.admit(caller, live.most_tokens)
+    rates: RateLimits = live.request.app.state.rates
+    grant = await rates.admitted(caller, live.most_tokens)
     remote: Proxy | None = live.request.app.state.remote
     if remote is not None:
         response = await remote.forward(live.request, body.model, caller, grant, live.prompt_tokens)

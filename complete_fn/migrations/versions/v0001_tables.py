@@ -200,6 +200,14 @@ def make_tenants() -> None:
         sa.Column("tokens_per_minute", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("name"),
     )
+    op.create_table(
+        "token_buckets",
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("used", sa.Float(), nullable=False),
+        sa.Column("at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("kind", "name"),
+    )
 
 
 def make_files() -> None:
