@@ -26,9 +26,9 @@ class Pace:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.warm = self.used = False
+        self.warm = False
         self.running = 0
-        self.last_used = self.since = time.monotonic()
+        self.since = time.monotonic()
         self.cold_seconds: float | None = None
         self.tokens = self.seconds = 0.0
 
@@ -36,7 +36,7 @@ class Pace:
         with self.lock:
             if not self.running:
                 self.since = time.monotonic()
-            self.running, self.used = self.running + 1, True
+            self.running += 1
 
     def answered(self, tokens: int) -> None:
         now = time.monotonic()
@@ -52,15 +52,11 @@ class Pace:
     def end(self) -> None:
         with self.lock:
             self.running -= 1
-            self.last_used = time.monotonic()
 
-    def cool(self, idle_seconds: float) -> bool:
-        """Whether the engine is to go now: nothing ran for so long. It is cold from here on."""
+    def cool(self) -> None:
+        """The engine has gone."""
         with self.lock:
-            idle = self.used and not self.running and time.monotonic() - self.last_used > idle_seconds
-            if idle:
-                self.warm = self.used = False
-            return idle
+            self.warm = False
 
     @property
     def measured(self) -> Measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from complete_fn.catalogue import Model, load_catalogue
 from complete_fn.connections import Connections
 from complete_fn.device_time import note_device_time
 from complete_fn.engine import Engine
+from complete_fn.engine_room import EngineRoom, usual_engines
 from complete_fn.engines import at_engine, engine_for, let_go
 from complete_fn.errors import StoreError, UnknownModelError
 from complete_fn.job_store import JobStore
@@ -27,13 +29,14 @@ from complete_fn.queue import InlineQueue, JobQueue
 from complete_fn.runner import Tell, Tools, run
 from complete_fn.settings import load_settings
 from complete_fn.shared_budget import Cap, SharedBudget, day_cap
-from complete_fn.stoppable import StoppableEngine
+from complete_fn.stoppable import Stop, StoppableEngine
 from complete_fn.storage import Storage
 from complete_fn.store import Store
 from complete_fn.types import Asker
 from complete_fn.uploads import Uploads
 from complete_fn.worker_store import ModelState, WorkerStore
 
+LOG = logging.getLogger("complete_fn.service")
 TABLES_AT_ONCE = 2
 
 
@@ -88,6 +91,7 @@ class Service:
         self.outputs_lock = threading.Lock()
         self.tables_at_once = threading.BoundedSemaphore(TABLES_AT_ONCE)  # a window of rows each is in memory meanwhile
         self.paces: dict[str, Pace] = {}
+        self.room = EngineRoom(self.settings.engines or usual_engines(), self.unload, self.start_seconds)
         self.learnt: dict[str, Measured] = {}
         self.busy_at = time.time()
 
@@ -141,24 +145,46 @@ class Service:
         """
         caps = [c for c in (cap, self.day_cap(who.tenant)) if c is not None]
         budget = SharedBudget(self.store, who.tenant, caps) if caps else None
-        with self.at_work(call.model) as (opened, pace):
-            stop = stop or threading.Event()
+        stop = stop or threading.Event()
+        with self.at_work(call.model, stop) as (opened, pace):
             stoppable = StoppableEngine(opened, stop)
             engine = PacedEngine(stoppable, pace, watch or Watch())
             tools = Tools(engine, self.store, budget, priority=priority, tell=tell, pause=stoppable.pause)
             return run(call, prompts, tools, who, cache)
 
     @contextmanager
-    def at_work(self, model: Model) -> Iterator[tuple[Engine, Pace]]:
-        """The model's engine, which stays for as long as anything runs on it."""
-        with self.lock:
-            pace = self.paces.setdefault(model.name, Pace())
+    def at_work(self, model: Model, stop: Stop) -> Iterator[tuple[Engine, Pace]]:
+        """The model's engine, which stays for as long as anything runs on it.
+
+        Raises:
+            Stopped: `stop` was set while there was no room for it.
+        """
+        with self.room.place(model.name, stop, bounded=model.engine != "http" and self.engine is None):
+            with self.lock:
+                pace = self.paces.setdefault(model.name, Pace())
             pace.begin()
+            try:
+                yield self.engine_of(model), pace
+            finally:
+                pace.end()
+                self.busy_at = time.time()
+
+    def start_seconds(self, model: str) -> float | None:
+        return self.paces[model].cold_seconds if model in self.paces else None
+
+    def unload(self, name: str) -> None:
+        """Let the model's engine go; nothing runs on it."""
+        model = self.models().get(name)
+        if model is None or self.engine is not None:
+            return
+        self.paces[name].cool()
+        engine = self.engine_of(model)
         try:
-            yield self.engine_of(model), pace
+            note_device_time(self.store, engine, model)
+        except StoreError as error:
+            LOG.warning("the device time of %s was not noted: %s", name, type(error).__name__)
         finally:
-            pace.end()
-            self.busy_at = time.time()
+            let_go(engine)
 
     def model_states(self) -> dict[str, ModelState]:
         """The models that were asked in this process."""
@@ -182,16 +208,7 @@ class Service:
         if measured != self.learnt:
             self.workers.learn(measured)
             self.learnt = measured
-        models = self.models()
-        for name, pace in list(self.paces.items()):
-            with self.lock:
-                if not (pace.cool(self.idle_seconds) and name in models and self.engine is None):
-                    continue
-                engine = self.engine_of(models[name])
-            try:
-                note_device_time(self.store, engine, models[name])
-            finally:
-                let_go(engine)
+        self.room.vacate_idle(self.idle_seconds)
 
     def close(self) -> None:
         models = self.models()

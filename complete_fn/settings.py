@@ -5,6 +5,8 @@ COMPLETE_FN_DATABASE where answers, ledger and jobs are kept: postgresql://USER:
                      (default: state.sqlite3 in COMPLETE_FN_HOME)
 COMPLETE_FN_MODELS   a TOML file that adds to or overrides the catalogue (default: models.toml in the config folder)
 COMPLETE_FN_MEMORY   GiB that the embedded engine may take for its KV cache (default: a tenth of RAM, 1 to 8)
+COMPLETE_FN_ENGINES  models of which a service's process holds an engine at once (default: 1 where there is an NVIDIA or
+                     AMD accelerator, as vLLM takes its memory for one; else no bound)
 COMPLETE_FN_CACHE_GIB, COMPLETE_FN_CACHE_DAYS
                      bounds of the stored answers (default: 2 GiB, 180 days); the oldest go first
 COMPLETE_FN_BROKER   the Redis URL over which a service tells its worker processes that there is work
@@ -53,6 +55,7 @@ class Settings:
     sinks: tuple[str, ...] = ()
     retention_days: float = RETENTION_DAYS
     sql_seconds: float = SQL_SECONDS
+    engines: int | None = None
 
     @property
     def store(self) -> str:
@@ -80,6 +83,7 @@ def load_settings(home: Path | str | None = None, models_file: Path | str | None
         sinks=tuple(os.environ.get("COMPLETE_FN_SINKS", "").split()),
         retention_days=amount("COMPLETE_FN_RETENTION_DAYS") or RETENTION_DAYS,
         sql_seconds=amount("COMPLETE_FN_SQL_SECONDS") or SQL_SECONDS,
+        engines=math.ceil(amount("COMPLETE_FN_ENGINES") or 0) or None,
     )
 
 

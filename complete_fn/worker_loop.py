@@ -116,7 +116,7 @@ class WorkerLoop:
             self.feeding.acquire()
             try:
                 heard = bell.look()
-                part = None if self.draining.is_set() else self.jobs.claim(worker)
+                part = None if self.draining.is_set() else self.claim(worker)
                 if part is None:
                     fed()
                     bell.wait(heard, self.poll_seconds)
@@ -127,6 +127,20 @@ class WorkerLoop:
                 self.closing.wait(IDLE_SECONDS)
             finally:
                 fed()
+
+    def claim(self, worker: str) -> Part | None:
+        """The next part, of the models whose turn it is here."""
+        for model in self.service.room.next_models(self.deserted):
+            part = self.jobs.claim(worker, model=model)
+            if part is not None:
+                return part
+        return None
+
+    def deserted(self) -> bool:
+        """Whether parts wait of a model that no worker is warm for."""
+        beats = self.service.workers.alive()
+        loads = self.service.workers.load().items()
+        return any(load.queued_parts and not any(b.warm(model) for b in beats) for model, load in loads)
 
     def end_stopped(self) -> None:
         """Parts that wait, of jobs that are to stop: their committed rows are their results."""
