@@ -8,11 +8,12 @@ for each other.
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from complete_fn.service_tables import parts
 from complete_fn.tables import answers, attempts, claims
 
 if TYPE_CHECKING:
@@ -49,7 +50,20 @@ def claimed(connection: sa.Connection, tenant: str, keys: Sequence[bytes]) -> se
     return set(connection.execute(sa.select(claims.c.key).where(theirs)).scalars())
 
 
-def drop_claims(connection: sa.Connection, silent_since: float) -> None:
-    """Let go what attempts claimed that do not run, or that nobody has heard of since then (seconds of the epoch)."""
-    heard = sa.select(attempts.c.id).where(attempts.c.status == "running", attempts.c.seen_at >= silent_since)
-    connection.execute(claims.delete().where(claims.c.attempt.not_in(heard)))
+def silent_holders(since: float) -> sa.Select[Any]:
+    """The running attempts that hold claims and that nobody has heard of since then (seconds of the epoch)."""
+    running = (attempts.c.status == "running") & (attempts.c.seen_at < since)
+    return sa.select(attempts).where(running, attempts.c.id.in_(sa.select(claims.c.attempt)))
+
+
+def drop_claims(connection: sa.Connection) -> None:
+    """Let go what attempts claimed that do not run."""
+    running = sa.select(attempts.c.id).where(attempts.c.status == "running")
+    connection.execute(claims.delete().where(claims.c.attempt.not_in(running)))
+
+
+def still_held(connection: sa.Connection, part: int, fence: int) -> bool:
+    """Whether a job's part is leased by the claim of that fence; it stays so until the transaction's end."""
+    c = parts.c
+    held = sa.select(c.id).where(c.id == part, c.fence == fence, c.status == "running")
+    return connection.execute(held.with_for_update(read=True)).first() is not None

@@ -169,7 +169,8 @@ class JobStore:
     def claim_at(self, worker: str, now: float, model: str | None, of_jobs: Sequence[str]) -> Part | None:
         """`worker` claims one part at a time, so that a repeat finds what it claimed at `now`."""
         before = (parts.c.worker == worker) & (parts.c.claimed_at == now) & (parts.c.status == "running")
-        leased = {"status": "running", "worker": worker, "lease_until": now + LEASE_SECONDS, "claimed_at": now}
+        until = max(now, time.time()) + LEASE_SECONDS  # a repeat may come long after
+        leased = {"status": "running", "worker": worker, "lease_until": until, "claimed_at": now}
         leased["claimant"] = process = worker.rpartition("|")[0]
         first = next_part(now, process, model, of_jobs).scalar_subquery()
         claim = parts.update().where(parts.c.id == first, parts.c.status == "queued")
@@ -234,15 +235,8 @@ class JobStore:
     @retried
     def give_back(self, part: Part, delay: float = 0.0, error: str | None = None, tries: int = TRIES) -> None:
         """The part is to be run again. With an `error` that counts as a try, and the last of `tries` fails the job."""
-        tried = part.tries + (error is not None)
         with self.store.write() as connection:
-            if error is not None and tried >= tries:
-                if connection.execute(parts.update().where(holds(part)).values(status="failed", tries=tried)).rowcount:
-                    stop(connection, part.job, "failed", error)
-                return
-            again = {"status": "queued", "worker": None, "tries": tried, "not_before": time.time() + delay}
-            connection.execute(parts.update().where(holds(part)).values(again))
-            cancel_queued_of_stopping(connection, part.job)
+            give_back(connection, part, delay, error, tries)
 
     @retried
     def fail(self, part: Part, error: str) -> None:
@@ -251,18 +245,31 @@ class JobStore:
             if connection.execute(parts.update().where(holds(part)).values(status="failed")).rowcount:
                 stop(connection, part.job, "failed", error)
 
-    @retried
     def sweep(self, now: float | None = None) -> int:
         """Parts whose lease has run out, or whose worker's process is gone, are queued again; returns how many."""
         now = time.time() if now is None else now
+        dead = [p for p in self.running() if p.lease_until < now or worker_gone(p.worker or "|0|0|")]
+        taken = sum(self.take_back(part, DEADLY if self.deadly(part) else None) for part in dead)
+        self.swept += taken
+        return taken
+
+    @retried
+    def running(self) -> list[Part]:
         with self.store.read() as connection:
-            running = [Part(*r) for r in connection.execute(sa.select(*PART).where(parts.c.status == "running"))]
-        dead = [p for p in running if p.lease_until < now or worker_gone(p.worker or "|0|0|")]
-        for part in dead:
-            self.store.lose(part.tenant, part.name)  # a worker that only seemed dead must not go on paying for it
-            self.give_back(part, error=DEADLY if self.deadly(part) else None, tries=1)
-        self.swept += len(dead)
-        return len(dead)
+            return [Part(*r) for r in connection.execute(sa.select(*PART).where(parts.c.status == "running"))]
+
+    @retried
+    def take_back(self, part: Part, error: str | None) -> bool:
+        """As `give_back`, for a holder that seems dead, unless it has renewed its lease or somebody was here before."""
+        same_lease = holds(part) & (parts.c.lease_until == part.lease_until)
+        with self.store.write() as connection:
+            if connection.execute(sa.select(parts.c.id).where(same_lease).with_for_update()).first() is None:
+                return False
+            self.store.lose(
+                connection, part.tenant, part.name
+            )  # one that only seemed dead must not go on paying for it
+            give_back(connection, part, 0.0, error, 1)
+        return True
 
     def deadly(self, part: Part) -> bool:
         """Whether the part was lost again and again without a single answer: whoever takes it dies of it."""
@@ -336,6 +343,17 @@ def recomputed_tokens(of_job: Sequence[Part]) -> int:
     return sum(p.shared for before, p in behind if p.claimant is not None and p.claimant != before)
 
 
+def give_back(connection: sa.Connection, part: Part, delay: float, error: str | None, tries: int) -> None:
+    tried = part.tries + (error is not None)
+    if error is not None and tried >= tries:
+        if connection.execute(parts.update().where(holds(part)).values(status="failed", tries=tried)).rowcount:
+            stop(connection, part.job, "failed", error)
+        return
+    again = {"status": "queued", "worker": None, "tries": tried, "not_before": time.time() + delay}
+    connection.execute(parts.update().where(holds(part)).values(again))
+    cancel_queued_of_stopping(connection, part.job)
+
+
 def stop(connection: sa.Connection, job: str, ends_as: str, error: str | None) -> None:
     open_job = (jobs.c.id == job) & jobs.c.status.in_(("queued", "running"))
     connection.execute(jobs.update().where(open_job).values(status="stopping", ends_as=ends_as, error=error))
@@ -364,8 +382,10 @@ def same_job(connection: sa.Connection, job: Job) -> Job | None:
     made = insert.values(asdict(job)).on_conflict_do_nothing().returning(jobs.c.id)
     if connection.execute(made).first() is not None:
         return None
-    same_key = (jobs.c.tenant == job.tenant) & (jobs.c.idempotency_key == job.idempotency_key)
-    return Job(*connection.execute(sa.select(*JOB).where((jobs.c.id == job.id) | same_key)).one())
+    same = jobs.c.id == job.id
+    if job.idempotency_key is not None:
+        same |= (jobs.c.tenant == job.tenant) & (jobs.c.idempotency_key == job.idempotency_key)
+    return Job(*connection.execute(sa.select(*JOB).where(same)).one())
 
 
 def same_request(known: Job, asked: Job) -> Job:

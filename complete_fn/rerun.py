@@ -56,8 +56,6 @@ def rerun(service: Service, job: Job, max_cost: Any = None) -> Job:
     # The note first: numbers of parts that never come do no harm, parts that no window names would.
     write_windows(service, job.id, again.windows)
     record(service, job, again, first, cap)
-    if json.loads(job.request).get("sink"):
-        promise(service, job)
     service.queue.announce(Counter(p["model"] for p in again.pieces))
     return service.jobs.get(job.tenant, job.id)
 
@@ -122,3 +120,5 @@ def record(service: Service, job: Job, again: Again, first: int, cap: int | None
         for part, left in again.left.items():
             connection.execute(parts.update().where(parts.c.id == part).values(rows=left, failed=0))
         connection.execute(parts.insert(), rows)
+        if json.loads(job.request).get("sink"):
+            promise(connection, job)

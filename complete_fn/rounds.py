@@ -60,6 +60,7 @@ class Rounds:
 
     def sweep(self) -> None:
         self.service.workers.forget_gone()
+        self.service.store.sweep()
         self.service.jobs.expire()
         if self.service.jobs.sweep():
             self.announce()

@@ -64,11 +64,14 @@ def sink_place(service: Service, tenant: str, sink: Mapping[str, Any]) -> tuple[
     return found, place
 
 
-def promise(service: Service, job: Job) -> None:
-    """Note that the job's results are to be delivered once it is over; again, if it is run again."""
-    with service.store.write() as connection:
-        connection.execute(deliveries.delete().where(deliveries.c.job == job.id))
-        connection.execute(deliveries.insert().values(job=job.id, tenant=job.tenant, status="waiting", rows=0))
+def promise(connection: sa.Connection, job: Job) -> None:
+    """Note that the job's results are to be delivered once it is over; again, if it is run again. Who is still writing
+    those of an earlier end loses its claim."""
+    c = deliveries.c
+    fresh = {"status": "waiting", "rows": 0, "error": None, "tries": 0, "lease_until": 0.0}
+    again = deliveries.update().where(c.job == job.id).values(**fresh, fence=c.fence + 1)
+    if connection.execute(again).rowcount == 0:
+        connection.execute(deliveries.insert().values(job=job.id, tenant=job.tenant, **fresh))
 
 
 def withdraw(service: Service, job: str) -> None:

@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError, InterfaceError
 
-from complete_fn.claims import claim, claimed, drop_claims, let_all_go, let_go
+from complete_fn.claims import claim, claimed, drop_claims, let_all_go, let_go, silent_holders, still_held
 from complete_fn.databases import Sqlite, open_database
 from complete_fn.disk import here, process_started
 from complete_fn.errors import StoreError, StoreLostError
@@ -224,19 +224,24 @@ class Store:
     # -- attempts and slices -------------------------------------------------------------------------------------
 
     def begin(self, who: Asker, model: str, currency: str, basis: str) -> Attempt:
+        """Raises:
+        StoreError: it is of a job's part that was given to somebody else.
+        """
         self.sweep()
         name = (time.time_ns() // 1000 << 10) + secrets.randbelow(1 << 10)  # ours, so that a repeat is seen
         job, tag = who.job, who.query_tag
         attempt = Attempt(name, who.tenant, who.user, model, job, tag, currency, basis)
-        self.insert_attempt(attempt)
+        self.insert_attempt(attempt, who.claim)
         return attempt
 
     @retried
-    def insert_attempt(self, attempt: Attempt) -> None:
+    def insert_attempt(self, attempt: Attempt, of_claim: tuple[int, int] | None) -> None:
         now = time.time()
         row = {f.name: getattr(attempt, f.name) for f in fields(Attempt) if f.name in attempts.c}
         this = {"host": here(), "pid": os.getpid(), "pid_started": process_started(os.getpid()) or 0.0}
         with self.write() as connection:
+            if of_claim is not None and not still_held(connection, *of_claim):
+                raise StoreError(GIVEN_UP)
             if connection.execute(sa.select(attempts.c.id).where(attempts.c.id == attempt.id)).first() is None:
                 times = {"status": "running", "began": now, "seen_at": now}
                 connection.execute(attempts.insert().values(**row, **this, **times))
@@ -255,10 +260,13 @@ class Store:
 
     @retried
     def drop_claims(self) -> None:
-        """End the claims of attempts that are over, were killed, or say nothing: a suspended process, say."""
+        """End the claims of attempts that are over, were killed, or say nothing: of a suspended process, say. The last
+        are lost with them, as others compute now what they held."""
         self.sweep()
         with self.write() as connection:
-            drop_claims(connection, time.time() - SILENT_SECONDS)
+            for row in connection.execute(silent_holders(time.time() - SILENT_SECONDS)).mappings().all():
+                self.close_attempt(connection, attempt_of(row), "lost")
+            drop_claims(connection)
 
     def admit(self, attempt: Attempt, rows: int, tokens: int) -> None:
         """Note work that is about to be handed to the engine, so that a killed attempt's loss can be told."""
@@ -326,17 +334,20 @@ class Store:
     def finish(self, attempt: Attempt, status: str) -> bool:
         """Close a running attempt; what it had admitted and not committed is lost, and not billed."""
         with self.write() as connection:
-            mine = (attempts.c.id == attempt.id) & (attempts.c.status == "running")
-            columns = attempts.c.reserved_rows, attempts.c.reserved_tokens
-            left = connection.execute(sa.select(*columns).where(mine)).first()
-            let_all_go(connection, attempt)
-            if left is None:
-                return False
-            connection.execute(attempts.update().where(mine).values(status=status, ended=time.time()))
-            release(connection, attempt)
-            if left.reserved_rows > 0:
-                lost = LedgerLine("lost", left.reserved_rows, left.reserved_tokens)
-                self.write_lines(connection, attempt, [lost], time.time())
+            return self.close_attempt(connection, attempt, status)
+
+    def close_attempt(self, connection: sa.Connection, attempt: Attempt, status: str) -> bool:
+        mine = (attempts.c.id == attempt.id) & (attempts.c.status == "running")
+        columns = attempts.c.reserved_rows, attempts.c.reserved_tokens
+        left = connection.execute(sa.select(*columns).where(mine).with_for_update()).first()
+        let_all_go(connection, attempt)
+        if left is None:
+            return False
+        connection.execute(attempts.update().where(mine).values(status=status, ended=time.time()))
+        release(connection, attempt)
+        if left.reserved_rows > 0:
+            lost = LedgerLine("lost", left.reserved_rows, left.reserved_tokens)
+            self.write_lines(connection, attempt, [lost], time.time())
         return True
 
     # -- budgets -------------------------------------------------------------------------------------------------
@@ -381,14 +392,11 @@ class Store:
         dead = [attempt_of(r) for r in rows if r["host"] != here() or gone(r["pid"], r["pid_started"])]
         return sum(self.finish(attempt, "lost") for attempt in dead)
 
-    @retried
-    def lose(self, tenant: str, job: str) -> None:
+    def lose(self, connection: sa.Connection, tenant: str, job: str) -> None:
         """Close what still runs of a job that is given to somebody else: it commits nothing from here on."""
         of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job) & (attempts.c.status == "running")
-        with self.read() as connection:
-            rows = connection.execute(sa.select(attempts).where(of_job)).mappings().all()
-        for row in rows:
-            self.finish(attempt_of(row), "lost")
+        for row in connection.execute(sa.select(attempts).where(of_job)).mappings().all():
+            self.close_attempt(connection, attempt_of(row), "lost")
 
 
 GIVEN_UP = "The run was given up as lost: it was silent for too long. What it committed is safe; run again."

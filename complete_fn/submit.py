@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from complete_fn.budget import parse_cap
 from complete_fn.catalogue import Model
-from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.errors import InputError, InvalidOptionError, NotFoundError, StoreError
 from complete_fn.files import LineRows, Rows
 from complete_fn.jobs import Job
 from complete_fn.key_store import Principal
@@ -175,13 +175,24 @@ def new_job(
 
 @contextmanager
 def drafted(service: Service, job: Job) -> Iterator[Draft]:
-    """A job that is being written; what it has in the storage goes again unless it was kept."""
+    """A job that is being written; what it has in the storage goes again unless there is a record of it."""
     draft = Draft(service, job)
     try:
         yield draft
     finally:
-        if not draft.kept:
+        if not draft.kept and not recorded(service, job):
             service.storage.delete_folder(service.job_key(job.id))
+
+
+def recorded(service: Service, job: Job) -> bool:
+    """Whether the store has the job: the answer to its commit may have been lost. True if the store cannot tell."""
+    try:
+        service.jobs.get(job.tenant, job.id)
+    except NotFoundError:
+        return False
+    except StoreError:
+        return True
+    return True
 
 
 class Draft:
@@ -208,7 +219,8 @@ class Draft:
         write_windows(self.service, self.job.id, self.windows)
         nulls = self.rows - sum(p["rows"] for p in self.pieces)
         if json.loads(self.job.request).get("sink"):
-            promise(self.service, self.job)  # first: one without a job does no harm
+            with self.service.store.write() as connection:
+                promise(connection, self.job)  # first: one without a job does no harm
         kept = self.service.jobs.create(replace(self.job, rows=self.rows, nulls=nulls), self.pieces)
         self.kept = kept.id == self.job.id
         if not self.kept:

@@ -174,7 +174,7 @@ class WorkerLoop:
             table = parquet.read_table(source)
         options = parse_options(json.loads(part.options))
         call = Call.of(service.model(part.model), options)
-        who = Asker(part.tenant, job.user, part.name, job.query_tag)
+        who = Asker(part.tenant, job.user, part.name, job.query_tag, (part.id, part.fence))
         try:
             if hand.why == "job":
                 raise Stopped
@@ -228,6 +228,7 @@ class WorkerLoop:
                 hand.stop.set()
 
     def upkeep(self) -> None:
+        self.service.store.sweep()  # what the dead have reserved of a budget others may be waiting for
         self.jobs.expire()
         expire(self.service)
         if self.jobs.sweep():

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from complete_fn.catalogue import Model
 from complete_fn.engine import EchoEngine
+from complete_fn.errors import StoreError
 from complete_fn.keys import Call
 from complete_fn.prompts import text_column
 from complete_fn.runner import Tools, run
@@ -205,6 +206,8 @@ def test_a_silent_run_loses_its_claims(store_url: str) -> None:
         connection.execute(silent.values(seen_at=time.time() - 1000))
     store.drop_claims()
     assert store.claimed("local", [b"a", b"b", b"c"]) == {b"c"}
+    with pytest.raises(StoreError, match="given up as lost"):  # it goes on, but others have what it held
+        store.touch(attempt)
     store.finish(another, "done")
     assert store.claimed("local", [b"a", b"b", b"c"]) == set()
     store.finish(attempt, "failed")

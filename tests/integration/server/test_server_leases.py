@@ -1,0 +1,159 @@
+"""Leases, fences and repeats of the service, at the moments when two processes meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from complete_fn import EchoEngine
+from complete_fn.deliveries import LeaseLost, claim, move
+from complete_fn.disk import here
+from complete_fn.errors import StoreError, StoreLostError
+from complete_fn.job_store import worker_name
+from complete_fn.jobs import Job
+from complete_fn.key_store import Principal
+from complete_fn.service import Service
+from complete_fn.service_tables import parts
+from complete_fn.sinks import promise
+from complete_fn.submit import TableSpec, submit_table
+from complete_fn.tables import attempts
+from complete_fn.types import Asker
+from complete_fn.worker_loop import WorkerLoop
+from tests.integration.server.conftest import write_models
+from tests.integration.server.test_server_jobs import parquet_bytes
+
+DEAD = f"{here()}|999999|1.0|0"  # no process
+
+
+@pytest.fixture
+def service(tmp_path: Path, store_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    if store_url.startswith("postgresql"):
+        monkeypatch.setenv("COMPLETE_FN_DATABASE", store_url)
+    service = Service(tmp_path / "home", write_models(tmp_path), EchoEngine())
+    yield service
+    service.close()
+
+
+def submit(service: Service, rows: int, **more: Any) -> Job:
+    path = service.folder / "in.parquet"
+    path.write_bytes(parquet_bytes([{"text": f"row {n}"} for n in range(rows)]))
+    with path.open("rb") as source:
+        file = service.uploads.save("local", "in.parquet", "user_data", source)
+    return submit_table(service, Principal(), TableSpec("echo", "{text}", {"file_id": file.id}, {}, **more))
+
+
+def status_of(service: Service, attempt: int) -> str:
+    with service.store.read() as connection:
+        return str(connection.execute(sa.select(attempts.c.status).where(attempts.c.id == attempt)).scalar())
+
+
+def test_a_sweeper_that_comes_late_leaves_the_next_holder_alone(service: Service) -> None:
+    submit(service, 5)
+    service.jobs.claim(DEAD)
+    (seen,) = service.jobs.running()
+    assert service.jobs.sweep() == 1
+    part = service.jobs.claim(worker_name(0))
+    assert part is not None
+    attempt = service.store.begin(Asker(job=part.name, claim=(part.id, part.fence)), "echo", "USD", "x")
+    assert not service.jobs.take_back(seen, None)
+    assert not service.jobs.lost([part])
+    service.store.touch(attempt)
+
+
+def test_a_renewed_lease_is_not_swept(service: Service) -> None:
+    submit(service, 5)
+    part = service.jobs.claim(worker_name(0), now=time.time() - 3600)
+    assert part is not None
+    (seen,) = service.jobs.running()
+    service.jobs.renew([part], now=time.time() + 60)
+    assert not service.jobs.take_back(seen, None)
+    assert not service.jobs.lost([part])
+
+
+def test_nobody_begins_a_part_that_was_given_to_another(service: Service) -> None:
+    submit(service, 5)
+    part = service.jobs.claim(worker_name(0))
+    assert part is not None
+    with service.store.write() as connection:
+        connection.execute(parts.update().values(lease_until=time.time() - 1))
+    assert service.jobs.sweep() == 1
+    with pytest.raises(StoreError, match="given up as lost"):
+        service.store.begin(Asker(job=part.name, claim=(part.id, part.fence)), "echo", "USD", "x")
+    with service.store.read() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(attempts)).scalar() == 0
+
+
+def test_a_job_whose_commit_was_not_answered_is_there_once_and_whole(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(service, 5)  # neither has an idempotency key
+    real, lost = service.store.write, []
+
+    @contextmanager
+    def write() -> Iterator[sa.Connection]:
+        with real() as connection:
+            yield connection
+            of_job = connection.execute(sa.text("SELECT count(*) FROM jobs")).scalar() == 2
+        if of_job and not lost:
+            lost.append(True)
+            raise StoreLostError("the answer to COMMIT was lost")
+
+    monkeypatch.setattr(service.store, "write", write)
+    job = submit(service, 50)
+    assert lost
+    assert job.rows == 50
+    assert len(service.jobs.newest("local", "table", 9, None)) == 2
+    assert any("part-" in key for key in service.storage.keys(service.job_key(job.id)))
+
+
+def test_a_store_that_cannot_tell_keeps_the_objects_of_a_job(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any) -> None:
+        raise StoreError("away")
+
+    monkeypatch.setattr(service.jobs, "create", lost)
+    monkeypatch.setattr(service.jobs, "get", lost)
+    with pytest.raises(StoreError):
+        submit(service, 5)
+    assert service.storage.keys("jobs")
+    monkeypatch.undo()
+    kept = len(service.storage.keys("jobs"))
+    monkeypatch.setattr(service.jobs, "create", lost)
+    with pytest.raises(StoreError):
+        submit(service, 5)
+    assert len(service.storage.keys("jobs")) == kept
+
+
+def test_a_rerun_takes_the_delivery_from_who_still_writes(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    monkeypatch.setattr(service, "settings", replace(service.settings, sinks=(str(folder),)))
+    job = submit(service, 5, sink={"uri": f"{folder}/r.parquet"})
+    part = service.jobs.claim(worker_name(0))
+    assert part is not None
+    service.jobs.finish(part, "done", "x", 0)
+    first = claim(service)
+    assert first is not None
+    with service.store.write() as connection:
+        promise(connection, job)
+    second = claim(service)
+    assert second is not None
+    assert second.fence > first.fence
+    with pytest.raises(LeaseLost):
+        move(service, first, status="written", error=None)
+
+
+def test_upkeep_frees_what_the_dead_have_reserved(service: Service) -> None:
+    attempt = service.store.begin(Asker(), "echo", "USD", "x")
+    with service.store.write() as connection:
+        connection.execute(attempts.update().values(pid=999999, pid_started=1.0))
+    WorkerLoop(service).upkeep()
+    assert status_of(service, attempt.id) == "lost"
