@@ -233,17 +233,22 @@ class JobStore:
         return True
 
     @retried
-    def give_back(self, part: Part, delay: float = 0.0, error: str | None = None, tries: int = TRIES) -> None:
+    def give_back(
+        self, part: Part, delay: float = 0.0, error: str | None = None, tries: int = TRIES, salvage: bool = False
+    ) -> None:
         """The part is to be run again. With an `error` that counts as a try, and the last of `tries` fails the job."""
         with self.store.write() as connection:
-            give_back(connection, part, delay, error, tries)
+            give_back(connection, part, delay, error, tries, salvage)
 
     @retried
-    def fail(self, part: Part, error: str) -> None:
-        """The part cannot be run; its job fails."""
+    def fail(self, part: Part, error: str, salvage: bool = False) -> None:
+        """The part cannot be run; its job fails. What it committed is to be its result, see `claim_stopped`.
+
+        Args:
+            salvage: that is what could not be done.
+        """
         with self.store.write() as connection:
-            if connection.execute(parts.update().where(holds(part)).values(status="failed")).rowcount:
-                stop(connection, part.job, "failed", error)
+            fail(connection, part, error, salvage)
 
     def sweep(self, now: float | None = None) -> int:
         """Parts whose lease has run out, or whose worker's process is gone, are queued again; returns how many."""
@@ -268,17 +273,18 @@ class JobStore:
             self.store.lose(
                 connection, part.tenant, part.name
             )  # one that only seemed dead must not go on paying for it
-            give_back(connection, part, 0.0, error, 1)
+            salvage = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == part.job)).scalar() == "stopping"
+            give_back(connection, part, 0.0, error, 1, salvage)
         return True
 
     def deadly(self, part: Part) -> bool:
-        """Whether the part was lost again and again without a single answer: whoever takes it dies of it."""
+        """Whether the part is lost again and again without a single answer: whoever takes it dies of it."""
         mine = (attempts.c.tenant == part.tenant) & (attempts.c.job == part.name)
         answered = sa.exists().where(ledger.c.attempt == attempts.c.id, ledger.c.price_class == "input")
         newest = sa.select(attempts.c.status, answered).where(mine).order_by(attempts.c.id.desc()).limit(DEATHS)
         with self.store.read() as connection:
             rows = connection.execute(newest).all()
-        return len(rows) == DEATHS and all(status == "lost" and not answers for status, answers in rows)
+        return len(rows) == DEATHS and all(s in ("lost", "running") and not answers for s, answers in rows)
 
     @retried
     def expire(self, now: float | None = None) -> list[str]:
@@ -314,14 +320,13 @@ def next_part(now: float, process: str, model: str | None, of_jobs: Sequence[str
     follows = (before.c.job == waiting.c.job) & (before.c.number == waiting.c.number - 1)
     mine = (before.c.claimant == process) | (waiting.c.claimant == process)
     warmth = sa.case((mine, 0), (before.c.status == "running", 2), else_=1)
-    due = (waiting.c.not_before <= now) | (jobs.c.status == "stopping")
     chosen = (
         sa.select(waiting.c.id)
         .join(jobs, jobs.c.id == waiting.c.job)
         .outerjoin(lately, lately.c.tenant == waiting.c.tenant)
         .outerjoin(tenants, tenants.c.name == waiting.c.tenant)
         .outerjoin(before, follows)
-        .where(waiting.c.status == "queued", due, jobs.c.status.in_(of_jobs))
+        .where(waiting.c.status == "queued", waiting.c.not_before <= now, jobs.c.status.in_(of_jobs))
         .order_by(
             share,
             last_served.scalar_subquery().asc().nulls_first(),
@@ -343,20 +348,32 @@ def recomputed_tokens(of_job: Sequence[Part]) -> int:
     return sum(p.shared for before, p in behind if p.claimant is not None and p.claimant != before)
 
 
-def give_back(connection: sa.Connection, part: Part, delay: float, error: str | None, tries: int) -> None:
+def give_back(
+    connection: sa.Connection, part: Part, delay: float, error: str | None, tries: int, salvage: bool
+) -> None:
     tried = part.tries + (error is not None)
     if error is not None and tried >= tries:
-        if connection.execute(parts.update().where(holds(part)).values(status="failed", tries=tried)).rowcount:
-            stop(connection, part.job, "failed", error)
+        fail(connection, part, error, salvage)
         return
     again = {"status": "queued", "worker": None, "tries": tried, "not_before": time.time() + delay}
     connection.execute(parts.update().where(holds(part)).values(again))
     cancel_queued_of_stopping(connection, part.job)
 
 
+def fail(connection: sa.Connection, part: Part, error: str, salvage: bool) -> None:
+    to_salvage = {"status": "queued", "worker": None, "tries": 0, "not_before": 0.0}
+    ended = {"status": "failed"} if salvage else to_salvage
+    if connection.execute(parts.update().where(holds(part)).values(ended)).rowcount:
+        stop(connection, part.job, "failed", error)
+
+
 def stop(connection: sa.Connection, job: str, ends_as: str, error: str | None) -> None:
     open_job = (jobs.c.id == job) & jobs.c.status.in_(("queued", "running"))
-    connection.execute(jobs.update().where(open_job).values(status="stopping", ends_as=ends_as, error=error))
+    if connection.execute(
+        jobs.update().where(open_job).values(status="stopping", ends_as=ends_as, error=error)
+    ).rowcount:
+        waiting = (parts.c.job == job) & (parts.c.status == "queued")
+        connection.execute(parts.update().where(waiting).values(not_before=0.0))
     cancel_queued_of_stopping(connection, job)
 
 

@@ -28,6 +28,7 @@ PART_MOVES: dict[str, tuple[str, ...]] = {
 JOB_OPEN = ("queued", "running", "stopping")
 LEASE_SECONDS = 30.0
 TRIES = 3  # of a part whose engine fails
+STORE_TRIES = 7  # of a part whose files or answers cannot be read or written: two minutes, as a database may be away
 
 
 @dataclass(frozen=True, slots=True)

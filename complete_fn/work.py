@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from complete_fn.field_prompts import has_fields
@@ -118,7 +118,8 @@ def fill(work: Work, store: Store, keys: list[bytes], since: float, mine: set[in
         for number, key in enumerate(chosen, low):
             if key in known and work.found[number] is None:
                 completion, attempt = known[key]
-                work.found[number] = completion
                 work.reused.add(number)
-                if attempt in mine:
+                if attempt in mine:  # this job paid for it
                     work.resumed.add(number)
+                    completion = replace(completion, source="computed")
+                work.found[number] = completion

@@ -16,7 +16,7 @@ from complete_fn.deliveries import keep_delivering
 from complete_fn.errors import CompleteError, StoreError
 from complete_fn.job_results import write_part
 from complete_fn.job_store import worker_name
-from complete_fn.jobs import LEASE_SECONDS, Job, Part
+from complete_fn.jobs import LEASE_SECONDS, STORE_TRIES, Job, Part
 from complete_fn.keys import Call
 from complete_fn.options import Options, parse_options
 from complete_fn.pace import Watch
@@ -43,10 +43,11 @@ CANCELLED = "The job was stopped before the row was done."
 
 @dataclass
 class Hand:
-    """A part that is being run here."""
+    """A part that is being run here. `salvage`: only what it has committed is to be its result."""
 
     part: Part
     watch: Watch
+    salvage: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     why: str = ""
 
@@ -145,24 +146,28 @@ class WorkerLoop:
     def end_stopped(self) -> None:
         """Parts that wait, of jobs that are to stop: their committed rows are their results."""
         while (part := self.jobs.claim_stopped(worker_name(len(self.threads)))) is not None:
-            self.run_part(part, lambda: None, "job")
+            self.run_part(part, lambda: None, salvage=True)
 
-    def run_part(self, part: Part, fed: Callable[[], None], why: str = "") -> None:
-        hand = Hand(part, Watch(fed), why=why)
+    def run_part(self, part: Part, fed: Callable[[], None], salvage: bool = False) -> None:
+        hand = Hand(part, Watch(fed), salvage)
         with self.lock:
             self.hands[part.id, part.fence] = hand
         try:
             self.complete(hand)
         except CompleteError as error:
+            told, delay = str(error).splitlines()[0], RETRY_SECONDS * 2**part.tries
             if error.retryable and hand.watch.answered:  # it got on, so it is no fault of the part
                 self.jobs.give_back(part, delay=RETRY_SECONDS)
-            elif error.retryable or isinstance(error, StoreError):
-                self.jobs.give_back(part, delay=RETRY_SECONDS * 2**part.tries, error=str(error).splitlines()[0])
+            elif isinstance(error, StoreError):
+                self.jobs.give_back(part, delay, told, STORE_TRIES, hand.salvage)
+            elif error.retryable:
+                self.jobs.give_back(part, delay, told, salvage=hand.salvage)
             else:
-                self.jobs.fail(part, str(error))
+                self.jobs.fail(part, str(error), hand.salvage)
         except Exception as error:
             log(f"part {part.name}", error)
-            self.jobs.give_back(part, delay=RETRY_SECONDS, error=f"The service failed: {type(error).__name__}.")
+            told = f"The service failed: {type(error).__name__}."
+            self.jobs.give_back(part, RETRY_SECONDS, told, salvage=hand.salvage)
         finally:
             with self.lock:
                 del self.hands[part.id, part.fence]
@@ -176,13 +181,13 @@ class WorkerLoop:
         call = Call.of(service.model(part.model), options)
         who = Asker(part.tenant, job.user, part.name, job.query_tag, (part.id, part.fence))
         try:
-            if hand.why == "job":
+            if hand.salvage:
                 raise Stopped
             answers = service.complete(
                 call, table.column("prompt"), who, hand.stop, options.cache, cap_of(job), watch=hand.watch
             )
         except Stopped:
-            if hand.why == "job":
+            if hand.salvage or hand.why == "job":
                 rest = stopped_answers(service, call, table.column("prompt"), who, options)
                 self.commit(part, table, rest, "cancelled")
             elif self.closing.is_set():

@@ -170,6 +170,17 @@ def test_the_last_try_fails_the_job_and_cancels_what_waits(jobs: JobStore) -> No
         assert part is not None
         assert part.number == 0
         jobs.give_back(part, error="No memory.")
+    ending = jobs.get("acme", "a")
+    assert (ending.status, ending.ends_as, ending.error) == ("stopping", "failed", "No memory.")
+    assert jobs.claim(ME) is None
+    salvage = jobs.claim_stopped(ME)
+    assert salvage is not None
+    assert (salvage.number, salvage.tries) == (0, 0)
+    jobs.give_back(salvage, 60, "No storage.", salvage=True)
+    assert jobs.claim_stopped(ME) is None  # for a minute
+    salvage = jobs.claim_at(ME, time.time() + 61, None, ("stopping",))
+    assert salvage is not None
+    jobs.fail(salvage, "No storage.", salvage=True)
     ended = jobs.get("acme", "a")
     assert (ended.status, ended.error) == ("failed", "No memory.")
     assert [p.status for p in jobs.parts("a")] == ["failed", "cancelled"]
@@ -286,5 +297,5 @@ def test_a_part_that_kills_every_worker_fails_its_job(jobs: JobStore) -> None:
         assert jobs.get("acme", "a").status == "running"
         jobs.sweep(now=time.time() + 100)
     ended = jobs.get("acme", "a")
-    assert ended.status == "failed"
+    assert (ended.status, ended.ends_as) == ("stopping", "failed")
     assert "10 workers in a row died" in (ended.error or "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +15,19 @@ import sqlalchemy as sa
 from complete_fn import EchoEngine
 from complete_fn.deliveries import LeaseLost, claim, move
 from complete_fn.disk import here
-from complete_fn.errors import StoreError, StoreLostError
+from complete_fn.errors import EngineError, StoreError, StoreLostError
+from complete_fn.job_results import result_windows
 from complete_fn.job_store import worker_name
 from complete_fn.jobs import Job
 from complete_fn.key_store import Principal
+from complete_fn.prices import nano
+from complete_fn.rerun import rerun
 from complete_fn.service import Service
 from complete_fn.service_tables import parts
 from complete_fn.sinks import promise
 from complete_fn.submit import TableSpec, submit_table
 from complete_fn.tables import attempts
-from complete_fn.types import Asker
+from complete_fn.types import Asker, Completion, CompletionRequest
 from complete_fn.worker_loop import WorkerLoop
 from tests.integration.server.conftest import write_models
 from tests.integration.server.test_server_jobs import parquet_bytes
@@ -46,7 +49,9 @@ def submit(service: Service, rows: int, **more: Any) -> Job:
     path.write_bytes(parquet_bytes([{"text": f"row {n}"} for n in range(rows)]))
     with path.open("rb") as source:
         file = service.uploads.save("local", "in.parquet", "user_data", source)
-    return submit_table(service, Principal(), TableSpec("echo", "{text}", {"file_id": file.id}, {}, **more))
+    return submit_table(
+        service, Principal(), TableSpec("echo", "{text}", {"file_id": file.id}, **{"options": {}, **more})
+    )
 
 
 def status_of(service: Service, attempt: int) -> str:
@@ -157,3 +162,83 @@ def test_upkeep_frees_what_the_dead_have_reserved(service: Service) -> None:
         connection.execute(attempts.update().values(pid=999999, pid_started=1.0))
     WorkerLoop(service).upkeep()
     assert status_of(service, attempt.id) == "lost"
+
+
+class Dying(EchoEngine):
+    """Answers so many rows and then, until it is mended, none."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__(remembers=False)
+        self.left = left
+
+    def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+        for position, request in enumerate(requests):
+            if not self.left:
+                raise EngineError("the card fell off the bus")
+            self.left -= 1
+            yield position, self.complete(request)
+
+
+def run_to_end(service: Service, job: Job, seconds: float = 60.0) -> Job:
+    loop = WorkerLoop(service, 1, poll_seconds=0.1)
+    loop.start()
+    until = time.monotonic() + seconds
+    while not (now := service.jobs.get(job.tenant, job.id)).over and time.monotonic() < until:
+        time.sleep(0.02)
+    loop.close()
+    return now
+
+
+def rows_of(service: Service, job: Job) -> list[dict[str, Any]]:
+    windows = result_windows(service, job, True, job.status != "completed")
+    return [row for _, new, _ in windows for row in new["completion_details"].to_pylist()]
+
+
+def test_a_job_that_fails_keeps_what_was_paid_and_a_rerun_pays_for_the_rest(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("complete_fn.worker_loop.RETRY_SECONDS", 0.02)
+    engine = Dying(150)
+    service.engine = engine
+    job = submit(service, 200, options={"temperature": 0.7})  # no answer is shared with other jobs
+    failed = run_to_end(service, job)
+    assert (failed.status, failed.error) == ("failed", "the card fell off the bus")
+    assert sum(row["error"] is None for row in rows_of(service, failed)) == 150
+    engine.left = 1_000
+    done = run_to_end(service, rerun(service, failed))
+    assert done.status == "completed"
+    assert all(row["error"] is None for row in rows_of(service, done))
+    assert engine.left == 1_000 - 50
+
+
+def test_the_rows_costs_add_up_to_the_bill_of_a_job_that_changed_hands(service: Service) -> None:
+    service.engine = EchoEngine(row_seconds=0.01)
+    job = submit(service, 200)
+    loop = WorkerLoop(service, 1)
+    loop.start()
+    time.sleep(1.5)
+    loop.close()
+    counts = service.jobs.counts(service.jobs.get("local", job.id))
+    assert 0 < counts.done < 200
+    done = run_to_end(service, job)
+    rows = rows_of(service, done)
+    assert nano(sum(row["cost"] for row in rows)) == service.jobs.counts(done).cost_nano
+    assert {row["source"] for row in rows} == {"computed"}
+
+
+def test_a_storage_that_is_away_for_seconds_costs_no_job(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("complete_fn.worker_loop.RETRY_SECONDS", 0.02)
+    job = submit(service, 20)
+    real, refused = service.storage.writing, []
+
+    @contextmanager
+    def writing(key: str) -> Iterator[Any]:
+        if "result-" in key and len(refused) < 5:
+            refused.append(key)
+            raise StoreError("The storage cannot be used: 503 SlowDown")
+        with real(key) as file:
+            yield file
+
+    monkeypatch.setattr(service.storage, "writing", writing)
+    assert run_to_end(service, job).status == "completed"
+    assert len(refused) == 5
