@@ -59,6 +59,12 @@ class Model:
         folder = Path(self.checkpoint).expanduser()
         return folder.resolve() if folder.is_dir() else None
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether the checkpoint is a folder, and not on this machine."""
+        names_path = self.checkpoint.startswith(("/", "./", "../", "~"))
+        return self.engine == "embedded" and names_path and self.local_folder is None
+
 
 def installed_folder(package: str) -> Path:
     """The folder of an installed package, found without importing it."""

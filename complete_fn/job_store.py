@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -21,6 +21,7 @@ from complete_fn.tables import answers, attempts, budgets, ledger, of_class, sum
 JOB = [jobs.c[f.name] for f in fields(Job)]
 PART = [parts.c[f.name] for f in fields(Part)]
 UNFINISHED = ("queued", "running")
+Wanted = Callable[[Any], sa.ColumnElement[bool]]  # of the column of models
 DEATHS = 10  # claims of a part that were lost in a row without an answer
 DEADLY = f"{DEATHS} workers in a row died on a part of the job before they answered a row of it."
 SHARE_SECONDS = 600.0  # what a tenant was served longer ago does not count against it
@@ -159,20 +160,28 @@ class JobStore:
         Args:
             model: only parts of this model.
         """
-        return self.claim_at(worker, time.time() if now is None else now, model, ("queued", "running"))
 
-    def claim_stopped(self, worker: str) -> Part | None:
-        """A part that was begun and given back, and whose job is to stop: what it committed is to be its result."""
-        return self.claim_at(worker, time.time(), None, ("stopping",))
+        def wanted(c: Any) -> sa.ColumnElement[bool]:
+            return sa.true() if model is None else c == model
+
+        return self.claim_at(worker, time.time() if now is None else now, wanted, ("queued", "running"))
+
+    def claim_stopped(self, worker: str, now: float | None = None, not_of: Collection[str] = ()) -> Part | None:
+        """A part that was begun and given back, and whose job is to stop: what it committed is to be its result.
+
+        Args:
+            not_of: models whose parts are left to others.
+        """
+        return self.claim_at(worker, time.time() if now is None else now, lambda c: c.not_in(not_of), ("stopping",))
 
     @retried
-    def claim_at(self, worker: str, now: float, model: str | None, of_jobs: Sequence[str]) -> Part | None:
+    def claim_at(self, worker: str, now: float, wanted: Wanted, of_jobs: Sequence[str]) -> Part | None:
         """`worker` claims one part at a time, so that a repeat finds what it claimed at `now`."""
         before = (parts.c.worker == worker) & (parts.c.claimed_at == now) & (parts.c.status == "running")
         until = max(now, time.time()) + LEASE_SECONDS  # a repeat may come long after
         leased = {"status": "running", "worker": worker, "lease_until": until, "claimed_at": now}
         leased["claimant"] = process = worker.rpartition("|")[0]
-        first = next_part(now, process, model, of_jobs).scalar_subquery()
+        first = next_part(now, process, wanted, of_jobs).scalar_subquery()
         claim = parts.update().where(parts.c.id == first, parts.c.status == "queued")
         with self.store.write() as connection:
             row = connection.execute(sa.select(*PART).where(before)).first()
@@ -306,7 +315,7 @@ def holds(part: Part) -> sa.ColumnElement[bool]:
     return of_claim(part) & (parts.c.status == "running")
 
 
-def next_part(now: float, process: str, model: str | None, of_jobs: Sequence[str]) -> sa.Select[Any]:
+def next_part(now: float, process: str, wanted: Wanted, of_jobs: Sequence[str]) -> sa.Select[Any]:
     """The id of the part to claim; its row stays locked, and rows that others have locked are passed over."""
     waiting, served, before = parts.alias("waiting"), parts.alias("served"), parts.alias("before")
     lately = (
@@ -339,7 +348,7 @@ def next_part(now: float, process: str, model: str | None, of_jobs: Sequence[str
         .limit(1)
         .with_for_update(of=waiting, skip_locked=True)
     )
-    return chosen if model is None else chosen.where(waiting.c.model == model)
+    return chosen.where(wanted(waiting.c.model))
 
 
 def recomputed_tokens(of_job: Sequence[Part]) -> int:

@@ -144,8 +144,14 @@ class WorkerLoop:
         return any(load.queued_parts and not any(b.warm(model) for b in beats) for model, load in loads)
 
     def end_stopped(self) -> None:
-        """Parts that wait, of jobs that are to stop: their committed rows are their results."""
-        while (part := self.jobs.claim_stopped(worker_name(len(self.threads)))) is not None:
+        """Parts that wait, of jobs that are to stop: their committed rows are their results.
+
+        They are found by the checkpoint's identity, so what is not on this machine is left to the workers.
+        """
+        absent = [name for name, model in self.service.models().items() if model.is_absent]
+        if absent and not self.service.workers.alive():
+            absent = []
+        while (part := self.jobs.claim_stopped(worker_name(len(self.threads)), not_of=absent)) is not None:
             self.run_part(part, lambda: None, salvage=True)
 
     def run_part(self, part: Part, fed: Callable[[], None], salvage: bool = False) -> None:

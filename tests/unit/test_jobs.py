@@ -178,7 +178,7 @@ def test_the_last_try_fails_the_job_and_cancels_what_waits(jobs: JobStore) -> No
     assert (salvage.number, salvage.tries) == (0, 0)
     jobs.give_back(salvage, 60, "No storage.", salvage=True)
     assert jobs.claim_stopped(ME) is None  # for a minute
-    salvage = jobs.claim_at(ME, time.time() + 61, None, ("stopping",))
+    salvage = jobs.claim_stopped(ME, now=time.time() + 61)
     assert salvage is not None
     jobs.fail(salvage, "No storage.", salvage=True)
     ended = jobs.get("acme", "a")
