@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import sqlalchemy as sa
@@ -44,6 +46,32 @@ def refuse_keys(column: Any, name: str, longest: int | None = None) -> None:
             raise InputError(
                 f"The key {name!r} has a value of {most:,} characters; this database's keys take {longest}."
             )
+
+
+class KeysSeen:
+    """The keys of all windows so far, as 64-bit hashes, so that none comes twice: its row's answer would be lost."""
+
+    def __init__(self) -> None:
+        self.seen = np.empty(0, np.uint64)  # sorted
+
+    def add(self, column: Any, name: str) -> None:
+        """Raises:
+        InputError: the window's column does not tell its rows apart, or from those before.
+        """
+        refuse_keys(column, name)
+        fresh = hashes(column)
+        places = np.minimum(np.searchsorted(self.seen, fresh), max(0, len(self.seen) - 1))
+        if len(self.seen) and (again := np.flatnonzero(self.seen[places] == fresh)).size:
+            raise InputError(f"The key {name!r} has the value {column[int(again[0])].as_py()!r} more than once.")
+        self.seen = np.sort(np.concatenate([self.seen, fresh]), kind="stable")
+
+
+def hashes(column: Any) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    if pa.types.is_integer(column.type):
+        return np.asarray(column.to_numpy()).astype(np.uint64)
+    texts = (str(value).encode("utf-8", "surrogatepass") for value in column.to_pylist())
+    eight = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(eight), np.uint64)
 
 
 def result_columns(column: str, new: Any, with_details: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from complete_fn.errors import InputError
 from complete_fn.files import COMPRESSIONS, Place, Rows, place_of
 from complete_fn.jobs import Job
-from complete_fn.result_tables import refuse_keys, refuse_name
+from complete_fn.result_tables import KeysSeen, refuse_name
 from complete_fn.roots import Allowed, allowed
 from complete_fn.service import Service
 from complete_fn.service_tables import deliveries
@@ -44,16 +44,16 @@ def refuse_sink(service: Service, tenant: str, sink: Mapping[str, Any]) -> None:
     refuse_name(sink["table"])
 
 
-def refuse_sink_keys(sink: Mapping[str, Any], rows: Rows) -> None:
+def refuse_sink_keys(sink: Mapping[str, Any], rows: Rows, seen: KeysSeen) -> None:
     """Raises:
-    InputError: the sink's key is no column, or does not tell the rows apart.
+    InputError: the sink's key is no column, or does not tell the rows apart, those of windows before included.
     """
     key = sink.get("key")
     if key is None:
         return
     if key not in rows.names:
         raise InputError(f"The sink's key {key!r} is no column. Columns: {', '.join(rows.names)}.")
-    refuse_keys(rows.column(key), key)
+    seen.add(rows.column(key), key)
 
 
 def sink_place(service: Service, tenant: str, sink: Mapping[str, Any]) -> tuple[Allowed, Place]:

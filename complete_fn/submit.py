@@ -29,6 +29,7 @@ from complete_fn.plan.prefix_tree import SLACK, cut_tree, shared_beginnings
 from complete_fn.prices import nano
 from complete_fn.prompts import render_column, template_fields
 from complete_fn.reports import mean_output
+from complete_fn.result_tables import KeysSeen
 from complete_fn.schema_bounds import refuse_patterns
 from complete_fn.service import Service
 from complete_fn.sinks import promise, refuse_sink, refuse_sink_keys, withdraw
@@ -104,10 +105,11 @@ def submit_table(service: Service, caller: Principal, spec: TableSpec) -> Job:
     job = new_job(caller, "table", model, 0, request, spec)
     with drafted(service, job) as draft:
         names: set[str] = set()
+        seen = KeysSeen()
         for rows in source.windows():
             names.update(rows.names)
             if spec.sink is not None:
-                refuse_sink_keys(spec.sink, rows)
+                refuse_sink_keys(spec.sink, rows, seen)
             refuse_clash(rows, spec.column)
             prompts, _ = prompts_of(rows, spec.prompt, options)
             numbers = np.arange(rows.count) + draft.rows

@@ -26,7 +26,7 @@ from complete_fn.interrupts import off_main
 from complete_fn.options import Options
 from complete_fn.progress import Bar, Progress, progress_for
 from complete_fn.prompts import render_column
-from complete_fn.result_tables import result_columns
+from complete_fn.result_tables import KeysSeen, result_columns
 from complete_fn.row_databases import Database, QuerySource
 from complete_fn.session import Session
 from complete_fn.types import Usage
@@ -79,10 +79,12 @@ class TableTarget:
     key: str
     column: str
     details: bool
+    seen: KeysSeen = field(default_factory=KeysSeen)
 
     def write(self, rows: Rows, new: Any) -> None:
         if self.key not in rows.names:
             raise InputError(f"--key {self.key!r} is no column of the input. Columns: {', '.join(rows.names)}.")
+        self.seen.add(rows.column(self.key), self.key)
         columns = {self.key: rows.column(self.key), **result_columns(self.column, new, self.details)}
         self.database.upsert(self.table, self.key, pa.table(columns))
 

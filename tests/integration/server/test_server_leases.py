@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from complete_fn import EchoEngine
+from complete_fn import EchoEngine, windows
 from complete_fn.deliveries import LeaseLost, claim, move
 from complete_fn.disk import here
-from complete_fn.errors import EngineError, StoreError, StoreLostError
+from complete_fn.errors import EngineError, InputError, StoreError, StoreLostError
 from complete_fn.job_results import result_windows
 from complete_fn.job_store import worker_name
 from complete_fn.jobs import Job
@@ -44,9 +44,9 @@ def service(tmp_path: Path, store_url: str, monkeypatch: pytest.MonkeyPatch) -> 
     service.close()
 
 
-def submit(service: Service, rows: int, **more: Any) -> Job:
+def submit(service: Service, rows: int, different: int | None = None, **more: Any) -> Job:
     path = service.folder / "in.parquet"
-    path.write_bytes(parquet_bytes([{"text": f"row {n}"} for n in range(rows)]))
+    path.write_bytes(parquet_bytes([{"text": f"row {(n + 3) % (different or rows)}"} for n in range(rows)]))
     with path.open("rb") as source:
         file = service.uploads.save("local", "in.parquet", "user_data", source)
     return submit_table(
@@ -242,3 +242,17 @@ def test_a_storage_that_is_away_for_seconds_costs_no_job(service: Service, monke
     monkeypatch.setattr(service.storage, "writing", writing)
     assert run_to_end(service, job).status == "completed"
     assert len(refused) == 5
+
+
+def test_a_sinks_key_that_comes_again_in_a_later_window_is_refused_at_once(
+    service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(windows, "WINDOW_ROWS", 10)
+    monkeypatch.setattr(windows, "BATCH_ROWS", 5)
+    monkeypatch.setenv("SINK_URL", f"sqlite:///{tmp_path}/sink.db")
+    service.connections.add("local", "mine", "SINK_URL", True)
+    sink = {"connection": "mine", "table": "answers", "key": "text"}
+    assert submit(service, 30, sink=sink).rows == 30
+    with pytest.raises(InputError, match="'row 3' more than once"):
+        submit(service, 30, sink=sink, different=20)
+    assert len(service.jobs.newest("local", "table", 9, None)) == 1
