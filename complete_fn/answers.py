@@ -111,7 +111,8 @@ class Answers:
 
     @cached_property
     def details(self) -> pa.Array:
-        """[n] DETAILS, NULL where the prompt was NULL. Rows that were not computed for themselves cost nothing."""
+        """[n] DETAILS, NULL where the prompt was NULL. Rows that were not computed for themselves, by this
+        attempt of the job or an earlier one, cost nothing."""
         c = self.completions
         names = DETAILS.names
         columns = {

@@ -55,6 +55,10 @@ class Name:
         """In the table: the function belongs to it, as one query's functions may number their batches alike."""
         return f"{self.function}:{self.batch}"
 
+    def job(self, number: int) -> str:
+        """Under which `run` knows the rows of its share of that number."""
+        return f"{self.dialect}:{self.key}/{number}"
+
     @property
     def row(self) -> sa.ColumnElement[bool]:
         c = call_outs.c
@@ -208,10 +212,10 @@ class CallOuts:
     def start(self, name: Name, asked: CallOut, wanted: list[Share], seconds: float, admit: Admission) -> Running:
         """Begin the batch; the lock is held."""
         running = Running(asked)
-        who = Asker(name.tenant, name.user, None, asked.query_tag)
         try:
             running.settle = admit(wanted)
-            running.tickets = self.merger.submit(wanted, who, seconds)
+            askers = [self.asker(name, asked, share, number) for number, share in enumerate(wanted)]
+            running.tickets = self.merger.submit(list(zip(wanted, askers, strict=True)), seconds)
         except BaseException:
             running.settle([])
             with self.service.store.write() as connection:
@@ -220,6 +224,11 @@ class CallOuts:
         self.running[name] = running
         threading.Thread(target=self.finish, args=(name, asked, running), name="call-out", daemon=True).start()
         return running
+
+    def asker(self, name: Name, asked: CallOut, share: Share, number: int) -> Asker:
+        """Answers that no other request may have are the batch's own, so that it finds them if it is begun again."""
+        shared = share.call.sampling.greedy and share.cache == "on"
+        return Asker(name.tenant, name.user, None if shared else name.job(number), asked.query_tag)
 
     def finish(self, name: Name, asked: CallOut, running: Running) -> None:
         """Gather the rows, keep the reply, then tell whoever waits."""
@@ -231,6 +240,9 @@ class CallOuts:
             values = [value_of(row, name.function == "complete_details") for row in details]
             reply = zlib.compress(json.dumps([list(asked.numbers), values]).encode(), 1)
             self.keep(name, {"status": "done", "reply": reply, "asked": None})
+            for ticket in running.tickets:
+                if ticket.who.job is not None:
+                    self.service.store.end_job(name.tenant, ticket.who.job)
             running.settle([row for row in details if row is not None])
         except BaseException as error:
             self.fail(name, running, error)

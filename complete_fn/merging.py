@@ -59,14 +59,15 @@ class Merger:
         self.waiting: dict[Key, list[Ticket]] = {}
         self.runs = 0
 
-    def submit(self, wanted: Sequence[Share], who: Asker, seconds: float) -> list[Ticket]:
+    def submit(self, wanted: Sequence[tuple[Share, Asker]], seconds: float) -> list[Ticket]:
         """Raises:
         EngineBusyError: too much is waiting already.
         """
         until = time.monotonic() + seconds
-        tickets = [Ticket(share, who, until) for share in wanted]
+        tickets = [Ticket(share, who, until) for share, who in wanted]
         with self.lock:
-            self.refuse_crowd(who.tenant, sum(len(s.rows) for s in wanted))
+            for tenant in {who.tenant for _, who in wanted}:
+                self.refuse_crowd(tenant, sum(len(share.rows) for share, _ in wanted))
             begun = [t.key for t in tickets if t.key not in self.waiting]
             for ticket in tickets:
                 self.waiting.setdefault(ticket.key, []).append(ticket)

@@ -348,7 +348,9 @@ def test_the_ledger_bills_what_was_computed(
     assert sums["input"] + sums["cached_input"] == computed.prompt_tokens
     assert sums["output"] == computed.completion_tokens
     billed = money(sum(x["cost_nano"] for x in lines))
-    assert billed == spent == shown  # prices of three places make whole nano-units: nothing is rounded
+    assert billed == spent  # prices of three places make whole nano-units: nothing is rounded
+    again = job is not None and len(columns) > 1  # a job's later attempt shows what its earlier ones paid for
+    assert shown >= billed if again else shown == billed
     answered = sum(x["rows"] for x in lines if x["price_class"] in ("input", "duplicate", "reused", "resumed"))
     assert answered == rows
     assert all(x["cost_nano"] == 0 for x in lines if x["price_class"] not in ("input", "cached_input", "output"))

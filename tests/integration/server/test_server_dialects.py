@@ -19,6 +19,7 @@ import pytest
 import sqlalchemy as sa
 
 from complete_fn import Completion, CompletionRequest, EchoEngine
+from complete_fn.errors import EngineError
 from complete_fn.tables import ledger
 
 from .conftest import Running
@@ -346,3 +347,31 @@ def test_a_crowd_is_sent_away_early(
         assert int(reply.headers["retry-after"]) > 0
     monkeypatch.undo()
     assert values(warehouse, post(running, warehouse, [["echo", "x"]])) == ["x"]  # the same batch, once there is room
+
+
+class Breaking(Counting):
+    """Breaks off once, before the row of this number."""
+
+    def __init__(self, before: int) -> None:
+        super().__init__()
+        self.before: int | None = before
+
+    def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+        for n, outcome in super().stream(requests, tenant):
+            if n == self.before:
+                self.before = None
+                raise EngineError("the engine died")
+            yield n, outcome
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"cache": "off"}, {"cache": "refresh"}])
+def test_a_batch_begun_again_pays_only_for_the_rest_of_rows_that_no_other_may_have(
+    serve: Callable[..., Running], options: dict[str, Any]
+) -> None:
+    running = serve(engine=Breaking(80))
+    rows = [["echo", f"row {n}", options] for n in range(100)]
+    assert post(running, "snowflake", rows).status_code >= 500
+    assert values("snowflake", post(running, "snowflake", rows)) == [f"row {n}" for n in range(100)]
+    assert billed(running) == 100 * 4  # two tokens in, two out
+    assert post(running, "snowflake", rows, "another").status_code == 200
+    assert billed(running) == 200 * 4
