@@ -81,7 +81,10 @@ class WorkerLoop:
         ]
         self.keeper = threading.Thread(target=self.keep, name="worker-keeper", daemon=True)
         given = (service, self.closing)
-        self.threads.append(threading.Thread(target=keep_delivering, args=given, name="worker-writer", daemon=True))
+        self.threads += [
+            threading.Thread(target=keep_delivering, args=given, name="worker-writer", daemon=True),
+            threading.Thread(target=self.clean, name="worker-cleaner", daemon=True),
+        ]
 
     def start(self) -> None:
         for thread in [*self.threads, self.keeper]:
@@ -213,12 +216,10 @@ class WorkerLoop:
     # -- upkeep --------------------------------------------------------------------------------------------------
 
     def keep(self) -> None:
-        """Stop what is to stop, renew leases, tell of ourselves, sweep what others left."""
+        """Stop what is to stop, renew leases, tell of ourselves. Nothing else: others wait for none of it long."""
         turns = [
             Turn(LOOK_SECONDS, self.look),
-            Turn(STOPPED_SECONDS, self.end_stopped),
             Turn(RENEW_SECONDS, lambda: self.jobs.renew([hand.part for hand in self.held()])),
-            Turn(UPKEEP_SECONDS, self.upkeep),
         ]
         if self.tell is not None:
             tell = self.tell
@@ -228,6 +229,12 @@ class WorkerLoop:
         while self.held():  # parts that are being given back keep their lease meanwhile
             take_turns(turns)
             time.sleep(STOP_SECONDS)
+
+    def clean(self) -> None:
+        """Sweep what others left, and keep within bounds what is kept; a slow storage may make that long."""
+        turns = [Turn(STOPPED_SECONDS, self.end_stopped), Turn(UPKEEP_SECONDS, self.upkeep)]
+        while not self.closing.wait(LOOK_SECONDS):
+            take_turns(turns)
 
     def look(self) -> None:
         newest = {hand.part.id: hand for hand in sorted(self.held(), key=lambda hand: hand.part.fence)}

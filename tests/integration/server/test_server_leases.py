@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -256,3 +257,30 @@ def test_a_sinks_key_that_comes_again_in_a_later_window_is_refused_at_once(
     with pytest.raises(InputError, match="'row 3' more than once"):
         submit(service, 30, sink=sink, different=20)
     assert len(service.jobs.newest("local", "table", 9, None)) == 1
+
+
+def test_a_slow_storage_holds_up_no_lease_and_no_heartbeat(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaning, end, beats = threading.Event(), threading.Event(), []
+
+    def slow(_: Service) -> None:
+        cleaning.set()
+        end.wait(30)
+
+    monkeypatch.setattr("complete_fn.worker_loop.expire", slow)
+    monkeypatch.setattr("complete_fn.worker_loop.RENEW_SECONDS", 0.1)
+    monkeypatch.setattr("complete_fn.worker_loop.BEAT_SECONDS", 0.1)
+    service.engine = EchoEngine(row_seconds=0.02)
+    submit(service, 200)
+    loop = WorkerLoop(service, 1, tell=beats.append)
+    loop.start()
+    assert cleaning.wait(10)
+    while not service.jobs.running():
+        time.sleep(0.02)
+    (part,) = service.jobs.running()
+    told = len(beats)
+    time.sleep(1.5)
+    (later,) = service.jobs.running()
+    assert later.lease_until > part.lease_until
+    assert len(beats) > told
+    end.set()
+    loop.close()
