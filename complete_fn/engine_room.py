@@ -13,6 +13,7 @@ from complete_fn.stoppable import Stop, Stopped
 
 TURN_SECONDS = 60.0  # a model that has work keeps its place so long though others wait
 TURN_STARTS = 10.0  # or so many times as long as its engine took to start, so that starts are a small part of it all
+GRACE_SECONDS = 1.0  # between two pieces of its work a model is not without any
 LOOK_SECONDS = 0.1
 ACCELERATORS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"))  # of NVIDIA, of AMD
 
@@ -125,7 +126,7 @@ class EngineRoom:
     def idle(self, seconds: float | None = None) -> str | None:
         """The model that had no work for longest, and for `seconds`; it takes on nothing more. None given: one whose
         place another model can have."""
-        before = self.clock() - (seconds or 0.0)
+        before = self.clock() - (GRACE_SECONDS if seconds is None else seconds)
         still = {
             model: seat.last_used
             for model, seat in self.seats.items()

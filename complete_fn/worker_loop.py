@@ -237,9 +237,10 @@ class WorkerLoop:
             take_turns(turns)
 
     def look(self) -> None:
-        newest = {hand.part.id: hand for hand in sorted(self.held(), key=lambda hand: hand.part.fence)}
+        held = self.held()  # once: a part that is claimed meanwhile is not lost
+        newest = {hand.part.id: hand for hand in sorted(held, key=lambda hand: hand.part.fence)}
         why = self.jobs.lost([hand.part for hand in newest.values()])
-        for hand in self.held():
+        for hand in held:
             lost = why.get(hand.part.id, "") if newest.get(hand.part.id) is hand else "lease"
             if lost and not hand.stop.is_set():
                 hand.why = lost

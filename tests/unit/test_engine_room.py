@@ -48,6 +48,7 @@ class Building:
 @pytest.fixture
 def turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     monkeypatch.setattr(engine_room, "LOOK_SECONDS", 0.005)
+    monkeypatch.setattr(engine_room, "GRACE_SECONDS", 0.05)
     return lambda seconds: monkeypatch.setattr(engine_room, "TURN_SECONDS", seconds)
 
 
@@ -85,7 +86,7 @@ def test_a_model_with_work_keeps_its_place_for_its_turn_and_not_for_ever(turn: C
     assert building.starts <= 3  # a, b, a
 
 
-def test_without_work_a_place_is_given_up_at_once(turn: Callable[[float], None]) -> None:
+def test_without_work_a_place_is_given_up_soon(turn: Callable[[float], None]) -> None:
     turn(3600.0)
     building = Building(1)
     building.run("a")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,9 @@ from complete_fn.disk import here
 from complete_fn.errors import EngineError, InputError, StoreError, StoreLostError
 from complete_fn.job_results import result_windows
 from complete_fn.job_store import worker_name
-from complete_fn.jobs import Job
+from complete_fn.jobs import Job, Part
 from complete_fn.key_store import Principal
+from complete_fn.pace import Watch
 from complete_fn.prices import nano
 from complete_fn.rerun import rerun
 from complete_fn.service import Service
@@ -29,7 +30,7 @@ from complete_fn.sinks import promise
 from complete_fn.submit import TableSpec, submit_table
 from complete_fn.tables import attempts
 from complete_fn.types import Asker, Completion, CompletionRequest
-from complete_fn.worker_loop import WorkerLoop
+from complete_fn.worker_loop import Hand, WorkerLoop
 from tests.integration.server.conftest import write_models
 from tests.integration.server.test_server_jobs import parquet_bytes
 
@@ -284,3 +285,23 @@ def test_a_slow_storage_holds_up_no_lease_and_no_heartbeat(service: Service, mon
     assert len(beats) > told
     end.set()
     loop.close()
+
+
+def test_a_part_that_is_claimed_while_others_are_looked_after_goes_on(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(service, 5)
+    loop, real = WorkerLoop(service), service.jobs.lost
+    part = service.jobs.claim(worker_name(0))
+    assert part is not None
+    hand = Hand(part, Watch())
+
+    def lost(held: Sequence[Part]) -> dict[int, str]:
+        loop.hands[part.id, part.fence] = hand
+        return real(held)
+
+    monkeypatch.setattr(service.jobs, "lost", lost)
+    loop.look()
+    assert not hand.stop.is_set()
+    loop.look()
+    assert not hand.stop.is_set()
