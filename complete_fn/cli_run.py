@@ -261,8 +261,8 @@ def job_id(asked: argparse.Namespace, options: Options, call: Call, identity: st
     plain = asked.output == "-" or "://" in asked.output or is_database(asked.output)
     target = asked.output if plain else str(Path(asked.output).resolve())
     into = [asked.into, asked.key] if asked.into else []
-    keys = [asked.prompt, target, asked.limit, options.cache, options.reorder_fields, *into]
-    what = [identity, call.fingerprint.hex(), *keys]
+    keys = [asked.prompt, target, asked.limit, options.cache, options.reorder_fields, asked.column, asked.details]
+    what = [identity, call.fingerprint.hex(), *keys, *into]
     return hashlib.sha256(json.dumps(what).encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -21,7 +21,7 @@ class PromptBound:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.limit = model.max_model_len
+        self.limit = None if model.engine == "http" else model.max_model_len  # an endpoint may have another
 
     @cached_property
     def template(self) -> int | None:

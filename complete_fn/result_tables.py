@@ -36,7 +36,7 @@ def refuse_keys(column: Any, name: str, longest: int | None = None) -> None:
         raise InputError(f"The key {name!r} is NULL in {column.null_count:,} rows: no answer can be written under it.")
     if pa.types.is_floating(column.type) or pa.types.is_nested(column.type):
         raise InputError(f"The key {name!r} is {column.type}; take a column of whole numbers, text or dates.")
-    counts = pc.value_counts(column.combine_chunks())
+    counts = pc.value_counts(column)
     if len(counts) < len(column):
         twice = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()]
         raise InputError(f"The key {name!r} has the value {twice.as_py()!r} more than once.")
@@ -72,6 +72,10 @@ def hashes(column: Any) -> np.ndarray[Any, np.dtype[np.uint64]]:
     texts = (str(value).encode("utf-8", "surrogatepass") for value in column.to_pylist())
     eight = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
     return np.frombuffer(b"".join(eight), np.uint64)
+
+
+def result_names(column: str, with_details: bool) -> list[str]:
+    return [column, *(f"{column}_{name}" for name in DETAIL_PATHS if with_details)]
 
 
 def result_columns(column: str, new: Any, with_details: bool) -> dict[str, Any]:

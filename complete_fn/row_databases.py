@@ -45,11 +45,12 @@ KINDS: dict[str, dict[int, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One SELECT. With a `key`, its rows come in that column's order, from behind the value `after` on."""
+    """One SELECT. With a `key`, its rows come in that column's order, from behind the value `after` on, or `at` it."""
 
     sql: str
     key: str | None = None
     after: Any = None
+    at: bool = False
 
 
 class Database(Protocol):
@@ -61,6 +62,10 @@ class Database(Protocol):
         Raises:
             InputError: the database refuses it.
         """
+        ...
+
+    def has(self, table: str, key: str, value: Any) -> bool:
+        """Whether there is such a table, with a row of that key."""
         ...
 
     def upsert(self, table: str, key: str, rows: Any) -> None:
@@ -93,6 +98,14 @@ class QuerySource:
             yield rows
 
     def behind(self, after: Any) -> QuerySource:
+        """The rows from behind the one of that key.
+
+        Raises:
+            InputError: several have it, as the database compares them.
+        """
+        there = self.database.batches(replace(self.query, after=after, at=True))
+        if sum(batch.num_rows for batch in there) > 1:
+            raise InputError(f"The key {self.query.key!r} has the value {after!r} more than once.")
         return replace(self, query=replace(self.query, after=after))
 
 
@@ -201,7 +214,7 @@ class SqlDatabase:
         if query.key is None:
             return sql
         name = self.engine.dialect.identifier_preparer.quote_identifier(query.key)
-        where = "" if query.after is None else f"WHERE {name} > {after} "
+        where = "" if query.after is None else f"WHERE {name} {'=' if query.at else '>'} {after} "
         return f"SELECT * FROM ({sql}\n) AS q {where}ORDER BY {name}"
 
     def read_only_statements(self) -> list[str]:
@@ -240,6 +253,15 @@ class SqlDatabase:
         except (pa.ArrowException, OverflowError):
             return pa.large_string()
         return pa.large_string() if pa.types.is_string(found) else found
+
+    def has(self, table: str, key: str, value: Any) -> bool:
+        schema, _, name = table.rpartition(".")
+        found = sa.table(name, sa.column(key), schema=schema or None)
+        with self.named_errors(), self.engine.connect() as connection:
+            if not sa.inspect(connection).has_table(name, schema or None):
+                return False
+            one = sa.select(sa.literal(1)).select_from(found).where(found.c[key] == value).limit(1)
+            return connection.execute(one).first() is not None
 
     def upsert(self, table: str, key: str, rows: Any) -> None:
         refuse_keys(rows.column(key), key, 255 if self.family == "mysql" else None)

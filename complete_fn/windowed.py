@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from complete_fn.answers import Answers, Summary
+from complete_fn.answers import DETAILS, Answers, Summary
 from complete_fn.catalogue import Model
 from complete_fn.errors import InputError
 from complete_fn.files import Rows
@@ -26,11 +26,12 @@ from complete_fn.interrupts import off_main
 from complete_fn.options import Options
 from complete_fn.progress import Bar, Progress, progress_for
 from complete_fn.prompts import render_column
-from complete_fn.result_tables import KeysSeen, result_columns
+from complete_fn.result_tables import KeysSeen, result_columns, result_names
 from complete_fn.row_databases import Database, QuerySource
 from complete_fn.session import Session
 from complete_fn.types import Usage
 from complete_fn.windows import Source
+from complete_fn.work import ASKED_AGAIN
 
 KEPT_DAYS = 30.0  # what an unfinished run has left, as long as its answers
 DAY = 86_400.0
@@ -81,16 +82,35 @@ class TableTarget:
     details: bool
     seen: KeysSeen = field(default_factory=KeysSeen)
 
-    def write(self, rows: Rows, new: Any) -> None:
+    def refuse(self, rows: Rows) -> None:
+        """What cannot be written, before it is paid for.
+
+        Raises:
+            InputError: the key is no column of the rows, is one of the answers', or does not tell the rows apart; there
+                is such a table and it is none for these answers; the database does not take them.
+        """
         if self.key not in rows.names:
             raise InputError(f"--key {self.key!r} is no column of the input. Columns: {', '.join(rows.names)}.")
+        if self.key in result_names(self.column, self.details):
+            raise InputError(f"--key {self.key!r} is a column of the answers too. Name those with --column NAME.")
+        first = not len(self.seen.seen)
         self.seen.add(rows.column(self.key), self.key)
-        columns = {self.key: rows.column(self.key), **result_columns(self.column, new, self.details)}
+        if first:
+            none = {self.column: pa.array([], pa.large_string()), f"{self.column}_details": pa.array([], DETAILS)}
+            self.put(rows.column(self.key)[:0], none)
+
+    def write(self, rows: Rows, new: Any) -> None:
+        self.put(rows.column(self.key), new)
+
+    def put(self, keys: Any, new: Any) -> None:
+        columns = {self.key: keys, **result_columns(self.column, new, self.details)}
         self.database.upsert(self.table, self.key, pa.table(columns))
 
 
 def run_whole(work: Work, rows: Rows, target: Target) -> None:
     """An input of one window: all its prompts are one plan."""
+    if isinstance(target, TableTarget):
+        target.refuse(rows)
     answers = complete(work, rows, prompts_of(work, rows), 0)
     target.write(rows, new_columns(work, answers.text, answers.details if work.details else None))
 
@@ -102,10 +122,12 @@ def run_windows(work: Work, survey: Survey, target: Target) -> None:
     work.session.charge(work.model, work.jobs())
     mark = Mark(work.folder / "mark.json", survey.source, target)
     for number, rows in enumerate(mark.windows(), mark.number):
+        if isinstance(target, TableTarget):
+            target.refuse(rows)
         prompts = prompts_of(work, rows)
         place = work.folder / f"window-{number:06}-{prompt_digest(prompts)}.parquet"
-        if place.exists():
-            details = parquet.read_table(place).column("details").combine_chunks()
+        details = parquet.read_table(place).column("details").combine_chunks() if place.exists() else None
+        if details is not None and not asked_again(details, work.options.strict):
             work.summary = resumed(details) + work.summary
         else:
             details = complete(work, rows, prompts, number).details
@@ -126,8 +148,10 @@ class Mark:
         self.kept = isinstance(source, QuerySource) and source.query.key is not None and isinstance(target, TableTarget)
         self.number = 0
         self.after: int | str | None = None
-        if self.kept and path.exists():
-            self.number, self.after = json.loads(path.read_text())
+        if self.kept and isinstance(target, TableTarget) and path.exists():
+            number, after = json.loads(path.read_text())
+            if target.database.has(target.table, target.key, after):  # nobody has dropped it meanwhile
+                self.number, self.after = number, after
 
     def windows(self) -> Iterator[Rows]:
         if isinstance(self.source, QuerySource) and self.after is not None:
@@ -146,7 +170,7 @@ class Mark:
 
 def noted(folder: Path) -> list[int]:
     """How many windows the folder knows of."""
-    kept = [int(path.name.split("-")[1]) + 1 for path in folder.glob("window-*.parquet")]
+    kept = [int(path.name.split("-")[1]) + 2 for path in folder.glob("window-*.parquet")]  # the next was under way
     mark = folder / "mark.json"
     return [*kept, json.loads(mark.read_text())[0] + 1] if mark.exists() else kept
 
@@ -165,6 +189,12 @@ def resumed(details: Any) -> Summary:
     return Summary(len(details), details.null_count, resumed=answered, failed=Counter(codes))
 
 
+def asked_again(details: Any, strict: bool) -> bool:
+    """Whether rows failed that may find their answer now; to a strict run every failure counts."""
+    codes = pc.struct_field(details, [1, 0])
+    return bool(pc.any(codes.is_valid() if strict else pc.is_in(codes, pa.array(ASKED_AGAIN))).as_py())
+
+
 def forget_old(folder: Path) -> None:
     for left in folder.glob("*"):
         if left.stat().st_mtime < time.time() - KEPT_DAYS * DAY:
@@ -179,9 +209,9 @@ def end(work: Work) -> None:
 
 
 def complete(work: Work, rows: Rows, prompts: Any, number: int) -> Answers:
+    work.begun = max(work.begun, number + 1)  # first: what it commits counts, however it ends
     answers = work.session.complete(work.model, prompts, work.options, work.window_job(number), planned=True)
     work.summary = work.summary + answers.summary if work.summary.rows else answers.summary
-    work.begun = max(work.begun, number + 1)
     return answers
 
 

@@ -55,7 +55,7 @@ class DuckDatabase:
         sql, values = query.sql, []
         if query.key is not None:
             name = quoted(query.key)
-            behind = "" if query.after is None else f"WHERE {name} > ? "
+            behind = "" if query.after is None else f"WHERE {name} {'=' if query.at else '>'} ? "
             values = [] if query.after is None else [query.after]
             sql = f"SELECT * FROM ({sql}\n) AS q {behind}ORDER BY {name}"
         with self.connected(self.read_only) as connection:
@@ -65,6 +65,15 @@ class DuckDatabase:
             reader = connection.execute(sql, values).to_arrow_reader(BATCH_ROWS)
             yield pa.RecordBatch.from_pylist([], reader.schema)
             yield from reader
+
+    def has(self, table: str, key: str, value: Any) -> bool:
+        target = ".".join(quoted(part) for part in table.split("."))
+        try:
+            with self.connected(False) as connection:
+                one = connection.execute(f"SELECT 1 FROM {target} WHERE {quoted(key)} = ? LIMIT 1", [value]).fetchone()
+                return one is not None
+        except InputError:
+            return False  # there is no such table
 
     def upsert(self, table: str, key: str, rows: Any) -> None:
         refuse_keys(rows.column(key), key)
