@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -32,11 +31,11 @@ from complete_fn.shared_budget import Cap, SharedBudget, day_cap
 from complete_fn.stoppable import Stop, StoppableEngine
 from complete_fn.storage import Storage
 from complete_fn.store import Store
+from complete_fn.turns import log
 from complete_fn.types import Asker
 from complete_fn.uploads import Uploads
 from complete_fn.worker_store import ModelState, WorkerStore
 
-LOG = logging.getLogger("complete_fn.service")
 TABLES_AT_ONCE = 2
 
 
@@ -173,18 +172,18 @@ class Service:
         return self.paces[model].cold_seconds if model in self.paces else None
 
     def unload(self, name: str) -> None:
-        """Let the model's engine go; nothing runs on it."""
+        """Let the model's engine go; nothing runs on it. A failure is logged: it is not who waits for the place's."""
         model = self.models().get(name)
         if model is None or self.engine is not None:
             return
-        self.paces[name].cool()
         engine = self.engine_of(model)
-        try:
-            note_device_time(self.store, engine, model)
-        except StoreError as error:
-            LOG.warning("the device time of %s was not noted: %s", name, type(error).__name__)
-        finally:
-            let_go(engine)
+        if name in self.paces:
+            self.paces[name].cool()
+        for step in (lambda: note_device_time(self.store, engine, model), lambda: let_go(engine)):
+            try:
+                step()
+            except Exception as error:
+                log(f"unloading {name}", error)
 
     def model_states(self) -> dict[str, ModelState]:
         """The models that were asked in this process."""
