@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,7 +179,11 @@ class Service:
         engine = self.engine_of(model)
         if name in self.paces:
             self.paces[name].cool()
-        for step in (lambda: note_device_time(self.store, engine, model), lambda: let_go(engine)):
+        steps: tuple[Callable[[], object], ...] = (
+            lambda: note_device_time(self.store, engine, model),
+            lambda: let_go(engine),
+        )
+        for step in steps:
             try:
                 step()
             except Exception as error:
