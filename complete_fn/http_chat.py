@@ -20,6 +20,8 @@ from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 
 BUSY = (429, 503)  # the endpoint says itself that it did nothing
 BROKEN = (502, 504)
+WHOLE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")  # finish reasons, in lower case
+CUT = ("length", "model_length", "max_tokens")
 WAITS, WAIT_S, FIRST_WAIT_S = 8, 120.0, 1.0
 TOO_LONG = re.compile(
     r"context.{0,12}(length|window|size)|maximum (context|input|prompt)|max_model_len|too (long|many tokens)"
@@ -202,19 +204,29 @@ class Endpoint:
 
 
 def completion(reply: httpx.Response, asked: int | None, sent: dict[str, Any]) -> Completion:
+    """The answer of a 200. Only one that is known to be whole has no error: it would be cached for all."""
     try:
         found = reply.json()
         choice, usage = found["choices"][0], found.get("usage") or {}
-        text, reason = choice["message"].get("content"), choice.get("finish_reason")
+        text, refusal = choice["message"].get("content") or "", choice["message"].get("refusal")
+        reason = choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise EngineError(f"{reply.url} is no OpenAI-compatible endpoint; it says: {reply.text[:200]}") from error
-    used = reported(usage) if usage else guessed(sent, text or "")
-    if reason == "content_filter":
+    used = reported(usage) if usage else guessed(sent, text)
+    ended = str(reason or "stop").lower()
+    if ended == "content_filter":
         return Completion(None, reason, RowError("blocked", "The endpoint's content filter stopped the answer."), used)
-    if reason == "length" and (asked is None or used.completion_tokens < asked):
+    if refusal and not text:
+        return Completion(None, reason, RowError("blocked", f"The model refuses: {refusal}"[:500]), used)
+    if ended in CUT:
+        if asked is not None and used.completion_tokens >= asked:
+            return Completion(text, "length", None, used)
         why = f"The answer was cut after {used.completion_tokens} tokens by a limit that was not asked for."
-        return Completion(text or "", reason, RowError("truncated", why), used)
-    return Completion(text or "", reason, None, used)
+        return Completion(text, "length", RowError("truncated", why), used)
+    if ended not in WHOLE:
+        why = f"The endpoint ended the answer with finish_reason {reason!r}; it may not be whole. Ask the row again."
+        return Completion(text, str(reason), RowError("invalid_request", why), used)
+    return Completion(text, reason, None, used)
 
 
 def reported(usage: dict[str, Any]) -> Usage:

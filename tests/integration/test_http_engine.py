@@ -183,6 +183,37 @@ def test_length_is_truncated_unless_the_caller_asked(endpoint: Endpoint, connect
     assert (code(callers), callers.finish_reason) == (None, "length")
 
 
+@pytest.mark.parametrize("reason", ["abort", "error", "time_limit", "cancelled", "insufficient_system_resource"])
+def test_an_answer_that_was_not_finished_is_a_row_error(endpoint: Endpoint, connect: Any, reason: str) -> None:
+    endpoint.script = lambda body: said("half an ans", reason)
+    (answer,) = ask(connect(), "x", max_tokens=2)
+    assert (answer.text, answer.finish_reason, code(answer)) == ("half an ans", reason, "invalid_request")
+    assert repr(reason) in str(answer.error)
+    assert answer.usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("reason", [None, "", "stop", "STOP", "eos", "eos_token", "stop_sequence", "end_turn"])
+def test_an_answer_that_is_whole_by_any_name(endpoint: Endpoint, connect: Any, reason: Any) -> None:
+    endpoint.script = lambda body: said("whole", reason)
+    (answer,) = ask(connect(), "x")
+    assert (answer.text, answer.finish_reason, answer.error) == ("whole", reason, None)
+
+
+def test_a_full_context_is_a_cut(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = lambda body: said("cut", "model_length")
+    (answer,) = ask(connect(), "x", max_tokens=9)
+    assert (answer.text, answer.finish_reason, code(answer)) == ("cut", "length", "truncated")
+
+
+def test_a_refusal_is_no_answer(endpoint: Endpoint, connect: Any) -> None:
+    reply = said("")
+    reply[1]["choices"][0]["message"] = {"content": None, "refusal": "I cannot help"}
+    endpoint.script = lambda body: reply
+    (answer,) = ask(connect(), "x")
+    assert (answer.text, code(answer), answer.usage.completion_tokens) == (None, "blocked", 2)
+    assert "I cannot help" in str(answer.error)
+
+
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
