@@ -347,6 +347,38 @@ def test_closing_the_stream_hangs_up(endpoint: Endpoint, connect: Any) -> None:
     assert len(endpoint.asked) <= 5
 
 
+class Rows(list[CompletionRequest]):
+    """Requests whose consumer may leave."""
+
+    abandoned = False
+
+
+def one_refused(body: dict[str, Any]) -> Reply:
+    if body["messages"][0]["content"] == "2":
+        return refused(401, "quota of the key")
+    time.sleep(0.3)
+    return said("paid")
+
+
+def test_a_failure_is_raised_behind_the_answers_in_flight(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = one_refused
+    engine = connect(engine_args={"concurrency": 5})
+    got: list[tuple[int, str | None]] = []
+    with pytest.raises(EngineError, match="refuses the key"):
+        got.extend((n, c.text) for n, c in engine.stream([CompletionRequest("m", str(n)) for n in range(9)], "me"))
+    assert sorted(got) == [(n, "paid") for n in (0, 1, 3, 4)]
+    assert len(endpoint.asked) == 5
+
+
+def test_nobody_waits_for_the_answers_in_flight_who_has_left(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = one_refused
+    rows = Rows(CompletionRequest("m", str(n)) for n in range(5))
+    stream = connect(engine_args={"concurrency": 5}).stream(rows, "me")
+    next(stream)
+    rows.abandoned = True
+    assert list(stream) == []
+
+
 def test_threads_share_one_engine(endpoint: Endpoint, connect: Any) -> None:
     engine = connect()
     found: dict[int, list[Completion]] = {}
