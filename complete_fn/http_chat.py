@@ -6,6 +6,7 @@ import asyncio
 import email.utils
 import json
 import math
+import random
 import re
 import time
 from typing import Any
@@ -22,7 +23,8 @@ BUSY = (429, 503)  # the endpoint says itself that it did nothing
 BROKEN = (502, 504)
 WHOLE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")  # finish reasons, in lower case
 CUT = ("length", "model_length", "max_tokens")
-WAITS, WAIT_S, FIRST_WAIT_S = 8, 120.0, 1.0
+WAIT_S, FIRST_WAIT_S = 120.0, 1.0
+SPREAD_S = 1.0  # rows that wait for the same moment wake up within so long after it, or within the wait again
 TOO_LONG = re.compile(
     r"context.{0,12}(length|window|size)|maximum (context|input|prompt)|max_model_len|too (long|many tokens)"
     r"|input length|longer than the (maximum )?model|max_(completion_)?tokens.{0,30}too large",
@@ -31,13 +33,18 @@ TOO_LONG = re.compile(
 
 
 class Endpoint:
-    """The endpoint of one model. `quiet_until` is when a busy endpoint wants to be asked again, by any row."""
+    """The endpoint of one model.
+
+    Attributes:
+        quiet_until: when a busy endpoint wants to be asked again, by any row; `pause` seconds after it said so.
+        served_at: when it last gave any row a reply that was not busy.
+    """
 
     def __init__(self, model: Model, url: str, client: httpx.AsyncClient) -> None:
         self.model = model
         self.url = url
         self.client = client
-        self.quiet_until = 0.0
+        self.quiet_until = self.pause = self.served_at = 0.0
         self.asked = asyncio.Lock()
         self.ours: bool | None = None
 
@@ -131,22 +138,32 @@ class Endpoint:
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
     async def ask(self, body: dict[str, Any]) -> httpx.Response:
-        """The reply, after the waits that a busy endpoint asks for."""
-        began, wait = time.monotonic(), FIRST_WAIT_S
-        for _ in range(WAITS):
-            await asyncio.sleep(max(0.0, self.quiet_until - time.monotonic()))
+        """The reply, after the waits that a busy endpoint asks for; each twice as long as the last where it names none.
+
+        Raises:
+            EngineBusyError: it has served no row for `WAIT_S` seconds, or will not.
+        """
+        began = time.monotonic()
+        while True:
+            await self.quiet()
             reply = await self.post("/chat/completions", body)
+            now = time.monotonic()
             if reply.status_code not in BUSY:
+                self.served_at = now
                 return reply
-            pause = retry_after(reply) or wait
-            wait *= 2
-            if time.monotonic() + pause > began + WAIT_S:
-                break
-            self.quiet_until = max(self.quiet_until, time.monotonic() + pause)
-        raise EngineBusyError(
-            f"{self.url} stays busy ({reply.status_code}) since {time.monotonic() - began:.0f} s: {complaint(reply)} "
-            "Try later, or lower engine_args.concurrency."
-        )
+            idle = now - max(began, self.served_at)
+            pause = retry_after(reply) or max(FIRST_WAIT_S, min(idle, WAIT_S - idle))
+            if idle + pause > WAIT_S:
+                raise EngineBusyError(
+                    f"{self.url} stays busy ({reply.status_code}) since {idle:.0f} s: {complaint(reply)} "
+                    "Try later, or lower engine_args.concurrency."
+                )
+            self.quiet_until, self.pause = max(self.quiet_until, now + pause), pause
+
+    async def quiet(self) -> None:
+        """Wait until the endpoint may be asked, which another row's reply may put off meanwhile."""
+        while (left := self.quiet_until - time.monotonic()) > 0:
+            await asyncio.sleep(left + random.uniform(0, min(self.pause, SPREAD_S)))
 
     async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         try:

@@ -13,8 +13,8 @@ names and goes nowhere but into the request. Of `Model.engine_args` this engine 
                       `structured_outputs`, vLLM's own field (the bare label)
     extra_body        fields to add to every request's body
 
-An endpoint that is busy (429, 502, 503, 504) is waited for as its Retry-After says, a bounded time; nothing that may
-have been paid for is sent twice.
+An endpoint that is busy (429, 503) is waited for as its Retry-After says, until it has served no row for two minutes;
+nothing that may have been paid for is sent twice.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import itertools
 import json
@@ -11,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 
+from complete_fn import http_chat
 from complete_fn.catalogue import Model
 from complete_fn.errors import EngineBusyError, EngineError, RequestError
 from complete_fn.http_engine import HttpEngine, open_engine
@@ -261,6 +264,64 @@ def test_endpoint_that_stays_busy_is_an_engine_error(endpoint: Endpoint, connect
     with pytest.raises(EngineBusyError, match="stays busy"):
         ask(connect(), "x")
     assert len(endpoint.asked) == 1
+
+
+def test_an_endpoint_that_serves_others_is_waited_for(endpoint: Endpoint, connect: Any) -> None:
+    """Its rate limit lets one row through at a time: each of many rows is refused more often than it would be alone."""
+    served = [0.0]
+
+    def limited(body: dict[str, Any]) -> Reply:
+        with endpoint.lock:
+            if time.monotonic() - served[0] < 0.1:
+                return refused(429, "rate limit", Retry_After="0.1")
+            served[0] = time.monotonic()
+        return said("fine")
+
+    endpoint.script = limited
+    assert [code(answer) for answer in ask(connect(), *map(str, range(40)))] == [None] * 40
+
+
+def test_rows_that_wait_wake_up_apart(endpoint: Endpoint) -> None:
+    async def woken() -> list[float]:
+        busy = http_chat.Endpoint(Model("m", "m"), endpoint.url, httpx.AsyncClient())
+        busy.pause, busy.quiet_until = 0.4, (until := time.monotonic() + 0.4)
+
+        async def wait() -> float:
+            await busy.quiet()
+            return time.monotonic() - until
+
+        found = await asyncio.gather(*(wait() for _ in range(40)))
+        await busy.close()
+        return found
+
+    times = asyncio.run(woken())
+    assert min(times) >= 0
+    assert max(times) - min(times) > 0.2
+
+
+def test_only_time_bounds_the_wait(endpoint: Endpoint, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts from the last reply to any row, and a wait that nobody names grows with it."""
+    monkeypatch.setattr(http_chat, "WAIT_S", 1.0)
+    monkeypatch.setattr(http_chat, "FIRST_WAIT_S", 0.05)
+    turns = itertools.count()
+
+    def script(body: dict[str, Any]) -> Reply:
+        if body["messages"][0]["content"] == "other":
+            return said("fine")
+        return said("at last") if next(turns) == 12 else refused(429, "full", Retry_After="0.1")
+
+    endpoint.script = script
+    engine = connect()
+    others = threading.Thread(target=lambda: [(ask(engine, "other"), time.sleep(0.1)) for _ in range(20)])
+    others.start()
+    assert ask(engine, "x")[0].text == "at last"
+    others.join()
+    endpoint.script = lambda body: refused(429, "full")
+    asked, began = len(endpoint.asked), time.monotonic()
+    with pytest.raises(EngineBusyError, match="stays busy"):
+        ask(engine, "x")
+    assert time.monotonic() - began < 1.5
+    assert len(endpoint.asked) - asked < 8
 
 
 def test_unknown_model_names_what_is_served(endpoint: Endpoint, connect: Any) -> None:
