@@ -84,8 +84,8 @@ class Endpoint:
             if reply.status_code == 400 and too_long(reply):
                 # Prompt and answer together may be too much: let the endpoint give the answer what room there is.
                 body.pop(self.max_tokens_field, None)
-                return await self.outcome(await self.ask(body), None, body)
-            return await self.outcome(reply, request.sampling.max_tokens, body)
+                return await self.outcome(await self.ask(body), request, limited=False)
+            return await self.outcome(reply, request, limited=request.sampling.max_tokens is not None)
         except httpx.TimeoutException:
             return Completion.failed("timeout", f"{self.url} did not answer within {self.client.timeout.read:g} s.")
 
@@ -178,11 +178,12 @@ class Endpoint:
         except httpx.TransportError as error:
             raise EngineError(f"{self.url} broke the connection: {type(error).__name__}: {error}") from error
 
-    async def outcome(self, reply: httpx.Response, asked: int | None, sent: dict[str, Any]) -> Completion:
-        """What a reply means; `asked` is the caller's max_tokens, None where the limit is not the caller's."""
+    async def outcome(self, reply: httpx.Response, request: CompletionRequest, limited: bool) -> Completion:
+        """What a reply means; `limited` is whether the caller's max_tokens bounds it."""
         status, why = reply.status_code, complaint(reply)
         if status == 200:
-            return completion(reply, asked, sent)
+            room = request.sampling.max_tokens or self.model.default_max_tokens
+            return completion(reply, request, room, limited)
         if status in (401, 403):
             source = f"the environment variable {self.model.api_key_env}" if self.model.api_key_env else "api_key_env"
             raise EngineError(f"{self.url} refuses the key ({status}): {why} Check {source}.")
@@ -220,8 +221,13 @@ class Endpoint:
         await self.client.aclose()
 
 
-def completion(reply: httpx.Response, asked: int | None, sent: dict[str, Any]) -> Completion:
-    """The answer of a 200. Only one that is known to be whole has no error: it would be cached for all."""
+def completion(reply: httpx.Response, request: CompletionRequest, room: int, limited: bool) -> Completion:
+    """The answer of a 200. Only one that is known to be whole has no error: it would be cached for all.
+
+    Args:
+        room: the tokens that an answer may have, and a cap has reserved.
+        limited: whether they are the caller's max_tokens, so that an answer cut there is whole.
+    """
     try:
         found = reply.json()
         choice, usage = found["choices"][0], found.get("usage") or {}
@@ -229,14 +235,14 @@ def completion(reply: httpx.Response, asked: int | None, sent: dict[str, Any]) -
         reason = choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise EngineError(f"{reply.url} is no OpenAI-compatible endpoint; it says: {reply.text[:200]}") from error
-    used = reported(usage) if usage else guessed(sent, text)
+    used = reported(usage) if usage else guessed(request, text, room)
     ended = str(reason or "stop").lower()
     if ended == "content_filter":
         return Completion(None, reason, RowError("blocked", "The endpoint's content filter stopped the answer."), used)
     if refusal and not text:
         return Completion(None, reason, RowError("blocked", f"The model refuses: {refusal}"[:500]), used)
     if ended in CUT:
-        if asked is not None and used.completion_tokens >= asked:
+        if limited and used.completion_tokens >= room:
             return Completion(text, "length", None, used)
         why = f"The answer was cut after {used.completion_tokens} tokens by a limit that was not asked for."
         return Completion(text, "length", RowError("truncated", why), used)
@@ -253,12 +259,13 @@ def reported(usage: dict[str, Any]) -> Usage:
     return Usage(prompt, min(cached, prompt), max(0, int(usage.get("completion_tokens") or 0)))
 
 
-def guessed(sent: dict[str, Any], answer: str) -> Usage:
+def guessed(request: CompletionRequest, answer: str, room: int) -> Usage:
     """Where an endpoint reports no usage, a row is billed by its bytes rather than not at all."""
-    asked = "".join(str(m["content"]) for m in sent["messages"])
+    prompt = request.prompt
+    asked = prompt if isinstance(prompt, str) else "".join(m.content for m in prompt)
     return Usage(
         prompt_tokens=math.ceil(len(asked.encode()) / BYTES_PER_TOKEN),
-        completion_tokens=math.ceil(len(answer.encode("utf-8", "replace")) / BYTES_PER_TOKEN),
+        completion_tokens=min(room, math.ceil(len(answer.encode("utf-8", "replace")) / BYTES_PER_TOKEN)),
     )
 
 

@@ -186,6 +186,23 @@ def test_length_is_truncated_unless_the_caller_asked(endpoint: Endpoint, connect
     assert (code(callers), callers.finish_reason) == (None, "length")
 
 
+def test_a_guess_of_usage_keeps_within_the_limit_of_the_row(endpoint: Endpoint, connect: Any) -> None:
+    """A cap has reserved no more for it."""
+
+    def long(body: dict[str, Any]) -> Reply:
+        if "max_tokens" in body and body["messages"][0]["content"] == "full":
+            return refused(400, "maximum context length is 60 tokens")
+        reply = said("supercalifragilistic " * 50, "length" if "max_tokens" in body else "stop")
+        del reply[1]["usage"]
+        return reply
+
+    endpoint.script = long
+    engine = connect()
+    (callers,), (own, full) = ask(engine, "x", max_tokens=7), ask(engine, "x", "full")
+    assert [a.usage.completion_tokens for a in (callers, own, full)] == [7, 50, 50]
+    assert (code(callers), code(own), code(full)) == (None, "truncated", None)
+
+
 @pytest.mark.parametrize("reason", ["abort", "error", "time_limit", "cancelled", "insufficient_system_resource"])
 def test_an_answer_that_was_not_finished_is_a_row_error(endpoint: Endpoint, connect: Any, reason: str) -> None:
     endpoint.script = lambda body: said("half an ans", reason)
@@ -278,7 +295,7 @@ def test_an_endpoint_that_serves_others_is_waited_for(endpoint: Endpoint, connec
         return said("fine")
 
     endpoint.script = limited
-    assert [code(answer) for answer in ask(connect(), *map(str, range(40)))] == [None] * 40
+    assert [code(answer) for answer in ask(connect(), *map(str, range(25)))] == [None] * 25
 
 
 def test_rows_that_wait_wake_up_apart(endpoint: Endpoint) -> None:
