@@ -181,7 +181,7 @@ class Endpoint:
     async def outcome(self, reply: httpx.Response, request: CompletionRequest, limited: bool) -> Completion:
         """What a reply means; `limited` is whether the caller's max_tokens bounds it."""
         status, why = reply.status_code, complaint(reply)
-        if status == 200:
+        if status == 200 and not failed(reply):
             room = request.sampling.max_tokens or self.model.default_max_tokens
             return completion(reply, request, room, limited)
         if status in (401, 403):
@@ -230,12 +230,12 @@ def completion(reply: httpx.Response, request: CompletionRequest, room: int, lim
     """
     try:
         found = reply.json()
-        choice, usage = found["choices"][0], found.get("usage") or {}
-        text, refusal = choice["message"].get("content") or "", choice["message"].get("refusal")
+        choice, usage = found["choices"][0], found.get("usage")
+        text, refusal = text_of(choice["message"].get("content")), choice["message"].get("refusal")
         reason = choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise EngineError(f"{reply.url} is no OpenAI-compatible endpoint; it says: {reply.text[:200]}") from error
-    used = reported(usage) if usage else guessed(request, text, room)
+    used = reported(usage) or guessed(request, text, room)
     ended = str(reason or "stop").lower()
     if ended == "content_filter":
         return Completion(None, reason, RowError("blocked", "The endpoint's content filter stopped the answer."), used)
@@ -252,11 +252,37 @@ def completion(reply: httpx.Response, request: CompletionRequest, room: int, lim
     return Completion(text, reason, None, used)
 
 
-def reported(usage: dict[str, Any]) -> Usage:
-    details = usage.get("prompt_tokens_details") or {}
-    prompt = max(0, int(usage.get("prompt_tokens") or 0))
-    cached = max(0, int(details.get("cached_tokens") or 0))
-    return Usage(prompt, min(cached, prompt), max(0, int(usage.get("completion_tokens") or 0)))
+def failed(reply: httpx.Response) -> bool:
+    """Whether a reply is an error whatever its status: some gateways pass on a row's failure as a 200."""
+    try:
+        return bool(reply.json().get("error"))
+    except (ValueError, AttributeError):
+        return False
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: itself, or of its parts.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"content is {content!r}")
+    return content or ""
+
+
+def reported(usage: Any) -> Usage | None:
+    """What the endpoint counted; None where it tells nothing that can be read."""
+    try:
+        details = usage.get("prompt_tokens_details") or {}
+        prompt = max(0, int(usage.get("prompt_tokens") or 0))
+        cached = max(0, int(details.get("cached_tokens") or 0))
+        completion = max(0, int(usage.get("completion_tokens") or 0))
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return None
+    return Usage(prompt, min(cached, prompt), completion) if usage else None
 
 
 def guessed(request: CompletionRequest, answer: str, room: int) -> Usage:

@@ -7,6 +7,7 @@ import http.server
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +21,13 @@ from complete_fn.catalogue import Model
 from complete_fn.errors import EngineBusyError, EngineError, RequestError
 from complete_fn.http_engine import HttpEngine, open_engine
 from complete_fn.settings import Settings
-from complete_fn.types import Completion, CompletionRequest, Message, SamplingParams
+from complete_fn.types import Completion, CompletionRequest, Message, SamplingParams, Usage
 
 Reply = tuple[int, dict[str, Any], dict[str, str]]
 Script = Callable[[dict[str, Any]], Reply]
 
 
-def said(text: str, reason: str = "stop", tokens: int = 2) -> Reply:
+def said(text: Any, reason: str = "stop", tokens: int = 2) -> Reply:
     usage = {
         "prompt_tokens": 11,
         "completion_tokens": tokens,
@@ -203,6 +204,31 @@ def test_a_guess_of_usage_keeps_within_the_limit_of_the_row(endpoint: Endpoint, 
     assert (code(callers), code(own), code(full)) == (None, "truncated", None)
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "thinking", "thinking": []}, {"type": "text", "text": "b"}], "ab"),
+        ([], ""),
+        (None, ""),
+    ],
+)
+def test_content_in_parts_is_their_text(endpoint: Endpoint, connect: Any, content: Any, expected: str) -> None:
+    endpoint.script = lambda body: said(content)
+    (answer,) = ask(connect(), "x")
+    assert (answer.text, answer.error) == (expected, None)
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": "n/a"}, {"prompt_tokens": [1]}, {"completion_tokens": math.inf}, "none", [1], 7]
+)
+def test_usage_that_is_none_is_guessed(endpoint: Endpoint, connect: Any, usage: Any) -> None:
+    reply = said("seven b")
+    reply[1]["usage"] = usage
+    endpoint.script = lambda body: reply
+    (answer,) = ask(connect(), "seven b")
+    assert (answer.text, answer.error, answer.usage) == ("seven b", None, Usage(2, 0, 2))
+
+
 @pytest.mark.parametrize("reason", ["abort", "error", "time_limit", "cancelled", "insufficient_system_resource"])
 def test_an_answer_that_was_not_finished_is_a_row_error(endpoint: Endpoint, connect: Any, reason: str) -> None:
     endpoint.script = lambda body: said("half an ans", reason)
@@ -247,6 +273,8 @@ def test_a_refusal_is_no_answer(endpoint: Endpoint, connect: Any) -> None:
         (refused(422, "messages: field required"), "invalid_request"),
         (refused(500, "out of ideas"), "invalid_request"),
         (said("", "content_filter"), "blocked"),
+        (refused(200, "upstream overloaded"), "invalid_request"),
+        (refused(200, "prompt is too long"), "prompt_too_long"),
     ],
 )
 def test_refusals_of_one_row(endpoint: Endpoint, connect: Any, reply: Reply, expected: str) -> None:
@@ -358,8 +386,9 @@ def test_url_must_be_http(tmp_path: Any, url: str | None) -> None:
         open_engine(Model("remote", "m", url=url, engine="http"), Settings(tmp_path, None, None))
 
 
-def test_what_is_no_endpoint_is_said(endpoint: Endpoint, connect: Any) -> None:
-    endpoint.script = lambda body: (200, {"hello": "world"}, {})
+@pytest.mark.parametrize("found", [{"hello": "world"}, {"error": None}, [1], said(7)[1]])
+def test_what_is_no_endpoint_is_said(endpoint: Endpoint, connect: Any, found: Any) -> None:
+    endpoint.script = lambda body: (200, found, {})
     with pytest.raises(EngineError, match="no OpenAI-compatible endpoint"):
         ask(connect(), "x")
 
