@@ -165,9 +165,9 @@ ROW_ERRORS: dict[str, str] = {
     "prompt_too_long": "the rendered prompt leaves no room for an answer within the model's context",
     "truncated": "the answer was cut by a limit that the caller did not set",
     "schema_mismatch": "the answer does not satisfy the response_format, or is none of the choices",
-    "invalid_request": "the row's prompt cannot be sent (lone surrogate, empty messages, refused by the engine)",
+    "invalid_request": "the prompt cannot be sent (lone surrogate, empty messages), or the engine refused or ended it",
     "budget_exceeded": "the remaining budget does not cover the row at list price",
     "cancelled": "the run was cancelled before the row was done",
     "timeout": "the engine did not finish the row in time",
-    "blocked": "the endpoint's content filter refused the row",
+    "blocked": "the endpoint's content filter or the model itself refused the row",
 }

@@ -6,6 +6,7 @@ import asyncio
 import email.utils
 import json
 import math
+import random
 import re
 import time
 from typing import Any
@@ -20,7 +21,10 @@ from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 
 BUSY = (429, 503)  # the endpoint says itself that it did nothing
 BROKEN = (502, 504)
-WAITS, WAIT_S, FIRST_WAIT_S = 8, 120.0, 1.0
+WHOLE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")  # finish reasons, in lower case
+CUT = ("length", "model_length", "max_tokens")
+WAIT_S, FIRST_WAIT_S = 120.0, 1.0
+SPREAD_S = 1.0  # rows that wait for the same moment wake up within so long after it, or within the wait again
 TOO_LONG = re.compile(
     r"context.{0,12}(length|window|size)|maximum (context|input|prompt)|max_model_len|too (long|many tokens)"
     r"|input length|longer than the (maximum )?model|max_(completion_)?tokens.{0,30}too large",
@@ -29,13 +33,18 @@ TOO_LONG = re.compile(
 
 
 class Endpoint:
-    """The endpoint of one model. `quiet_until` is when a busy endpoint wants to be asked again, by any row."""
+    """The endpoint of one model.
+
+    Attributes:
+        quiet_until: when a busy endpoint wants to be asked again, by any row; `pause` seconds after it said so.
+        served_at: when it last gave any row a reply that was not busy.
+    """
 
     def __init__(self, model: Model, url: str, client: httpx.AsyncClient) -> None:
         self.model = model
         self.url = url
         self.client = client
-        self.quiet_until = 0.0
+        self.quiet_until = self.pause = self.served_at = 0.0
         self.asked = asyncio.Lock()
         self.ours: bool | None = None
 
@@ -75,8 +84,8 @@ class Endpoint:
             if reply.status_code == 400 and too_long(reply):
                 # Prompt and answer together may be too much: let the endpoint give the answer what room there is.
                 body.pop(self.max_tokens_field, None)
-                return await self.outcome(await self.ask(body), None, body)
-            return await self.outcome(reply, request.sampling.max_tokens, body)
+                return await self.outcome(await self.ask(body), request, limited=False)
+            return await self.outcome(reply, request, limited=request.sampling.max_tokens is not None)
         except httpx.TimeoutException:
             return Completion.failed("timeout", f"{self.url} did not answer within {self.client.timeout.read:g} s.")
 
@@ -129,22 +138,32 @@ class Endpoint:
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
     async def ask(self, body: dict[str, Any]) -> httpx.Response:
-        """The reply, after the waits that a busy endpoint asks for."""
-        began, wait = time.monotonic(), FIRST_WAIT_S
-        for _ in range(WAITS):
-            await asyncio.sleep(max(0.0, self.quiet_until - time.monotonic()))
+        """The reply, after the waits that a busy endpoint asks for; each twice as long as the last where it names none.
+
+        Raises:
+            EngineBusyError: it has served no row for `WAIT_S` seconds, or will not.
+        """
+        began = time.monotonic()
+        while True:
+            await self.quiet()
             reply = await self.post("/chat/completions", body)
+            now = time.monotonic()
             if reply.status_code not in BUSY:
+                self.served_at = now
                 return reply
-            pause = retry_after(reply) or wait
-            wait *= 2
-            if time.monotonic() + pause > began + WAIT_S:
-                break
-            self.quiet_until = max(self.quiet_until, time.monotonic() + pause)
-        raise EngineBusyError(
-            f"{self.url} stays busy ({reply.status_code}) since {time.monotonic() - began:.0f} s: {complaint(reply)} "
-            "Try later, or lower engine_args.concurrency."
-        )
+            idle = now - max(began, self.served_at)
+            pause = retry_after(reply) or max(FIRST_WAIT_S, min(idle, WAIT_S - idle))
+            if idle + pause > WAIT_S:
+                raise EngineBusyError(
+                    f"{self.url} stays busy ({reply.status_code}) since {idle:.0f} s: {complaint(reply)} "
+                    "Try later, or lower engine_args.concurrency."
+                )
+            self.quiet_until, self.pause = max(self.quiet_until, now + pause), pause
+
+    async def quiet(self) -> None:
+        """Wait until the endpoint may be asked, which another row's reply may put off meanwhile."""
+        while (left := self.quiet_until - time.monotonic()) > 0:
+            await asyncio.sleep(left + random.uniform(0, min(self.pause, SPREAD_S)))
 
     async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         try:
@@ -159,11 +178,12 @@ class Endpoint:
         except httpx.TransportError as error:
             raise EngineError(f"{self.url} broke the connection: {type(error).__name__}: {error}") from error
 
-    async def outcome(self, reply: httpx.Response, asked: int | None, sent: dict[str, Any]) -> Completion:
-        """What a reply means; `asked` is the caller's max_tokens, None where the limit is not the caller's."""
+    async def outcome(self, reply: httpx.Response, request: CompletionRequest, limited: bool) -> Completion:
+        """What a reply means; `limited` is whether the caller's max_tokens bounds it."""
         status, why = reply.status_code, complaint(reply)
-        if status == 200:
-            return completion(reply, asked, sent)
+        if status == 200 and not failed(reply):
+            room = request.sampling.max_tokens or self.model.default_max_tokens
+            return completion(reply, request, room, limited)
         if status in (401, 403):
             source = f"the environment variable {self.model.api_key_env}" if self.model.api_key_env else "api_key_env"
             raise EngineError(f"{self.url} refuses the key ({status}): {why} Check {source}.")
@@ -201,35 +221,77 @@ class Endpoint:
         await self.client.aclose()
 
 
-def completion(reply: httpx.Response, asked: int | None, sent: dict[str, Any]) -> Completion:
+def completion(reply: httpx.Response, request: CompletionRequest, room: int, limited: bool) -> Completion:
+    """The answer of a 200. Only one that is known to be whole has no error: it would be cached for all.
+
+    Args:
+        room: the tokens that an answer may have, and a cap has reserved.
+        limited: whether they are the caller's max_tokens, so that an answer cut there is whole.
+    """
     try:
         found = reply.json()
-        choice, usage = found["choices"][0], found.get("usage") or {}
-        text, reason = choice["message"].get("content"), choice.get("finish_reason")
+        choice, usage = found["choices"][0], found.get("usage")
+        text, refusal = text_of(choice["message"].get("content")), choice["message"].get("refusal")
+        reason = choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise EngineError(f"{reply.url} is no OpenAI-compatible endpoint; it says: {reply.text[:200]}") from error
-    used = reported(usage) if usage else guessed(sent, text or "")
-    if reason == "content_filter":
+    used = reported(usage) or guessed(request, text, room)
+    ended = str(reason or "stop").lower()
+    if ended == "content_filter":
         return Completion(None, reason, RowError("blocked", "The endpoint's content filter stopped the answer."), used)
-    if reason == "length" and (asked is None or used.completion_tokens < asked):
+    if refusal and not text:
+        return Completion(None, reason, RowError("blocked", f"The model refuses: {refusal}"[:500]), used)
+    if ended in CUT:
+        if limited and used.completion_tokens >= room:
+            return Completion(text, "length", None, used)
         why = f"The answer was cut after {used.completion_tokens} tokens by a limit that was not asked for."
-        return Completion(text or "", reason, RowError("truncated", why), used)
-    return Completion(text or "", reason, None, used)
+        return Completion(text, "length", RowError("truncated", why), used)
+    if ended not in WHOLE:
+        why = f"The endpoint ended the answer with finish_reason {reason!r}; it may not be whole. Ask the row again."
+        return Completion(text, str(reason), RowError("invalid_request", why), used)
+    return Completion(text, reason, None, used)
 
 
-def reported(usage: dict[str, Any]) -> Usage:
-    details = usage.get("prompt_tokens_details") or {}
-    prompt = max(0, int(usage.get("prompt_tokens") or 0))
-    cached = max(0, int(details.get("cached_tokens") or 0))
-    return Usage(prompt, min(cached, prompt), max(0, int(usage.get("completion_tokens") or 0)))
+def failed(reply: httpx.Response) -> bool:
+    """Whether a reply is an error whatever its status: some gateways pass on a row's failure as a 200."""
+    try:
+        return bool(reply.json().get("error"))
+    except (ValueError, AttributeError):
+        return False
 
 
-def guessed(sent: dict[str, Any], answer: str) -> Usage:
+def text_of(content: Any) -> str:
+    """The text of a message's content: itself, or of its parts.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"content is {content!r}")
+    return content or ""
+
+
+def reported(usage: Any) -> Usage | None:
+    """What the endpoint counted; None where it tells nothing that can be read."""
+    try:
+        details = usage.get("prompt_tokens_details") or {}
+        prompt = max(0, int(usage.get("prompt_tokens") or 0))
+        cached = max(0, int(details.get("cached_tokens") or 0))
+        completion = max(0, int(usage.get("completion_tokens") or 0))
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return None
+    return Usage(prompt, min(cached, prompt), completion) if usage else None
+
+
+def guessed(request: CompletionRequest, answer: str, room: int) -> Usage:
     """Where an endpoint reports no usage, a row is billed by its bytes rather than not at all."""
-    asked = "".join(str(m["content"]) for m in sent["messages"])
+    prompt = request.prompt
+    asked = prompt if isinstance(prompt, str) else "".join(m.content for m in prompt)
     return Usage(
         prompt_tokens=math.ceil(len(asked.encode()) / BYTES_PER_TOKEN),
-        completion_tokens=math.ceil(len(answer.encode("utf-8", "replace")) / BYTES_PER_TOKEN),
+        completion_tokens=min(room, math.ceil(len(answer.encode("utf-8", "replace")) / BYTES_PER_TOKEN)),
     )
 
 

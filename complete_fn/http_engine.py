@@ -13,8 +13,8 @@ names and goes nowhere but into the request. Of `Model.engine_args` this engine 
                       `structured_outputs`, vLLM's own field (the bare label)
     extra_body        fields to add to every request's body
 
-An endpoint that is busy (429, 502, 503, 504) is waited for as its Retry-After says, a bounded time; nothing that may
-have been paid for is sent twice.
+An endpoint that is busy (429, 503) is waited for as its Retry-After says, until it has served no row for two minutes;
+nothing that may have been paid for is sent twice.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class HttpEngine:
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         """As in `Engine.stream`; at most `concurrency` requests of a stream are drawn and in flight.
 
+        After a failure nothing more is drawn; it is raised once the endpoint has answered what it will bill.
+
         Raises:
             EngineError: nobody answers at the URL, the key is refused, or the model is not served there.
             EngineBusyError: the endpoint stays busy for longer than it is waited for.
@@ -81,6 +83,7 @@ class HttpEngine:
         done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         running: dict[int, tuple[CompletionRequest, Any]] = {}
         exhausted = False
+        failure: BaseException | None = None
         try:
             while running or not exhausted:
                 while not exhausted and len(running) < self.concurrency:
@@ -95,8 +98,11 @@ class HttpEngine:
                     number, outcome = found
                     request, _ = running.pop(number)
                     if isinstance(outcome, BaseException):
-                        raise outcome
-                    yield number, checked(outcome, request)
+                        failure, exhausted = failure or outcome, True
+                    else:
+                        yield number, checked(outcome, request)
+            if failure is not None:
+                raise failure
         finally:
             for _, task in running.values():
                 task.cancel()

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -107,9 +108,11 @@ def writing(place: Place, overwrite: bool, schema: Any = None) -> Iterator[Write
 
 @contextmanager
 def whole_file(path: Path, place: Place, overwrite: bool) -> Iterator[IO[bytes]]:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Not by the process's id: in containers that share a volume all may be 1.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    opened = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as sink:
+        with open(opened, "wb") as sink:
             yield sink
             sink.flush()
             os.fsync(sink.fileno())

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 
+from complete_fn import http_chat
 from complete_fn.catalogue import Model
 from complete_fn.errors import EngineBusyError, EngineError, RequestError
 from complete_fn.http_engine import HttpEngine, open_engine
 from complete_fn.settings import Settings
-from complete_fn.types import Completion, CompletionRequest, Message, SamplingParams
+from complete_fn.types import Completion, CompletionRequest, Message, SamplingParams, Usage
 
 Reply = tuple[int, dict[str, Any], dict[str, str]]
 Script = Callable[[dict[str, Any]], Reply]
 
 
-def said(text: str, reason: str = "stop", tokens: int = 2) -> Reply:
+def said(text: Any, reason: str = "stop", tokens: int = 2) -> Reply:
     usage = {
         "prompt_tokens": 11,
         "completion_tokens": tokens,
@@ -183,6 +187,79 @@ def test_length_is_truncated_unless_the_caller_asked(endpoint: Endpoint, connect
     assert (code(callers), callers.finish_reason) == (None, "length")
 
 
+def test_a_guess_of_usage_keeps_within_the_limit_of_the_row(endpoint: Endpoint, connect: Any) -> None:
+    """A cap has reserved no more for it."""
+
+    def long(body: dict[str, Any]) -> Reply:
+        if "max_tokens" in body and body["messages"][0]["content"] == "full":
+            return refused(400, "maximum context length is 60 tokens")
+        reply = said("supercalifragilistic " * 50, "length" if "max_tokens" in body else "stop")
+        del reply[1]["usage"]
+        return reply
+
+    endpoint.script = long
+    engine = connect()
+    (callers,), (own, full) = ask(engine, "x", max_tokens=7), ask(engine, "x", "full")
+    assert [a.usage.completion_tokens for a in (callers, own, full)] == [7, 50, 50]
+    assert (code(callers), code(own), code(full)) == (None, "truncated", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "thinking", "thinking": []}, {"type": "text", "text": "b"}], "ab"),
+        ([], ""),
+        (None, ""),
+    ],
+)
+def test_content_in_parts_is_their_text(endpoint: Endpoint, connect: Any, content: Any, expected: str) -> None:
+    endpoint.script = lambda body: said(content)
+    (answer,) = ask(connect(), "x")
+    assert (answer.text, answer.error) == (expected, None)
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": "n/a"}, {"prompt_tokens": [1]}, {"completion_tokens": math.inf}, "none", [1], 7]
+)
+def test_usage_that_is_none_is_guessed(endpoint: Endpoint, connect: Any, usage: Any) -> None:
+    reply = said("seven b")
+    reply[1]["usage"] = usage
+    endpoint.script = lambda body: reply
+    (answer,) = ask(connect(), "seven b")
+    assert (answer.text, answer.error, answer.usage) == ("seven b", None, Usage(2, 0, 2))
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "time_limit", "cancelled", "insufficient_system_resource"])
+def test_an_answer_that_was_not_finished_is_a_row_error(endpoint: Endpoint, connect: Any, reason: str) -> None:
+    endpoint.script = lambda body: said("half an ans", reason)
+    (answer,) = ask(connect(), "x", max_tokens=2)
+    assert (answer.text, answer.finish_reason, code(answer)) == ("half an ans", reason, "invalid_request")
+    assert repr(reason) in str(answer.error)
+    assert answer.usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("reason", [None, "", "stop", "STOP", "eos", "eos_token", "stop_sequence", "end_turn"])
+def test_an_answer_that_is_whole_by_any_name(endpoint: Endpoint, connect: Any, reason: Any) -> None:
+    endpoint.script = lambda body: said("whole", reason)
+    (answer,) = ask(connect(), "x")
+    assert (answer.text, answer.finish_reason, answer.error) == ("whole", reason, None)
+
+
+def test_a_full_context_is_a_cut(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = lambda body: said("cut", "model_length")
+    (answer,) = ask(connect(), "x", max_tokens=9)
+    assert (answer.text, answer.finish_reason, code(answer)) == ("cut", "length", "truncated")
+
+
+def test_a_refusal_is_no_answer(endpoint: Endpoint, connect: Any) -> None:
+    reply = said("")
+    reply[1]["choices"][0]["message"] = {"content": None, "refusal": "I cannot help"}
+    endpoint.script = lambda body: reply
+    (answer,) = ask(connect(), "x")
+    assert (answer.text, code(answer), answer.usage.completion_tokens) == (None, "blocked", 2)
+    assert "I cannot help" in str(answer.error)
+
+
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
@@ -196,6 +273,8 @@ def test_length_is_truncated_unless_the_caller_asked(endpoint: Endpoint, connect
         (refused(422, "messages: field required"), "invalid_request"),
         (refused(500, "out of ideas"), "invalid_request"),
         (said("", "content_filter"), "blocked"),
+        (refused(200, "upstream overloaded"), "invalid_request"),
+        (refused(200, "prompt is too long"), "prompt_too_long"),
     ],
 )
 def test_refusals_of_one_row(endpoint: Endpoint, connect: Any, reply: Reply, expected: str) -> None:
@@ -232,6 +311,64 @@ def test_endpoint_that_stays_busy_is_an_engine_error(endpoint: Endpoint, connect
     assert len(endpoint.asked) == 1
 
 
+def test_an_endpoint_that_serves_others_is_waited_for(endpoint: Endpoint, connect: Any) -> None:
+    """Its rate limit lets one row through at a time: each of many rows is refused more often than it would be alone."""
+    served = [0.0]
+
+    def limited(body: dict[str, Any]) -> Reply:
+        with endpoint.lock:
+            if time.monotonic() - served[0] < 0.1:
+                return refused(429, "rate limit", Retry_After="0.1")
+            served[0] = time.monotonic()
+        return said("fine")
+
+    endpoint.script = limited
+    assert [code(answer) for answer in ask(connect(), *map(str, range(25)))] == [None] * 25
+
+
+def test_rows_that_wait_wake_up_apart(endpoint: Endpoint) -> None:
+    async def woken() -> list[float]:
+        busy = http_chat.Endpoint(Model("m", "m"), endpoint.url, httpx.AsyncClient())
+        busy.pause, busy.quiet_until = 0.4, (until := time.monotonic() + 0.4)
+
+        async def wait() -> float:
+            await busy.quiet()
+            return time.monotonic() - until
+
+        found = await asyncio.gather(*(wait() for _ in range(40)))
+        await busy.close()
+        return found
+
+    times = asyncio.run(woken())
+    assert min(times) >= 0
+    assert max(times) - min(times) > 0.2
+
+
+def test_only_time_bounds_the_wait(endpoint: Endpoint, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts from the last reply to any row, and a wait that nobody names grows with it."""
+    monkeypatch.setattr(http_chat, "WAIT_S", 1.0)
+    monkeypatch.setattr(http_chat, "FIRST_WAIT_S", 0.05)
+    turns = itertools.count()
+
+    def script(body: dict[str, Any]) -> Reply:
+        if body["messages"][0]["content"] == "other":
+            return said("fine")
+        return said("at last") if next(turns) == 12 else refused(429, "full", Retry_After="0.1")
+
+    endpoint.script = script
+    engine = connect()
+    others = threading.Thread(target=lambda: [(ask(engine, "other"), time.sleep(0.1)) for _ in range(20)])
+    others.start()
+    assert ask(engine, "x")[0].text == "at last"
+    others.join()
+    endpoint.script = lambda body: refused(429, "full")
+    asked, began = len(endpoint.asked), time.monotonic()
+    with pytest.raises(EngineBusyError, match="stays busy"):
+        ask(engine, "x")
+    assert time.monotonic() - began < 1.5
+    assert len(endpoint.asked) - asked < 8
+
+
 def test_unknown_model_names_what_is_served(endpoint: Endpoint, connect: Any) -> None:
     endpoint.script = lambda body: refused(404, "The model does not exist")
     with pytest.raises(EngineError, match="It serves 'served-model'"):
@@ -249,8 +386,9 @@ def test_url_must_be_http(tmp_path: Any, url: str | None) -> None:
         open_engine(Model("remote", "m", url=url, engine="http"), Settings(tmp_path, None, None))
 
 
-def test_what_is_no_endpoint_is_said(endpoint: Endpoint, connect: Any) -> None:
-    endpoint.script = lambda body: (200, {"hello": "world"}, {})
+@pytest.mark.parametrize("found", [{"hello": "world"}, {"error": None}, [1], said(7)[1]])
+def test_what_is_no_endpoint_is_said(endpoint: Endpoint, connect: Any, found: Any) -> None:
+    endpoint.script = lambda body: (200, found, {})
     with pytest.raises(EngineError, match="no OpenAI-compatible endpoint"):
         ask(connect(), "x")
 
@@ -314,6 +452,38 @@ def test_closing_the_stream_hangs_up(endpoint: Endpoint, connect: Any) -> None:
         time.sleep(0.05)
     assert endpoint.hung_up >= 3
     assert len(endpoint.asked) <= 5
+
+
+class Rows(list[CompletionRequest]):
+    """Requests whose consumer may leave."""
+
+    abandoned = False
+
+
+def one_refused(body: dict[str, Any]) -> Reply:
+    if body["messages"][0]["content"] == "2":
+        return refused(401, "quota of the key")
+    time.sleep(0.3)
+    return said("paid")
+
+
+def test_a_failure_is_raised_behind_the_answers_in_flight(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = one_refused
+    engine = connect(engine_args={"concurrency": 5})
+    got: list[tuple[int, str | None]] = []
+    with pytest.raises(EngineError, match="refuses the key"):
+        got.extend((n, c.text) for n, c in engine.stream([CompletionRequest("m", str(n)) for n in range(9)], "me"))
+    assert sorted(got) == [(n, "paid") for n in (0, 1, 3, 4)]
+    assert len(endpoint.asked) == 5
+
+
+def test_nobody_waits_for_the_answers_in_flight_who_has_left(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = one_refused
+    rows = Rows(CompletionRequest("m", str(n)) for n in range(5))
+    stream = connect(engine_args={"concurrency": 5}).stream(rows, "me")
+    next(stream)
+    rows.abandoned = True
+    assert list(stream) == []
 
 
 def test_threads_share_one_engine(endpoint: Endpoint, connect: Any) -> None:

@@ -260,6 +260,21 @@ def test_an_output_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
+def test_two_runs_write_one_output_apart(tmp_path: Path) -> None:
+    """Also where both are process 1, of two containers; what a killed one has left stands in nobody's way."""
+    rows = read_rows(put(tmp_path / "in.csv", b"a,b\n1,2\n"))
+    killed = tmp_path / f".out.csv.{os.getpid()}.part"
+    killed.write_bytes(b"half")
+    target = place_of(str(tmp_path / "out.csv"))
+    with writing(target, overwrite=True) as first:
+        first.write(rows, {"c": pa.array(["first"])})
+        write_rows(target, rows, {"c": pa.array(["second"])}, overwrite=True)
+        assert (tmp_path / "out.csv").read_text() == "a,b,c\n1,2,second\n"
+    assert (tmp_path / "out.csv").read_text() == "a,b,c\n1,2,first\n"
+    assert killed.read_bytes() == b"half"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     source = put(tmp_path / "in.csv", b"a,b\n1,2\n")
     target = place_of(str(tmp_path / "out.csv"))
