@@ -145,11 +145,15 @@ def plan_query(
 
     Raises:
         RunsPlainly: something in the query does not allow it.
+        duckdb.Error: what is around the SELECT is at fault, as an INSERT into a table that is not there.
     """
     tagged = tag_calls(statement.tree, statement.select, functions.planned_names, run)
     constant = with_values(con, tagged.tree, parameters)
     written = read_plan(con, to_text(con, constant), optimise=False)
     refuse_volatile(con, written, set(functions.planned_names.values()))
+    if not statement.returns_rows:
+        whole = statement.with_select(to_text(con, tagged.tree))
+        con.execute(f"EXPLAIN {whole}", parameters or []).fetchall()
     transaction = in_transaction(con)
     if transaction and may_raise(written):
         raise RunsPlainly("inside a transaction, and a placeholder may make it fail")

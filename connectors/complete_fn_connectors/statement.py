@@ -125,7 +125,8 @@ def create_select(con: duckdb.DuckDBPyConnection, words: list[Token], text: str)
     begin = next((n for n, w in enumerate(words) if w.depth == 0 and w.word == "AS" and n > table), None)
     if begin is None or begin + 1 >= len(words) or names[table + 1] == "IF":
         raise RunsPlainly("a CREATE TABLE without AS, or IF NOT EXISTS")
-    name = text[words[table + 1].at : words[begin].at].split("(")[0]
+    stop = next(w.at for w in words[table + 2 : begin + 1] if w.word in ("(", "AS"))  # a quoted name may have both
+    name = text[words[table + 1].at : stop]
     if "REPLACE" not in names[:table] and "error" not in plan_error(con, f"FROM {name}"):
         raise RunsPlainly("the table is there already")
     return words[begin + 1].at, len(text)
