@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from complete_fn.answers import Answers, Summary
+from complete_fn.errors import CompleteError
 from complete_fn.options import Options, parse_options
 from complete_fn.plan import BatchPlan, make_plan
 from complete_fn.types import Completion
@@ -142,13 +143,19 @@ class Round:
 
 
 class Collector:
-    """Notes what the sites of one query would ask. `planning`: calls are refused, DuckDB only looks at the query."""
+    """Notes what the sites of one query would ask.
+
+    Attributes:
+        planning: calls are refused, DuckDB only looks at the query.
+        fault: what a call raised, which made it NULL instead.
+    """
 
     def __init__(self, session: QuerySession, memory: Memory) -> None:
         self.session, self.memory = session, memory
         self.order = Order()
         self.planning = True
         self.counting = False  # whether known prompts are noted too
+        self.fault: CompleteError | None = None
         self.round = Round()
         self.noted: dict[tuple[int, str], set[str]] = {}
         self.filled: dict[int, int] = {}

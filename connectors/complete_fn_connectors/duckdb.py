@@ -130,7 +130,11 @@ class Registration:
             collector = query.COLLECTING.get(run)
             if collector is None or collector.planning or (len(token) == 1 and at_plan_time()):
                 raise PlanTimeError
-            return self.tried(function, collector.at(int(site)), columns)
+            try:
+                return function(collector.at(int(site)), *columns)
+            except CompleteError as error:  # raised here, it would abort the user's transaction
+                collector.fault = error
+                return pa.nulls(len(token))
 
         self.create(name, call, kind)
         if name not in UNPLANNED:

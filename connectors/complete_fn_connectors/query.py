@@ -20,7 +20,7 @@ import duckdb
 from complete_fn.errors import CompleteError
 from complete_fn_connectors.collect import Asked, Batch, Collector, Memory, Remembering, Round, texts_column, to_ask
 from complete_fn_connectors.functions import QuerySession
-from complete_fn_connectors.guards import Guarding, casts_text
+from complete_fn_connectors.guards import Guarding
 from complete_fn_connectors.query_plan import LATE, Order, read_order, read_plan, refuse_volatile
 from complete_fn_connectors.sites import Site, Tagged, tag_calls
 from complete_fn_connectors.statement import (
@@ -28,12 +28,12 @@ from complete_fn_connectors.statement import (
     RunsPlainly,
     Statement,
     Tree,
-    nodes,
     read_statement,
     replaced,
     to_text,
     with_values,
 )
+from complete_fn_connectors.total import may_fail
 
 ROUNDS = 40  # a query under LIMIT that needs more of them goes on plainly
 RUNS = itertools.count(1)
@@ -154,13 +154,12 @@ def plan_query(
     if not statement.returns_rows:
         whole = statement.with_select(to_text(con, tagged.tree))
         con.execute(f"EXPLAIN {whole}", parameters or []).fetchall()
-    transaction = in_transaction(con)
-    if transaction and may_raise(written):
-        raise RunsPlainly("inside a transaction, and a placeholder may make it fail")
-    order = read_order(optimised(con, constant))
-    careful = transaction and casts_text(written)
-    guarding = Guarding(order, never_fails=transaction)
-    guarded = tagged.tree if careful else guarding.apply(tagged.tree)
+    plan = optimised(con, constant)
+    if in_transaction(con) and (failing := may_fail(written, plan)):
+        raise RunsPlainly(f"inside a transaction, which {failing} would abort where it fails")
+    order = read_order(plan)
+    guarding = Guarding(order)
+    guarded = guarding.apply(tagged.tree)
     if guarding.guards or guarded != tagged.tree:
         order = read_order(optimised(con, with_values(con, guarded, parameters)))
         final = statement.with_select(to_text(con, tagged.untagged(guarded)))
@@ -211,14 +210,6 @@ def larger_limit(node: Tree) -> Tree | None:
     return {**node, "limit": {**node["limit"], "literal": grown}}
 
 
-def may_raise(plan: Tree) -> bool:
-    """Whether a placeholder could make a query fail: error() in it, or a subquery that may have but one row."""
-    names = {(n.get("qname") or {}).get("path", [""])[-1] for n in nodes(plan)}
-    return "error" in names or any(
-        n.get("join_type") == "SINGLE" or n.get("subquery_type") == "SCALAR" for n in nodes(plan)
-    )
-
-
 def collect(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Collector, parameters: Parameters) -> None:
     """Run in collect mode and ask what was noted, until there is nothing new that may be asked."""
     for _ in range(ROUNDS):
@@ -232,10 +223,18 @@ def collect(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Collect
 
 
 def run_round(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Collector, parameters: Parameters) -> Round:
+    """Run in collect mode once.
+
+    Raises:
+        CompleteError: a call is at fault.
+        duckdb.Error: the query is, or a placeholder made it fail.
+    """
     round_ = collector.begin()
     result = con.execute(planned.collecting, parameters or [])
     while rows := result.fetchmany(10_000):
         round_.passed += len(rows)
+    if collector.fault is not None:
+        raise collector.fault
     return round_
 
 
@@ -259,6 +258,17 @@ def in_transaction_that_failed(con: duckdb.DuckDBPyConnection) -> bool:
     except duckdb.Error:
         return True
     return False
+
+
+def why_plainly(con: duckdb.DuckDBPyConnection, error: Exception) -> str:
+    """The reason for `explain` where a round failed, after which `sql` runs the query plainly.
+
+    Raises:
+        duckdb.Error: the error itself, where no plain run can follow.
+    """
+    if in_transaction_that_failed(con):
+        raise error
+    return f"it fails before its answers are known: {str(error).splitlines()[0].rstrip('.')}"
 
 
 def is_query(con: duckdb.DuckDBPyConnection, query: str) -> bool:

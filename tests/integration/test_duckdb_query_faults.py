@@ -15,7 +15,7 @@ import duckdb
 import pytest
 
 from complete_fn import Completion, CompletionRequest, EchoEngine, Usage
-from complete_fn_connectors.duckdb import register, sql
+from complete_fn_connectors.duckdb import estimate, explain, register, sql
 
 TABLES = """
 CREATE TABLE docs AS SELECT i AS id, 'doc ' || i AS text, i % 5 AS k FROM range(3000) r(i);
@@ -115,3 +115,68 @@ def test_what_a_read_only_database_refuses_is_not_paid_for(tmp_path: Path) -> No
         plain, planned = both(query.format("complete('m', text)"), setup)
         assert (plain.error, planned.error) == ("InvalidInputException",) * 2
         assert planned.prompts == 0
+
+
+FAILING = [
+    "SELECT coalesce(complete('m', 'num' || id), 'none')::INT FROM docs WHERE id < 3",
+    "SELECT CASE WHEN complete('m', text) IS NULL THEN text::INT ELSE 1 END FROM docs WHERE id < 3",
+    "SELECT 2147483647::INT + CASE WHEN complete('m', text) IS NULL THEN 1::INT ELSE 0::INT END FROM docs WHERE id < 3",
+    "SELECT regexp_matches(text, coalesce(complete('m', text), '[')) FROM docs WHERE id < 3",
+    "SELECT ('{' || CASE WHEN complete('m', text) IS NULL THEN '' ELSE '}' END)::JSON FROM docs WHERE id < 3",
+    "SELECT text LIKE 'y' ESCAPE CASE WHEN complete('m', text) IS NULL THEN 'xx' ELSE 'x' END FROM docs WHERE id < 3",
+    "SELECT CASE WHEN complete('m', text) IS NULL THEN complete('m', text, {'nope': 1}) END FROM docs WHERE id < 3",
+    "SELECT id FROM docs WHERE id < 3 AND CASE WHEN complete('m', text) IS NULL THEN k = 'many' ELSE true END",
+    "SELECT min(id, CASE WHEN complete('m', 'x') IS NULL THEN 0 ELSE 1 END) FROM docs WHERE id < 3",
+]
+
+
+@pytest.mark.parametrize("query", FAILING)
+@pytest.mark.parametrize("look", [None, explain, estimate])
+def test_a_placeholder_does_not_abort_a_transaction(query: str, look: Any) -> None:
+    with connection() as (con, _):
+        expected = con.execute(query).fetchall()
+    with connection() as (con, engine):
+        con.execute("BEGIN")
+        con.execute("INSERT INTO tgt VALUES (5, 'uncommitted')")
+        if look is not None:
+            look(con, query)
+            assert engine.requests == []
+        assert sql(con, query).fetchall() == expected
+        con.execute("COMMIT")
+        assert con.execute("SELECT a FROM tgt").fetchall() == [("uncommitted",)]
+
+
+def test_text_that_a_completion_spares_does_not_abort_a_transaction() -> None:
+    query = "SELECT text::INT FROM docs WHERE id < 5 AND coalesce(complete('m', text), 'y') = 'y'"
+    plain, planned = both(query, before=["BEGIN"])
+    assert (planned.rows, planned.error, planned.aborted) == (plain.rows, plain.error, plain.aborted)
+
+
+TOTAL = [
+    "SELECT id, complete('m', text, {'max_tokens': 5}) FROM docs WHERE id < 900 AND text LIKE '%7' AND id >= '3'",
+    "SELECT coalesce(lower(complete('m', text)), 'none') || id::VARCHAR FROM docs WHERE NOT (k = 1 OR text IS NULL)",
+    "SELECT k, count(*), max(complete('m', text)) AS a FROM docs GROUP BY k ORDER BY k LIMIT 3",
+    "WITH c AS (SELECT complete('m', text) AS a, k::HUGEINT AS k FROM docs) SELECT a FROM c JOIN tags USING (k)",
+    "SELECT CASE WHEN complete('m', text) = 'x' THEN upper(text) END, TRY_CAST(text AS INT) FROM docs WHERE id < 9",
+    "SELECT complete_details('m', prompt('{t}', {'t': text})).value FROM docs WHERE id IN (SELECT id FROM tags)",
+]
+
+
+@pytest.mark.parametrize("query", TOTAL)
+def test_what_cannot_fail_is_planned_inside_a_transaction(query: str) -> None:
+    with connection() as (con, _):
+        con.execute("BEGIN")
+        assert explain(con, query).plainly is None
+        con.execute("ROLLBACK")
+    plain, planned = both(query, before=["BEGIN"])
+    assert sorted(planned.rows, key=repr) == sorted(plain.rows, key=repr)
+    assert not (planned.paid or Counter()) - (plain.paid or Counter())
+
+
+def test_a_fault_inside_a_call_is_told_by_the_plain_run() -> None:
+    query = "SELECT complete('m', text), complete('m', text, {'nope': 1}) FROM docs WHERE id < 3"
+    with connection() as (con, _):
+        assert "Unknown option 'nope'" in str(explain(con, query).plainly)
+        assert "Unknown option 'nope'" in str(estimate(con, query).plainly)
+    plain, planned = both(query)
+    assert (planned.error, planned.paid) == (plain.error, plain.paid)
