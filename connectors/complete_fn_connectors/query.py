@@ -160,12 +160,22 @@ def plan_query(
     order = read_order(plan)
     guarding = Guarding(order)
     guarded = guarding.apply(tagged.tree)
-    if guarding.guards or guarded != tagged.tree:
-        order = read_order(optimised(con, with_values(con, guarded, parameters)))
-        final = statement.with_select(to_text(con, tagged.untagged(guarded)))
-    else:
-        final = statement.text
-    return Planned(to_text(con, guarded), final, tagged.sites, order, shown(con, tagged, guarding))
+    if guarded != tagged.tree:
+        after = read_order(optimised(con, with_values(con, guarded, parameters)))
+        if keeps(order, after):
+            final = statement.with_select(to_text(con, tagged.untagged(guarded)))
+            return Planned(to_text(con, guarded), final, tagged.sites, after, shown(con, tagged, guarding))
+    return Planned(to_text(con, tagged.tree), statement.text, tagged.sites, order)
+
+
+def keeps(before: Order, after: Order) -> bool:
+    """Whether all that a site waited for without guards it waits for with them, and none comes to be evaluated.
+
+    DuckDB pushes conditions of HAVING and of aliases into the filter that is guarded, where a guard would turn their
+    order round; and it sees contradictions that a guard hides.
+    """
+    more = (set(after.rank) - set(before.rank)) | (set(after.unranked) - set(before.unranked))
+    return not more and all(waits <= after.waits.get(site, set()) for site, waits in before.waits.items())
 
 
 def shown(con: duckdb.DuckDBPyConnection, tagged: Tagged, guarding: Guarding) -> dict[int, list[str]]:

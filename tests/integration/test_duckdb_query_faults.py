@@ -180,3 +180,30 @@ def test_a_fault_inside_a_call_is_told_by_the_plain_run() -> None:
         assert "Unknown option 'nope'" in str(estimate(con, query).plainly)
     plain, planned = both(query)
     assert (planned.error, planned.paid) == (plain.error, plain.paid)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT k, count(*) FROM docs WHERE id < 2900 AND complete('m', text) <> 'x' GROUP BY k "
+        "HAVING complete('m', 'k' || k) = 'k2'",
+        "SELECT id, k FROM docs WHERE id < 2900 AND complete('m', text) <> 'x' "
+        "QUALIFY row_number() OVER (PARTITION BY k ORDER BY id) < 3 AND complete('m', 'k' || k) = 'k2'",
+        "SELECT complete('m', text) AS a, id FROM docs WHERE complete('m', 'k' || k) = 'k2' AND a <> 'x'",
+        "SELECT complete('m', 'b' || text) AS a FROM docs WHERE complete('m', text) = 'doc 13' AND a <> 'zz'",
+        "SELECT id FROM docs WHERE id < 2900 AND complete('m', text) = 'a' AND NOT (complete('m', text) = 'a')",
+    ],
+)
+def test_guards_do_not_turn_round_what_duckdb_pushes_into_the_filter(query: str) -> None:
+    plain, planned = both(query)
+    assert sorted(planned.rows) == sorted(plain.rows)
+    assert planned.prompts <= plain.prompts
+
+
+def test_ordinary_queries_keep_their_guards() -> None:
+    for query in (
+        "SELECT k, count(*) FROM docs WHERE id < 2900 AND complete('m', text) <> 'x' GROUP BY k HAVING count(*) > 1",
+        "SELECT id FROM docs WHERE complete('m', text) <> 'x' AND id % 7 = 1 AND complete('n', text) LIKE '%1'",
+    ):
+        with connection() as (con, _):
+            assert all(site.guards for site in explain(con, query).sites), query
