@@ -84,15 +84,15 @@ def run_query(con: duckdb.DuckDBPyConnection, functions: Functions, query: str, 
             guarded = final != statement.text
         except RunsPlainly:
             final, selects = query, is_query(con, query)
-        except (duckdb.Error, CompleteError):
-            if in_transaction_that_failed(con):
+        except (duckdb.Error, CompleteError) as error:
+            if ends(con, error):
                 raise
             final, selects = query, is_query(con, query)
     with remembering(functions, memory):
         try:
             return finish(con, functions, final, selects, parameters)
-        except duckdb.Error:
-            if not guarded or in_transaction_that_failed(con):
+        except duckdb.Error as error:
+            if not guarded or ends(con, error):
                 raise
         # A guard failed for a row that a completion would have spared.
         return finish(con, functions, query, selects, parameters)
@@ -262,7 +262,10 @@ def in_transaction(con: duckdb.DuckDBPyConnection) -> bool:
     return first == second
 
 
-def in_transaction_that_failed(con: duckdb.DuckDBPyConnection) -> bool:
+def ends(con: duckdb.DuckDBPyConnection, error: Exception) -> bool:
+    """Whether no other run may follow an error: the user interrupted, or the user's transaction is aborted."""
+    if isinstance(error, duckdb.InterruptException):
+        return True
     try:
         con.execute("SELECT 1").fetchall()
     except duckdb.Error:
@@ -276,7 +279,7 @@ def why_plainly(con: duckdb.DuckDBPyConnection, error: Exception) -> str:
     Raises:
         duckdb.Error: the error itself, where no plain run can follow.
     """
-    if in_transaction_that_failed(con):
+    if ends(con, error):
         raise error
     return f"it fails before its answers are known: {str(error).splitlines()[0].rstrip('.')}"
 

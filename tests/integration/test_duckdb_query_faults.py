@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -207,3 +208,28 @@ def test_ordinary_queries_keep_their_guards() -> None:
     ):
         with connection() as (con, _):
             assert all(site.guards for site in explain(con, query).sites), query
+
+
+ENDLESS = "(SELECT count(*) FROM range(3000000) x(i), range(400) y(j) WHERE (i * j) % 7 = 3)"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        f"WITH c AS MATERIALIZED {ENDLESS} SELECT complete('m', text) FROM docs, c WHERE id < 2",
+        f"SELECT id FROM docs WHERE id < 2 AND complete('m', text) <> 'x' AND {ENDLESS} > 3",
+    ],
+)
+@pytest.mark.parametrize("run", [sql, explain, estimate])
+def test_an_interrupted_query_ends_unpaid(query: str, run: Any) -> None:
+    with connection() as (con, engine):
+        interrupts = [threading.Timer(seconds, con.interrupt) for seconds in (0.7, 30)]  # the second ends a failure
+        for timer in interrupts:
+            timer.start()
+        with pytest.raises(duckdb.InterruptException):
+            run(con, query)
+        for timer in interrupts:
+            assert timer.is_alive() == (timer is interrupts[1])
+            timer.cancel()
+        assert engine.requests == []
+        assert sql(con, "SELECT complete('m', 'still here')").fetchall() == [("still here",)]
