@@ -134,7 +134,10 @@ def create_select(con: duckdb.DuckDBPyConnection, words: list[Token], text: str)
 
 def plan_error(con: duckdb.DuckDBPyConnection, select: str) -> dict[str, Any]:
     """{} if DuckDB can plan the SELECT, else what it says."""
-    found = json.loads(one(con, "SELECT json_serialize_plan(?::VARCHAR)", select))
+    try:
+        found = json.loads(one(con, "SELECT json_serialize_plan(?::VARCHAR)", select) or "")
+    except ValueError:  # a plan with a constant that is no valid JSON, as a default of NaN
+        return {}
     return found if found.get("error") else {}
 
 

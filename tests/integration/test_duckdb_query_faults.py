@@ -233,3 +233,19 @@ def test_an_interrupted_query_ends_unpaid(query: str, run: Any) -> None:
             timer.cancel()
         assert engine.requests == []
         assert sql(con, "SELECT complete('m', 'still here')").fetchall() == [("still here",)]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT id, 'nan'::DOUBLE AS v FROM docs WHERE id < 30 AND complete('m', text) <> 'x'",
+        "SELECT id, {}::DOUBLE AS v FROM docs WHERE id < 30 AND complete('m', text) <> 'x' AND {}::FLOAT > 1".replace(
+            "{}", "'-inf'"
+        ),
+        "CREATE TABLE numbers AS SELECT complete('m', 'x') AS a, 'nan'::DOUBLE AS v",
+    ],
+)
+def test_a_constant_that_json_has_not_is_read(query: str) -> None:
+    plain, planned = both(query)
+    assert repr((planned.rows, planned.types, planned.error)) == repr((plain.rows, plain.types, plain.error))
+    assert planned.error is None
