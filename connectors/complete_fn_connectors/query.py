@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -103,10 +103,12 @@ def finish(
 ) -> Any:
     if selects:
         return materialised(con, query, parameters)
-    done = as_caller(con.execute, query, parameters or [])
     if not functions.session.brake:
-        return done
-    return con.from_arrow(done.to_arrow_table())  # a result that streams would ask when the brake is off again
+        return as_caller(con.execute, query, parameters or [])
+    *before, last = con.extract_statements(query)
+    for statement in before:
+        as_caller(con.execute, statement.query)
+    return materialised(con, last.query, parameters)  # what streams would ask when the brake is off again
 
 
 def as_caller(method: Callable[..., Any], *arguments: Any) -> Any:
@@ -291,26 +293,39 @@ def is_query(con: duckdb.DuckDBPyConnection, query: str) -> bool:
     return len(statements) == 1 and list(statements[0].expected_result_type) == only_rows
 
 
-# Types that Arrow does not carry: they travel as text.
-AS_TEXT = ("BIT", "TIME WITH TIME ZONE", "BIGNUM", "GEOMETRY", "VARIANT")
-
-
 def materialised(con: duckdb.DuckDBPyConnection, query: str, parameters: Parameters) -> Any:
-    """Execute a query once; a relation over its rows, with DuckDB's names and types."""
-    relation = as_caller(partial(con.sql, query, params=parameters or None))
-    names, kinds = list(relation.columns), [str(t) for t in relation.types]
-    if any(k in AS_TEXT for k in kinds):
-        chosen = ", ".join(f"c{n}::VARCHAR" if k in AS_TEXT else f"c{n}" for n, k in enumerate(kinds))
-        numbered = ", ".join(f"c{n}" for n in range(len(kinds)))
-        text = f"SELECT {chosen} FROM ({query.rstrip().rstrip(';')}\n) AS r({numbered})"
-        relation = as_caller(partial(con.sql, text, params=parameters or None))
-    table = as_caller(relation.to_arrow_table).rename_columns([f"c{n}" for n in range(len(names))])
-    found = con.from_arrow(table)
-    columns = [
-        f"c{n} AS {quoted(name)}" if str(have) == kind else f"CAST(c{n} AS {kind}) AS {quoted(name)}"
-        for n, (name, kind, have) in enumerate(zip(names, kinds, found.types, strict=True))
-    ]
-    return found.project(", ".join(columns))
+    """Execute one statement once; a relation over its rows, with DuckDB's own values, names and types.
+
+    `con.sql` keeps the rows of what it executes at once. A SELECT it executes whenever it is read, but not EXECUTE.
+    """
+    (statement,) = con.extract_statements(query)
+    if statement.type not in (duckdb.StatementType.SELECT, duckdb.StatementType.MULTI):
+        done = as_caller(partial(con.sql, query, params=parameters or None))
+        return con if done is None else done
+    found = executed(con, query, parameters)
+    if not any(name.rpartition("_")[2].isdigit() for name in found.columns):
+        return found
+    names = [row[0] for row in as_caller(con.execute, f"DESCRIBE {query}", parameters or []).fetchall()]
+    renamed = [f"{quoted(have)} AS {quoted(name)}" for have, name in zip(found.columns, names, strict=True)]
+    return found.project(", ".join(renamed))  # of two columns `a` it makes `a` and `a_1`
+
+
+def executed(con: duckdb.DuckDBPyConnection, query: str, parameters: Parameters) -> Any:
+    """EXECUTE a query; its parameters are handed over as variables, as EXECUTE takes none."""
+    name = f"complete_fn_run{next(RUNS)}"
+    given = parameters.items() if isinstance(parameters, Mapping) else [("", value) for value in parameters or ()]
+    variables, arguments = [], []
+    try:
+        as_caller(con.execute, f"PREPARE {name} AS {query}")
+        for number, (parameter, value) in enumerate(given):
+            con.execute(f"SET VARIABLE {name}_{number} = ?", [value])
+            variables.append(f"{name}_{number}")
+            arguments.append(f"{quoted(parameter) + ' := ' if parameter else ''}getvariable('{variables[-1]}')")
+        return as_caller(con.sql, f"EXECUTE {name}({', '.join(arguments)})" if arguments else f"EXECUTE {name}")
+    finally:
+        for statement in (f"DEALLOCATE {name}", *(f"RESET VARIABLE {variable}" for variable in variables)):
+            with contextlib.suppress(duckdb.Error):
+                con.execute(statement)
 
 
 def quoted(name: str) -> str:

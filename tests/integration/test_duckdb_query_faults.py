@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,62 @@ def test_a_constant_that_json_has_not_is_read(query: str) -> None:
     plain, planned = both(query)
     assert repr((planned.rows, planned.types, planned.error)) == repr((plain.rows, plain.types, plain.error))
     assert planned.error is None
+
+
+VALUES = """['101'::BIT] AS bits, {'a': '101'::BIT} AS s, INTERVAL '9999999 hours' AS i, ['10:00:00+01'::TIMETZ] AS z,
+1::VARIANT AS v, [1::VARIANT] AS vs, 340282366920938463463374607431768211455::UHUGEINT AS u, 'x'::ENUM('x', 'y') AS e,
+123456789012345678901234567890::BIGNUM AS n, MAP {'k': '1'::BIT} AS m, 1 AS a, 2 AS a, 3 AS a_1, 4 AS A"""
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        f"SELECT {VALUES}",
+        f"SELECT complete('m', text) AS answer, {VALUES} FROM docs WHERE id < 3",
+        f"SELECT {VALUES}, nextval('s') AS next FROM docs LIMIT 3",
+        "SELECT nextval('s') AS n, k, '101'::BIT AS b FROM docs LIMIT 3",
+        "SELECT complete('m', 'x') AS a, '101'::BIT AS b; -- done",
+        "-- first\nSELECT complete('m', 'x;') AS a, '101'::BIT AS b /* ; */ ; ",
+        "FROM docs SELECT id ORDER BY id DESC LIMIT 5",
+        "EXPLAIN SELECT ['101'::BIT]",
+        "SHOW TABLES",
+        "VALUES ('101'::BIT)",
+    ],
+)
+def test_values_types_and_names_are_duckdbs_own(query: str) -> None:
+    plain, planned = both(query)
+    assert (planned.rows, planned.types, planned.error) == (plain.rows, plain.types, plain.error)
+    assert planned.error is None
+    assert planned.prompts == plain.prompts
+
+
+@pytest.mark.parametrize("caps", [{}, {"max_total_tokens": 100000}])
+def test_a_relation_keeps_its_rows_and_leaves_nothing_behind(caps: dict[str, Any]) -> None:
+    values = ["m", "!", 3, [b"x"], Decimal("1.50"), None]
+    for query, given in (
+        ("SELECT complete(?, text || ?) AS a, ['1'::BIT] AS b, ?, ?, ?, ?, nextval('s') FROM docs LIMIT 4", values),
+        ("SELECT complete($M, text) AS a, ['1'::BIT] AS b, $n AS n FROM docs WHERE id < 4", {"M": "m", "n": 3}),
+        ("SET threads = 1; SELECT complete('m', text), ['1'::BIT] FROM docs WHERE id < ?", [3]),
+        ("PIVOT (SELECT k, ['1'::BIT] AS b FROM docs) ON k USING first(b)", None),
+        ("INSERT INTO tgt SELECT id, complete('m', text) FROM docs WHERE id < 9 RETURNING ['1'::BIT], a", None),
+    ):
+        with connection() as (con, _):
+            expected = con.execute(query, given or [])
+            described, rows = expected.description, expected.fetchall()
+        with connection() as (con, engine):
+            relation = sql(con, query, given, **caps)
+            assert [(d[0], str(d[1])) for d in relation.description] == [(d[0], str(d[1])) for d in described]
+            assert relation.fetchall() == rows
+            paid = len(engine.requests)
+            if isinstance(relation, duckdb.DuckDBPyRelation):
+                con.execute("DELETE FROM docs")
+                assert relation.fetchall() == rows
+            assert len(engine.requests) == paid
+            assert con.execute("FROM duckdb_prepared_statements()").fetchall() == []
+            assert con.execute("FROM duckdb_variables()").fetchall() == []
+
+
+def test_parameters_that_do_not_fit_are_told() -> None:
+    for given in ([], [1, 2], {"n": 1}):
+        with connection() as (con, _), pytest.raises(duckdb.Error, match=r"(?i)parameter"):
+            sql(con, "SELECT id FROM docs WHERE id < ?", given)
