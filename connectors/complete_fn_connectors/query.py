@@ -242,9 +242,9 @@ def run_round(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Colle
         duckdb.Error: the query is, or a placeholder made it fail.
     """
     round_ = collector.begin()
-    result = con.execute(planned.collecting, parameters or [])
-    while rows := result.fetchmany(10_000):
-        round_.passed += len(rows)
+    relation = con.sql(planned.collecting, params=parameters or None)
+    for rows in relation.to_arrow_reader(10_000):  # only counted: some types take a library to become Python's
+        round_.passed += rows.num_rows
     if collector.fault is not None:
         raise collector.fault
     return round_

@@ -309,3 +309,23 @@ def test_parameters_that_do_not_fit_are_told() -> None:
     for given in ([], [1, 2], {"n": 1}):
         with connection() as (con, _), pytest.raises(duckdb.Error, match=r"(?i)parameter"):
             sql(con, "SELECT id FROM docs WHERE id < ?", given)
+
+
+def test_types_that_python_needs_a_library_for_are_planned() -> None:
+    made = f"CREATE TABLE made AS SELECT id, text, TIMESTAMPTZ '2020-01-01 00:00:00+00' AS at, {VALUES}"
+    query = "SELECT *, complete('m', text) AS answer FROM made "
+    with connection([made.split(", 2 AS a")[0] + " FROM docs"]) as (con, engine):
+        assert [s.prompts for s in explain(con, query + "WHERE id % 300 = 7").sites] == [10]
+        assert [p.distinct for p in estimate(con, query + "WHERE id % 300 = 7").parts] == [10]
+        assert sql(con, query + "WHERE id % 300 = 7").project("answer").fetchall()[0] == ("doc 7",)
+        assert [p.distinct for p in estimate(con, query + "WHERE id % 300 = ?", [8]).parts] == [10]
+        assert len(engine.requests) == 10
+
+
+def test_a_round_that_fails_leaves_no_result_open() -> None:
+    query = "SELECT id, coalesce(complete('m', 'num' || id), 'none')::INT AS n FROM docs"
+    with connection() as (con, engine):
+        assert "Could not convert string 'none'" in str(explain(con, query))
+        assert "Could not convert string 'none'" in str(estimate(con, query))
+        assert engine.requests == []
+        assert len(sql(con, query).fetchall()) == 3000
