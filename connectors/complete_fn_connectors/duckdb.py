@@ -120,9 +120,8 @@ class Registration:
         def call(*columns: Column) -> Column:
             if name not in FREE and len(columns[0]) == 1 and at_plan_time():
                 raise PlanTimeError
-            session: Any = self.session
-            for memory in self.answering[-1:]:
-                session = Remembering(self.session, memory)
+            memories = list(self.answering)
+            session = Remembering(self.session, memories) if memories else self.session
             return self.tried(function, session, columns)
 
         def collect(token: Column, *columns: Column) -> Column:

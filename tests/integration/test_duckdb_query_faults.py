@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -329,3 +330,20 @@ def test_a_round_that_fails_leaves_no_result_open() -> None:
         assert "Could not convert string 'none'" in str(estimate(con, query))
         assert engine.requests == []
         assert len(sql(con, query).fetchall()) == 3000
+
+
+def test_queries_at_the_same_time_pay_once_for_what_is_not_kept() -> None:
+    with connection() as (con, engine):
+
+        def ask(number: int) -> None:
+            cursor = con.cursor()
+            for i in range(2):
+                prompt = f"'w{number}-{i}-' || j"
+                assert (
+                    len(sql(cursor, f"SELECT complete('m', {prompt}, {{'cache': 'off'}}) FROM range(4000) x(j)"))
+                    == 4000
+                )
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(ask, range(3)))
+        assert len(engine.requests) == len({str(r.prompt) for r in engine.requests}) == 24000
