@@ -19,6 +19,7 @@ import duckdb
 
 from complete_fn.errors import CompleteError
 from complete_fn_connectors.collect import Asked, Batch, Collector, Memory, Remembering, Round, texts_column, to_ask
+from complete_fn_connectors.cortex import NAMED
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.guards import Guarding
 from complete_fn_connectors.query_plan import LATE, Order, read_order, read_plan, refuse_volatile
@@ -149,10 +150,12 @@ def plan_query(
         RunsPlainly: something in the query does not allow it.
         duckdb.Error: what is around the SELECT is at fault, as an INSERT into a table that is not there.
     """
-    tagged = tag_calls(statement.tree, statement.select, functions.planned_names, run)
+    names = functions.planned_names
+    called = {name: names[name] for name in names.keys() - macros(con)}
+    tagged = tag_calls(statement.tree, statement.select, called, run)
     constant = with_values(con, tagged.tree, parameters)
     written = read_plan(con, to_text(con, constant), optimise=False)
-    refuse_volatile(con, written, set(functions.planned_names.values()))
+    refuse_volatile(con, written, set(names.values()))
     if not statement.returns_rows:
         whole = statement.with_select(to_text(con, tagged.tree))
         con.execute(f"EXPLAIN {whole}", parameters or []).fetchall()
@@ -168,6 +171,13 @@ def plan_query(
             final = statement.with_select(to_text(con, tagged.untagged(guarded)))
             return Planned(to_text(con, guarded), final, tagged.sites, after, shown(con, tagged, guarding))
     return Planned(to_text(con, tagged.tree), statement.text, tagged.sites, order)
+
+
+def macros(con: duckdb.DuckDBPyConnection) -> set[str]:
+    """Names that a user's macro has, which hides a function. Those of `cortex` are the functions by other names."""
+    query = "SELECT lower(function_name), database_name FROM duckdb_functions() WHERE function_type = 'macro'"
+    found = con.execute(f"{query} AND NOT internal AND database_name <> 'snowflake'").fetchall()
+    return {name for name, database in found if database != "temp" or name not in NAMED}
 
 
 def keeps(before: Order, after: Order) -> bool:

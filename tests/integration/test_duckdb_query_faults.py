@@ -347,3 +347,12 @@ def test_queries_at_the_same_time_pay_once_for_what_is_not_kept() -> None:
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(ask, range(3)))
         assert len(engine.requests) == len({str(r.prompt) for r in engine.requests}) == 24000
+
+
+@pytest.mark.parametrize("macro", ["MACRO complete(a, b)", "TEMP MACRO Complete(a, b)", "MACRO main.complete(a, b)"])
+def test_a_macro_of_the_same_name_is_not_a_call(macro: str) -> None:
+    setup = [f"CREATE {macro} AS 'mine ' || b"]
+    plain, planned = both("SELECT complete('m', text) FROM docs WHERE id < 3", before=setup)
+    assert (planned.rows, planned.prompts, planned.error) == (plain.rows, plain.prompts, plain.error)
+    plain, planned = both("SELECT complete('m', text), try_complete('m', text) FROM docs WHERE id < 3", before=setup)
+    assert (planned.rows, planned.paid) == (plain.rows, plain.paid)
