@@ -279,9 +279,11 @@ def sql(
     """Run a query once, with its completions planned as a whole instead of 2,048 rows at a time.
 
     The query is first run in collect mode: what its calls would ask is noted, then asked as one plan for each model,
-    round by round where calls depend on each other; the run itself then finds every answer known. It never pays for
-    a prompt that `con.execute` would not pay for, and has its result. What cannot be planned (see the README) runs as
-    `con.execute` would. Works on registered connections and their cursors, inside an open transaction too.
+    round by round where calls depend on each other; the run itself then finds every answer known. A query that succeeds
+    never pays for a prompt that `con.execute` would not pay for, and has its result. One that fails as it runs (a cast
+    of an answer, `strict`) may have paid for all its rows, where `con.execute` stops at the piece of 2,048 that fails.
+    What cannot be planned (see the README) runs as `con.execute` would. Works on registered connections and their
+    cursors, inside an open transaction too.
 
     Args:
         params: values of a prepared query's parameters, a sequence or a mapping by name.

@@ -356,3 +356,16 @@ def test_a_macro_of_the_same_name_is_not_a_call(macro: str) -> None:
     assert (planned.rows, planned.prompts, planned.error) == (plain.rows, plain.prompts, plain.error)
     plain, planned = both("SELECT complete('m', text), try_complete('m', text) FROM docs WHERE id < 3", before=setup)
     assert (planned.rows, planned.paid) == (plain.rows, plain.paid)
+
+
+def test_a_copy_to_a_folder_that_is_not_there_pays_as_the_plain_run(tmp_path: Path) -> None:
+    there = tmp_path / "it's here"
+    there.mkdir()
+    plain, planned = both("COPY (SELECT complete('m', text) FROM docs) TO '/nonexistent/dir/x.csv' (HEADER)")
+    assert (planned.error, planned.prompts) == (plain.error, plain.prompts)
+    for ending in ("", " (FORMAT csv)", "; -- done", " -- done"):
+        target = str(there / "x.csv").replace("'", "''")
+        with connection() as (con, _):
+            query = f"COPY (SELECT complete('m', text) FROM docs WHERE id % 300 = 7) TO '{target}'{ending}"
+            assert explain(con, query).plainly is None
+            assert sql(con, query).fetchall() == [(10,)]
