@@ -312,28 +312,41 @@ def materialised(con: duckdb.DuckDBPyConnection, query: str, parameters: Paramet
     if statement.type not in (duckdb.StatementType.SELECT, duckdb.StatementType.MULTI):
         done = as_caller(partial(con.sql, query, params=parameters or None))
         return con if done is None else done
-    found = executed(con, query, parameters)
-    if not any(name.rpartition("_")[2].isdigit() for name in found.columns):
+    given = dict(parameters) if isinstance(parameters, Mapping) else dict(enumerate(parameters or (), 1))
+    name = f"complete_fn_run{next(RUNS)}"
+    if {str(parameter) for parameter in given} != statement.named_parameters or not prepared(con, name, query):
+        return as_caller(con.execute, query, parameters or [])  # says what is wrong in its own words
+    found = executed(con, name, given)
+    if not any(column.rpartition("_")[2].isdigit() for column in found.columns):
         return found
     names = [row[0] for row in as_caller(con.execute, f"DESCRIBE {query}", parameters or []).fetchall()]
-    renamed = [f"{quoted(have)} AS {quoted(name)}" for have, name in zip(found.columns, names, strict=True)]
+    renamed = [f"{quoted(have)} AS {quoted(column)}" for have, column in zip(found.columns, names, strict=True)]
     return found.project(", ".join(renamed))  # of two columns `a` it makes `a` and `a_1`
 
 
-def executed(con: duckdb.DuckDBPyConnection, query: str, parameters: Parameters) -> Any:
-    """EXECUTE a query; its parameters are handed over as variables, as EXECUTE takes none."""
-    name = f"complete_fn_run{next(RUNS)}"
-    given = parameters.items() if isinstance(parameters, Mapping) else [("", value) for value in parameters or ()]
-    variables, arguments = [], []
+def prepared(con: duckdb.DuckDBPyConnection, name: str, query: str) -> bool:
     try:
         as_caller(con.execute, f"PREPARE {name} AS {query}")
-        for number, (parameter, value) in enumerate(given):
-            con.execute(f"SET VARIABLE {name}_{number} = ?", [value])
-            variables.append(f"{name}_{number}")
-            arguments.append(f"{quoted(parameter) + ' := ' if parameter else ''}getvariable('{variables[-1]}')")
+    except duckdb.Error as error:
+        if ends(con, error):
+            raise
+        return False
+    return True
+
+
+def executed(con: duckdb.DuckDBPyConnection, name: str, given: Mapping[Any, Any]) -> Any:
+    """EXECUTE what was prepared; its parameters are handed over as variables, as EXECUTE takes none."""
+    variables = {parameter: f"{name}_{number}" for number, parameter in enumerate(given)}
+    arguments = [
+        f"{quoted(p) + ' := ' if isinstance(p, str) else ''}getvariable('{variable}')"
+        for p, variable in variables.items()
+    ]
+    try:
+        for parameter, variable in variables.items():
+            con.execute(f"SET VARIABLE {variable} = ?", [given[parameter]])
         return as_caller(con.sql, f"EXECUTE {name}({', '.join(arguments)})" if arguments else f"EXECUTE {name}")
     finally:
-        for statement in (f"DEALLOCATE {name}", *(f"RESET VARIABLE {variable}" for variable in variables)):
+        for statement in (f"DEALLOCATE {name}", *(f"RESET VARIABLE {variable}" for variable in variables.values())):
             with contextlib.suppress(duckdb.Error):
                 con.execute(statement)
 
