@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from complete_fn.answers import Answers, Summary
+from complete_fn.errors import CompleteError
 from complete_fn.options import Options, parse_options
 from complete_fn.plan import BatchPlan, make_plan
 from complete_fn.types import Completion
@@ -73,10 +74,13 @@ class Memory:
 
 
 class Remembering:
-    """In place of the session in the run itself: known answers from memory, the rest from the session."""
+    """In place of the session in the run itself: known answers from memory, the rest from the session.
 
-    def __init__(self, session: QuerySession, memory: Memory) -> None:
-        self.session, self.memory = session, memory
+    A call does not say which query it is of, so `memories` are those of all that run now.
+    """
+
+    def __init__(self, session: QuerySession, memories: list[Memory]) -> None:
+        self.session, self.memories = session, memories
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.session, name)
@@ -86,18 +90,27 @@ class Remembering:
         chosen = asked.parsed
         if not chosen.sampling.greedy:
             return self.session.complete(model, prompts, options, **more)
-        known = self.memory.of(asked)
         plan = make_plan(prompts)
         texts = distinct_texts(plan)
-        missing = [t for t in texts if t not in known]
+        found = self.known(asked, texts)
+        missing = [t for t in texts if t not in found]
         if missing:
-            self.memory.learn(asked, self.session.complete(model, texts_column(missing), options, planned=True))
-        completions = self.memory.give(known, texts)
+            self.memories[-1].learn(asked, self.session.complete(model, texts_column(missing), options, planned=True))
+            found |= self.known(asked, missing)
+        completions = [found[t] for t in texts]
         rows = Summary(rows=len(plan.order) - len(missing), reused=len(plan.order) - len(missing))
         answers = Answers(plan, completions, self.session.model(model).prices, rows)
         if chosen.strict and any(c.error for c in completions):
             self.session.report_failures(failed(answers), True)
         return answers
+
+    def known(self, asked: Asked, texts: list[str]) -> dict[str, Completion]:
+        found: dict[str, Completion] = {}
+        for memory in self.memories:
+            known = memory.of(asked)
+            here = [t for t in texts if t in known and t not in found]
+            found.update(zip(here, memory.give(known, here), strict=True))
+        return found
 
 
 def failed(answers: Answers) -> Answers:
@@ -142,13 +155,19 @@ class Round:
 
 
 class Collector:
-    """Notes what the sites of one query would ask. `planning`: calls are refused, DuckDB only looks at the query."""
+    """Notes what the sites of one query would ask.
+
+    Attributes:
+        planning: calls are refused, DuckDB only looks at the query.
+        fault: what a call raised, which made it NULL instead.
+    """
 
     def __init__(self, session: QuerySession, memory: Memory) -> None:
         self.session, self.memory = session, memory
         self.order = Order()
         self.planning = True
         self.counting = False  # whether known prompts are noted too
+        self.fault: CompleteError | None = None
         self.round = Round()
         self.noted: dict[tuple[int, str], set[str]] = {}
         self.filled: dict[int, int] = {}

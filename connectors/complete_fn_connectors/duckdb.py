@@ -120,9 +120,8 @@ class Registration:
         def call(*columns: Column) -> Column:
             if name not in FREE and len(columns[0]) == 1 and at_plan_time():
                 raise PlanTimeError
-            session: Any = self.session
-            for memory in self.answering[-1:]:
-                session = Remembering(self.session, memory)
+            memories = list(self.answering)
+            session = Remembering(self.session, memories) if memories else self.session
             return self.tried(function, session, columns)
 
         def collect(token: Column, *columns: Column) -> Column:
@@ -130,7 +129,11 @@ class Registration:
             collector = query.COLLECTING.get(run)
             if collector is None or collector.planning or (len(token) == 1 and at_plan_time()):
                 raise PlanTimeError
-            return self.tried(function, collector.at(int(site)), columns)
+            try:
+                return function(collector.at(int(site)), *columns)
+            except CompleteError as error:  # raised here, it would abort the user's transaction
+                collector.fault = error
+                return pa.nulls(len(token))
 
         self.create(name, call, kind)
         if name not in UNPLANNED:
@@ -276,9 +279,11 @@ def sql(
     """Run a query once, with its completions planned as a whole instead of 2,048 rows at a time.
 
     The query is first run in collect mode: what its calls would ask is noted, then asked as one plan for each model,
-    round by round where calls depend on each other; the run itself then finds every answer known. It never pays for
-    a prompt that `con.execute` would not pay for, and has its result. What cannot be planned (see the README) runs as
-    `con.execute` would. Works on registered connections and their cursors, inside an open transaction too.
+    round by round where calls depend on each other; the run itself then finds every answer known. A query that succeeds
+    never pays for a prompt that `con.execute` would not pay for, and has its result. One that fails as it runs (a cast
+    of an answer, `strict`) may have paid for all its rows, where `con.execute` stops at the piece of 2,048 that fails.
+    What cannot be planned (see the README) runs as `con.execute` would. Works on registered connections and their
+    cursors, inside an open transaction too.
 
     Args:
         params: values of a prepared query's parameters, a sequence or a mapping by name.

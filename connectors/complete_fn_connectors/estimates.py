@@ -9,11 +9,12 @@ from typing import Any
 
 import duckdb
 
+from complete_fn.errors import CompleteError
 from complete_fn.estimate import Estimate
 from complete_fn.estimate_report import report
 from complete_fn_connectors.collect import Asked, Memory, texts_column, to_ask
 from complete_fn_connectors.explain import boxes, look_up, ready
-from complete_fn_connectors.query import Functions, collecting, plan_query, run_round
+from complete_fn_connectors.query import Functions, collecting, plan_query, run_round, why_plainly
 from complete_fn_connectors.statement import Parameters, RunsPlainly, read_statement
 
 
@@ -73,7 +74,10 @@ def estimate_query(
         asked: dict[Asked, dict[str, None]] = {}
         left = {site.number: site.text for site in planned.sites}
         for _ in range(len(left)):
-            round_ = run_round(con, planned, collector, parameters)
+            try:
+                round_ = run_round(con, planned, collector, parameters)
+            except (duckdb.Error, CompleteError) as error:
+                return QueryEstimate(plainly=why_plainly(con, error))
             batch = to_ask(round_, planned.order)
             look_up(collector, round_)
             for number in [n for n in left if n not in round_.blocked and ready(n, round_, planned.order)]:

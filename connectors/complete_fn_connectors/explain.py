@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import duckdb
 
+from complete_fn.errors import CompleteError
 from complete_fn_connectors.collect import Collector, Memory, Round, texts_column, to_ask
-from complete_fn_connectors.query import Functions, Planned, collecting, plan_query, run_round
+from complete_fn_connectors.query import Functions, Planned, collecting, plan_query, run_round, why_plainly
 from complete_fn_connectors.query_plan import Order
 from complete_fn_connectors.sites import Site
 from complete_fn_connectors.statement import Parameters, RunsPlainly, read_statement
@@ -89,9 +90,12 @@ def explain_query(
             return Explanation(final=query, plainly=str(reason))
         collector.order, collector.planning, collector.counting = planned.order, False, True
         found = {site.number: described_site(site, planned) for site in planned.sites}
-        for _ in range(max((s.round for s in found.values()), default=0)):
-            if not look(con, planned, collector, parameters, found):
-                break
+        try:
+            for _ in range(max((s.round for s in found.values()), default=0)):
+                if not look(con, planned, collector, parameters, found):
+                    break
+        except (duckdb.Error, CompleteError) as error:
+            return Explanation(final=query, plainly=why_plainly(con, error))
         return Explanation([found[s.number] for s in planned.sites], " ".join(planned.final.split()))
 
 

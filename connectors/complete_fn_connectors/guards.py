@@ -15,9 +15,6 @@ from complete_fn_connectors.query_plan import Order
 from complete_fn_connectors.sites import sites_in
 from complete_fn_connectors.statement import Tree, nodes
 
-TOTAL = ("~~", "!~~", "length", "lower", "upper", "trim", "contains", "prefix", "suffix", "starts_with", "ends_with")
-PLAIN_CLASSES = ("COLUMN_REF", "CONSTANT", "COMPARISON", "BETWEEN", "OPERATOR", "CONJUNCTION", "PARAMETER")
-
 
 @dataclass
 class Guarding:
@@ -25,12 +22,10 @@ class Guarding:
 
     Attributes:
         order: from the plan of the same query without guards.
-        never_fails: only conditions that cannot raise an error may guard.
         guards: for each site, the conditions that were put before it, as trees.
     """
 
     order: Order
-    never_fails: bool
     guards: dict[int, list[Tree]] = field(default_factory=dict)
 
     def apply(self, tree: Tree) -> Tree:
@@ -96,9 +91,7 @@ class Guarding:
         return self.chain(cheap, costly)
 
     def may_guard(self, part: Tree) -> bool:
-        if sites_in(part) or any(n.get("class") in ("SUBQUERY", "WINDOW", "LAMBDA") for n in nodes(part)):
-            return False
-        return not self.never_fails or all(map(cannot_fail, nodes(part)))
+        return not sites_in(part) and not any(n.get("class") in ("SUBQUERY", "WINDOW", "LAMBDA") for n in nodes(part))
 
     def may_move(self, part: Tree) -> bool:
         """Whether all completions of a condition are evaluated in a filter: one that joins tables must stay."""
@@ -151,22 +144,3 @@ def boolean(text: str) -> Tree:
 
 
 TRUE, FALSE = boolean("true"), boolean("false")
-
-
-def cannot_fail(node: Tree) -> bool:
-    """Whether an expression (without its parts) has a value for any row."""
-    if node.get("class") == "FUNCTION":
-        return node["function_name"].lower() in TOTAL
-    return "class" not in node or node["class"] in PLAIN_CLASSES
-
-
-def casts_text(plan: Tree) -> bool:
-    """Whether a plan turns text into something else, which may fail for a row."""
-    return any(is_cast_of_text(node) for node in nodes(plan))
-
-
-def is_cast_of_text(node: Tree) -> bool:
-    if (node.get("qname") or {}).get("path", [""])[-1] != "__cast" or node.get("function_data", {}).get("try_cast"):
-        return False
-    to_text = node.get("return_type", {}).get("id") == "VARCHAR"
-    return not to_text and any(a.get("id") == "VARCHAR" for a in node.get("arguments", []))

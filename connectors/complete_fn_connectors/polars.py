@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from complete_fn.choices import parse_choices
 from complete_fn.engine import Engine
+from complete_fn.errors import InputError
 from complete_fn.interrupts import INTERRUPTS
 from complete_fn.options import parse_options
 from complete_fn.prompts import template_fields
@@ -128,8 +129,10 @@ def complete_columns(*, session: QuerySession | None = None, **asks: Ask) -> pl.
     ).struct.unnest())
 
     Raises:
-        UnknownModelError, InvalidOptionError: at once, not when the query runs.
+        UnknownModelError, InvalidOptionError: at once, not when the query runs. InputError: no column is asked for.
     """
+    if not asks:
+        raise InputError("complete_columns() asks for no column; write complete_columns(name=ask(model, prompt)).")
     chosen = session or default_session()
     for wanted in asks.values():
         wanted.check(chosen)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -19,8 +19,9 @@ import duckdb
 
 from complete_fn.errors import CompleteError
 from complete_fn_connectors.collect import Asked, Batch, Collector, Memory, Remembering, Round, texts_column, to_ask
+from complete_fn_connectors.cortex import NAMED
 from complete_fn_connectors.functions import QuerySession
-from complete_fn_connectors.guards import Guarding, casts_text
+from complete_fn_connectors.guards import Guarding
 from complete_fn_connectors.query_plan import LATE, Order, read_order, read_plan, refuse_volatile
 from complete_fn_connectors.sites import Site, Tagged, tag_calls
 from complete_fn_connectors.statement import (
@@ -28,12 +29,12 @@ from complete_fn_connectors.statement import (
     RunsPlainly,
     Statement,
     Tree,
-    nodes,
     read_statement,
     replaced,
     to_text,
     with_values,
 )
+from complete_fn_connectors.total import may_fail
 
 ROUNDS = 40  # a query under LIMIT that needs more of them goes on plainly
 RUNS = itertools.count(1)
@@ -84,15 +85,15 @@ def run_query(con: duckdb.DuckDBPyConnection, functions: Functions, query: str, 
             guarded = final != statement.text
         except RunsPlainly:
             final, selects = query, is_query(con, query)
-        except (duckdb.Error, CompleteError):
-            if in_transaction_that_failed(con):
+        except (duckdb.Error, CompleteError) as error:
+            if ends(con, error):
                 raise
             final, selects = query, is_query(con, query)
     with remembering(functions, memory):
         try:
             return finish(con, functions, final, selects, parameters)
-        except duckdb.Error:
-            if not guarded or in_transaction_that_failed(con):
+        except duckdb.Error as error:
+            if not guarded or ends(con, error):
                 raise
         # A guard failed for a row that a completion would have spared.
         return finish(con, functions, query, selects, parameters)
@@ -103,10 +104,12 @@ def finish(
 ) -> Any:
     if selects:
         return materialised(con, query, parameters)
-    done = as_caller(con.execute, query, parameters or [])
     if not functions.session.brake:
-        return done
-    return con.from_arrow(done.to_arrow_table())  # a result that streams would ask when the brake is off again
+        return as_caller(con.execute, query, parameters or [])
+    *before, last = con.extract_statements(query)
+    for statement in before:
+        as_caller(con.execute, statement.query)
+    return materialised(con, last.query, parameters)  # what streams would ask when the brake is off again
 
 
 def as_caller(method: Callable[..., Any], *arguments: Any) -> Any:
@@ -145,24 +148,46 @@ def plan_query(
 
     Raises:
         RunsPlainly: something in the query does not allow it.
+        duckdb.Error: what is around the SELECT is at fault, as an INSERT into a table that is not there.
     """
-    tagged = tag_calls(statement.tree, statement.select, functions.planned_names, run)
+    names = functions.planned_names
+    called = {name: names[name] for name in names.keys() - macros(con)}
+    tagged = tag_calls(statement.tree, statement.select, called, run)
     constant = with_values(con, tagged.tree, parameters)
     written = read_plan(con, to_text(con, constant), optimise=False)
-    refuse_volatile(con, written, set(functions.planned_names.values()))
-    transaction = in_transaction(con)
-    if transaction and may_raise(written):
-        raise RunsPlainly("inside a transaction, and a placeholder may make it fail")
-    order = read_order(optimised(con, constant))
-    careful = transaction and casts_text(written)
-    guarding = Guarding(order, never_fails=transaction)
-    guarded = tagged.tree if careful else guarding.apply(tagged.tree)
-    if guarding.guards or guarded != tagged.tree:
-        order = read_order(optimised(con, with_values(con, guarded, parameters)))
-        final = statement.with_select(to_text(con, tagged.untagged(guarded)))
-    else:
-        final = statement.text
-    return Planned(to_text(con, guarded), final, tagged.sites, order, shown(con, tagged, guarding))
+    refuse_volatile(con, written, set(names.values()))
+    if not statement.returns_rows:
+        whole = statement.with_select(to_text(con, tagged.tree))
+        con.execute(f"EXPLAIN {whole}", parameters or []).fetchall()
+    plan = optimised(con, constant)
+    if in_transaction(con) and (failing := may_fail(written, plan)):
+        raise RunsPlainly(f"inside a transaction, which {failing} would abort where it fails")
+    order = read_order(plan)
+    guarding = Guarding(order)
+    guarded = guarding.apply(tagged.tree)
+    if guarded != tagged.tree:
+        after = read_order(optimised(con, with_values(con, guarded, parameters)))
+        if keeps(order, after):
+            final = statement.with_select(to_text(con, tagged.untagged(guarded)))
+            return Planned(to_text(con, guarded), final, tagged.sites, after, shown(con, tagged, guarding))
+    return Planned(to_text(con, tagged.tree), statement.text, tagged.sites, order)
+
+
+def macros(con: duckdb.DuckDBPyConnection) -> set[str]:
+    """Names that a user's macro has, which hides a function. Those of `cortex` are the functions by other names."""
+    query = "SELECT lower(function_name), database_name FROM duckdb_functions() WHERE function_type = 'macro'"
+    found = con.execute(f"{query} AND NOT internal AND database_name <> 'snowflake'").fetchall()
+    return {name for name, database in found if database != "temp" or name not in NAMED}
+
+
+def keeps(before: Order, after: Order) -> bool:
+    """Whether all that a site waited for without guards it waits for with them, and none comes to be evaluated.
+
+    DuckDB pushes conditions of HAVING and of aliases into the filter that is guarded, where a guard would turn their
+    order round; and it sees contradictions that a guard hides.
+    """
+    more = (set(after.rank) - set(before.rank)) | (set(after.unranked) - set(before.unranked))
+    return not more and all(waits <= after.waits.get(site, set()) for site, waits in before.waits.items())
 
 
 def shown(con: duckdb.DuckDBPyConnection, tagged: Tagged, guarding: Guarding) -> dict[int, list[str]]:
@@ -207,14 +232,6 @@ def larger_limit(node: Tree) -> Tree | None:
     return {**node, "limit": {**node["limit"], "literal": grown}}
 
 
-def may_raise(plan: Tree) -> bool:
-    """Whether a placeholder could make a query fail: error() in it, or a subquery that may have but one row."""
-    names = {(n.get("qname") or {}).get("path", [""])[-1] for n in nodes(plan)}
-    return "error" in names or any(
-        n.get("join_type") == "SINGLE" or n.get("subquery_type") == "SCALAR" for n in nodes(plan)
-    )
-
-
 def collect(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Collector, parameters: Parameters) -> None:
     """Run in collect mode and ask what was noted, until there is nothing new that may be asked."""
     for _ in range(ROUNDS):
@@ -228,10 +245,18 @@ def collect(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Collect
 
 
 def run_round(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Collector, parameters: Parameters) -> Round:
+    """Run in collect mode once.
+
+    Raises:
+        CompleteError: a call is at fault.
+        duckdb.Error: the query is, or a placeholder made it fail.
+    """
     round_ = collector.begin()
-    result = con.execute(planned.collecting, parameters or [])
-    while rows := result.fetchmany(10_000):
-        round_.passed += len(rows)
+    relation = con.sql(planned.collecting, params=parameters or None)
+    for rows in relation.to_arrow_reader(10_000):  # only counted: some types take a library to become Python's
+        round_.passed += rows.num_rows
+    if collector.fault is not None:
+        raise collector.fault
     return round_
 
 
@@ -249,12 +274,26 @@ def in_transaction(con: duckdb.DuckDBPyConnection) -> bool:
     return first == second
 
 
-def in_transaction_that_failed(con: duckdb.DuckDBPyConnection) -> bool:
+def ends(con: duckdb.DuckDBPyConnection, error: Exception) -> bool:
+    """Whether no other run may follow an error: the user interrupted, or the user's transaction is aborted."""
+    if isinstance(error, duckdb.InterruptException):
+        return True
     try:
         con.execute("SELECT 1").fetchall()
     except duckdb.Error:
         return True
     return False
+
+
+def why_plainly(con: duckdb.DuckDBPyConnection, error: Exception) -> str:
+    """The reason for `explain` where a round failed, after which `sql` runs the query plainly.
+
+    Raises:
+        duckdb.Error: the error itself, where no plain run can follow.
+    """
+    if ends(con, error):
+        raise error
+    return f"it fails before its answers are known: {str(error).splitlines()[0].rstrip('.')}"
 
 
 def is_query(con: duckdb.DuckDBPyConnection, query: str) -> bool:
@@ -264,26 +303,52 @@ def is_query(con: duckdb.DuckDBPyConnection, query: str) -> bool:
     return len(statements) == 1 and list(statements[0].expected_result_type) == only_rows
 
 
-# Types that Arrow does not carry: they travel as text.
-AS_TEXT = ("BIT", "TIME WITH TIME ZONE", "BIGNUM", "GEOMETRY", "VARIANT")
-
-
 def materialised(con: duckdb.DuckDBPyConnection, query: str, parameters: Parameters) -> Any:
-    """Execute a query once; a relation over its rows, with DuckDB's names and types."""
-    relation = as_caller(partial(con.sql, query, params=parameters or None))
-    names, kinds = list(relation.columns), [str(t) for t in relation.types]
-    if any(k in AS_TEXT for k in kinds):
-        chosen = ", ".join(f"c{n}::VARCHAR" if k in AS_TEXT else f"c{n}" for n, k in enumerate(kinds))
-        numbered = ", ".join(f"c{n}" for n in range(len(kinds)))
-        text = f"SELECT {chosen} FROM ({query.rstrip().rstrip(';')}\n) AS r({numbered})"
-        relation = as_caller(partial(con.sql, text, params=parameters or None))
-    table = as_caller(relation.to_arrow_table).rename_columns([f"c{n}" for n in range(len(names))])
-    found = con.from_arrow(table)
-    columns = [
-        f"c{n} AS {quoted(name)}" if str(have) == kind else f"CAST(c{n} AS {kind}) AS {quoted(name)}"
-        for n, (name, kind, have) in enumerate(zip(names, kinds, found.types, strict=True))
+    """Execute one statement once; a relation over its rows, with DuckDB's own values, names and types.
+
+    `con.sql` keeps the rows of what it executes at once. A SELECT it executes whenever it is read, but not EXECUTE.
+    """
+    (statement,) = con.extract_statements(query)
+    if statement.type not in (duckdb.StatementType.SELECT, duckdb.StatementType.MULTI):
+        done = as_caller(partial(con.sql, query, params=parameters or None))
+        return con if done is None else done
+    given = dict(parameters) if isinstance(parameters, Mapping) else dict(enumerate(parameters or (), 1))
+    name = f"complete_fn_run{next(RUNS)}"
+    if {str(parameter) for parameter in given} != statement.named_parameters or not prepared(con, name, query):
+        return as_caller(con.execute, query, parameters or [])  # says what is wrong in its own words
+    found = executed(con, name, given)
+    if not any(column.rpartition("_")[2].isdigit() for column in found.columns):
+        return found
+    names = [row[0] for row in as_caller(con.execute, f"DESCRIBE {query}", parameters or []).fetchall()]
+    renamed = [f"{quoted(have)} AS {quoted(column)}" for have, column in zip(found.columns, names, strict=True)]
+    return found.project(", ".join(renamed))  # of two columns `a` it makes `a` and `a_1`
+
+
+def prepared(con: duckdb.DuckDBPyConnection, name: str, query: str) -> bool:
+    try:
+        as_caller(con.execute, f"PREPARE {name} AS {query}")
+    except duckdb.Error as error:
+        if ends(con, error):
+            raise
+        return False
+    return True
+
+
+def executed(con: duckdb.DuckDBPyConnection, name: str, given: Mapping[Any, Any]) -> Any:
+    """EXECUTE what was prepared; its parameters are handed over as variables, as EXECUTE takes none."""
+    variables = {parameter: f"{name}_{number}" for number, parameter in enumerate(given)}
+    arguments = [
+        f"{quoted(p) + ' := ' if isinstance(p, str) else ''}getvariable('{variable}')"
+        for p, variable in variables.items()
     ]
-    return found.project(", ".join(columns))
+    try:
+        for parameter, variable in variables.items():
+            con.execute(f"SET VARIABLE {variable} = ?", [given[parameter]])
+        return as_caller(con.sql, f"EXECUTE {name}({', '.join(arguments)})" if arguments else f"EXECUTE {name}")
+    finally:
+        for statement in (f"DEALLOCATE {name}", *(f"RESET VARIABLE {variable}" for variable in variables.values())):
+            with contextlib.suppress(duckdb.Error):
+                con.execute(statement)
 
 
 def quoted(name: str) -> str:

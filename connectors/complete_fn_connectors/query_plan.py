@@ -82,9 +82,10 @@ def read_plan(con: duckdb.DuckDBPyConnection, select: str, optimise: bool = True
     """
     query = "SELECT json_serialize_plan(?::VARCHAR, optimize := ?, skip_default := true)"
     text = one(con, query, select, optimise)
-    if not text:  # a constant in it is no valid JSON
-        raise RunsPlainly("DuckDB does not show its plan")
-    found = json.loads(text)
+    try:
+        found = json.loads(text or "")
+    except ValueError:  # a constant in it is no valid JSON, as NaN
+        raise RunsPlainly("DuckDB does not show its plan") from None
     if found.get("error"):
         raise RunsPlainly(f"DuckDB does not show its plan: {found.get('error_message')}")
     plan: Tree = found["plans"][0]

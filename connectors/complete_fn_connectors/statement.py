@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -80,8 +82,7 @@ def inner_select(con: duckdb.DuckDBPyConnection, kind: Any, text: str) -> tuple[
     if kind == duckdb.StatementType.INSERT and words[0].word == "INSERT":
         return insert_select(words, text)
     if kind == duckdb.StatementType.COPY and len(words) > 1 and words[1].word == "(":
-        stop = next(w.at for w in words[2:] if w.word == ")" and w.depth == 1)
-        return words[1].at + 1, stop
+        return copy_select(words, text)
     if kind == duckdb.StatementType.CREATE and "TABLE" in [w.word for w in words[1:4]]:
         return create_select(con, words, text)
     raise RunsPlainly(f"a statement of kind {kind.name}")
@@ -119,13 +120,23 @@ def insert_select(words: list[Token], text: str) -> tuple[int, int]:
     return words[begin].at, len(text)
 
 
+def copy_select(words: list[Token], text: str) -> tuple[int, int]:
+    end = next(n for n, w in enumerate(words) if n > 1 and w.word == ")" and w.depth == 1)
+    target = re.match(r"TO\s+'((?:[^']|'')+)'", text[words[end].at + 1 :].lstrip(), re.IGNORECASE)
+    folder = Path(target[1].replace("''", "'")).expanduser().parent if target and "://" not in target[1] else Path()
+    if not folder.exists():
+        raise RunsPlainly(f"there is no folder {str(folder)!r}")  # DuckDB sees it after the first rows
+    return words[1].at + 1, words[end].at
+
+
 def create_select(con: duckdb.DuckDBPyConnection, words: list[Token], text: str) -> tuple[int, int]:
     names = [w.word for w in words]
     table = names.index("TABLE")
     begin = next((n for n, w in enumerate(words) if w.depth == 0 and w.word == "AS" and n > table), None)
     if begin is None or begin + 1 >= len(words) or names[table + 1] == "IF":
         raise RunsPlainly("a CREATE TABLE without AS, or IF NOT EXISTS")
-    name = text[words[table + 1].at : words[begin].at].split("(")[0]
+    stop = next(w.at for w in words[table + 2 : begin + 1] if w.word in ("(", "AS"))  # a quoted name may have both
+    name = text[words[table + 1].at : stop]
     if "REPLACE" not in names[:table] and "error" not in plan_error(con, f"FROM {name}"):
         raise RunsPlainly("the table is there already")
     return words[begin + 1].at, len(text)
@@ -133,7 +144,10 @@ def create_select(con: duckdb.DuckDBPyConnection, words: list[Token], text: str)
 
 def plan_error(con: duckdb.DuckDBPyConnection, select: str) -> dict[str, Any]:
     """{} if DuckDB can plan the SELECT, else what it says."""
-    found = json.loads(one(con, "SELECT json_serialize_plan(?::VARCHAR)", select))
+    try:
+        found = json.loads(one(con, "SELECT json_serialize_plan(?::VARCHAR)", select) or "")
+    except ValueError:  # a plan with a constant that is no valid JSON, as a default of NaN
+        return {}
     return found if found.get("error") else {}
 
 

@@ -99,8 +99,10 @@ def values(draw: Any, alias: str, column: str) -> str:
 def queries(draw: Any) -> str:
     where, value = draw(conditions("d", "text")), draw(values("d", "text"))
     other, call = draw(conditions("t", "name", 1)), draw(calls("d", "text"))
+    grouped = draw(st.sampled_from(["complete('m', 'about ' || d.k) = 'yes'", "complete('n', 'k' || d.k) <> 'no'"]))
     tag, few = draw(calls("t", "name")), draw(st.sampled_from([3, 60]))
     cte = f"WITH c AS (SELECT {value} AS a, id, k, text FROM docs d WHERE d.k < 3)"
+    row_number = "row_number() OVER (PARTITION BY d.k ORDER BY d.id)"
     shapes = [
         f"SELECT {value} AS a, d.id FROM docs d WHERE {where}",
         f"SELECT {value} AS a FROM docs d WHERE {where} LIMIT {draw(st.sampled_from([1, 7, 2500]))}",
@@ -109,13 +111,18 @@ def queries(draw: Any) -> str:
         f"{cte} SELECT a, {call} AS b FROM c d WHERE {where}",
         f"SELECT {call} AS a, count(*) AS n FROM docs d WHERE {where} GROUP BY {call}",
         f"SELECT d.k, max({call}) AS a FROM docs d WHERE {where} GROUP BY d.k HAVING min({value}) IS NOT NULL",
+        f"SELECT d.k, count(*) AS n FROM docs d WHERE {where} GROUP BY d.k HAVING {grouped}",
+        f"SELECT d.k, count(*) AS n FROM docs d WHERE d.id < 2900 AND {where} GROUP BY d.k HAVING {grouped} AND n > 3",
+        f"SELECT d.id, d.k FROM docs d WHERE d.id < 2900 AND {where} QUALIFY {row_number} < 3 AND {grouped}",
+        f"SELECT {call} AS a, d.id FROM docs d WHERE {where} AND a <> 'no'",
+        f"SELECT {call} AS a, d.id FROM docs d WHERE d.id < 2900 AND a <> 'no' AND {grouped}",
         f"SELECT d.id, t.name, {value} AS a FROM docs d JOIN tags t ON d.id = t.id WHERE {where} AND {other}",
         f"SELECT d.id, {tag} AS a FROM docs d LEFT JOIN tags t ON d.id = t.id AND {other} WHERE d.k = 3 AND {where}",
         f"SELECT d.id FROM docs d JOIN tags t ON {call} = {tag} WHERE d.k = 1 AND {other}",
         f"SELECT d.id FROM docs d WHERE d.text IN (SELECT 'doc ' || t.id FROM tags t WHERE {other}) AND {where}",
         f"SELECT d.id FROM docs d WHERE EXISTS (SELECT 1 FROM tags t WHERE t.id = d.id AND {other}) AND {where}",
         f"SELECT d.id, rank() OVER (PARTITION BY {call} ORDER BY d.id) AS r FROM docs d WHERE {where}",
-        f"SELECT * FROM (SELECT {value} AS a, d.id FROM docs d) WHERE a = 'yes' AND id % 4 = 1",
+        f"SELECT * FROM (SELECT {value} AS a, d.id FROM docs d) WHERE a::VARCHAR = 'yes' AND id % 4 = 1",
         f"SELECT {call} AS a FROM docs d WHERE {where} UNION SELECT {tag} FROM tags t WHERE {other}",
         f"SELECT (SELECT max({tag}) FROM tags t WHERE t.k = d.k) AS a, d.id FROM docs d WHERE {where}",
     ]

@@ -243,6 +243,8 @@ def test_several_columns_are_one_plan(engine: Blocking, how: Any) -> None:
     assert found["short"].to_list() == ["a", "c", None, "a", "", "d"]
     if how == "in-memory":
         assert submissions == [8, 4]  # the distinct prompts of three columns, then those with the option
+    with pytest.raises(InputError, match="asks for no column"):
+        llm.complete_columns()
     with pytest.raises(InvalidOptionError, match="nope"):
         llm.complete_columns(a=llm.ask("m", "text", nope=1))
     with pytest.raises(UnknownModelError, match="not in the catalogue"):
