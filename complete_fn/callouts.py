@@ -32,7 +32,7 @@ from complete_fn.types import Asker
 
 LOG = logging.getLogger("complete_fn.server")
 KEEP_SECONDS = 12 * 3600.0
-PRUNE_SECONDS = LOST_SECONDS = 600.0
+LOST_SECONDS = 600.0
 OTHER_BODY = "Batch {0!r} was sent before with other rows. A batch's name belongs to one body for 12 hours."
 
 Values = list[Any]
@@ -90,6 +90,11 @@ class Known:
     lost: bool = False
 
 
+def kept(now: float) -> sa.ColumnElement[bool]:
+    """Whether a batch counts; the others are deleted by `retention.expire`."""
+    return call_outs.c.created_at > now - KEEP_SECONDS
+
+
 class CallOuts:
     """The batches of one service. Safe to use from several threads."""
 
@@ -98,7 +103,6 @@ class CallOuts:
         self.holder = worker_name(0)
         self.lock = threading.Lock()
         self.running: dict[Name, Running] = {}
-        self.pruned = 0.0
 
     def ask(self, name: Name, asked: CallOut, seconds: float, admit: Admission) -> Future[Values] | None:
         """The values of the batch, once they are there; None while another process of the service runs it.
@@ -156,7 +160,7 @@ class CallOuts:
     def look(self, name: Name, digest: bytes | None) -> Known | None:
         """What is known of the batch; None if nothing is. `digest`, if given, must be that of its rows."""
         with self.service.store.read() as connection:
-            row = connection.execute(sa.select(call_outs).where(name.row)).first()
+            row = connection.execute(sa.select(call_outs).where(name.row, kept(time.time()))).first()
         if row is None:
             return None
         if digest is not None and row.digest != digest:
@@ -192,12 +196,9 @@ class CallOuts:
             "created_at": now,
         }
         with self.service.store.write() as connection:
-            if now - self.pruned > PRUNE_SECONDS:
-                connection.execute(call_outs.delete().where(call_outs.c.created_at < now - KEEP_SECONDS))
-                self.pruned = now
             held = connection.execute(sa.select(call_outs).where(name.row)).first()
             if held is not None:
-                if held.status == "done" or self.elsewhere(held):
+                if held.created_at > now - KEEP_SECONDS and (held.status == "done" or self.elsewhere(held)):
                     return False
                 connection.execute(call_outs.delete().where(name.row))
             try:

@@ -1,4 +1,4 @@
-"""What goes: jobs that are deleted, and uploads and jobs whose time is over. Ledger lines stay; they have no text."""
+"""What goes: deleted jobs; uploads, call-outs and jobs whose time is over. Ledger lines stay; they have no text."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import time
 
 import sqlalchemy as sa
 
+from complete_fn.callouts import kept
 from complete_fn.jobs import JOB_OPEN, Job
 from complete_fn.service import Service
-from complete_fn.service_tables import jobs
+from complete_fn.service_tables import call_outs, jobs
 from complete_fn.sinks import withdraw
 from complete_fn.uploads import DAY
 
@@ -32,7 +33,8 @@ def expire(service: Service, now: float | None = None) -> int:
     now = time.time() if now is None else now
     before = now - service.settings.retention_days * DAY
     late = sa.select(jobs.c.tenant, jobs.c.id).where(jobs.c.status.notin_(JOB_OPEN), jobs.c.ended_at < before)
-    with service.store.read() as connection:
+    with service.store.write() as connection:
+        connection.execute(call_outs.delete().where(~kept(now)))
         found = connection.execute(late.limit(MOST_AT_ONCE)).all()
     for tenant, name in found:
         delete_job(service, service.jobs.get(tenant, name))

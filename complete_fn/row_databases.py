@@ -23,6 +23,7 @@ from complete_fn.windows import BATCH_ROWS, table_windows
 from complete_fn.wiring import DATABASES, resolve
 
 CONNECT_SECONDS = 10
+LOCK_SECONDS = 30  # that a write waits for others' locks; who writes has more to do
 DRIVERS = {
     "postgresql": "postgresql+psycopg",
     "mysql": "mysql+pymysql",
@@ -152,8 +153,9 @@ class SqlDatabase:
         if self.family == "postgresql":
             return {"connect_timeout": CONNECT_SECONDS}
         if self.family == "mysql":
-            return {"connect_timeout": CONNECT_SECONDS, "charset": "utf8mb4", "local_infile": False}
-        return {"timeout": 30}
+            limits = {} if self.seconds is None else dict.fromkeys(("read_timeout", "write_timeout"), self.seconds + 10)
+            return {"connect_timeout": CONNECT_SECONDS, "charset": "utf8mb4", "local_infile": False, **limits}
+        return {"timeout": LOCK_SECONDS}
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
@@ -238,6 +240,16 @@ class SqlDatabase:
             inner: Any = connection.connection.driver_connection
             inner.set_progress_handler(lambda: int(deadline is not None and time.monotonic() > deadline), 10_000)
 
+    def limit_waiting(self, connection: sa.Connection) -> None:
+        """Of a transaction that writes."""
+        if self.family == "postgresql":
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
+            if self.seconds is not None:
+                connection.exec_driver_sql(f"SET LOCAL statement_timeout = {int(self.seconds * 1000)}")
+        elif self.family == "mysql":
+            limits = f"innodb_lock_wait_timeout = {LOCK_SECONDS}, lock_wait_timeout = {LOCK_SECONDS}"
+            connection.exec_driver_sql(f"SET SESSION {limits}")
+
     def is_mariadb(self, connection: sa.Connection) -> bool:
         return bool(getattr(connection.dialect, "is_mariadb", False))
 
@@ -266,6 +278,7 @@ class SqlDatabase:
     def upsert(self, table: str, key: str, rows: Any) -> None:
         refuse_keys(rows.column(key), key, 255 if self.family == "mysql" else None)
         with self.named_errors(), self.engine.begin() as connection:
+            self.limit_waiting(connection)
             made = result_table(connection, table, key, rows.schema)
             statement = upserting(made, key, connection.dialect.name)
             for batch in rows.to_batches(BATCH_ROWS):

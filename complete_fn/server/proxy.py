@@ -25,6 +25,7 @@ TENANT, USER, TOKENS = "x-complete-tenant", "x-complete-user", "x-complete-token
 TAIL = re.compile(rb"^: tokens (\d+)$", re.MULTILINE)
 SHOWN = ("content-type", "retry-after", "x-complete-cost", "x-complete-source")
 FRESH_SECONDS = 1.0
+NOBODY_THERE = (httpx.ConnectError, httpx.ConnectTimeout)
 NOBODY = "No worker is up for model {model!r}. One is asked for; try again in a moment."
 
 
@@ -38,8 +39,10 @@ class Proxy:
 
     def __init__(self, service: Service, secret: str, want: Callable[[str], None] | None) -> None:
         self.service, self.secret, self.want = service, secret, want
-        self.client = httpx.AsyncClient(
-            timeout=httpx.Timeout(None, connect=5.0), limits=httpx.Limits(max_connections=None, keepalive_expiry=4.0)
+        self.client = httpx.AsyncClient(  # never by way of HTTP_PROXY, which would see secret and prompts
+            trust_env=False,
+            timeout=httpx.Timeout(None, connect=5.0),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=4.0),
         )
         self.beats: list[Beat] = []
         self.looked = 0.0
@@ -53,7 +56,7 @@ class Proxy:
         for beat in await self.candidates(model):
             try:
                 return await proxy(self.client, request, str(beat.address), self.secret, caller, grant, prompt)
-            except httpx.ConnectError:
+            except NOBODY_THERE:
                 self.looked = 0.0  # it has gone; the next one
         await grant.settled(0)
         if self.want is not None:
@@ -84,7 +87,7 @@ async def proxy(
     """The reply of the worker at `address`, as it comes. A client that leaves ends it there too.
 
     Raises:
-        httpx.ConnectError: nobody is there; nothing was run.
+        httpx.ConnectError, httpx.ConnectTimeout: nobody is there; nothing was run.
         EngineError: the worker broke off before it replied.
     """
     headers = {"authorization": f"Bearer {secret}", TENANT: caller.tenant, USER: caller.user}
@@ -98,7 +101,7 @@ async def proxy(
             await grant.settled(prompt)
             return Response(status_code=CLIENT_CLOSED)
         upstream = sending.result()
-    except httpx.ConnectError:
+    except NOBODY_THERE:
         raise
     except httpx.HTTPError as error:
         await grant.settled(prompt)

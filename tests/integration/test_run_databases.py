@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import socket
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -228,3 +230,27 @@ def test_values_of_every_kind_come_through(tmp_path: Path) -> None:
     assert [plain(v) for v in values] == [*values[:3], '{"a": 1}', "[1]", b"x", b"y", None]
     with pytest.raises(InputError, match=r"Column 'c' has values of several types .* CAST"):
         batch_of(["c"], [["a", "b"]], [pa.int64()])
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_a_write_does_not_wait_for_ever_behind_a_lock(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("complete_fn.row_databases.LOCK_SECONDS", 1)
+    opened = contextmanager(mariadb)() if kind == "mariadb" else request.getfixturevalue("postgres").database()
+    with opened as url:
+        database = open_database(url)
+        rows = pa.table({"id": pa.array([1, 2]), "answer": pa.array(["a", "b"])})
+        database.upsert("answers", "id", rows)
+        engine = sa.create_engine(
+            url.replace("postgresql:", "postgresql+psycopg:").replace("mariadb:", "mysql+pymysql:")
+        )
+        with engine.begin() as holder:
+            holder.exec_driver_sql("UPDATE answers SET answer = 'x'")
+            began = time.monotonic()
+            with pytest.raises(InputError, match="refuses"):
+                database.upsert("answers", "id", rows)
+            assert time.monotonic() - began < 20
+        database.upsert("answers", "id", rows)
+        database.close()
+        engine.dispose()

@@ -20,6 +20,8 @@ import sqlalchemy as sa
 
 from complete_fn import Completion, CompletionRequest, EchoEngine
 from complete_fn.errors import EngineError
+from complete_fn.retention import expire
+from complete_fn.service_tables import call_outs
 from complete_fn.tables import ledger
 
 from .conftest import Running
@@ -375,3 +377,18 @@ def test_a_batch_begun_again_pays_only_for_the_rest_of_rows_that_no_other_may_ha
     assert billed(running) == 100 * 4  # two tokens in, two out
     assert post(running, "snowflake", rows, "another").status_code == 200
     assert billed(running) == 200 * 4
+
+
+def test_a_batch_is_forgotten_after_its_hours_though_no_other_comes(serve: Callable[..., Running]) -> None:
+    running = serve(engine=Counting())
+    rows = [["echo", "patient Smith", {"cache": "off"}]]
+    assert post(running, "snowflake", rows).status_code == 200
+    with running.service.store.write() as connection:
+        connection.execute(call_outs.update().values(created_at=time.time() - 13 * 3600))
+    assert post(running, "snowflake", rows).status_code == 200  # it is begun again, not read
+    with running.service.store.write() as connection:
+        connection.execute(call_outs.update().values(created_at=time.time() - 13 * 3600))
+    expire(running.service)
+    with running.service.store.read() as connection:
+        assert connection.execute(sa.select(call_outs)).all() == []
+    assert billed(running) == 2 * 4

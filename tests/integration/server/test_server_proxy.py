@@ -17,8 +17,9 @@ from complete_fn.fleet import Fleet
 from complete_fn.reports import usage
 from complete_fn.rounds import Rounds
 from complete_fn.server.internal import Internal, internal_secret, serve_internal
+from complete_fn.server.proxy import Proxy
 from complete_fn.service import Service
-from complete_fn.worker_store import Beat, own_id
+from complete_fn.worker_store import Beat, ModelState, own_id
 from tests.integration.server.conftest import Running, at_service
 from tests.integration.server.test_server_streams import Steps, user
 
@@ -143,3 +144,36 @@ def test_only_the_api_gets_in_at_a_worker(work: Callable[..., Internal], tmp_pat
         assert client.post("/v1/chat/completions", json=body, headers=good | as_whom).status_code == 200
         assert client.get("/v1/files", headers=good | as_whom).status_code == 404
     assert (tmp_path / "home" / "internal.secret").stat().st_mode & 0o077 == 0
+
+
+def test_a_worker_whose_host_is_silent_is_passed_over(
+    api: Running, work: Callable[..., Internal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work(EchoEngine(64))
+    real = httpx.AsyncClient.send
+    asked: list[str] = []
+
+    async def send(client: httpx.AsyncClient, request: httpx.Request, **more: Any) -> httpx.Response:
+        asked.append(request.url.host)
+        if request.url.host == "192.0.2.1":
+            raise httpx.ConnectTimeout("silent")
+        return await real(client, request, **more)
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", send)
+    now = time.time()
+    silent = ModelState(True)  # warm, so that it comes first
+    api.service.workers.beat(
+        Beat("elsewhere|1|1.0", "elsewhere", 1, now, now, now, "http://192.0.2.1:9", models={"echo": silent})
+    )
+    with api.http() as client:
+        body = {"model": "echo", "messages": user("one two three")}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert asked == ["192.0.2.1", "127.0.0.1"]
+
+
+def test_secret_and_prompts_take_no_detour(tmp_path: Path, models_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    service = Service(tmp_path / "home", models_file, EchoEngine(64))
+    proxy = Proxy(service, "secret", None)
+    assert not proxy.client._mounts
+    service.close()
