@@ -317,9 +317,28 @@ def spliced(line: bytes, added: bytes) -> bytes:
     return head + (b"" if head.endswith(b"{") else b", ") + added[1:] + b"\n"
 
 
+class Inexact(Exception):
+    """A Decimal is no float: `digits` write it."""
+
+
 def as_json(value: Any) -> str:
-    text = json_line(value, json_form)
+    try:
+        text = json_line(value, json_form)
+    except Inexact:
+        return digits(value)
     return text if text.isascii() or encodable(text) else json.dumps(value, default=json_form)
+
+
+def digits(value: Any) -> str:
+    """JSON with every digit of its decimals, of which `json` makes floats."""
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, dict):
+        names = [as_json(name if isinstance(name, str) else as_json(name)) for name in value]
+        return "{" + ", ".join(f"{n}: {digits(v)}" for n, v in zip(names, value.values(), strict=True)) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(digits, value)) + "]"
+    return as_json(value)
 
 
 def encodable(text: str) -> bool:
@@ -331,8 +350,14 @@ def encodable(text: str) -> bool:
 
 
 def json_form(value: Any) -> Any:
-    """JSON for the Arrow values that have none of their own: dates as ISO 8601, bytes as base64."""
+    """JSON for the Arrow values that have none of their own: dates as ISO 8601, bytes as base64.
+
+    Raises:
+        Inexact: a Decimal has more digits than a float.
+    """
     if isinstance(value, Decimal):
+        if Decimal(repr(float(value))) != value:
+            raise Inexact
         return float(value)
     if isinstance(value, datetime | date | time):
         return value.isoformat()

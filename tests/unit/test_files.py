@@ -143,6 +143,33 @@ def test_nanoseconds_of_one_row_leave_the_others_as_they_are(tmp_path: Path) -> 
     assert found == [STAMP, "2023-11-14T22:13:20"]
 
 
+LONG = Decimal("12345678901234567890.1234567891")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([LONG, Decimal("1.5000000000"), None]),
+        pa.array([Decimal(10**50), -LONG, None], pa.decimal256(76, 10)),
+        pa.array([[{"m": LONG, "é\u2028": "x\u2028"}], [], None]),
+        pa.array([{"m": [LONG, None], "n": 1}, {"m": [], "n": 2}, None]),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_decimals_keep_their_digits_in_jsonl(tmp_path: Path, column: Any) -> None:
+    pq.write_table(pa.table({"x": column}), tmp_path / "in.parquet")
+    through(place_of(str(tmp_path / "o.jsonl")), place_of(str(tmp_path / "in.parquet")), {"c": pa.array(["c"] * 3)})
+    lines = (tmp_path / "o.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_float=Decimal)["x"] for line in lines] == column.to_pylist()
+
+
+def test_a_map_of_decimals_has_its_keys_as_text(tmp_path: Path) -> None:
+    column = pa.array([[(1, LONG)]], pa.map_(pa.int8(), pa.decimal128(30, 10)))
+    pq.write_table(pa.table({"x": column}), tmp_path / "in.parquet")
+    through(place_of(str(tmp_path / "o.jsonl")), place_of(str(tmp_path / "in.parquet")), {"c": pa.array(["c"])})
+    assert (tmp_path / "o.jsonl").read_text() == f'{{"x": {{"1": {LONG}}}, "c": "c"}}\n'
+
+
 csv_value = st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00")))
 
 
