@@ -166,6 +166,18 @@ class Writer:
         self.sink, self.place, self.schema = sink, place, schema
 
     def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        """Raises:
+        InputError: the format, or the columns of earlier windows, cannot hold a value.
+        """
+        try:
+            self.put(rows, new)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise InputError(
+                f"The rows cannot be written as {self.place.format}: {str(error).strip()[:500]} "
+                "Choose an output of another format: stored answers are not computed again."
+            ) from error
+
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -183,7 +195,7 @@ class ArrowWriter(Writer):
 
     inner: Any = None
 
-    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         table = self.joined(rows, new)
         if self.inner is None:
             self.inner = self.opened(table.schema)
@@ -208,7 +220,7 @@ class CsvWriter(Writer):
 
     begun = False
 
-    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         table = self.joined(rows, new)
         if not self.begun:
             self.sink.write((",".join(csv_field(n) for n in table.column_names) + "\n").encode())
@@ -220,7 +232,7 @@ class CsvWriter(Writer):
 
 
 class JsonlWriter(Writer):
-    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         low = 0
         for batch in pa.table(dict(new)).to_batches(BATCH_ROWS):
             chunk = io.BytesIO()

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from complete_fn.errors import InputError
-from complete_fn.files import LineRows, Place, Rows, place_of
+from complete_fn.files import LineRows, Place, Rows, TableRows, place_of
 from complete_fn.inputs import file_source
 from complete_fn.json_line import json_line
 from complete_fn.outputs import refuse_output, writing
@@ -335,6 +335,30 @@ def test_an_output_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         write_rows(place_of(str(tmp_path / "out.csv")), rows, {"c": pa.array(["x"])}, overwrite=True)
     assert (tmp_path / "out.csv").read_text() == "before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        (pa.array([pa.MonthDayNano([1, 2, 3])]), "parquet"),  # ArrowNotImplementedError
+        (pa.array([10**12], pa.timestamp("s")), "jsonl"),  # OverflowError
+        (pa.array([[(date(2026, 1, 2), 1)]], pa.map_(pa.date32(), pa.int8())), "csv"),  # TypeError
+    ],
+)
+def test_values_that_a_format_cannot_hold_name_the_remedy(tmp_path: Path, column: Any, kind: str) -> None:
+    message = rf"The rows cannot be written as {kind}: .* Choose an output of another format"
+    with pytest.raises(InputError, match=message):
+        write_rows(
+            place_of(str(tmp_path / f"o.{kind}")), TableRows(pa.table({"x": column})), {"c": pa.array(["c"])}, False
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_of_other_columns_name_the_remedy(tmp_path: Path) -> None:
+    with writing(place_of(str(tmp_path / "o.parquet")), overwrite=False) as writer:
+        writer.write(TableRows(pa.table({"x": [1]})), {"c": pa.array(["c"])})
+        with pytest.raises(InputError, match=r"cannot be written as parquet: Table schema does not match"):
+            writer.write(TableRows(pa.table({"x": ["1"]})), {"c": pa.array(["c"])})
 
 
 def test_two_runs_write_one_output_apart(tmp_path: Path) -> None:
