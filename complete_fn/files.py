@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
 from complete_fn.prompts import text_column
@@ -26,6 +27,7 @@ SUFFIXES = {
 }
 FORMATS = ("parquet", "csv", "jsonl", "arrow")
 MIXED = pa.large_string()  # the type of a JSONL column whose values have several
+EXACT = {b"complete_fn": b"exact"}  # marks integers of a JSONL that are no float64
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
@@ -133,6 +135,19 @@ class LineRows:
         kinds = {} if schema is None else {field.name: field.type for field in schema}
         return pa.table({name: json_column([row.get(name) for row in rows], kinds.get(name)) for name in names})
 
+    def schema(self) -> pa.Schema:
+        """That of `table`, for `common_schema`."""
+        table = self.table()
+        fields = zip(table.schema, table.columns, strict=True)
+        return pa.schema([field.with_metadata(EXACT) if beyond_float(c) else field for field, c in fields])
+
+
+def beyond_float(column: Any) -> bool:
+    if not pa.types.is_integer(column.type):
+        return False
+    found = pc.min_max(column).as_py()
+    return any(abs(value or 0) > 2**53 for value in found.values())
+
 
 def json_column(values: list[Any], kind: Any = None) -> pa.Array:
     """Args: kind: the type to have, `MIXED` for JSON text; None takes that of the values."""
@@ -144,19 +159,22 @@ def json_column(values: list[Any], kind: Any = None) -> pa.Array:
 
 
 def common_schema(first: pa.Schema | None, second: pa.Schema) -> pa.Schema:
-    """The schema of windows of JSONL that have these: where a column's types differ it is `MIXED`."""
+    """The schema of windows of JSONL that have these: where a column's types differ it is `MIXED`, but numbers are
+    float64 if that holds all of them."""
     if first is None:
         return second
-    kinds = {field.name: field.type for field in second}
+    fields = {field.name: field for field in second}
     for field in first:
-        kinds[field.name] = common_type(field.type, kinds.get(field.name, field.type))
+        fields[field.name] = common_field(field, fields.get(field.name, field))
     names = [*first.names, *(n for n in second.names if n not in first.names)]
-    return pa.schema([(name, kinds[name]) for name in names])
+    return pa.schema([fields[name] for name in names])
 
 
-def common_type(a: Any, b: Any) -> Any:
-    numbers = all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in (a, b))
-    return a if a == b else pa.float64() if numbers else MIXED
+def common_field(a: pa.Field, b: pa.Field) -> pa.Field:
+    exact = a.metadata or b.metadata
+    numbers = all(pa.types.is_integer(f.type) or pa.types.is_floating(f.type) for f in (a, b))
+    kind = a.type if a.type == b.type else pa.float64() if numbers and not exact else MIXED
+    return pa.field(a.name, kind, metadata=exact)
 
 
 def json_text(value: Any) -> str | None:

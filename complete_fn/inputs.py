@@ -131,7 +131,7 @@ def survey(source: Source, identity: str, with_schema: bool) -> Survey:
         count += rows.count
         if isinstance(rows, LineRows):
             names |= dict.fromkeys(rows.names)
-            schema = common_schema(schema, rows.table().schema) if with_schema else None
+            schema = common_schema(schema, rows.schema()) if with_schema else None
     return replace(found, count=count, names=list(names), schema=schema)
 
 

@@ -132,5 +132,5 @@ def lines_schema(service: Service, job: Job) -> Any:
         rows = rows_of(service, job, window)
         if not isinstance(rows, LineRows):
             return None
-        schema = common_schema(schema, rows.table().schema)
+        schema = common_schema(schema, rows.schema())
     return schema

@@ -15,6 +15,7 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +27,7 @@ from complete_fn.plan.batch import to_texts
 from complete_fn.storage import Storage, remote
 
 BATCH_ROWS = 8_192
+UNITS = ("s", "ms", "us", "ns")
 
 
 def refuse_output(place: Place, overwrite: bool) -> None:
@@ -164,6 +166,18 @@ class Writer:
         self.sink, self.place, self.schema = sink, place, schema
 
     def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        """Raises:
+        InputError: the format, or the columns of earlier windows, cannot hold a value.
+        """
+        try:
+            self.put(rows, new)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise InputError(
+                f"The rows cannot be written as {self.place.format}: {str(error).strip()[:500]} "
+                "Choose an output of another format: stored answers are not computed again."
+            ) from error
+
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -181,7 +195,7 @@ class ArrowWriter(Writer):
 
     inner: Any = None
 
-    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         table = self.joined(rows, new)
         if self.inner is None:
             self.inner = self.opened(table.schema)
@@ -206,7 +220,7 @@ class CsvWriter(Writer):
 
     begun = False
 
-    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         table = self.joined(rows, new)
         if not self.begun:
             self.sink.write((",".join(csv_field(n) for n in table.column_names) + "\n").encode())
@@ -218,7 +232,7 @@ class CsvWriter(Writer):
 
 
 class JsonlWriter(Writer):
-    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         low = 0
         for batch in pa.table(dict(new)).to_batches(BATCH_ROWS):
             chunk = io.BytesIO()
@@ -230,11 +244,19 @@ class JsonlWriter(Writer):
 
 
 def csv_texts(column: Any) -> list[str | None]:
-    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        return [None if v is None else as_json(v) for v in column.to_pylist(maps_as_pydicts="lossy")]
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if not has_text(column.type):
+        return [None if v is None else str(v) if isinstance(v, str | UUID) else as_json(v) for v in values_of(column)]
     return list(to_texts(pc.cast(column, pa.large_string())))
+
+
+def has_text(kind: Any) -> bool:
+    """Whether Arrow casts the type to text, whatever its values are."""
+    kinds = pa.types
+    raw = kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_fixed_size_binary(kind)
+    other = kinds.is_binary_view(kind) or kinds.is_interval(kind) or isinstance(kind, pa.BaseExtensionType)
+    return not (kinds.is_nested(kind) or raw or other)
 
 
 def csv_field(text: str | None) -> str:
@@ -257,8 +279,48 @@ def json_lines(rows: Rows, low: int, count: int) -> Iterator[bytes]:
 def json_values(column: Any) -> list[str]:
     """Each value as JSON; text that is not UTF-8 keeps its bytes as escaped lone surrogates."""
     text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    values = to_texts(column) if text else column.to_pylist(maps_as_pydicts="lossy")
-    return [as_json(v) for v in values]
+    return [as_json(v) for v in (to_texts(column) if text else values_of(column))]
+
+
+def values_of(column: Any) -> list[Any]:
+    """Python's values; times that its types cannot hold as ISO 8601, durations as seconds."""
+    try:
+        return list(column.to_pylist(maps_as_pydicts="lossy"))
+    except (ValueError, OverflowError):
+        return [value_of(scalar) for scalar in column]
+
+
+def value_of(scalar: Any) -> Any:
+    kind = scalar.type
+    if not scalar.is_valid:
+        return None
+    if pa.types.is_dictionary(kind):
+        return value_of(scalar.value)
+    if pa.types.is_map(kind):
+        return {value_of(entry["key"]): value_of(entry["value"]) for entry in scalar.values}
+    if pa.types.is_struct(kind):
+        return {name: value_of(member) for name, member in scalar.items()}
+    if isinstance(scalar, pa.ListScalar):
+        return [value_of(member) for member in scalar.values]
+    if pa.types.is_duration(kind):
+        return Decimal(scalar.value).scaleb(-3 * UNITS.index(kind.unit))
+    if pa.types.is_date(kind):
+        return str(scalar.cast(pa.string()))
+    if (pa.types.is_timestamp(kind) or pa.types.is_time64(kind)) and kind.unit == "ns":
+        return nanoseconds(scalar)
+    return scalar.as_py()
+
+
+def nanoseconds(scalar: Any) -> str:
+    """A time of day or a timestamp as ISO 8601, with nanoseconds where it has some."""
+    kind = pa.time64("us") if pa.types.is_time64(scalar.type) else pa.timestamp("us", scalar.type.tz)
+    micros, nanos = divmod(scalar.value, 1000)
+    rounded = pa.scalar(micros, kind).as_py()
+    if not nanos:
+        return str(rounded.isoformat())
+    text = rounded.isoformat(timespec="microseconds")
+    end = text.index(".") + 7
+    return f"{text[:end]}{nanos:03}{text[end:]}"
 
 
 def spliced(line: bytes, added: bytes) -> bytes:
@@ -267,9 +329,28 @@ def spliced(line: bytes, added: bytes) -> bytes:
     return head + (b"" if head.endswith(b"{") else b", ") + added[1:] + b"\n"
 
 
+class Inexact(Exception):
+    """A Decimal is no float: `digits` write it."""
+
+
 def as_json(value: Any) -> str:
-    text = json_line(value, json_form)
+    try:
+        text = json_line(value, json_form)
+    except Inexact:
+        return digits(value)
     return text if text.isascii() or encodable(text) else json.dumps(value, default=json_form)
+
+
+def digits(value: Any) -> str:
+    """JSON with every digit of its decimals, of which `json` makes floats."""
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, dict):
+        names = [as_json(name if isinstance(name, str) else as_json(name)) for name in value]
+        return "{" + ", ".join(f"{n}: {digits(v)}" for n, v in zip(names, value.values(), strict=True)) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(digits, value)) + "]"
+    return as_json(value)
 
 
 def encodable(text: str) -> bool:
@@ -281,8 +362,14 @@ def encodable(text: str) -> bool:
 
 
 def json_form(value: Any) -> Any:
-    """JSON for the Arrow values that have none of their own: dates as ISO 8601, bytes as base64."""
+    """JSON for the Arrow values that have none of their own: dates as ISO 8601, bytes as base64.
+
+    Raises:
+        Inexact: a Decimal has more digits than a float.
+    """
     if isinstance(value, Decimal):
+        if Decimal(repr(float(value))) != value:
+            raise Inexact
         return float(value)
     if isinstance(value, datetime | date | time):
         return value.isoformat()

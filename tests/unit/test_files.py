@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from complete_fn.errors import InputError
-from complete_fn.files import LineRows, Place, Rows, place_of
+from complete_fn.files import LineRows, Place, Rows, TableRows, place_of
 from complete_fn.inputs import file_source
 from complete_fn.json_line import json_line
 from complete_fn.outputs import refuse_output, writing
@@ -91,6 +92,82 @@ def test_a_table_as_csv(tmp_path: Path) -> None:
     assert (tmp_path / "out.csv").read_bytes().decode() == (
         'n,text,list,completion\n1,"a,b",[1],one\n,"say ""x""\r\n\U0001f980",[],\n3,,,"th""ree,\n"\n'
     )
+
+
+NANOS = 1_700_000_000_000_000_001
+ID = "00010203-0405-0607-0809-0a0b0c0d0e0f"
+RAW = b"\xff\x00"
+STAMP = "2023-11-14T22:13:20.000000001"
+NS = pa.timestamp("ns")
+
+
+@pytest.mark.parametrize(
+    ("column", "as_csv", "as_jsonl"),
+    [
+        (pa.array([RAW, None], pa.binary(2)), '"/wA="', "/wA="),
+        (pa.array([RAW, None], pa.binary_view()), '"/wA="', "/wA="),
+        (pa.array([RAW, None]).dictionary_encode(), '"/wA="', "/wA="),
+        (pa.array([UUID(ID).bytes, None], pa.uuid()), ID, ID),
+        (pa.array([pa.MonthDayNano([1, 2, 3]), None]), "[1, 2, 3]", [1, 2, 3]),
+        (pa.array([NANOS, None], NS), "2023-11-14 22:13:20.000000001", STAMP),
+        (pa.array([NANOS, None], pa.timestamp("ns", "UTC")), "2023-11-14 22:13:20.000000001Z", STAMP + "+00:00"),
+        (pa.array([-1, None], NS), "1969-12-31 23:59:59.999999999", "1969-12-31T23:59:59.999999999"),
+        (pa.array([NANOS, None], NS).dictionary_encode(), "2023-11-14 22:13:20.000000001", STAMP),
+        (pa.array([1, None], pa.time64("ns")), "00:00:00.000000001", "00:00:00.000000001"),
+        (pa.array([1_500_000_001, None], pa.duration("ns")), "1500000001", 1.500000001),
+        (pa.array([10**7, None], pa.date32()), "29349-01-26", "29349-01-26"),
+        (pa.array([[NANOS], None], pa.list_(NS)), f'["{STAMP}"]', [STAMP]),
+        (pa.array([{"a": NANOS}, None], pa.struct([("a", NS)])), f'{{"a": "{STAMP}"}}', {"a": STAMP}),
+        (pa.array([[("k", NANOS)], None], pa.map_(pa.string(), NS)), f'{{"k": "{STAMP}"}}', {"k": STAMP}),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
+)
+def test_types_that_no_text_or_python_value_has(tmp_path: Path, column: Any, as_csv: str, as_jsonl: Any) -> None:
+    with (
+        pa.OSFile(str(tmp_path / "in.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, pa.schema([("x", column.type)])) as w,
+    ):
+        w.write_table(pa.table({"x": column}))
+    source, new = place_of(str(tmp_path / "in.arrow")), {"c": pa.array(["c", "c"])}
+    through(place_of(str(tmp_path / "o.csv")), source, new)
+    assert read_rows(place_of(str(tmp_path / "o.csv"))).column("x").to_pylist() == [as_csv, None]
+    through(place_of(str(tmp_path / "o.jsonl")), source, new)
+    found = [json.loads(line)["x"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert found == [as_jsonl, None]
+
+
+def test_nanoseconds_of_one_row_leave_the_others_as_they_are(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": pa.array([NANOS, NANOS - 1], NS)}), tmp_path / "in.parquet")
+    through(place_of(str(tmp_path / "o.jsonl")), place_of(str(tmp_path / "in.parquet")), {"c": pa.array(["c", "c"])})
+    found = [json.loads(line)["x"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert found == [STAMP, "2023-11-14T22:13:20"]
+
+
+LONG = Decimal("12345678901234567890.1234567891")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([LONG, Decimal("1.5000000000"), None]),
+        pa.array([Decimal(10**50), -LONG, None], pa.decimal256(76, 10)),
+        pa.array([[{"m": LONG, "é\u2028": "x\u2028"}], [], None]),
+        pa.array([{"m": [LONG, None], "n": 1}, {"m": [], "n": 2}, None]),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_decimals_keep_their_digits_in_jsonl(tmp_path: Path, column: Any) -> None:
+    pq.write_table(pa.table({"x": column}), tmp_path / "in.parquet")
+    through(place_of(str(tmp_path / "o.jsonl")), place_of(str(tmp_path / "in.parquet")), {"c": pa.array(["c"] * 3)})
+    lines = (tmp_path / "o.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_float=Decimal)["x"] for line in lines] == column.to_pylist()
+
+
+def test_a_map_of_decimals_has_its_keys_as_text(tmp_path: Path) -> None:
+    column = pa.array([[(1, LONG)]], pa.map_(pa.int8(), pa.decimal128(30, 10)))
+    pq.write_table(pa.table({"x": column}), tmp_path / "in.parquet")
+    through(place_of(str(tmp_path / "o.jsonl")), place_of(str(tmp_path / "in.parquet")), {"c": pa.array(["c"])})
+    assert (tmp_path / "o.jsonl").read_text() == f'{{"x": {{"1": {LONG}}}, "c": "c"}}\n'
 
 
 csv_value = st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00")))
@@ -258,6 +335,30 @@ def test_an_output_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         write_rows(place_of(str(tmp_path / "out.csv")), rows, {"c": pa.array(["x"])}, overwrite=True)
     assert (tmp_path / "out.csv").read_text() == "before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        (pa.array([pa.MonthDayNano([1, 2, 3])]), "parquet"),  # ArrowNotImplementedError
+        (pa.array([10**12], pa.timestamp("s")), "jsonl"),  # OverflowError
+        (pa.array([[(date(2026, 1, 2), 1)]], pa.map_(pa.date32(), pa.int8())), "csv"),  # TypeError
+    ],
+)
+def test_values_that_a_format_cannot_hold_name_the_remedy(tmp_path: Path, column: Any, kind: str) -> None:
+    message = rf"The rows cannot be written as {kind}: .* Choose an output of another format"
+    with pytest.raises(InputError, match=message):
+        write_rows(
+            place_of(str(tmp_path / f"o.{kind}")), TableRows(pa.table({"x": column})), {"c": pa.array(["c"])}, False
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_of_other_columns_name_the_remedy(tmp_path: Path) -> None:
+    with writing(place_of(str(tmp_path / "o.parquet")), overwrite=False) as writer:
+        writer.write(TableRows(pa.table({"x": [1]})), {"c": pa.array(["c"])})
+        with pytest.raises(InputError, match=r"cannot be written as parquet: Table schema does not match"):
+            writer.write(TableRows(pa.table({"x": ["1"]})), {"c": pa.array(["c"])})
 
 
 def test_two_runs_write_one_output_apart(tmp_path: Path) -> None:

@@ -149,6 +149,18 @@ def test_schemas_of_windows_are_joined() -> None:
     assert json_column([1, "a", None, {"k": 1}], pa.large_string()).to_pylist() == ["1", "a", None, '{"k": 1}']
 
 
+@pytest.mark.parametrize("first", [2**53, 2**53 + 1, -(2**53) - 1, 2**64 - 1])
+@pytest.mark.parametrize("turned", [False, True])
+def test_integers_before_floats_keep_their_digits(shell: Run, first: int, turned: bool) -> None:
+    """Of several windows, into columns of one type: float64 only where it holds every integer."""
+    numbers = [first, 1, *[2] * 98, 0.5]
+    numbers = numbers[::-1] if turned else numbers
+    Path("in.jsonl").write_text("".join(json.dumps({"text": "a", "n": n}) + "\n" for n in numbers))
+    assert shell(*RUN, "in.jsonl", "-o", "b.parquet", "--quiet") == 0
+    found = pq.read_table("b.parquet").column("n").to_pylist()
+    assert found == (numbers if first == 2**53 else [json.dumps(n) for n in numbers])
+
+
 def test_an_empty_table_is_one_empty_window(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": pa.array([], pa.string())}), tmp_path / "e.parquet")
     (tmp_path / "e.jsonl").write_text("\n\n")
