@@ -85,18 +85,19 @@ END $$;
 GRANT USAGE ON SCHEMA complete_fn TO complete_fn_user;
 
 -- One request to the service; a batch of rows is asked for until it is done, and stopped if the statement is cancelled.
--- It never raises what the service refuses: `status` is 0 if nobody answers.
+-- It never raises what the service refuses: `status` is 0 if nobody answers. A job is then submitted once more: its
+-- idempotency key makes that the same job.
 CREATE OR REPLACE FUNCTION complete_fn.ask(
     method text, path text, body text, OUT status integer, OUT content text, OUT message text, OUT code text
 ) LANGUAGE plpython3u SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $py$
 import http.client
 import json
 import re
+import select
 import time
 import urllib.parse
 import uuid
 
-PAUSES = {429: [1, 2, 4, 8, 16], 503: [2], 0: [1]}
 service = plpy.execute("SELECT url, key FROM complete_fn.service")[0]
 url = urllib.parse.urlsplit(service["url"])
 prefix = url.path.rstrip("/").removesuffix("/v1")
@@ -105,8 +106,12 @@ headers = {"Content-Type": "application/json"}
 if service["key"]:
     headers["Authorization"] = "Bearer " + service["key"]
 batch = path.startswith("/v1/dialects/")
+pauses, patience = {}, 600  # tables take their time
 if batch:
+    pauses, patience = {429: [1, 2, 4, 8, 16], 503: [2], 0: [1]}, 60
     headers["Complete-Batch-Id"] = str(uuid.uuid4())
+elif (method, path) == ("POST", "/v1/jobs"):
+    pauses = {0: [1]}
 raw = None if body is None else body.encode()
 if path == "/v1/files":
     edge = uuid.uuid4().hex
@@ -128,6 +133,13 @@ def pause(seconds):
 def request(verb):
     try:
         link.request(verb, prefix + path, raw if verb == method else None, headers)
+        ready, until = select.poll(), time.monotonic() + patience
+        ready.register(link.sock, select.POLLIN)
+        while not ready.poll(100):
+            plpy.execute("SELECT 1")  # here too
+            if time.monotonic() > until:
+                raise TimeoutError("no answer in {} seconds".format(patience))
+        link.sock.settimeout(patience)  # TLS may have sent a ticket only: then a cancel waits for the reply
         reply = link.getresponse()
         return reply.status, reply.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as error:
@@ -136,7 +148,6 @@ def request(verb):
 
 
 link = kind(url.hostname, url.port, timeout=60)
-pauses = {status: list(seconds) for status, seconds in PAUSES.items()}
 verb = method
 try:
     while True:
@@ -146,14 +157,14 @@ try:
             verb = "GET"
         elif batch and status == 404 and verb == "GET":
             verb = method
-        elif batch and pauses.get(status):
+        elif pauses.get(status):
             pause(pauses[status].pop(0))
         else:
             break
 except BaseException:
     if batch:
         link.close()
-        link.timeout = 2
+        link.timeout = patience = 2
         request("DELETE")
     raise
 finally:
@@ -204,6 +215,8 @@ BEGIN
             ELSE '22023'
         END,
         HINT = CASE
+            WHEN reply.status = 0 AND method = 'POST' AND path = '/v1/jobs' THEN
+                'The service may have the job: look with `complete-fn jobs list` before you submit it again.'
             WHEN reply.status = 0 THEN 'Start it with `complete-fn serve`, or correct the URL in complete_fn.service.'
             WHEN reply.status IN (401, 403) THEN 'A superuser sets the API key: UPDATE complete_fn.service SET key = ...'
             WHEN reply.code = 'model_not_found' THEN '`complete-fn models` lists the models of the service.'
@@ -250,10 +263,16 @@ DECLARE
     tag text := nullif(current_setting('complete_fn.query_tag', true), '');
     job text;
 BEGIN
-    job := complete_fn.call('POST', '/v1/jobs', json_build_object(
-        'model', model, 'prompt', prompt, 'source', json_build_object('file_id', file),
-        'options', coalesce(options, '{}'), 'max_cost', max_cost::text, 'query_tag', tag)::text)::json ->> 'id';
-    PERFORM complete_fn.call('DELETE', '/v1/files/' || file);  -- the job has its own copy
+    BEGIN
+        job := complete_fn.call('POST', '/v1/jobs', json_build_object(
+            'model', model, 'prompt', prompt, 'source', json_build_object('file_id', file),
+            'options', coalesce(options, '{}'), 'max_cost', max_cost::text, 'query_tag', tag,
+            'idempotency_key', gen_random_uuid())::text)::json ->> 'id';
+    EXCEPTION WHEN OTHERS OR query_canceled THEN
+        PERFORM complete_fn.ask('DELETE', '/v1/files/' || file, NULL);
+        RAISE;
+    END;
+    PERFORM complete_fn.ask('DELETE', '/v1/files/' || file, NULL);  -- the job has its own copy
     INSERT INTO complete_fn.jobs VALUES (job, session_user, now());
     RETURN job;
 END $$;

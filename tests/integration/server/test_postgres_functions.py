@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -17,39 +14,12 @@ import sqlalchemy as sa
 
 from complete_fn import EchoEngine
 from complete_fn.tables import attempts
-from deploy.servers import Postgres, binary
+from deploy.servers import Postgres
 
-from .conftest import Running
+from .conftest import Install, Running, psql
 from .test_server_dialects import Counting
 
-SQL = Path(__file__).parents[3] / "sql" / "complete_fn_sql"
 FINE, BAD = "SELECT complete('echo', 'hello world')", "SELECT complete('nope', 'x')"
-
-
-def psql(url: str, script: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [binary("psql"), "-X", "-q", "-d", url, "-f", str(SQL / script), *more]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-
-
-@pytest.fixture
-def installed(postgres_url: str) -> Iterator[Callable[[Running, str], psycopg.Connection[Any]]]:
-    """Call it with a service and its key for a superuser's connection to a database that has the functions."""
-    opened: list[psycopg.Connection[Any]] = []
-
-    def install(running: Running, key: str = "") -> psycopg.Connection[Any]:
-        done = psql(postgres_url, "postgres_install.sql", COMPLETE_FN_URL=running.url, COMPLETE_FN_KEY=key)
-        assert (done.returncode, done.stderr) == (0, "")
-        # The superuser's name is complete_fn, so a new table would go into the schema of that name.
-        opened.append(psycopg.connect(postgres_url, autocommit=True, options="-c search_path=public"))
-        return opened[-1]
-
-    yield install
-    for connection in opened:
-        connection.close()
-    assert psql(postgres_url, "postgres_uninstall.sql").returncode == 0
-
-
-Install = Callable[..., psycopg.Connection[Any]]
 
 
 def one(connection: psycopg.Connection[Any], query: str, *values: Any) -> Any:
