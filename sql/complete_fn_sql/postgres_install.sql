@@ -12,6 +12,8 @@
 -- One function, complete_fn.ask, is in an untrusted language; only complete_fn_owner may call it, so a user reaches the
 -- routes that the functions below use and no other. complete_table and complete_submit run the caller's query with the
 -- caller's own rights. A job is seen by the role that submitted it and by that role's members.
+-- Others may create objects in the schema: no name is looked up in it, all but complete_fn.ask is made with the rights
+-- of complete_fn_owner alone, and functions of others stay as they are.
 \set ON_ERROR_STOP on
 \getenv url COMPLETE_FN_URL
 \getenv key COMPLETE_FN_KEY
@@ -35,6 +37,12 @@ SET LOCAL log_statement = 'none';  -- the key stays out of the server's log
 SET LOCAL log_min_duration_statement = -1;
 SET LOCAL log_min_error_statement = 'panic';
 SET LOCAL client_min_messages = 'warning';
+SET LOCAL search_path = pg_catalog, pg_temp;
+SET LOCAL complete_fn.schema = :'schema';
+SET LOCAL complete_fn.functions = '{"complete(text,text,jsonb)", "complete_details(text,text,jsonb)",
+    "complete_many(text,text[],jsonb)", "complete_table(text,text,jsonb)", "complete_result(text)",
+    "complete_submit(text,text,text,jsonb,numeric)", "complete_progress(text)", "complete_cancel(text)",
+    "complete_usage()"}';
 
 CREATE EXTENSION IF NOT EXISTS plpython3u;
 
@@ -50,30 +58,46 @@ BEGIN
 END $$;
 
 CREATE SCHEMA IF NOT EXISTS complete_fn AUTHORIZATION complete_fn_owner;
+
+-- What is there already is ours or stays as it is.
+DO $$
+DECLARE
+    target text := current_setting('complete_fn.schema');
+    taken text;
+BEGIN
+    IF target = 'complete_fn' THEN
+        RAISE EXCEPTION USING MESSAGE = 'The schema complete_fn is for the parts that nobody calls.',
+            HINT = 'Give another one: psql -v schema=NAME.';
+    END IF;
+    SELECT format('The schema complete_fn belongs to %I', pg_get_userbyid(nspowner)) INTO taken
+    FROM pg_namespace WHERE nspname = 'complete_fn' AND nspowner <> 'complete_fn_owner'::regrole;
+    IF taken IS NULL THEN
+        SELECT format('The function %s belongs to %I', p.oid::regprocedure, pg_get_userbyid(p.proowner)) INTO taken
+        FROM unnest(current_setting('complete_fn.functions')::text[]) AS f
+        JOIN pg_proc AS p ON p.oid = to_regprocedure(format('%I.%s', target, f))
+        WHERE p.proowner <> 'complete_fn_owner'::regrole;
+    END IF;
+    IF taken IS NOT NULL THEN
+        RAISE EXCEPTION USING MESSAGE = taken || ', so nothing was installed.',
+            HINT = 'Rename or drop it. Functions may also go into another schema: psql -v schema=NAME.';
+    END IF;
+END $$;
 GRANT USAGE ON SCHEMA complete_fn TO complete_fn_user;
 
-CREATE TABLE IF NOT EXISTS complete_fn.service (
-    one boolean PRIMARY KEY DEFAULT true CHECK (one),
-    url text NOT NULL CHECK (url ~ '^https?://[^/]+'),
-    key text NOT NULL
-);
-CREATE TABLE IF NOT EXISTS complete_fn.jobs (job text PRIMARY KEY, owner name NOT NULL, submitted timestamptz NOT NULL);
-INSERT INTO complete_fn.service (url, key) VALUES (:'url', :'key')
-    ON CONFLICT (one) DO UPDATE SET url = excluded.url, key = excluded.key;
-
 -- One request to the service; a batch of rows is asked for until it is done, and stopped if the statement is cancelled.
--- It never raises what the service refuses: `status` is 0 if nobody answers.
+-- It never raises what the service refuses: `status` is 0 if nobody answers. A job is then submitted once more: its
+-- idempotency key makes that the same job.
 CREATE OR REPLACE FUNCTION complete_fn.ask(
     method text, path text, body text, OUT status integer, OUT content text, OUT message text, OUT code text
 ) LANGUAGE plpython3u SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $py$
 import http.client
 import json
 import re
+import select
 import time
 import urllib.parse
 import uuid
 
-PAUSES = {429: [1, 2, 4, 8, 16], 503: [2], 0: [1]}
 service = plpy.execute("SELECT url, key FROM complete_fn.service")[0]
 url = urllib.parse.urlsplit(service["url"])
 prefix = url.path.rstrip("/").removesuffix("/v1")
@@ -82,8 +106,12 @@ headers = {"Content-Type": "application/json"}
 if service["key"]:
     headers["Authorization"] = "Bearer " + service["key"]
 batch = path.startswith("/v1/dialects/")
+pauses, patience = {}, 600  # tables take their time
 if batch:
+    pauses, patience = {429: [1, 2, 4, 8, 16], 503: [2], 0: [1]}, 60
     headers["Complete-Batch-Id"] = str(uuid.uuid4())
+elif (method, path) == ("POST", "/v1/jobs"):
+    pauses = {0: [1]}
 raw = None if body is None else body.encode()
 if path == "/v1/files":
     edge = uuid.uuid4().hex
@@ -105,6 +133,13 @@ def pause(seconds):
 def request(verb):
     try:
         link.request(verb, prefix + path, raw if verb == method else None, headers)
+        ready, until = select.poll(), time.monotonic() + patience
+        ready.register(link.sock, select.POLLIN)
+        while not ready.poll(100):
+            plpy.execute("SELECT 1")  # here too
+            if time.monotonic() > until:
+                raise TimeoutError("no answer in {} seconds".format(patience))
+        link.sock.settimeout(patience)  # TLS may have sent a ticket only: then a cancel waits for the reply
         reply = link.getresponse()
         return reply.status, reply.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as error:
@@ -113,7 +148,6 @@ def request(verb):
 
 
 link = kind(url.hostname, url.port, timeout=60)
-pauses = {status: list(seconds) for status, seconds in PAUSES.items()}
 verb = method
 try:
     while True:
@@ -123,14 +157,14 @@ try:
             verb = "GET"
         elif batch and status == 404 and verb == "GET":
             verb = method
-        elif batch and pauses.get(status):
+        elif pauses.get(status):
             pause(pauses[status].pop(0))
         else:
             break
 except BaseException:
     if batch:
         link.close()
-        link.timeout = 2
+        link.timeout = patience = 2
         request("DELETE")
     raise
 finally:
@@ -145,6 +179,20 @@ try:
 except (ValueError, KeyError, TypeError):
     return status, None, content[:500] if status == 0 else "The service answers {}.".format(status), None
 $py$;
+ALTER FUNCTION complete_fn.ask(text, text, text) OWNER TO complete_fn_owner;
+
+-- From here on without a superuser's rights: an object of somebody else cannot be replaced.
+GRANT CREATE, USAGE ON SCHEMA :"schema" TO complete_fn_owner;
+SET LOCAL ROLE complete_fn_owner;
+
+CREATE TABLE IF NOT EXISTS complete_fn.service (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    url text NOT NULL CHECK (url ~ '^https?://[^/]+'),
+    key text NOT NULL
+);
+CREATE TABLE IF NOT EXISTS complete_fn.jobs (job text PRIMARY KEY, owner name NOT NULL, submitted timestamptz NOT NULL);
+INSERT INTO complete_fn.service (url, key) VALUES (:'url', :'key')
+    ON CONFLICT (one) DO UPDATE SET url = excluded.url, key = excluded.key;
 
 -- The content of the reply, or a clear error.
 CREATE OR REPLACE FUNCTION complete_fn.call(method text, path text, body text DEFAULT NULL) RETURNS text
@@ -167,6 +215,8 @@ BEGIN
             ELSE '22023'
         END,
         HINT = CASE
+            WHEN reply.status = 0 AND method = 'POST' AND path = '/v1/jobs' THEN
+                'The service may have the job: look with `complete-fn jobs list` before you submit it again.'
             WHEN reply.status = 0 THEN 'Start it with `complete-fn serve`, or correct the URL in complete_fn.service.'
             WHEN reply.status IN (401, 403) THEN 'A superuser sets the API key: UPDATE complete_fn.service SET key = ...'
             WHEN reply.code = 'model_not_found' THEN '`complete-fn models` lists the models of the service.'
@@ -213,10 +263,16 @@ DECLARE
     tag text := nullif(current_setting('complete_fn.query_tag', true), '');
     job text;
 BEGIN
-    job := complete_fn.call('POST', '/v1/jobs', json_build_object(
-        'model', model, 'prompt', prompt, 'source', json_build_object('file_id', file),
-        'options', coalesce(options, '{}'), 'max_cost', max_cost::text, 'query_tag', tag)::text)::json ->> 'id';
-    PERFORM complete_fn.call('DELETE', '/v1/files/' || file);  -- the job has its own copy
+    BEGIN
+        job := complete_fn.call('POST', '/v1/jobs', json_build_object(
+            'model', model, 'prompt', prompt, 'source', json_build_object('file_id', file),
+            'options', coalesce(options, '{}'), 'max_cost', max_cost::text, 'query_tag', tag,
+            'idempotency_key', gen_random_uuid())::text)::json ->> 'id';
+    EXCEPTION WHEN OTHERS OR query_canceled THEN
+        PERFORM complete_fn.ask('DELETE', '/v1/files/' || file, NULL);
+        RAISE;
+    END;
+    PERFORM complete_fn.ask('DELETE', '/v1/files/' || file, NULL);  -- the job has its own copy
     INSERT INTO complete_fn.jobs VALUES (job, session_user, now());
     RETURN job;
 END $$;
@@ -233,11 +289,9 @@ BEGIN
     RETURN '/v1/jobs/' || job;
 END $$;
 
-SET LOCAL search_path = :"schema", pg_catalog, pg_temp;
-
 -- The answer to one prompt; NULL if the prompt is NULL or its row failed. Its cost makes the planner test cheap
 -- conditions first; it is volatile, so that nothing is completed while a statement is planned.
-CREATE OR REPLACE FUNCTION complete(model text, prompt text, options jsonb DEFAULT NULL) RETURNS text
+CREATE OR REPLACE FUNCTION :"schema".complete(model text, prompt text, options jsonb DEFAULT NULL) RETURNS text
 LANGUAGE plpgsql VOLATILE COST 10000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF model IS NULL OR prompt IS NULL THEN
@@ -247,7 +301,7 @@ BEGIN
 END $$;
 
 -- {value, error: {code, message}, finish_reason, usage, cost, source} of one prompt.
-CREATE OR REPLACE FUNCTION complete_details(model text, prompt text, options jsonb DEFAULT NULL) RETURNS jsonb
+CREATE OR REPLACE FUNCTION :"schema".complete_details(model text, prompt text, options jsonb DEFAULT NULL) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE COST 10000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF model IS NULL OR prompt IS NULL THEN
@@ -257,8 +311,8 @@ BEGIN
 END $$;
 
 -- [n] answers for n prompts, as one request.
-CREATE OR REPLACE FUNCTION complete_many(model text, prompts text[], options jsonb DEFAULT NULL) RETURNS text[]
-LANGUAGE sql VOLATILE COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+CREATE OR REPLACE FUNCTION :"schema".complete_many(model text, prompts text[], options jsonb DEFAULT NULL)
+RETURNS text[] LANGUAGE sql VOLATILE COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN prompts IS NOT NULL AND model IS NOT NULL THEN coalesce(
         (SELECT array_agg(a.value #>> '{}' ORDER BY a.n)
          FROM complete_fn.answers('complete', model, prompts, options) WITH ORDINALITY AS a (value, n)),
@@ -266,8 +320,9 @@ LANGUAGE sql VOLATILE COST 100000 SECURITY DEFINER SET search_path = pg_catalog,
 $$;
 
 -- Every row of a query that has a column `prompt`, with its answer: the engine gets 20,000 rows at a time. `row` has
--- the query's other columns; `error` is {code, message} where there is no answer.
-CREATE OR REPLACE FUNCTION complete_table(query text, model text, options jsonb DEFAULT NULL)
+-- the query's other columns; `error` is {code, message} where there is no answer. Names are looked up on the caller's
+-- path here and in complete_submit, so they are qualified and literals typed: no better match elsewhere is taken.
+CREATE OR REPLACE FUNCTION :"schema".complete_table(query text, model text, options jsonb DEFAULT NULL)
 RETURNS TABLE ("row" jsonb, completion text, error jsonb)
 LANGUAGE plpgsql VOLATILE AS $$
 #variable_conflict use_column
@@ -279,7 +334,9 @@ DECLARE
 BEGIN
     BEGIN
         OPEN source FOR EXECUTE
-            format('SELECT to_jsonb(q) - ''prompt'' AS kept, q.prompt::text AS prompt FROM (%s) AS q', rtrim(query, E'; \n\t'));
+            pg_catalog.format(
+                'SELECT pg_catalog.to_jsonb(q) - ''prompt''::text AS kept, q.prompt::text AS prompt FROM (%s) AS q',
+                pg_catalog.rtrim(query, E'; \n\t'));
     EXCEPTION WHEN undefined_column THEN
         RAISE EXCEPTION USING MESSAGE = SQLERRM, ERRCODE = '42703',
             HINT = 'The query needs a column named prompt: SELECT id, ''Summarise: '' || body AS prompt FROM docs';
@@ -290,13 +347,14 @@ BEGIN
         FOR i IN 1..20000 LOOP
             FETCH source INTO one;
             EXIT WHEN NOT FOUND;
-            kept := array_append(kept, one.kept);
-            prompts := array_append(prompts, one.prompt);
+            kept := pg_catalog.array_append(kept, one.kept);
+            prompts := pg_catalog.array_append(prompts, one.prompt);
         END LOOP;
-        EXIT WHEN cardinality(kept) = 0;
+        EXIT WHEN pg_catalog.cardinality(kept) = 0;
         RETURN QUERY
-            SELECT k.kept, CASE WHEN a.value -> 'error' = 'null' THEN a.value ->> 'value' END, nullif(a.value -> 'error', 'null')
-            FROM unnest(kept) WITH ORDINALITY AS k (kept, n)
+            SELECT k.kept, CASE WHEN a.value -> 'error'::text = 'null'::jsonb THEN a.value ->> 'value'::text END,
+                nullif(a.value -> 'error'::text, 'null'::jsonb)
+            FROM pg_catalog.unnest(kept) WITH ORDINALITY AS k (kept, n)
             JOIN complete_fn.details(model, prompts, options) WITH ORDINALITY AS a (value, n) USING (n)
             ORDER BY n;
     END LOOP;
@@ -305,13 +363,15 @@ END $$;
 
 -- A job over every row of a query, which goes on after the session has ended; its name. `prompt` is a template over the
 -- query's columns. The job runs whatever becomes of this transaction, but only a committed one remembers its name.
-CREATE OR REPLACE FUNCTION complete_submit(
+CREATE OR REPLACE FUNCTION :"schema".complete_submit(
     query text, model text, prompt text, options jsonb DEFAULT NULL, max_cost numeric DEFAULT NULL
 ) RETURNS text LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     lines text;
 BEGIN
-    EXECUTE format('SELECT string_agg(row_to_json(q)::text, E''\n'') FROM (%s) AS q', rtrim(query, E'; \n\t')) INTO lines;
+    EXECUTE pg_catalog.format(
+        'SELECT pg_catalog.string_agg(pg_catalog.row_to_json(q)::text, E''\n''::text) FROM (%s) AS q',
+        pg_catalog.rtrim(query, E'; \n\t')) INTO lines;
     IF lines IS NULL THEN
         RAISE EXCEPTION USING MESSAGE = 'The query has no rows, so there is nothing to submit.', ERRCODE = '02000';
     END IF;
@@ -319,7 +379,8 @@ BEGIN
 END $$;
 
 -- The rows of a job that are done so far: their columns, the answer, and everything about it.
-CREATE OR REPLACE FUNCTION complete_result(job text) RETURNS TABLE ("row" jsonb, completion text, details jsonb)
+CREATE OR REPLACE FUNCTION :"schema".complete_result(job text)
+RETURNS TABLE ("row" jsonb, completion text, details jsonb)
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT l.line - 'completion' - 'completion_details', l.line ->> 'completion', l.line -> 'completion_details'
     FROM (SELECT s::jsonb AS line FROM string_to_table(
@@ -327,7 +388,7 @@ LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 
     ) AS s WHERE s <> '') AS l;
 $$;
 
-CREATE OR REPLACE FUNCTION complete_progress(
+CREATE OR REPLACE FUNCTION :"schema".complete_progress(
     job text, OUT status text, OUT rows bigint, OUT done bigint, OUT failed bigint, OUT cost numeric, OUT currency text,
     OUT eta_seconds numeric, OUT error text
 ) LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -337,13 +398,13 @@ CREATE OR REPLACE FUNCTION complete_progress(
 $$;
 
 -- Stop a job; what is done of it stays. Its status.
-CREATE OR REPLACE FUNCTION complete_cancel(job text) RETURNS text
+CREATE OR REPLACE FUNCTION :"schema".complete_cancel(job text) RETURNS text
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT complete_fn.call('POST', complete_fn.path_of(job) || '/cancel')::json ->> 'status';
 $$;
 
 -- What the service's tenant has used, with the names of Snowflake's usage views; for the owner of the database to grant.
-CREATE OR REPLACE FUNCTION complete_usage() RETURNS TABLE (
+CREATE OR REPLACE FUNCTION :"schema".complete_usage() RETURNS TABLE (
     usage_time date, model_name text, query_tag text, user_name text, tokens bigint, tokens_granular jsonb,
     token_credits numeric, currency text
 ) LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -354,26 +415,23 @@ CREATE OR REPLACE FUNCTION complete_usage() RETURNS TABLE (
     FROM json_array_elements(complete_fn.call('GET', '/v1/usage?by=day,model,query_tag,user')::json -> 'data') AS u;
 $$;
 
--- All of it belongs to complete_fn_owner; users may call what is for them, PUBLIC nothing.
+-- Users may call what is for them, PUBLIC nothing.
 DO $$
 DECLARE
-    one record;
-    mine text[] := ARRAY['complete', 'complete_details', 'complete_many', 'complete_table', 'complete_submit',
-        'complete_result', 'complete_progress', 'complete_cancel', 'complete_usage'];
+    signature text;
 BEGIN
-    FOR one IN
-        SELECT p.oid::regprocedure AS signature, p.proname, n.nspname
-        FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
-        WHERE n.nspname = 'complete_fn' OR (n.nspname = current_schema() AND p.proname = ANY (mine))
-    LOOP
-        EXECUTE format('ALTER FUNCTION %s OWNER TO complete_fn_owner', one.signature);
-        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', one.signature);
-        IF one.proname IN ('details', 'submit') OR (one.nspname <> 'complete_fn' AND one.proname <> 'complete_usage') THEN
-            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO complete_fn_user', one.signature);
+    FOREACH signature IN ARRAY current_setting('complete_fn.functions')::text[] LOOP
+        signature := format('%I.%s', current_setting('complete_fn.schema'), signature)::regprocedure;
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', signature);
+        IF signature NOT LIKE '%.complete_usage()' THEN
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO complete_fn_user', signature);
         END IF;
     END LOOP;
-    ALTER TABLE complete_fn.service OWNER TO complete_fn_owner;
-    ALTER TABLE complete_fn.jobs OWNER TO complete_fn_owner;
-    REVOKE ALL ON complete_fn.service, complete_fn.jobs FROM PUBLIC;
 END $$;
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA complete_fn FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION complete_fn.details(text, text[], jsonb), complete_fn.submit(text, text, text, jsonb, numeric)
+    TO complete_fn_user;
+REVOKE ALL ON complete_fn.service, complete_fn.jobs FROM PUBLIC;
+SET LOCAL ROLE NONE;
+REVOKE CREATE, USAGE ON SCHEMA :"schema" FROM complete_fn_owner;
 COMMIT;

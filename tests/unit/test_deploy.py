@@ -53,3 +53,38 @@ def test_the_cuda_image_has_the_vllm_that_we_build_on() -> None:
         r"^FROM vllm/vllm-openai:v(\S+)$", (ROOT / "deploy/worker-cuda.Dockerfile").read_text(), re.M
     )
     assert PROJECT["optional-dependencies"]["worker"] == [f"vllm=={version}"]
+
+
+def sent(name: str) -> bool:
+    """Whether a file is in the context of a build: the last pattern counts that takes it or a folder it is in."""
+    found = True
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+        if line and not line.startswith("#") and re.fullmatch(f"{pattern}(/.*)?", name):
+            found = line.startswith("!")
+    return found
+
+
+def test_an_image_gets_what_the_wheel_is_built_from_and_nothing_else() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = tuple(f"{name}/" for name in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    alone = {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]}
+    assert {name for name in tracked if sent(name)} == {n for n in tracked if n.startswith(packages) or n in alone}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".cache/service/postgres/password",
+        ".cache/service/home/internal.secret",
+        ".git/config",
+        ".venv/bin/python",
+        ".model/model.safetensors",
+        ".env",
+        "deploy/.env",
+        "complete_fn/server/__pycache__/app.cpython-311.pyc",
+    ],
+)
+def test_no_image_gets_state_or_secrets(name: str) -> None:
+    assert not sent(name)

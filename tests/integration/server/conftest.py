@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from typing import Any
 
 import httpx
 import openai
+import psycopg
 import pytest
 import uvicorn
 
@@ -20,7 +23,9 @@ from complete_fn import EchoEngine
 from complete_fn.rounds import Rounds
 from complete_fn.server.app import make_app
 from complete_fn.service import Service
+from deploy.servers import binary
 
+SQL = Path(__file__).parents[3] / "sql" / "complete_fn_sql"
 MODELS = """
 [models.echo]
 checkpoint = 'echo'
@@ -103,3 +108,29 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("shared")
     with at_service(Service(folder / "home", write_models(folder), EchoEngine(64))) as found:
         yield found
+
+
+def psql(url: str, script: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [binary("psql"), "-X", "-q", "-d", url, "-f", str(SQL / script), *more]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture
+def installed(postgres_url: str) -> Iterator[Callable[[Running, str], psycopg.Connection[Any]]]:
+    """Call it with a service and its key for a superuser's connection to a database that has the functions."""
+    opened: list[psycopg.Connection[Any]] = []
+
+    def install(running: Running, key: str = "") -> psycopg.Connection[Any]:
+        done = psql(postgres_url, "postgres_install.sql", COMPLETE_FN_URL=running.url, COMPLETE_FN_KEY=key)
+        assert (done.returncode, done.stderr) == (0, "")
+        # The superuser's name is complete_fn, so a new table would go into the schema of that name.
+        opened.append(psycopg.connect(postgres_url, autocommit=True, options="-c search_path=public"))
+        return opened[-1]
+
+    yield install
+    for connection in opened:
+        connection.close()
+    assert psql(postgres_url, "postgres_uninstall.sql").returncode == 0
+
+
+Install = Callable[..., psycopg.Connection[Any]]

@@ -21,12 +21,11 @@ from complete_fn.service import Service
 from complete_fn_connectors.duckdb import register
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.polars import complete
-from tests.integration.server.conftest import Running, at_service
-from tests.integration.server.test_postgres_functions import installed, one
+from tests.integration.server.conftest import Install, Running, at_service
+from tests.integration.server.test_postgres_functions import one
 from tests.integration.server.test_server_batches import lines_of, request, start, wait
 from tests.integration.server.test_server_dialects import BATCH, Counting, billed, post, values
 
-__all__ = ["installed"]  # the fixture
 SAMPLE = Path(__file__).parents[3] / "sql" / "examples" / "packages.parquet"
 REAL = """
 [models.demo]
@@ -35,7 +34,6 @@ max_model_len = 4096
 prices = {{ input = 1, cached_input = 0.5, output = 2 }}
 engine_args = {{ dtype = 'float32' }}
 """
-Installed = Callable[..., psycopg.Connection[Any]]
 
 
 class Callers:
@@ -101,7 +99,7 @@ class Callers:
 
 
 def all_pay_once(
-    callers: Callers, installed: Installed, monkeypatch: pytest.MonkeyPatch, computed: Callable[[], int]
+    callers: Callers, installed: Install, monkeypatch: pytest.MonkeyPatch, computed: Callable[[], int]
 ) -> list[Any]:
     """Two tenants: the first's answers come to all its callers for one payment, the second pays as much."""
     running = callers.running
@@ -131,7 +129,7 @@ def all_pay_once(
 
 def test_all_callers_get_the_same_answers_and_pay_once(
     serve: Callable[..., Running],
-    installed: Installed,
+    installed: Install,
     models_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -147,7 +145,7 @@ def test_all_callers_get_the_same_answers_and_pay_once(
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_so_it_is_with_a_thousand_rows_and_a_real_model(
-    needs_vllm: None, installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    needs_vllm: None, installed: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models_file = tmp_path / "models.toml"
     models_file.write_text(REAL.format(folder=find_model("demo-llama-swiftkv").local_folder))

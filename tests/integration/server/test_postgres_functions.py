@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -17,38 +14,12 @@ import sqlalchemy as sa
 
 from complete_fn import EchoEngine
 from complete_fn.tables import attempts
-from deploy.servers import Postgres, binary
+from deploy.servers import Postgres
 
-from .conftest import Running
+from .conftest import Install, Running, psql
 from .test_server_dialects import Counting
 
-SQL = Path(__file__).parents[3] / "sql" / "complete_fn_sql"
 FINE, BAD = "SELECT complete('echo', 'hello world')", "SELECT complete('nope', 'x')"
-
-
-def psql(url: str, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [binary("psql"), "-X", "-q", "-d", url, "-f", str(SQL / script)]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-
-
-@pytest.fixture
-def installed(postgres_url: str) -> Iterator[Callable[[Running, str], psycopg.Connection[Any]]]:
-    """Call it with a service and its key for a superuser's connection to a database that has the functions."""
-    opened: list[psycopg.Connection[Any]] = []
-
-    def install(running: Running, key: str = "") -> psycopg.Connection[Any]:
-        done = psql(postgres_url, "postgres_install.sql", COMPLETE_FN_URL=running.url, COMPLETE_FN_KEY=key)
-        assert (done.returncode, done.stderr) == (0, "")
-        opened.append(psycopg.connect(postgres_url, autocommit=True))
-        return opened[-1]
-
-    yield install
-    for connection in opened:
-        connection.close()
-    assert psql(postgres_url, "postgres_uninstall.sql").returncode == 0
-
-
-Install = Callable[..., psycopg.Connection[Any]]
 
 
 def one(connection: psycopg.Connection[Any], query: str, *values: Any) -> Any:
@@ -274,3 +245,124 @@ def test_installing_again_changes_the_address_and_uninstalling_leaves_nothing(
     missing = psql(postgres_url, "postgres_install.sql")
     assert missing.returncode == 3
     assert "COMPLETE_FN_URL is not set" in missing.stderr
+
+
+@pytest.fixture
+def mallory(postgres_url: str) -> Iterator[psycopg.Connection[Any]]:
+    """A role that may log in and create in public, as everybody might before PostgreSQL 15, and no more."""
+    with psycopg.connect(postgres_url, autocommit=True) as con:
+        con.execute("CREATE ROLE mallory LOGIN PASSWORD 'x'")
+        con.execute("GRANT CREATE ON SCHEMA public TO PUBLIC")
+        with psycopg.connect(f"postgresql://mallory:x@{postgres_url.split('@')[1]}", autocommit=True) as opened:
+            yield opened
+        con.execute("DROP OWNED BY mallory CASCADE")
+        con.execute("DROP ROLE mallory")
+
+
+TAKE = """CREATE FUNCTION public.take() RETURNS void LANGUAGE plpgsql AS $$ BEGIN
+    IF (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user) THEN
+        ALTER ROLE mallory SUPERUSER;
+    END IF;
+END $$"""
+TRAPS = {
+    "format(a text, b regprocedure) RETURNS text": "pg_catalog.format(a, b)",
+    "format(a text, b text) RETURNS text": "pg_catalog.format(a, b)",
+    "array_append(a jsonb[], b jsonb) RETURNS jsonb[]": "pg_catalog.array_append(a, b)",
+    "to_jsonb(a record) RETURNS jsonb": "pg_catalog.to_jsonb(a)",
+    "minus(a jsonb, b jsonb) RETURNS jsonb": "a - (b #>> '{}')",
+    "arrow(a jsonb, b jsonb) RETURNS jsonb": "a -> (b #>> '{}')",
+}
+
+
+def test_whoever_may_create_in_the_schema_gets_nothing(
+    shared: Running, installed: Install, mallory: psycopg.Connection[Any], postgres_url: str
+) -> None:
+    mallory.execute(TAKE)
+    for head, result in TRAPS.items():
+        body = f"BEGIN PERFORM public.take(); RETURN {result}; END"
+        mallory.execute(f"CREATE FUNCTION public.{head} LANGUAGE plpgsql AS $${body}$$".encode())
+    for operator, function in (("-", "minus"), ("->", "arrow")):
+        mallory.execute(
+            f"CREATE OPERATOR public.{operator} (LEFTARG = jsonb, RIGHTARG = jsonb, FUNCTION = {function})".encode()
+        )
+    con = installed(shared, "cfn-secret")
+    con.execute("UPDATE complete_fn.service SET key = ''")
+    found = con.execute("SELECT * FROM complete_table('SELECT 1 AS id, ''row'' AS prompt', 'echo')").fetchall()
+    assert found == [({"id": 1}, "row", None)]
+    job = one(con, "SELECT complete_submit('SELECT 1 AS id', 'echo', 'row {id}')")
+    assert finished(con, job)[0] == "completed"
+    assert not one(con, "SELECT rolsuper FROM pg_roles WHERE rolname = 'mallory'")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        mallory.execute(FINE)
+    assert psql(postgres_url, "postgres_uninstall.sql").returncode == 0
+
+
+def test_functions_of_others_are_left_as_they_are(
+    shared: Running, installed: Install, mallory: psycopg.Connection[Any], postgres_url: str
+) -> None:
+    mallory.execute(
+        "CREATE FUNCTION public.complete(number int) RETURNS text LANGUAGE sql AS 'SELECT ''order '' || $1'"
+    )
+    mallory.execute(
+        "CREATE FUNCTION public.complete_cancel(x int) RETURNS text LANGUAGE plpgsql SECURITY DEFINER"
+        " AS $$ BEGIN RETURN (SELECT key FROM complete_fn.service); END $$"
+    )
+    con = installed(shared, "cfn-secret")
+    con.execute("GRANT complete_fn_user TO mallory")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        mallory.execute("SELECT complete_cancel(1)")
+    assert psql(postgres_url, "postgres_uninstall.sql").returncode == 0
+    assert one(mallory, "SELECT complete(7)") == "order 7"
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        "CREATE FUNCTION public.complete(a text, b text, c jsonb) RETURNS text LANGUAGE sql AS 'SELECT $1'",
+        "CREATE SCHEMA complete_fn",
+    ],
+)
+def test_names_that_are_taken_are_refused(mallory: psycopg.Connection[Any], postgres_url: str, taken: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as con:
+        con.execute(f"GRANT CREATE ON DATABASE {con.info.dbname} TO mallory".encode())
+    mallory.execute(taken.encode())
+    done = psql(
+        postgres_url, "postgres_install.sql", COMPLETE_FN_URL="http://127.0.0.1:1", COMPLETE_FN_KEY="cfn-secret"
+    )
+    assert done.returncode == 3
+    assert re.search(
+        r"public.complete\(text,text,jsonb\) belongs to mallory|schema complete_fn belongs to mallory", done.stderr
+    )
+    assert "HINT:  Rename or drop it." in done.stderr
+    assert "cfn-secret" not in done.stderr
+
+
+def test_uninstalling_never_drops_answers(shared: Running, installed: Install, postgres_url: str) -> None:
+    con = installed(shared)
+    con.execute("CREATE MATERIALIZED VIEW paid AS SELECT complete('echo', 'an answer') AS answer")
+    con.execute("CREATE VIEW report AS SELECT * FROM paid")
+    done = psql(postgres_url, "postgres_uninstall.sql")
+    assert done.returncode == 3
+    assert "materialized view public.paid depends on function public.complete(text,text,jsonb)" in done.stderr
+    assert "CREATE TABLE ... AS" in done.stderr
+    assert one(con, "SELECT answer FROM report") == "an answer"
+    assert one(con, FINE) == "hello world"
+    con.execute("DROP MATERIALIZED VIEW paid CASCADE")
+    con.execute("CREATE TABLE complete_fn.docs AS SELECT 1 AS id")
+    done = psql(postgres_url, "postgres_uninstall.sql")
+    assert done.returncode == 3
+    assert "table complete_fn.docs depends on schema complete_fn" in done.stderr
+    con.execute("DROP TABLE complete_fn.docs")
+
+
+def test_another_schema(shared: Running, installed: Install, postgres_url: str) -> None:
+    con = installed(shared)
+    con.execute('CREATE SCHEMA "my Own"')
+    again = ["-v", "schema=my Own"]
+    assert psql(postgres_url, "postgres_install.sql", *again, COMPLETE_FN_URL=shared.url).returncode == 0
+    assert one(con, """SELECT "my Own".complete('echo', 'x')""") == "x"
+    refused = psql(postgres_url, "postgres_install.sql", "-v", "schema=complete_fn", COMPLETE_FN_URL=shared.url)
+    assert refused.returncode == 3
+    assert "Give another one" in refused.stderr
+    assert psql(postgres_url, "postgres_uninstall.sql").returncode == 0
+    assert one(con, "SELECT count(*) FROM pg_proc WHERE starts_with(proname, 'complete')") == 0
