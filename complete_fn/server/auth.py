@@ -62,7 +62,10 @@ class Door:
 def refuse_strange_pages(request: Request) -> None:
     """A web page may reach a loopback service through its visitor's browser: by its own name, or under its origin."""
     origin = request.headers.get("origin")
-    named = [request.url.hostname, *([urlsplit(origin).hostname] if origin else [])]
+    try:
+        named = [request.url.hostname, *([urlsplit(origin).hostname] if origin else [])]
+    except ValueError:  # a name that no URL can have
+        named = [origin]
     if strange := [n for n in named if not is_loopback(n or "")]:
         raise ScopeError(f"Without API keys this service answers to localhost only, not to {strange[0]!r}.")
 
