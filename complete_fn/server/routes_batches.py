@@ -6,7 +6,7 @@ import json
 import time
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import ConfigDict, Field
 
 from complete_fn.errors import InputError
@@ -16,6 +16,7 @@ from complete_fn.retention import delete_job
 from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.server.batch_lines import answer_lines, groups, read_lines
 from complete_fn.server.bodies import Body
+from complete_fn.server.refusals import told
 from complete_fn.server.routes_files import Limit, page
 from complete_fn.service import Service
 from complete_fn.submit import drafted, new_job
@@ -66,10 +67,22 @@ def create_batch(body: BatchBody, service: ServiceOf, caller: Caller) -> dict[st
 
 
 @router.get("/v1/batches", summary="The tenant's batches, newest first")
-def list_batches(service: ServiceOf, caller: Caller, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+def list_batches(
+    request: Request, service: ServiceOf, caller: Caller, limit: Limit = 20, after: str | None = None
+) -> dict[str, Any]:
+    """A batch whose files cannot be read says so in `errors`."""
     caller.require("jobs")
     found = service.jobs.newest(caller.tenant, "batch", limit + 1, after)
-    return page([batch_body(service, job) for job in found], limit)
+    return page([listed(request, service, job) for job in found], limit)
+
+
+def listed(request: Request, service: Service, job: Job) -> dict[str, Any]:
+    """The batch; one whose files cannot be read fails by itself, not the page."""
+    try:
+        return batch_body(service, job)
+    except Exception as error:
+        _, message, code = told(request, error)
+        return batch_body(service, job, (code, message))
 
 
 @router.get("/v1/batches/{batch_id}", summary="How far a batch is")
@@ -95,19 +108,21 @@ def delete_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str,
     return {"id": job.id, "object": "batch", "deleted": True}
 
 
-def batch_body(service: Service, job: Job) -> dict[str, Any]:
+def batch_body(service: Service, job: Job, unreadable: tuple[str, str] | None = None) -> dict[str, Any]:
+    """The batch with the files of its answers; `unreadable`: without them, and why (code, message)."""
     asked = json.loads(job.request)
     counts = service.jobs.counts(job)
-    outputs = outputs_of(service, job) if job.over else {"output": None, "errors": None}
+    outputs = outputs_of(service, job) if job.over and unreadable is None else {"output": None, "errors": None}
     status = STATUS.get(job.status, job.status)
     if job.status == "stopping" and job.ends_as == "cancelled":
         status = "cancelling"
-    errors = {"object": "list", "data": [{"code": "batch_failed", "message": job.error, "line": None, "param": None}]}
+    code, message = unreadable or ("batch_failed", job.error)
+    errors = {"object": "list", "data": [{"code": code, "message": message, "line": None, "param": None}]}
     return {
         "id": job.id,
         "object": "batch",
         "endpoint": asked["endpoint"],
-        "errors": errors if job.error else None,
+        "errors": errors if message else None,
         "input_file_id": asked["input_file_id"],
         "completion_window": asked["completion_window"],
         "status": status,
