@@ -12,12 +12,14 @@ from pydantic import ConfigDict, Field
 from complete_fn.errors import InputError
 from complete_fn.job_results import details_of, windows_of
 from complete_fn.jobs import Job
+from complete_fn.key_store import Principal
 from complete_fn.retention import delete_job
 from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.server.batch_lines import answer_lines, groups, read_lines
 from complete_fn.server.bodies import Body
 from complete_fn.server.refusals import told
 from complete_fn.server.routes_files import Limit, page
+from complete_fn.server.table_slots import Tables
 from complete_fn.service import Service
 from complete_fn.submit import drafted, new_job
 
@@ -48,22 +50,27 @@ class BatchBody(Body):
 
 
 @router.post("/v1/batches", summary="Run an uploaded file of requests")
-def create_batch(body: BatchBody, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+async def create_batch(body: BatchBody, service: ServiceOf, caller: Caller, tables: Tables) -> dict[str, Any]:
     """A line that cannot be run, or a custom_id used twice, is refused here, before anything is paid for."""
     caller.require("jobs")
+    return await tables.run(caller.tenant, lambda: batch_body(service, submit_batch(service, caller, body)))
+
+
+def submit_batch(service: Service, caller: Principal, body: BatchBody) -> Job:
+    """Raises:
+    RequestError: the file or one of its lines cannot be run; nothing was kept.
+    """
     upload = service.uploads.get(caller.tenant, body.input_file_id)
     if upload.purpose != "batch":
         raise InputError(f"File {upload.id} has purpose {upload.purpose!r}; upload it with purpose 'batch'.")
     content = service.uploads.content(upload)
-    with service.tables_at_once:
-        lines = read_lines(service, content, body.endpoint)
-        job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
-        with drafted(service, job) as draft:
-            with service.storage.writing(service.job_key(job.id, REQUESTS)) as sink:
-                sink.write(content)
-            draft.add_window(len(lines), groups(lines))
-            job = draft.keep()
-    return batch_body(service, job)
+    lines = read_lines(service, content, body.endpoint)
+    job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
+    with drafted(service, job) as draft:
+        with service.storage.writing(service.job_key(job.id, REQUESTS)) as sink:
+            sink.write(content)
+        draft.add_window(len(lines), groups(lines))
+        return draft.keep()
 
 
 @router.get("/v1/batches", summary="The tenant's batches, newest first")
