@@ -15,6 +15,8 @@ from complete_fn.types import Usage
 if TYPE_CHECKING:
     from complete_fn.store import Attempt
 
+LARGEST_CAP = Decimal(9_000_000_000)  # in billionths it fits the store's 64 bits
+
 
 class Budget:
     """`limit` of one currency, shared by any number of threads; spent + reserved never exceeds it.
@@ -155,12 +157,12 @@ def parse_cap(value: object) -> Decimal:
     """`max_cost` as a Decimal.
 
     Raises:
-        InvalidOptionError: not a number, not finite, or below zero.
+        InvalidOptionError: not a number, not finite, below zero or above `LARGEST_CAP`.
     """
     try:
         cap = Decimal(str(value))
     except InvalidOperation as error:
         raise InvalidOptionError(f"max_cost = {value!r} is not a number.") from error
-    if not cap.is_finite() or cap < 0 or isinstance(value, bool):
-        raise InvalidOptionError(f"max_cost = {value!r} must be a number, at least 0.")
+    if not cap.is_finite() or not 0 <= cap <= LARGEST_CAP or isinstance(value, bool):
+        raise InvalidOptionError(f"max_cost = {value!r} must be a number, at least 0 and at most {LARGEST_CAP:,}.")
     return cap

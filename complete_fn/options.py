@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -151,11 +152,11 @@ def canonical_schema(given: Any) -> str:
         schema = wrapped.get("schema") if isinstance(wrapped, Mapping) else None
     elif isinstance(schema, Mapping) and schema.get("type") == "json":
         schema = schema.get("schema")
+    if deeper(schema, SCHEMA_DEPTH):
+        raise InvalidOptionError(f"response_format is nested deeper than {SCHEMA_DEPTH} levels.")
     schema = without_nulls(schema)
     if not isinstance(schema, Mapping) or not schema:
-        raise InvalidOptionError(f"response_format = {given!r} is not a JSON schema (an object).")
-    if depth(schema) > SCHEMA_DEPTH:
-        raise InvalidOptionError(f"response_format is nested deeper than {SCHEMA_DEPTH} levels.")
+        raise InvalidOptionError(f"response_format = {reprlib.repr(given)} is not a JSON schema (an object).")
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as error:
@@ -209,6 +210,15 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def depth(value: Any) -> int:
-    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return 1 + max((depth(c) for c in children), default=0)
+def deeper(value: Any, levels: int) -> bool:
+    """Whether it has more levels, fields that are NULL left out. Takes no stack."""
+    level = [value]
+    for _ in range(levels):
+        level = [child for v in level for child in children(v)]
+    return bool(level)
+
+
+def children(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return (v for v in value.values() if v is not None)
+    return value if isinstance(value, list) else ()

@@ -36,8 +36,6 @@ from complete_fn.types import Asker
 from complete_fn.uploads import Uploads
 from complete_fn.worker_store import ModelState, WorkerStore
 
-TABLES_AT_ONCE = 2
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -88,7 +86,6 @@ class Service:
         self.queue: JobQueue = queue or InlineQueue()
         self.lock = threading.Lock()
         self.outputs_lock = threading.Lock()
-        self.tables_at_once = threading.BoundedSemaphore(TABLES_AT_ONCE)  # a window of rows each is in memory meanwhile
         self.paces: dict[str, Pace] = {}
         self.room = EngineRoom(self.settings.engines or usual_engines(), self.unload, self.start_seconds)
         self.learnt: dict[str, Measured] = {}

@@ -29,6 +29,7 @@ from complete_fn.server.metrics import Measured, Metrics
 from complete_fn.server.proxy import Proxy
 from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.refusals import Bounds, add_refusals
+from complete_fn.server.table_slots import TableSlots
 from complete_fn.service import Service
 from complete_fn.worker_loop import AT_ONCE, WorkerLoop
 
@@ -60,6 +61,7 @@ def make_app(service: Service, loopback: bool = True, workers: int = AT_ONCE, ro
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.lanes = anyio.CapacityLimiter(live.AT_ONCE)
+        app.state.tables = TableSlots()
         app.state.loop = rounds or WorkerLoop(service, workers)
         app.state.loop.start()
         app.state.call_outs = CallOuts(service)

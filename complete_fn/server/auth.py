@@ -6,6 +6,7 @@ import ipaddress
 from typing import Annotated
 from urllib.parse import urlsplit
 
+import anyio
 from anyio import to_thread
 from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,13 +17,16 @@ from complete_fn.server.refusals import of_complete_error
 from complete_fn.service import Service
 from complete_fn.types import Asker
 
+AT_ONCE = 16  # keys that are looked up, whatever the threads of the routes do
 
-def service_of(request: Request) -> Service:
+
+# A plain function would take one of the threads that slow routes may all hold.
+async def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-def principal(request: Request) -> Principal:
+async def principal(request: Request) -> Principal:
     found: Principal = request.state.principal
     return found
 
@@ -34,12 +38,13 @@ class Door:
         self.app = app
         self.service = service
         self.loopback = loopback
+        self.limiter = anyio.CapacityLimiter(AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(("/v1/", "/metrics")):
             request = Request(scope)
             try:
-                request.state.principal = await to_thread.run_sync(self.identify, request)
+                request.state.principal = await to_thread.run_sync(self.identify, request, limiter=self.limiter)
             except CompleteError as error:
                 await (await of_complete_error(request, error))(scope, receive, send)
                 return
@@ -62,7 +67,10 @@ class Door:
 def refuse_strange_pages(request: Request) -> None:
     """A web page may reach a loopback service through its visitor's browser: by its own name, or under its origin."""
     origin = request.headers.get("origin")
-    named = [request.url.hostname, *([urlsplit(origin).hostname] if origin else [])]
+    try:
+        named = [request.url.hostname, *([urlsplit(origin).hostname] if origin else [])]
+    except ValueError:  # a name that no URL can have
+        named = [origin]
     if strange := [n for n in named if not is_loopback(n or "")]:
         raise ScopeError(f"Without API keys this service answers to localhost only, not to {strange[0]!r}.")
 

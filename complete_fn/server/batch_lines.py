@@ -71,6 +71,8 @@ def read_line(service: Service, raw: bytes, endpoint: str) -> Line:
     name = found.get("custom_id")
     if not isinstance(name, str) or not 0 < len(name) <= 512:
         raise ValueError("custom_id must be a text of 1 to 512 characters.")
+    if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+        raise ValueError(f"custom_id {name!r} has half of a character (a lone surrogate).")
     if found.get("method") != "POST" or found.get("url") != endpoint:
         raise ValueError(f"method and url must be 'POST' and the batch's endpoint, {endpoint!r}.")
     body = found.get("body")
@@ -137,4 +139,4 @@ def answer_lines(job: Job, source: bytes, details: Sequence[Detail | None]) -> I
             body = chat_body(model, row) if asked["url"] == CHAT else completion_body(model, [row])
             line["response"] = {"status_code": 200, "request_id": name, "body": body}
         good = line["error"] is None and why is None
-        yield good, json_line(line).encode() + b"\n"
+        yield good, json_line(line).encode("utf-8", "backslashreplace") + b"\n"  # of half a character, JSON's escape

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from complete_fn.json_line import json_line
+from complete_fn.server.refusals import error_body
 
 Detail = dict[str, Any]  # one row of `Answers.details`
 
@@ -23,6 +24,7 @@ STATUS = {
     "timeout": (504, "timeout"),
     "cancelled": (409, "cancelled"),
 }
+OPEN: Detail = {"finish_reason": None}
 
 
 def refused(row: Detail) -> tuple[int, str, str] | None:
@@ -32,6 +34,20 @@ def refused(row: Detail) -> tuple[int, str, str] | None:
         return None
     status, code = STATUS.get(error["code"], (400, error["code"]))
     return status, error["message"], code
+
+
+def all_refused(rows: Sequence[Detail]) -> tuple[int, str, str] | None:
+    """The first row's reason where no row has an answer. Else there is a reply: its answers are paid for."""
+    whys = [refused(row) for row in rows]
+    return whys[0] if all(whys) else None
+
+
+def ending(row: Detail) -> Detail:
+    """How a row's choice ends; one without an answer has its own `error`, which OpenAI's have not."""
+    why = refused(row)
+    if why is None:
+        return {"finish_reason": row["finish_reason"]}
+    return {"finish_reason": why[2] if why[2] == "content_filter" else "error", **error_body(*why)}
 
 
 def usage_body(rows: Sequence[Detail]) -> Detail:
@@ -58,7 +74,7 @@ def chat_body(model: str, row: Detail) -> Detail:
 
 def completion_body(model: str, rows: Sequence[Detail]) -> Detail:
     choices = [
-        {"index": n, "text": row["value"], "logprobs": None, "finish_reason": row["finish_reason"]}
+        {"index": n, "text": "" if refused(row) else row["value"], "logprobs": None, **ending(row)}
         for n, row in enumerate(rows)
     ]
     return {**head("text_completion", "cmpl", model), "choices": choices, "usage": usage_body(rows)}
@@ -88,11 +104,11 @@ class Chunks:
     def text(self, row: int, piece: str) -> str:
         return self.choice(row, {"delta": {"content": piece}} if self.of_chat else {"text": piece})
 
-    def finish(self, row: int, reason: str | None) -> str:
-        return self.choice(row, {"delta": {}} if self.of_chat else {"text": ""}, reason)
+    def finish(self, row: int, how: Detail) -> str:
+        return self.choice(row, {"delta": {}} if self.of_chat else {"text": ""}, how)
 
-    def choice(self, row: int, what: Detail, reason: str | None = None) -> str:
-        return event({**self.head, "choices": [{"index": row, **what, "logprobs": None, "finish_reason": reason}]})
+    def choice(self, row: int, what: Detail, how: Detail = OPEN) -> str:
+        return event({**self.head, "choices": [{"index": row, **what, "logprobs": None, **how}]})
 
     def end(self, rows: Sequence[Detail]) -> Iterator[str]:
         if self.with_usage:

@@ -6,17 +6,20 @@ import json
 import time
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import ConfigDict, Field
 
 from complete_fn.errors import InputError
 from complete_fn.job_results import details_of, windows_of
 from complete_fn.jobs import Job
+from complete_fn.key_store import Principal
 from complete_fn.retention import delete_job
 from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.server.batch_lines import answer_lines, groups, read_lines
 from complete_fn.server.bodies import Body
+from complete_fn.server.refusals import told
 from complete_fn.server.routes_files import Limit, page
+from complete_fn.server.table_slots import Tables
 from complete_fn.service import Service
 from complete_fn.submit import drafted, new_job
 
@@ -47,29 +50,46 @@ class BatchBody(Body):
 
 
 @router.post("/v1/batches", summary="Run an uploaded file of requests")
-def create_batch(body: BatchBody, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+async def create_batch(body: BatchBody, service: ServiceOf, caller: Caller, tables: Tables) -> dict[str, Any]:
     """A line that cannot be run, or a custom_id used twice, is refused here, before anything is paid for."""
     caller.require("jobs")
+    return await tables.run(caller.tenant, lambda: batch_body(service, submit_batch(service, caller, body)))
+
+
+def submit_batch(service: Service, caller: Principal, body: BatchBody) -> Job:
+    """Raises:
+    RequestError: the file or one of its lines cannot be run; nothing was kept.
+    """
     upload = service.uploads.get(caller.tenant, body.input_file_id)
     if upload.purpose != "batch":
         raise InputError(f"File {upload.id} has purpose {upload.purpose!r}; upload it with purpose 'batch'.")
     content = service.uploads.content(upload)
-    with service.tables_at_once:
-        lines = read_lines(service, content, body.endpoint)
-        job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
-        with drafted(service, job) as draft:
-            with service.storage.writing(service.job_key(job.id, REQUESTS)) as sink:
-                sink.write(content)
-            draft.add_window(len(lines), groups(lines))
-            job = draft.keep()
-    return batch_body(service, job)
+    lines = read_lines(service, content, body.endpoint)
+    job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
+    with drafted(service, job) as draft:
+        with service.storage.writing(service.job_key(job.id, REQUESTS)) as sink:
+            sink.write(content)
+        draft.add_window(len(lines), groups(lines))
+        return draft.keep()
 
 
 @router.get("/v1/batches", summary="The tenant's batches, newest first")
-def list_batches(service: ServiceOf, caller: Caller, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+def list_batches(
+    request: Request, service: ServiceOf, caller: Caller, limit: Limit = 20, after: str | None = None
+) -> dict[str, Any]:
+    """A batch whose files cannot be read says so in `errors`."""
     caller.require("jobs")
     found = service.jobs.newest(caller.tenant, "batch", limit + 1, after)
-    return page([batch_body(service, job) for job in found], limit)
+    return page([listed(request, service, job) for job in found], limit)
+
+
+def listed(request: Request, service: Service, job: Job) -> dict[str, Any]:
+    """The batch; one whose files cannot be read fails by itself, not the page."""
+    try:
+        return batch_body(service, job)
+    except Exception as error:
+        _, message, code = told(request, error)
+        return batch_body(service, job, (code, message))
 
 
 @router.get("/v1/batches/{batch_id}", summary="How far a batch is")
@@ -95,19 +115,21 @@ def delete_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str,
     return {"id": job.id, "object": "batch", "deleted": True}
 
 
-def batch_body(service: Service, job: Job) -> dict[str, Any]:
+def batch_body(service: Service, job: Job, unreadable: tuple[str, str] | None = None) -> dict[str, Any]:
+    """The batch with the files of its answers; `unreadable`: without them, and why (code, message)."""
     asked = json.loads(job.request)
     counts = service.jobs.counts(job)
-    outputs = outputs_of(service, job) if job.over else {"output": None, "errors": None}
+    outputs = outputs_of(service, job) if job.over and unreadable is None else {"output": None, "errors": None}
     status = STATUS.get(job.status, job.status)
     if job.status == "stopping" and job.ends_as == "cancelled":
         status = "cancelling"
-    errors = {"object": "list", "data": [{"code": "batch_failed", "message": job.error, "line": None, "param": None}]}
+    code, message = unreadable or ("batch_failed", job.error)
+    errors = {"object": "list", "data": [{"code": code, "message": message, "line": None, "param": None}]}
     return {
         "id": job.id,
         "object": "batch",
         "endpoint": asked["endpoint"],
-        "errors": errors if job.error else None,
+        "errors": errors if message else None,
         "input_file_id": asked["input_file_id"],
         "completion_window": asked["completion_window"],
         "status": status,

@@ -15,7 +15,7 @@ from complete_fn.server.live import Live, computed_tokens
 from complete_fn.server.proxy import Proxy
 from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.refusals import refusal
-from complete_fn.server.replies import Chunks, Detail, chat_body, completion_body, refused
+from complete_fn.server.replies import Chunks, Detail, all_refused, chat_body, completion_body
 from complete_fn.server.streams import EventStream
 
 CLIENT_CLOSED = 499  # as nginx has it: nobody reads this
@@ -53,6 +53,7 @@ async def chat(body: ChatBody, request: Request, service: ServiceOf, caller: Cal
 
 @router.post("/v1/completions", summary="Answer one prompt or several", response_model=None)
 async def complete(body: CompletionBody, request: Request, service: ServiceOf, caller: Caller) -> Response:
+    """Of several prompts one that fails ends with finish_reason `error`; its choice says why in `error`."""
     caller.require("complete")
     live = Live(request, service, body.completion_call(service.model(body.model)), body.texts(), asker(caller))
     return await answer(live, body, Chunks("text_completion", body.model, body.wants_usage), caller)
@@ -80,7 +81,7 @@ async def first_reply(live: Live, body: ChatBody | CompletionBody, chunks: Chunk
     if live.left:
         return Response(status_code=CLIENT_CLOSED)
     rows = live.outcome()
-    if (why := next((r for row in rows if (r := refused(row)) is not None), None)) is not None:
+    if (why := all_refused(rows)) is not None:
         return refusal(*why)
     if body.stream:
         return EventStream(live, chunks, None)

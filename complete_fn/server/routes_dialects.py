@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+import anyio
 from anyio import to_thread
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
@@ -24,6 +26,8 @@ from complete_fn.server.live import computed_tokens
 Function = Literal["complete", "complete_details"]
 Which = Annotated[Literal["snowflake", "bigquery", "redshift", "postgres"], Path()]
 JSON = {"application/json": {"schema": {"type": "object"}}}
+LOOK_SECONDS = 2.0  # between two looks into the store for a batch that another process runs
+T = TypeVar("T")
 BODY: dict[str, Any] = {"requestBody": {"content": JSON, "required": True}}
 
 router = APIRouter(tags=["dialects"], prefix=PREFIX.rstrip("/"))
@@ -33,15 +37,17 @@ router = APIRouter(tags=["dialects"], prefix=PREFIX.rstrip("/"))
 async def ask(dialect: Which, function: Function, request: Request, caller: Caller) -> Response:
     """200 with the values, or 202: ask again with GET. Sent again, it is answered again and not computed again."""
     translator = dialect_of(dialect)
+    until = time.monotonic() + translator.patience
     try:
         caller.require("complete")
         body = unzipped(await request.body(), request)
         asked = translator.read(body, request.headers)
         name = named(caller, dialect, function, asked.batch)
-        values = await to_thread.run_sync(
-            call_outs(request).ask, name, asked, translator.seconds, admission(request, caller)
-        )
-        return await settled(translator, asked, values)
+        outs, admit = call_outs(request), admission(request, caller)
+        values = await looked_for(request, lambda: outs.ask(name, asked, translator.seconds, admit), until)
+        if values is None:
+            return response(translator.busy(asked.batch))
+        return await settled(translator, asked, values, until)
     except CompleteError as error:
         return refused(translator, error)
 
@@ -50,13 +56,20 @@ async def ask(dialect: Which, function: Function, request: Request, caller: Call
 async def poll(dialect: Which, function: Function, request: Request, caller: Caller) -> Response:
     """200 with the values, or 202. The batch is named by a header, as the warehouse does it."""
     translator = dialect_of(dialect)
+    until = time.monotonic() + translator.patience
     try:
         caller.require("complete")
         name = named(caller, dialect, function, translator.batch(request.headers))
-        known = await to_thread.run_sync(call_outs(request).poll, name, translator.seconds, admission(request, caller))
-        if known.asked is None:
+        outs, admit = call_outs(request), admission(request, caller)
+
+        def look() -> tuple[CallOut, Future[list[Any]]] | None:
+            known = outs.poll(name, translator.seconds, admit)
+            return None if known.asked is None or known.values is None else (known.asked, known.values)
+
+        found = await looked_for(request, look, until)
+        if found is None:
             return response(translator.busy(name.batch))
-        return await settled(translator, known.asked, known.values)
+        return await settled(translator, *found, until)
     except CompleteError as error:
         return refused(translator, error)
 
@@ -82,13 +95,24 @@ def named(caller: Principal, dialect: str, function: str, batch: str) -> Name:
     return Name(caller.tenant, caller.user, dialect, function, batch)
 
 
-async def settled(translator: Dialect, asked: CallOut, values: Future[list[Any]] | None) -> Response:
-    """The values if they are there within the dialect's patience; no thread is held meanwhile."""
-    if values is None:
-        return response(translator.busy(asked.batch))
+async def looked_for(request: Request, look: Callable[[], T | None], until: float) -> T | None:
+    """What `look` finds, now or on another look; None: until then another process of the service ran the batch.
+
+    A warehouse asks again at once, so it is not sent away sooner.
+    """
+    while (found := await to_thread.run_sync(look)) is None:
+        left = until - time.monotonic()
+        if left <= 0 or await request.is_disconnected():
+            return None
+        await anyio.sleep(min(LOOK_SECONDS, left))
+    return found
+
+
+async def settled(translator: Dialect, asked: CallOut, values: Future[list[Any]], until: float) -> Response:
+    """The values if they are there by then; no thread is held meanwhile."""
     waiter = asyncio.wrap_future(values)
     waiter.add_done_callback(heard)
-    done, _ = await asyncio.wait([waiter], timeout=translator.patience)
+    done, _ = await asyncio.wait([waiter], timeout=max(0.0, until - time.monotonic()))
     if not done:
         return response(translator.busy(asked.batch))
     return response(await to_thread.run_sync(translator.write, asked, waiter.result()))

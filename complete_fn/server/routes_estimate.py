@@ -17,6 +17,7 @@ from complete_fn.schema_bounds import refuse_patterns
 from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.server.bodies import Body
 from complete_fn.server.routes_jobs import SourceBody
+from complete_fn.server.table_slots import Tables
 from complete_fn.sources import open_source
 from complete_fn.submit import prompts_of, refuse_missing
 from complete_fn.types import Asker
@@ -44,13 +45,14 @@ class EstimateBody(Body):
 
 
 @router.post("/v1/estimate", summary="What a job over a table would take")
-def post_estimate(body: EstimateBody, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+async def post_estimate(body: EstimateBody, service: ServiceOf, caller: Caller, tables: Tables) -> dict[str, Any]:
     """Rows, tokens, cached share, price and device-seconds; `report` is the same as text. Refuses what a job would."""
     caller.require("jobs")
     options = parse_options(body.options)
     refuse_patterns(options.response_format)
     call = Call.of(service.model(body.model), options)
-    with service.tables_at_once:
+
+    def work() -> dict[str, Any]:
         source, chunks = open_source(service, caller.tenant, body.source.chosen()), []
         names: set[str] = set()
         for rows in source.windows():
@@ -60,4 +62,6 @@ def post_estimate(body: EstimateBody, service: ServiceOf, caller: Caller) -> dic
         refuse_missing(template_fields(body.prompt), sorted(names))
         prompts = pa.chunked_array(chunks, pa.large_string())
         found = estimate(call, prompts, service.store, Asker(caller.tenant, caller.user), options.cache)
-    return {"object": "estimate", **as_values(found), "report": report(found)}
+        return {"object": "estimate", **as_values(found), "report": report(found)}
+
+    return await tables.run(caller.tenant, work)

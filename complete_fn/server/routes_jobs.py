@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
@@ -20,6 +20,7 @@ from complete_fn.retention import delete_job
 from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.server.bodies import Body
 from complete_fn.server.routes_files import Limit, chunks, page
+from complete_fn.server.table_slots import Tables
 from complete_fn.service import Service
 from complete_fn.sinks import delivery_of
 from complete_fn.sources import LONGEST_SQL
@@ -128,10 +129,11 @@ def sink_body(service: Service, job: Job) -> dict[str, Any] | None:
 
 
 @router.post("/v1/jobs", summary="Submit a job over a table", status_code=201)
-def create_job(
+async def create_job(
     body: JobBody,
     service: ServiceOf,
     caller: Caller,
+    tables: Tables,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> dict[str, Any]:
     """A wrong model, option, template or file is refused here, before anything is paid for."""
@@ -148,9 +150,7 @@ def create_job(
         idempotency_key=body.idempotency_key or idempotency_key or None,
         query_tag=body.query_tag,
     )
-    with service.tables_at_once:
-        job = submit_table(service, caller, spec)
-    return job_body(service, job)
+    return await tables.run(caller.tenant, lambda: job_body(service, submit_table(service, caller, spec)))
 
 
 @router.get("/v1/jobs", summary="The tenant's jobs, newest first")
@@ -174,12 +174,17 @@ def cancel_job(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any
 
 
 @router.post("/v1/jobs/{job_id}/rerun", summary="Run the rows again that failed, or that the job never came to")
-def rerun_job(job_id: str, service: ServiceOf, caller: Caller, body: RerunBody | None = None) -> dict[str, Any]:
+async def rerun_job(
+    job_id: str, service: ServiceOf, caller: Caller, tables: Tables, body: RerunBody | None = None
+) -> dict[str, Any]:
     """For a job that is over. Answers that are there stay and cost nothing more."""
     caller.require("jobs")
-    job = service.jobs.get(caller.tenant, job_id, "table")
-    with service.tables_at_once:
+
+    def work() -> dict[str, Any]:
+        job = service.jobs.get(caller.tenant, job_id, "table")
         return job_body(service, rerun(service, job, body.max_cost if body else None))
+
+    return await tables.run(caller.tenant, work)
 
 
 @router.delete("/v1/jobs/{job_id}", summary="Delete a job's input, results and stored answers; its ledger lines stay")
@@ -191,10 +196,11 @@ def delete_one(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any
 
 
 @router.get("/v1/jobs/{job_id}/results", summary="The rows with their answers")
-def get_results(
+async def get_results(
     job_id: str,
     service: ServiceOf,
     caller: Caller,
+    tables: Tables,
     format: Literal["parquet", "jsonl", "arrow", "csv"] = "parquet",
     details: Annotated[bool, Query(description="add error, usage, cost and source of each row")] = False,
     partial: Annotated[
@@ -202,15 +208,19 @@ def get_results(
     ] = False,
 ) -> StreamingResponse:
     caller.require("jobs")
-    job = service.jobs.get(caller.tenant, job_id, "table")
-    sink = tempfile.TemporaryFile(dir=service.folder)  # noqa: SIM115  closed when it has been sent
-    try:
-        with service.tables_at_once:
+
+    def work() -> IO[bytes]:
+        job = service.jobs.get(caller.tenant, job_id, "table")
+        sink = tempfile.TemporaryFile(dir=service.folder)  # noqa: SIM115  closed when it has been sent
+        try:
             write_results(service, job, format, details, partial, sink)
-        sink.seek(0)
-    except BaseException:
-        sink.close()
-        raise
+            sink.seek(0)
+        except BaseException:
+            sink.close()
+            raise
+        return sink
+
+    sink = await tables.run(caller.tenant, work)
     opened = ExitStack()
     opened.callback(sink.close)
     return StreamingResponse(chunks(sink, opened), media_type=FORMATS[format])

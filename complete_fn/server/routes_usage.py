@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -19,12 +19,16 @@ def get_usage(
     service: ServiceOf,
     caller: Caller,
     by: Annotated[str, Query(description=f"one or more of {', '.join(GROUPS)}, with commas")] = "day,model",
-    since: Annotated[datetime | None, Query(description="ISO 8601; all time if not given")] = None,
+    since: Annotated[
+        datetime | None, Query(description="ISO 8601, UTC if it names no zone; all time if not given")
+    ] = None,
 ) -> dict[str, Any]:
     caller.require("usage")
     names = by.split(",")
     if wrong := [name for name in names if name not in GROUPS]:
         raise InvalidOptionError(f"by = {wrong[0]!r} is not one of {', '.join(GROUPS)}.")
+    if since is not None and since.tzinfo is None:
+        since = since.replace(tzinfo=UTC)
     lines = usage(service.store, names, since.timestamp() if since else 0.0, caller.tenant)
     return {"object": "list", "data": [line_body(names, line) for line in lines]}
 

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from complete_fn.server.live import Live, Piece, computed_tokens
 from complete_fn.server.refusals import error_body, told
-from complete_fn.server.replies import DONE, Chunks, event, refused
+from complete_fn.server.replies import DONE, Chunks, all_refused, ending, event, refused
 
 
 class EventStream(StreamingResponse):
@@ -49,12 +49,12 @@ async def events(live: Live, chunks: Chunks, first: Piece | None) -> AsyncIterat
 def endings(live: Live, chunks: Chunks, sent: dict[int, str]) -> list[str]:
     if isinstance(live.failure, Exception):
         return [event(error_body(*told(live.request, live.failure))), DONE]
+    if (why := all_refused(live.rows)) is not None:
+        return [event(error_body(*why)), DONE]
     closing: list[str] = []
     for number, row in enumerate(live.rows):
-        if (why := refused(row)) is not None:
-            return [*closing, event(error_body(*why)), DONE]
-        value = row["value"]
+        value = "" if refused(row) else row["value"]
         if value.startswith(sent[number]) and len(value) > len(sent[number]):
             closing.append(chunks.text(number, value[len(sent[number]) :]))
-        closing.append(chunks.finish(number, row["finish_reason"]))
+        closing.append(chunks.finish(number, ending(row)))
     return [*closing, *chunks.end(live.rows)]

@@ -118,3 +118,19 @@ def test_any_bytes_as_a_table_or_a_batch(client: httpx.Client, shared: Any, line
         body = {n: GOOD[n] for n in WANTED[path]} | {"source": {"file_id": file}, "input_file_id": file}
         check(client.post(path, json={n: body[n] for n in WANTED[path]}), str(shared.service.folder))
         client.delete(f"/v1/files/{file}")
+
+
+@pytest.mark.parametrize("depth", [17, 330, 500, 960, 5_000, 100_000])
+@pytest.mark.parametrize(("opening", "closing"), [('{"a":', "}"), ("[", "]")])
+def test_a_schema_nested_too_deep(client: httpx.Client, shared: Any, depth: int, opening: str, closing: str) -> None:
+    deep = opening * depth + "1" + closing * depth
+    chat = json.dumps({name: GOOD[name] for name in WANTED["/v1/chat/completions"]})[:-1]
+    job = json.dumps({name: GOOD[name] for name in WANTED["/v1/jobs"]})[:-1]
+    for path, body in (
+        ("/v1/chat/completions", chat + ', "response_format": {"type": "json_schema", "json_schema": %s}}'),
+        ("/v1/chat/completions", chat + ', "response_format": {"type": "json_schema", "json_schema": {"schema": %s}}}'),
+        ("/v1/jobs", job + ', "options": {"response_format": %s}}'),
+        ("/v1/dialects/postgres/complete", '{"model": "echo", "prompts": ["a"], "options": {"response_format": %s}}'),
+    ):
+        reply = client.post(path, content=(body % deep).encode(), headers={"Content-Type": "application/json"})
+        assert reply.status_code == 400, (path, depth, reply.text)

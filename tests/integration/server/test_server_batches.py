@@ -6,13 +6,16 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
 import pytest
 
 from complete_fn import EchoEngine
-from complete_fn.service import Limits
+from complete_fn.server.batch_lines import Line, read_line
+from complete_fn.server.routes_batches import OUTPUTS, REQUESTS
+from complete_fn.service import Limits, Service
 from complete_fn.types import Completion, CompletionRequest
 
 CHAT = "/v1/chat/completions"
@@ -86,6 +89,7 @@ def test_completions_are_batched_too(running: Any) -> None:
         ({**request("b", "x"), "url": "/v1/embeddings"}, "endpoint"),
         ({**request("b", "x"), "method": "GET"}, "method"),
         ({**request("b", "x"), "custom_id": 7}, "custom_id"),
+        ({**request("b", "x"), "custom_id": "b\ud83d"}, "custom_id 'b\\ud83d' has half of a character"),
         (request("b", "x", model="/etc/passwd"), "catalogue"),
         (request("b", "x", stream=True), "stream"),
         (request("b", "x", tools=[]), "body.tools"),
@@ -117,6 +121,35 @@ def test_other_refusals(serve: Callable[..., Any]) -> None:
         client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
     with pytest.raises(openai.NotFoundError):
         client.batches.retrieve("batch_none")
+
+
+def test_a_batch_whose_files_are_gone_fails_no_list(running: Any) -> None:
+    client = running.openai()
+    batches = [start(client, [request("a", f"words {n}")]).id for n in range(2)]
+    for batch in batches:
+        wait(client, batch)
+    for name in (REQUESTS, OUTPUTS):
+        running.service.storage.delete(running.service.job_key(batches[0], name))
+    good, broken = client.batches.list().data
+    assert (good.id, good.errors, broken.id, broken.output_file_id) == (batches[1], None, batches[0], None)
+    assert good.output_file_id is not None
+    assert [error.code for error in broken.errors.data] == ["not_found"]
+    with pytest.raises(openai.NotFoundError):
+        client.batches.retrieve(batches[0])
+
+
+def test_a_paid_batch_with_half_a_character_in_a_custom_id_can_be_read(
+    running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(service: Service, raw: bytes, endpoint: str) -> Line:
+        """As lines were read before they were refused for it."""
+        found = json.loads(raw)
+        return replace(read_line(service, raw.replace(b"\\ud83d", b""), endpoint), custom_id=found["custom_id"])
+
+    monkeypatch.setattr("complete_fn.server.batch_lines.read_line", taken)
+    client = running.openai()
+    done = wait(client, start(client, [request("a", "good"), request("b\ud83d", "paid")]).id)
+    assert set(lines_of(client, done.output_file_id)) == {"a", "b\ud83d"}
 
 
 class Slow(EchoEngine):

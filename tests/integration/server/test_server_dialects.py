@@ -7,8 +7,10 @@ import gc
 import gzip
 import hashlib
 import json
+import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +21,11 @@ import pytest
 import sqlalchemy as sa
 
 from complete_fn import Completion, CompletionRequest, EchoEngine
+from complete_fn.callouts import Name
+from complete_fn.disk import here, process_started
 from complete_fn.errors import EngineError
 from complete_fn.retention import expire
+from complete_fn.server.dialect_replies import dialect_of
 from complete_fn.service_tables import call_outs
 from complete_fn.tables import ledger
 
@@ -154,8 +159,6 @@ def test_row_numbers_go_back_as_they_came(shared: Running) -> None:
 
 @pytest.mark.parametrize("warehouse", ["snowflake", "redshift"])
 def test_a_slow_batch_is_polled(serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, warehouse: str) -> None:
-    from complete_fn.server.dialect_replies import dialect_of
-
     monkeypatch.setattr(dialect_of(warehouse), "patience", 0.2)
     gate = threading.Event()
     engine = Counting(gate)
@@ -179,11 +182,66 @@ def test_a_slow_batch_is_polled(serve: Callable[..., Running], monkeypatch: pyte
     assert len(engine.asked) == 5
 
 
+@pytest.fixture
+def elsewhere(serve: Callable[..., Running]) -> Iterator[tuple[Running, subprocess.Popen[bytes], Name]]:
+    """A service whose batch `b1` is run by another process, that process, and the batch's name."""
+    running = serve(engine=Counting())
+    with subprocess.Popen(["sleep", "60"]) as other:
+        name = Name("local", "local", "redshift", "complete", "b1")
+        row = {
+            "tenant": name.tenant,
+            "dialect": name.dialect,
+            "batch": name.key,
+            "digest": hashlib.sha256(json.dumps([[["echo", "x"]], []]).encode()).digest(),
+            "status": "running",
+            "holder": f"{here()}|{other.pid}|{process_started(other.pid)}|0",
+            "asked": zlib.compress(json.dumps({"batch": "b1", "rows": [["echo", "x"]]}).encode()),
+            "created_at": time.time(),
+        }
+        with running.service.store.write() as connection:
+            connection.execute(call_outs.insert().values(row))
+        yield running, other, name
+        other.kill()
+
+
+def test_who_asks_for_a_batch_of_another_process_is_not_sent_away_at_once(
+    elsewhere: tuple[Running, subprocess.Popen[bytes], Name], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialect_of("redshift"), "patience", 1.0)
+    running, _, _ = elsewhere
+    with running.http() as http:
+        for ask in (
+            lambda: post(running, "redshift", [["echo", "x"]]),
+            lambda: http.get("/v1/dialects/redshift/complete", headers={BATCH["redshift"]: "b1"}),
+        ):
+            began = time.monotonic()
+            assert ask().status_code == 202
+            assert time.monotonic() - began >= 1.0
+
+
+@pytest.mark.parametrize(("how", "value"), [("done", "of the other"), ("killed", "x")])
+def test_who_asks_for_a_batch_of_another_process_gets_its_values(
+    elsewhere: tuple[Running, subprocess.Popen[bytes], Name], monkeypatch: pytest.MonkeyPatch, how: str, value: str
+) -> None:
+    monkeypatch.setattr("complete_fn.server.routes_dialects.LOOK_SECONDS", 0.1)
+    running, other, name = elsewhere
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, running, "redshift", [["echo", "x"]])
+        time.sleep(0.5)
+        assert not asked.done()
+        if how == "done":
+            reply = zlib.compress(json.dumps([[], [value]]).encode())
+            with running.service.store.write() as connection:
+                connection.execute(call_outs.update().where(name.row).values(status="done", reply=reply))
+        else:
+            other.kill()
+            other.wait()
+        assert values("redshift", asked.result(60)) == [value]
+
+
 def test_a_batch_that_was_cut_off_by_the_end_of_the_service_is_begun_again(
     serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from complete_fn.server.dialect_replies import dialect_of
-
     monkeypatch.setattr(dialect_of("snowflake"), "patience", 0.2)
     first = serve(engine=Counting(threading.Event()))
     rows = [["echo", "one"], ["echo", "two"]]
@@ -317,8 +375,6 @@ def test_rate_limits_hold_for_batches_and_not_for_their_repetition(
 def test_a_batch_that_fails_after_its_request_is_no_surprise(
     serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from complete_fn.server.dialect_replies import dialect_of
-
     monkeypatch.setattr(dialect_of("snowflake"), "patience", 0.1)
     running = serve(engine=Counting(threading.Event()))
     path, headers = "/v1/dialects/snowflake/complete", {BATCH["snowflake"]: "gone"}

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from typing import Any
 
+import httpx
+import pytest
+
+from complete_fn.sources import open_source
 from tests.integration.server.conftest import Running
 from tests.integration.server.test_server_jobs import ROWS, parquet_bytes, submit, upload, wait
 
@@ -25,6 +34,39 @@ def test_the_estimate_of_a_job_comes_true_and_keeps_nothing(running: Running) ->
         after = client.post("/v1/estimate", json=body).json()
         assert (after["known_rows"], after["prompts"], Decimal(after["cost"])) == (90, 0, 0)
         assert "known answers  90 rows" in after["report"]
+
+
+def test_one_tenants_tables_keep_nobody_waiting(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    def slow(*given: Any) -> Any:
+        gate.wait(60)
+        return open_source(*given)
+
+    monkeypatch.setattr("complete_fn.server.routes_estimate.open_source", slow)
+    busy, other = (running.service.keys.create(tenant, "ann") for tenant in ("busy", "other"))
+    with running.http(busy) as client:
+        body = asked(upload(client, parquet_bytes(ROWS)))
+    with ThreadPoolExecutor(45) as pool, running.http(other) as client:
+
+        def estimated() -> httpx.Response:
+            with running.http(busy) as mine:
+                return mine.post("/v1/estimate", json=body)
+
+        waiting = [pool.submit(estimated) for _ in range(45)]
+        try:
+            time.sleep(2)
+            chat = {"model": "echo", "messages": [{"role": "user", "content": "x"}]}
+            assert client.post("/v1/chat/completions", json=chat, timeout=5).status_code == 200
+            assert client.get("/v1/jobs", timeout=5).status_code == 200
+            assert client.get("/readyz", timeout=5).status_code == 200
+        finally:
+            gate.set()
+        replies = [found.result(120) for found in waiting]
+    assert Counter(reply.status_code for reply in replies) == {200: 16, 429: 29}
+    refused = next(reply for reply in replies if reply.status_code == 429)
+    assert "16 requests of tenant 'busy'" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) > 0
 
 
 def test_it_refuses_what_a_job_would(running: Running) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -48,6 +49,26 @@ def test_completions_take_several_prompts_and_sixteen_tokens(serve: Callable[...
     assert [(c.index, c.text) for c in reply.choices] == [(0, "a b"), (1, "c"), (2, "a b")]
     assert len(engine.requests) == 3  # sampled answers are not merged
     assert engine.requests[0].sampling.max_tokens == 16
+
+
+def test_a_prompt_that_fails_takes_no_paid_answer_with_it(running: Any) -> None:
+    body = {"model": "echo", "prompt": ["ok fine yes", "w " * 200, "good"], "max_tokens": 5}
+    with running.http() as client:
+        reply = client.post("/v1/completions", json=body)
+        lines = client.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
+        none = client.post("/v1/completions", json={**body, "prompt": ["w " * 200] * 2})
+    assert reply.status_code == 200
+    first, failed, last = reply.json()["choices"]
+    assert [(c["text"], c["finish_reason"]) for c in (first, last)] == [("ok fine yes", "stop"), ("good", "stop")]
+    assert (failed["text"], failed["finish_reason"]) == ("", "error")
+    assert failed["error"]["code"] == "context_length_exceeded"
+    assert "error" not in first
+    assert reply.json()["usage"]["total_tokens"] == 8
+    assert lines[-2] == "data: [DONE]"
+    ends = [c for line in lines[:-2] for c in json.loads(line[6:])["choices"] if c["finish_reason"] is not None]
+    assert [(c["index"], c["finish_reason"]) for c in ends] == [(0, "stop"), (1, "error"), (2, "stop")]
+    assert ends[1]["error"]["code"] == "context_length_exceeded"
+    assert (none.status_code, none.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_cut_by_the_callers_limit_is_an_answer(shared: Any) -> None:

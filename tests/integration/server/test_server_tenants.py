@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -53,7 +55,9 @@ def test_a_key_does_what_its_scopes_say(running: Any) -> None:
     assert running.openai(key).models.list().data
 
 
-@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}])
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "http://["}]
+)
 def test_pages_of_other_sites_cannot_use_a_visitors_service(shared: Any, headers: dict[str, str]) -> None:
     with shared.http() as client:
         assert client.get("/v1/models", headers=headers).status_code == 403
@@ -128,3 +132,19 @@ def test_tokens_of_a_minute_are_limited_by_tenant_and_key(serve: Callable[..., A
     assert int(refused.headers["retry-after"]) >= 1
     with running.http(other) as client:
         assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_usage_since_a_time_without_a_zone_is_utc_wherever_the_server_stands(
+    running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(running.openai(), "x")
+    later = (datetime.now(UTC) + timedelta(hours=6)).replace(tzinfo=None).isoformat()
+    monkeypatch.setenv("TZ", "Etc/GMT-12")
+    time.tzset()
+    try:
+        with running.http() as client:
+            replies = [client.get("/v1/usage", params={"since": s}) for s in ("0001-01-01", "0001-01-01T00:00", later)]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert [len(reply.json()["data"]) for reply in replies] == [1, 1, 0]
