@@ -153,8 +153,8 @@ def test_row_errors_are_null_with_one_counted_warning() -> None:
         warnings.simplefilter("always")
         answers = frame.select(llm.complete("m", "p")).to_series().to_list()
     assert answers == ["good"] + [None] * 30
-    assert [str(w.message)[:44] for w in caught] == ["Rows without an answer so far: 30 (30 blocke"]
-    assert caught[0].category is CompletionWarning
+    mine = [w for w in caught if w.category is CompletionWarning]  # others' garbage may be collected meanwhile
+    assert [str(w.message)[:44] for w in mine] == ["Rows without an answer so far: 30 (30 blocke"]
     with pytest.warns(CompletionWarning):
         details = frame.select(llm.complete_details("m", "p")).to_series()
     assert details.struct.field("error").struct.field("code").value_counts().height == 2

@@ -23,7 +23,7 @@ from complete_fn_workers.engine_io import Connection, Connections
 from complete_fn_workers.engine_pace import StepPace
 from complete_fn_workers.engine_wire import RowRefused
 from complete_fn_workers.kv_window import Held, KVWindow
-from complete_fn_workers.machine import available_cores
+from complete_fn_workers.machine import allow_tiles, available_cores
 from complete_fn_workers.metering import StepMeter
 
 
@@ -277,6 +277,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--lock", type=Path, required=True, help="the file that a connecting parent locks")
     parser.add_argument("spec", type=json.loads, help="the EngineSpec as JSON")
     args = parser.parse_args(argv)
+    allow_tiles()
     listener, parent = socket.socket(fileno=args.listener), socket.socket(fileno=args.parent)
     connections = Connections(listener, parent, (args.socket, args.lock))
     try:

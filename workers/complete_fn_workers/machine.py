@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -10,6 +12,7 @@ CPUS = Path("/sys/devices/system/cpu")
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # x86 instructions that multiply it
 GIB = 1 << 30
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # x86-64 Linux
 
 
 def available_cores() -> int:
@@ -49,6 +52,17 @@ def computes_bfloat16() -> bool:
     except (OSError, StopIteration):
         return True
     return bool(BFLOAT16 & set(flags.split()))
+
+
+def allow_tiles() -> bool:
+    """Ask Linux for the use of AMX's tiles by this process (https://docs.kernel.org/arch/x86/xstate.html).
+
+    vLLM 0.32's attention on CPUs uses them without asking, and dies of SIGILL if no matrix product has asked before.
+    False where there are none.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0)
 
 
 def memory_bytes() -> int:
