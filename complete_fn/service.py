@@ -185,6 +185,7 @@ class Service:
                 step()
             except Exception as error:
                 log(f"unloading {name}", error)
+        self.queue.bell.ring()  # what waits for its place has more parts
 
     def model_states(self) -> dict[str, ModelState]:
         """The models that were asked in this process."""
