@@ -279,9 +279,7 @@ class JobStore:
         with self.store.write() as connection:
             if connection.execute(sa.select(parts.c.id).where(same_lease).with_for_update()).first() is None:
                 return False
-            self.store.lose(
-                connection, part.tenant, part.name
-            )  # one that only seemed dead must not go on paying for it
+            self.store.lose(connection, part.tenant, part.name)  # if it only seemed dead, it must not go on paying
             salvage = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == part.job)).scalar() == "stopping"
             give_back(connection, part, 0.0, error, 1, salvage)
         return True
