@@ -80,7 +80,8 @@ def measure(job: Job, table: Table, a: argparse.Namespace, home: str) -> None:
     call = Call.of(session.model(a.model), options)
     said = estimate(call, prompts, session.store, who, "off")
     bill = session.complete(a.model, prompts, options, planned=True).summary
-    took = past(session.store, a.model, job.name)[0].seconds
+    took = bill.usage.device_seconds
+    clock = past(session.store, a.model, job.name)[0].seconds
     share = bill.usage.cached_tokens / bill.usage.prompt_tokens
     expected = said.likely
     said_share = expected.cached_tokens / max(1, expected.prompt_tokens)
@@ -88,8 +89,9 @@ def measure(job: Job, table: Table, a: argparse.Namespace, home: str) -> None:
         f"{job.name:>24}: {bill.rows:,} rows, {bill.usage.prompt_tokens:,} tokens in ({share:.0%} cached, "
         f"estimate {said_share:.0%}), {bill.usage.completion_tokens:,} out "
         f"(estimate {expected.completion_tokens:,}); price {said.price:.6f} for {bill.cost:.6f} "
-        f"({said.price / bill.cost - 1:+.1%}), seconds {said.seconds or 0:.1f} for {took:.1f} "
-        f"({(said.seconds or 0) / took - 1:+.1%})",
+        f"({said.price / bill.cost - 1:+.1%}), device-seconds {said.seconds or 0:.1f} for {took:.1f} "
+        f"({(said.seconds or 0) / took - 1:+.1%}), by the clock {said.clock_seconds or 0:.1f} for {clock:.1f} "
+        f"({(said.clock_seconds or 0) / clock - 1:+.1%})",
         flush=True,
     )
     if a.report:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -14,6 +15,7 @@ import httpx
 import pyarrow as pa
 
 from complete_fn.errors import CompleteError, EngineError, InputError, JobError
+from complete_fn.http_chat import retry_after
 from complete_fn.progress import progress_for
 from complete_fn.types import Usage
 
@@ -26,6 +28,11 @@ CHUNK = 1 << 20
 class Client:
     """A service at `url` ("http://host:8000", with or without /v1).
 
+    One that is busy (429) is asked again as its Retry-After says, for as long as `timeout`.
+
+    Args:
+        timeout: seconds that a reply may take.
+
     Raises:
         EngineError: nobody answers there.
         CompleteError: what the service refuses, as the error that its code names.
@@ -34,6 +41,7 @@ class Client:
     def __init__(self, url: str, key: str | None = None, timeout: float = 300.0) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = url.rstrip("/").removesuffix("/v1")
+        self.timeout = timeout
         self.http = httpx.Client(base_url=f"{self.url}/v1", headers=headers, timeout=timeout)
 
     def submit(
@@ -92,13 +100,22 @@ class Client:
         found: list[dict[str, Any]] = self.ask("GET", "/jobs", params={"limit": limit}).json()["data"]
         return found
 
-    def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
-        try:
-            reply = self.http.request(method, path, **more)
-        except httpx.TransportError as error:
-            raise EngineError(f"Nobody answers at {self.url} ({error}). Start it with `complete-fn serve`.") from error
-        refuse(reply)
-        return reply
+    def ask(self, method: str, path: str, stream: bool = False, **more: Any) -> httpx.Response:
+        """The reply; with `stream` its body is yet to be read, and the reply to be closed."""
+        until = time.monotonic() + self.timeout
+        while True:
+            try:
+                reply = self.http.send(self.http.build_request(method, path, **more), stream=stream)
+                if reply.is_error:
+                    reply.read()
+            except httpx.TransportError as error:
+                remedy = "Start it with `complete-fn serve`."
+                raise EngineError(f"Nobody answers at {self.url} ({error}). {remedy}") from error
+            wait = retry_after(reply) or FIRST_WAIT
+            if reply.status_code != httpx.codes.TOO_MANY_REQUESTS or time.monotonic() + wait > until:
+                refuse(reply)
+                return reply
+            time.sleep(wait)
 
     def close(self) -> None:
         self.http.close()
@@ -159,10 +176,7 @@ class RemoteJob:
     def download(self, format: str, details: bool = False) -> Iterator[bytes]:
         """The results as a file of that format, in pieces."""
         query: dict[str, str | bool] = {"format": format, "details": details}
-        with self.client.http.stream("GET", f"/jobs/{self.id}/results", params=query) as reply:
-            if reply.is_error:
-                reply.read()
-                refuse(reply)
+        with closing(self.client.ask("GET", f"/jobs/{self.id}/results", stream=True, params=query)) as reply:
             yield from reply.iter_bytes(CHUNK)
 
     def cancel(self) -> None:

@@ -26,7 +26,7 @@ class Engine(Protocol):
         iterable is fine. A request that fails is a completion with an `error`; nothing is raised for one row.
         `tenant` salts the prefix cache. Closing the iterator aborts what is still in flight; so does, within a second,
         an iterable whose attribute `abandoned` becomes true. A request's `tell`, where it is called, gets pieces that
-        the completion's text begins with.
+        the completion's text begins with, each with the tokens that the row has taken so far.
 
         Raises:
             EngineError: the engine cannot start, or died and could not be restarted once.
@@ -70,8 +70,9 @@ class EchoEngine:
             time.sleep(self.row_seconds)
             completion = self.complete(request)
             if request.tell is not None:
-                for piece in re.findall(r"\S+\s*", completion.text or ""):
-                    request.tell(piece)
+                prompt = completion.usage.prompt_tokens
+                for told, piece in enumerate(re.findall(r"\S+\s*", completion.text or ""), 1):
+                    request.tell(piece, Usage(prompt, 0, told))
             yield position, completion
 
     def complete(self, request: CompletionRequest) -> Completion:

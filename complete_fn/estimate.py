@@ -104,6 +104,11 @@ class Estimate:
         """Device-seconds by past runs, the engine's start not counted; None without past runs."""
         return None if self.rates is None else self.rates.of(self.likely, self.tokens.prompts)
 
+    @property
+    def clock_seconds(self) -> float | None:
+        """The same by the clock, if nobody else uses the engine."""
+        return None if self.rates is None or self.seconds is None else self.seconds * self.rates.clock
+
 
 def estimate(
     call: Call,

@@ -78,12 +78,13 @@ def basis(e: Estimate) -> str:
 
 
 def time_line(e: Estimate) -> str:
-    if e.rates is None or e.seconds is None:
+    if e.rates is None or e.seconds is None or e.clock_seconds is None:
         return "not known: no run of this model has been measured here"
     fresh, _, output, _ = e.rates.seconds
     speeds = [f"{1 / s:,.0f} tokens/s {way}" for s, way in ((fresh, "in"), (output, "out")) if s > 0]
     by = f"{e.rates.runs:,} past runs on {e.rates.device}"
-    return f"{e.seconds:,.1f} device-seconds by {by} ({', '.join(speeds)}); the engine's start comes on top"
+    how_long = f"{e.clock_seconds:,.1f} s, {e.seconds:,.1f} device-seconds"
+    return f"{how_long} by {by} ({', '.join(speeds)}); the engine's start comes on top"
 
 
 def as_values(e: Estimate) -> dict[str, Any]:
@@ -108,6 +109,7 @@ def as_values(e: Estimate) -> dict[str, Any]:
         "cost_at_most": str(e.most),
         "currency": prices.currency,
         "price_basis": prices.basis,
+        "seconds": e.clock_seconds,
         "device_seconds": e.seconds,
         "device": None if e.rates is None else e.rates.device,
     }

@@ -1,18 +1,21 @@
-"""What past runs took, for the estimate of the next: seconds by tokens of a class, and the lengths of answers.
+"""What past runs took, for the estimate of the next: device-seconds by tokens of a class, and the lengths of answers.
 
-Each run leaves one row (table `runs`): its tokens, and the seconds from its first prompt to its last answer, without
-the engine's start. Runs that share an engine at the same time are each charged the whole time: their rates err on the
-slow side.
+Each run leaves one row (table `runs`): its tokens and device-seconds as billed, the seconds from its first prompt to
+its last answer without the engine's start, and the same of its steady part, while the engine was full: what filling
+and emptying it took besides weighs more in a small run than in the next. Where the engine does not meter its devices,
+the time between two answers stands for theirs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -38,7 +41,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One past run. `kind`: see `kind_of`; `seconds` on `device`."""
+    """One past run. `kind`: see `kind_of`; `usage` with its device-seconds on `device`; `seconds` by the clock.
+
+    `steady` is what its `steady_rows` rows in the middle took; none of a run too small to have a middle.
+    """
 
     kind: bytes
     device: str
@@ -46,24 +52,37 @@ class Run:
     usage: Usage
     squares: float
     seconds: float
+    steady_rows: int = 0
+    steady: Usage = Usage()
 
     @property
-    def amounts(self) -> tuple[int, int, int, int]:
-        u = self.usage
-        return u.prompt_tokens - u.cached_tokens, u.cached_tokens, u.completion_tokens, self.rows
+    def body(self) -> tuple[int, Usage]:
+        """The rows, and what they took, that rates are taken from."""
+        return (self.steady_rows, self.steady) if self.steady_rows else (self.rows, self.usage)
+
+
+def amounts(usage: Usage, rows: int) -> tuple[int, int, int, int]:
+    """Uncached and cached prompt tokens, output tokens, rows: what `Rates.seconds` is for."""
+    return usage.prompt_tokens - usage.cached_tokens, usage.cached_tokens, usage.completion_tokens, rows
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Seconds per uncached prompt token, cached prompt token, output token and row, from `runs` past runs."""
+    """Device-seconds per uncached prompt token, cached prompt token, output token and row, from `runs` past runs.
+
+    `ends`: device-seconds that a run takes besides, while it fills and empties the engine; `clock`: seconds by the
+    clock for one device-second.
+    """
 
     seconds: tuple[float, float, float, float]
+    ends: float
+    clock: float
     device: str
     runs: int
 
     def of(self, usage: Usage, rows: int) -> float:
-        amounts = usage.prompt_tokens - usage.cached_tokens, usage.cached_tokens, usage.completion_tokens, rows
-        return float(np.dot(self.seconds, amounts))
+        """Device-seconds of a run; 0 without rows."""
+        return float(np.dot(self.seconds, amounts(usage, rows))) + self.ends if rows else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +124,13 @@ def keep(store: Store, tenant: str, model: str, run: Run) -> None:
         "cached_tokens": run.usage.cached_tokens,
         "completion_tokens": run.usage.completion_tokens,
         "squares": run.squares,
+        "device_seconds": run.usage.device_seconds,
         "seconds": run.seconds,
+        "steady_rows": run.steady_rows,
+        "steady_prompt_tokens": run.steady.prompt_tokens,
+        "steady_cached_tokens": run.steady.cached_tokens,
+        "steady_completion_tokens": run.steady.completion_tokens,
+        "steady_device_seconds": run.steady.device_seconds,
     }
     with suppress(StoreError), store.write() as connection:
         made = connection.execute(runs.insert().values(row).returning(runs.c.id)).scalar_one()
@@ -124,12 +149,19 @@ def past(store: Store, model: str, tenant: str | None = None) -> list[Run]:
             bytes(r["kind"]),
             r["device"],
             r["rows"],
-            Usage(r["prompt_tokens"], r["cached_tokens"], r["completion_tokens"]),
+            usage_in(r, ""),
             r["squares"],
             r["seconds"],
+            r["steady_rows"],
+            usage_in(r, "steady_"),
         )
         for r in rows
     ]
+
+
+def usage_in(row: sa.RowMapping, part: str) -> Usage:
+    kinds = ("prompt_tokens", "cached_tokens", "completion_tokens", "device_seconds")
+    return Usage(*(row[part + kind] for kind in kinds))
 
 
 def lengths(found: Sequence[Run], kind: bytes) -> Lengths | None:
@@ -144,24 +176,34 @@ def lengths(found: Sequence[Run], kind: bytes) -> Lengths | None:
 
 
 def rates(found: Sequence[Run], kind: bytes) -> Rates | None:
-    """Least squares of relative errors over past runs on the device of the latest, none below 0, drawn a little to
-    `BEFORE`; then scaled to the past runs of this kind. None without past runs."""
-    chosen = [r for r in found if r.device == found[0].device and r.seconds > 0 and r.rows]
+    """Least squares of relative errors over the steady parts of past runs on the device of the latest, none below 0,
+    drawn a little to `BEFORE`; then scaled to the past runs of this kind. None without past runs."""
+    chosen = [r for r in found if r.device == found[0].device and r.usage.device_seconds > 0 and r.rows]
     if not chosen:
         return None
-    amounts = np.array([r.amounts for r in chosen], np.float64)
-    seconds = np.array([r.seconds for r in chosen])
-    likely = np.array(BEFORE) * float(np.median(seconds / (amounts @ np.array(BEFORE))))
-    scaled = amounts * likely / seconds[:, None]
-    weights = np.sqrt(np.array([r.rows for r in chosen], np.float64) / max(r.rows for r in chosen))[:, None]
+    bodies = [r.body for r in chosen]
+    known = np.array([amounts(usage, rows) for rows, usage in bodies], np.float64)
+    seconds = np.array([usage.device_seconds for _, usage in bodies])
+    likely = np.array(BEFORE) * float(np.median(seconds / (known @ np.array(BEFORE))))
+    scaled = known * likely / seconds[:, None]
+    sizes = np.array([rows for rows, _ in bodies], np.float64)
+    weights = np.sqrt(sizes / sizes.max())[:, None]
     pull = math.sqrt(TRUST) * np.eye(4)
     factors = nonnegative(np.vstack([scaled * weights, pull]), np.append(weights[:, 0], np.full(4, math.sqrt(TRUST))))
     fitted = likely * factors
-    own = [(r.seconds, float(np.dot(fitted, r.amounts))) for r in chosen if r.kind == kind]
-    if own and sum(p for _, p in own):
-        fitted = fitted * sum(s for s, _ in own) / sum(p for _, p in own)
+    own = np.array([r.kind == kind for r in chosen])
+    if own.any() and (foretold := float((known[own] @ fitted).sum())):
+        fitted = fitted * seconds[own].sum() / foretold
+    alike = [r for r in chosen if r.kind == kind] or chosen
     a, b, c, d = fitted.tolist()
-    return Rates((a, b, c, d), chosen[0].device, len(chosen))
+    clock = statistics.median(r.seconds / r.usage.device_seconds for r in alike)
+    return Rates((a, b, c, d), ends_of(alike, fitted), clock, chosen[0].device, len(chosen))
+
+
+def ends_of(found: Sequence[Run], fitted: Floats) -> float:
+    """What runs took beyond their rows at the rates of the steady part."""
+    beyond = [r.usage.device_seconds - float(np.dot(fitted, amounts(r.usage, r.rows))) for r in found if r.steady_rows]
+    return max(0.0, statistics.median(beyond)) if beyond else 0.0
 
 
 def nonnegative(matrix: Floats, target: Floats) -> Floats:
@@ -179,31 +221,54 @@ def nonnegative(matrix: Floats, target: Floats) -> Floats:
 
 
 class Meter:
-    """What one run takes: from its first prompt drawn by the engine, which is up then, to its last answer."""
+    """What one run takes: from its first prompt drawn by the engine, which is up then, to its last answer.
+
+    Its steady part is without the first and the last rows, as many at either end as half of those under way at most:
+    an engine draws about twice as many rows as it computes at a time.
+    """
 
     def __init__(self) -> None:
         self.began: float | None = None
         self.ended = 0.0
-        self.rows = 0
-        self.usage = Usage()
+        self.drawn = self.answered = self.most = 0
+        self.rows = self.steady_rows = 0
+        self.usage, self.steady = Usage(), Usage()
+        self.last: deque[tuple[int, Usage]] = deque()
         self.squares = 0.0
 
-    def start(self) -> None:
+    def draw(self) -> None:
+        """The engine takes one more prompt."""
         if self.began is None:
-            self.began = time.monotonic()
+            self.began = self.ended = time.monotonic()
+        self.drawn += 1
+        self.most = max(self.most, self.drawn - self.answered)
 
     def add(self, usage: Usage) -> None:
-        self.ended = time.monotonic()
+        """One more is answered."""
+        now = time.monotonic()
+        since, self.ended = now - self.ended, now
+        self.answered += 1
         if usage.prompt_tokens:
+            usage = usage if usage.device_seconds else replace(usage, device_seconds=since)
+            self.last.append((self.rows, usage))
             self.rows += 1
             self.usage += usage
             self.squares += usage.completion_tokens**2
+        ends = max(1, self.most // 2)
+        while len(self.last) > ends:
+            number, middle = self.last.popleft()
+            if number >= ends:
+                self.steady_rows += 1
+                self.steady += middle
 
     def run(self, call: Call, plan: BatchPlan, device: str) -> Run | None:
         """None of a run too small to tell anything."""
         if self.began is None or self.rows < LEAST_ROWS:
             return None
-        return Run(kind_of(call, plan), device, self.rows, self.usage, self.squares, self.ended - self.began)
+        enough = self.steady_rows >= max(LEAST_ROWS, self.most // 2)
+        steady = (self.steady_rows, self.steady) if enough else (0, Usage())
+        seconds = self.ended - self.began
+        return Run(kind_of(call, plan), device, self.rows, self.usage, self.squares, seconds, *steady)
 
 
 def device_of(engine: object) -> str:

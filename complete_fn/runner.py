@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ from complete_fn.work import Work, known_answers
 
 ADMIT = 128  # rows noted in the store as handed to the engine at a time
 LOOK_SECONDS, LOOKS_TO_DROP = 0.1, 20  # how often to look for answers that other runs compute; for runs that died
-Tell = Callable[[int, str], None]  # (row, new piece of its answer), on another thread; not for answers known already
+Tell = Callable[[int, str, Usage], None]  # (row, new piece, tokens so far) on another thread; not of known answers
+LEFT = "Whoever read the answer left before its end."
 NOT_TEXT = "The prompt has a lone surrogate or bytes that are not UTF-8, which no tokenizer takes."
 
 
@@ -91,7 +93,12 @@ def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: T
         stream = tools.engine.stream(admission.requests(turn), who.tenant)
         try:
             for position, completion in stream:
-                slices.add(admission.sent[position], admission.settled(position, completion))
+                number = admission.sent[position]
+                slices.add(number, admission.settled(number, completion))
+        except BaseException as error:
+            if not isinstance(error, Exception):  # whoever asked has stopped it, and has read what was told
+                admission.bill_told()
+            raise
         finally:
             close(stream)
             slices.flush()
@@ -142,10 +149,12 @@ class Admission:
         self.answered = 0
         self.refused: dict[int, Usage] = {}
         self.held: dict[int, Usage] = {}
+        self.telling = threading.Lock()
+        self.told: dict[int, Usage] = {}  # of rows under way of which somebody has read something
+        self.silent = False
 
     def requests(self, numbers: list[int]) -> Iterator[CompletionRequest]:
         call = self.call
-        self.meter.start()
         for low in range(0, len(numbers), ADMIT):
             chosen = numbers[low : low + ADMIT]
             admitted = [(n, t) for n, t in self.work.texts(chosen) if self.sendable(n, t) and self.affordable(n, t)]
@@ -155,6 +164,7 @@ class Admission:
                     self.leave(number)
                     continue
                 self.sent.append(number)
+                self.meter.draw()
                 prompt, tell = self.work.prompt(number, text), self.teller(number)
                 yield CompletionRequest(
                     call.model.name,
@@ -172,11 +182,26 @@ class Admission:
         if (worst := self.held.pop(number, None)) is not None:
             self.caps.settle(worst, Usage())
 
-    def teller(self, number: int) -> Callable[[str], None] | None:
+    def teller(self, number: int) -> Callable[[str, Usage], None] | None:
         """Tells the rows of a distinct prompt, if anybody listens."""
         if self.tell is None:
             return None
-        return partial(tell_rows, self.tell, self.work.plan.rows_of(number))
+        return partial(self.tell_rows, self.tell, number, self.work.plan.rows_of(number))
+
+    def tell_rows(self, tell: Tell, number: int, rows: list[int], piece: str, usage: Usage) -> None:
+        with self.telling:
+            if self.silent:
+                return
+            self.told[number] = usage
+            for row in rows:
+                tell(row, piece, usage)
+
+    def bill_told(self) -> None:
+        """Rows whose beginning was told end here, at the price of their prompt and of what was told."""
+        with self.telling:
+            self.silent = True  # so that nothing is read that is not billed
+        for number, usage in list(self.told.items()):
+            self.slices.add(number, self.settled(number, replace(Completion.failed("cancelled", LEFT), usage=usage)))
 
     def sendable(self, number: int, text: str) -> bool:
         try:
@@ -197,10 +222,11 @@ class Admission:
         self.held[number] = worst
         return True
 
-    def settled(self, position: int, completion: Completion) -> Completion:
+    def settled(self, number: int, completion: Completion) -> Completion:
         self.answered += 1
+        self.told.pop(number, None)
         self.meter.add(completion.usage)
-        worst = self.held.pop(self.sent[position], None)
+        worst = self.held.pop(number, None)
         if worst is not None:
             self.caps.settle(worst, completion.usage)
             self.bound.learn(completion.usage)
@@ -215,11 +241,6 @@ class Admission:
         for worst in self.held.values():
             self.caps.settle(worst, Usage())
         self.held.clear()
-
-
-def tell_rows(tell: Tell, rows: list[int], piece: str) -> None:
-    for row in rows:
-        tell(row, piece)
 
 
 def refuse_hopeless(refused: dict[int, Usage], slices: Slices, caps: Caps) -> list[int]:

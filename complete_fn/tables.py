@@ -179,7 +179,13 @@ runs = Table(
     Column("cached_tokens", BigInteger, nullable=False),
     Column("completion_tokens", BigInteger, nullable=False),
     Column("squares", Float, nullable=False),
+    Column("device_seconds", Float, nullable=False),
     Column("seconds", Float, nullable=False),
+    Column("steady_rows", BigInteger, nullable=False),
+    Column("steady_prompt_tokens", BigInteger, nullable=False),
+    Column("steady_cached_tokens", BigInteger, nullable=False),
+    Column("steady_completion_tokens", BigInteger, nullable=False),
+    Column("steady_device_seconds", Float, nullable=False),
     Index("runs_model", "model"),
 )
 

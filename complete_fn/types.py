@@ -44,7 +44,8 @@ class CompletionRequest:
     likeliest of which is the answer.
 
     How the answer comes changes nothing in it: `priority` as in vLLM, lower first, `INTERACTIVE` where somebody
-    waits; `tell` is called with each new piece of the text, on a thread of the engine's, by engines that can.
+    waits; `tell` is called with each new piece of the text and the usage up to it, on a thread of the engine's, by
+    engines that can.
     """
 
     model: str
@@ -52,7 +53,7 @@ class CompletionRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     response_format: str | None = None
     priority: int = field(default=0, compare=False)
-    tell: Callable[[str], None] | None = field(default=None, compare=False, repr=False)
+    tell: Callable[[str, Usage], None] | None = field(default=None, compare=False, repr=False)
     choices: tuple[str, ...] = ()
 
 

@@ -20,7 +20,7 @@ from complete_fn.server.rate_limits import Grant
 from complete_fn.server.replies import Detail
 from complete_fn.service import Service
 from complete_fn.stoppable import Stopped
-from complete_fn.types import Asker
+from complete_fn.types import Asker, Usage
 
 AT_ONCE, WAITING = 64, 256  # requests
 GONE_SECONDS = 0.25
@@ -28,7 +28,10 @@ Piece = tuple[int, str]  # row, new text
 
 
 class Live:
-    """Runs prompts on a thread of its own, for a client that may go away: what it leaves behind stops, unbilled."""
+    """Runs prompts on a thread of its own, for a client that may go away: what it leaves behind stops.
+
+    A row that the client has read something of is billed as far as it got, any other that it leaves is not.
+    """
 
     def __init__(self, request: Request, service: Service, call: Call, prompts: list[str], who: Asker) -> None:
         self.request, self.service = request, service
@@ -37,6 +40,7 @@ class Live:
         self.loop = asyncio.get_running_loop()
         self.pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: there are no more
         self.rows: list[Detail] = []
+        self.told: dict[int, int] = {}  # row: tokens, up to what was told of it
         self.failure: BaseException | None = None
         self.task: asyncio.Task[None] | None = None
 
@@ -58,9 +62,8 @@ class Live:
                 if isinstance(error, asyncio.CancelledError):
                     raise
             finally:
-                used = sum(map(computed_tokens, self.rows)) if self.failure is None else self.prompt_tokens
                 try:
-                    await grant.settled(used)
+                    await grant.settled(self.used)
                 finally:
                     self.pieces.put_nowait(None)
 
@@ -83,8 +86,17 @@ class Live:
         answer = min(self.call.sampling.max_tokens or math.inf, self.call.model.default_max_tokens)
         return self.prompt_tokens + int(answer) * len(self.prompts)
 
-    def tell(self, row: int, piece: str) -> None:
+    @property
+    def used(self) -> int:
+        """Tokens that count against a rate limit; of a row that nobody waited for, its prompt."""
+        if self.failure is None:
+            return sum(map(computed_tokens, self.rows))
+        prompts = tokens_by_bytes(self.prompts)
+        return sum(max(prompt, self.told.get(row, 0)) for row, prompt in enumerate(prompts))
+
+    def tell(self, row: int, piece: str, usage: Usage) -> None:
         """Called by the engine's thread."""
+        self.told[row] = usage.prompt_tokens + usage.completion_tokens
         with suppress(RuntimeError):  # the loop is closed: the service ends
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, (row, piece))
 

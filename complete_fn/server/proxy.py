@@ -22,6 +22,7 @@ from complete_fn.worker_store import Beat
 
 CLIENT_CLOSED = 499  # as nginx has it: nobody reads this
 TENANT, USER, TOKENS = "x-complete-tenant", "x-complete-user", "x-complete-tokens"
+EVENT = re.compile(rb"^data: ", re.MULTILINE)
 TAIL = re.compile(rb"^: tokens (\d+)$", re.MULTILINE)
 SHOWN = ("content-type", "retry-after", "x-complete-cost", "x-complete-source")
 FRESH_SECONDS = 1.0
@@ -119,6 +120,7 @@ async def body(upstream: httpx.Response, grant: Grant, prompt: int) -> AsyncIter
         used = int(upstream.headers[TOKENS])
     try:
         async for piece in upstream.aiter_raw():
+            used += len(EVENT.findall(piece))  # of a stream that is left, as a worker tells a token or so at a time
             tail = (tail + piece)[-256:]
             yield piece
     finally:

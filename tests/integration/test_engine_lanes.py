@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from complete_fn.types import INTERACTIVE, Completion, CompletionRequest, SamplingParams
+from complete_fn.types import INTERACTIVE, Completion, CompletionRequest, SamplingParams, Usage
 
 pytestmark = pytest.mark.engine
 
 
 def told(prompt: str, pieces: list[str], **sampling: Any) -> CompletionRequest:
-    return CompletionRequest("tiny", prompt, SamplingParams(**sampling), None, INTERACTIVE, pieces.append)
+    return told_to(lambda piece, _: pieces.append(piece), prompt, **sampling)
+
+
+def told_to(tell: Callable[[str, Usage], None], prompt: str, **sampling: Any) -> CompletionRequest:
+    return CompletionRequest("tiny", prompt, SamplingParams(**sampling), None, INTERACTIVE, tell)
 
 
 def test_the_pieces_are_the_text(engine: Any) -> None:
@@ -25,6 +29,17 @@ def test_the_pieces_are_the_text(engine: Any) -> None:
     assert answer.text is not None
     assert answer.text.startswith("".join(pieces))
     assert (answer.text, answer.usage.completion_tokens) == (untold.text, untold.usage.completion_tokens)
+
+
+def test_each_piece_comes_with_the_tokens_up_to_it(engine: Any) -> None:
+    usages: list[Usage] = []
+    ((_, answer),) = engine.stream(
+        [told_to(lambda _, usage: usages.append(usage), "Name the section", max_tokens=40)], "me"
+    )
+    taken = [usage.completion_tokens for usage in usages]
+    assert taken == sorted(set(taken))
+    assert 1 <= taken[0] < taken[-1] <= answer.usage.completion_tokens
+    assert {usage.prompt_tokens for usage in usages} == {answer.usage.prompt_tokens}
 
 
 def test_a_stop_text_is_never_told(engine: Any) -> None:
@@ -63,7 +78,7 @@ def test_a_row_that_is_left_behind_is_aborted(engine: Any) -> None:
         def __iter__(self) -> Iterator[CompletionRequest]:
             yield CompletionRequest("tiny", "Name it", SamplingParams(max_tokens=600), None, INTERACTIVE, self.tell)
 
-        def tell(self, piece: str) -> None:
+        def tell(self, piece: str, usage: Usage) -> None:
             self.abandoned = True
 
     found: list[tuple[int, Completion]] = list(engine.stream(Left(), "me"))

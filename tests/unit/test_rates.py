@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from complete_fn.engine import EchoEngine
 from complete_fn.keys import Call
 from complete_fn.plan import make_plan
 from complete_fn.prompts import text_column
-from complete_fn.rates import Run, instruction, kind_of, lengths, past, rates
+from complete_fn.rates import Meter, Run, amounts, instruction, kind_of, lengths, past, rates
 from complete_fn.runner import Tools, run
 from complete_fn.store import Store
 from complete_fn.types import Asker, Usage
@@ -25,9 +26,8 @@ def made(draw: random.Random, kind: bytes = b"k", scale: float = 1.0) -> Run:
     rows = draw.randint(50, 2_000)
     prompt = rows * draw.randint(20, 400)
     usage = Usage(prompt, int(prompt * draw.random() * 0.6), rows * draw.randint(1, 60))
-    amounts = usage.prompt_tokens - usage.cached_tokens, usage.cached_tokens, usage.completion_tokens, rows
-    seconds = scale * sum(t * a for t, a in zip(TRUE, amounts, strict=True)) * draw.uniform(0.98, 1.02)
-    return Run(kind, "d", rows, usage, 0.0, seconds)
+    seconds = scale * sum(t * a for t, a in zip(TRUE, amounts(usage, rows), strict=True)) * draw.uniform(0.98, 1.02)
+    return Run(kind, "d", rows, replace(usage, device_seconds=seconds), 0.0, 1.25 * seconds)
 
 
 def test_the_time_of_the_next_run_is_foretold() -> None:
@@ -37,7 +37,7 @@ def test_the_time_of_the_next_run_is_foretold() -> None:
         following = made(draw)
         known = rates(found, b"k")
         assert known is not None
-        assert known.of(following.usage, following.rows) == pytest.approx(following.seconds, rel=0.1)
+        assert known.of(following.usage, following.rows) == pytest.approx(following.usage.device_seconds, rel=0.1)
 
 
 def test_one_past_run_of_this_kind_sets_the_scale() -> None:
@@ -46,8 +46,47 @@ def test_one_past_run_of_this_kind_sets_the_scale() -> None:
     following = made(draw, b"slow", scale=2.0)
     known = rates(found, b"slow")
     assert known is not None
-    assert known.of(following.usage, following.rows) == pytest.approx(following.seconds, rel=0.15)
+    assert known.of(following.usage, following.rows) == pytest.approx(following.usage.device_seconds, rel=0.15)
     assert rates([], b"k") is None
+    assert (known.clock, known.ends) == (pytest.approx(1.25), 0.0)
+
+
+def metered(rows: int, seats: int, seconds: float) -> Run:
+    """A run through an engine of so many seats, whose rows cost twice as much while it fills and empties."""
+    meter, drawn = Meter(), 0
+    for row in range(rows):
+        while drawn < min(rows, row + 2 * seats):
+            meter.draw()
+            drawn += 1
+        at_an_end = row < seats or row >= rows - seats
+        meter.add(Usage(100, 0, 10, seconds * (2 if at_an_end else 1)))
+    found = meter.run(Call(MODEL), make_plan(text_column(["x"])), "d")
+    assert found is not None
+    return found
+
+
+def test_what_a_small_run_takes_to_fill_the_engine_is_not_taken_for_its_rate() -> None:
+    small, large = metered(300, 64, 0.01), metered(10_000, 64, 0.01)
+    assert (small.steady_rows, large.steady_rows) == (300 - 128, 10_000 - 128)
+    known = rates([small], small.kind)
+    assert known is not None
+    assert known.ends == pytest.approx(128 * 0.01)
+    assert known.of(large.usage, large.rows) == pytest.approx(large.usage.device_seconds)
+    assert known.of(Usage(), 0) == 0.0
+
+
+def test_a_run_without_a_middle_counts_whole() -> None:
+    assert metered(150, 64, 0.01).body == (150, Usage(15_000, 0, 1_500))
+
+
+def test_without_metered_devices_the_time_between_answers_stands_for_theirs(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    run(
+        Call(MODEL), text_column([f"Say: {n}" for n in range(40)]), Tools(EchoEngine(row_seconds=0.002), store), Asker()
+    )
+    (kept,) = past(store, "m")
+    assert kept.usage.device_seconds == pytest.approx(kept.seconds, rel=0.2)
+    assert kept.seconds >= 40 * 0.002
 
 
 def test_answers_to_the_same_instruction_come_first() -> None:

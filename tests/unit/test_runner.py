@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -19,7 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from complete_fn import CompletionWarning, EchoEngine, Session
+from complete_fn.budget import Budget
 from complete_fn.errors import EngineError, InvalidOptionError, RowFailedError, UnknownModelError
+from complete_fn.keys import Call
+from complete_fn.options import parse_options
+from complete_fn.prompts import text_column
+from complete_fn.runner import Tools, run
+from complete_fn.stoppable import StoppableEngine, Stopped
 from complete_fn.tables import ledger
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 
@@ -354,3 +360,37 @@ def test_a_child_forked_while_another_thread_opens_the_store_opens_its_own(tmp_p
             signal.alarm(120)
             os._exit(0 if s.complete("echo", ["a"]).text.to_pylist() == ["a"] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_row_whose_reader_leaves_is_billed_as_far_as_it_was_told(tmp_path: Path, priced: Path) -> None:
+    """And its budget pays it; nothing is told after the bill."""
+    s, stop = session(tmp_path, priced), threading.Event()
+    heard: list[tuple[int, str]] = []
+    tells: list[Callable[[str, Usage], None]] = []
+
+    class Telling(EchoEngine):
+        def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+            for request in requests:
+                assert request.tell is not None
+                tells.append(request.tell)
+            tells[0]("one ", Usage(3, 0, 1))
+            tells[0]("two ", Usage(3, 0, 2))
+            stop.set()
+            yield from ()
+            time.sleep(1)
+
+    def tell(row: int, piece: str, _: Usage) -> None:
+        heard.append((row, piece))
+
+    budget = Budget(Decimal(1))
+    tools = Tools(StoppableEngine(Telling(), stop), s.store, budget, tell=tell)
+    call = Call.of(s.model("echo"), parse_options({"max_tokens": 8}))
+    with pytest.raises(Stopped):
+        run(call, text_column(["a b c", "d", "a b c"]), tools, s.who)
+    tells[0]("three", Usage(3, 0, 3))
+    assert heard == [(0, "one "), (2, "one "), (0, "two "), (2, "two ")]
+    assert budget.spent == Decimal(3 * 1 + 2 * 2) / 1_000_000
+    assert budget.reserved == 0
+    found = {str(line["price_class"]): (line["rows"], line["tokens"]) for line in lines(s)}
+    assert found == {"input": (1, 3), "output": (1, 2), "duplicate": (1, 5)}
+    assert s.complete("echo", ["a b c"], {"max_tokens": 8}).details.to_pylist()[0]["source"] == "computed"

@@ -255,9 +255,9 @@ def exchange(
             return
         if unfinished:
             message = link.receive(LOOK_SECONDS)
-            for number, piece in message.get("text", ()):
+            for number, piece, *tokens in message.get("text", ()):
                 if (tell := unfinished[number].tell) is not None:
-                    tell(piece)
+                    tell(piece, Usage(*tokens))
             if "meter" in message:
                 device_time.told(*message["meter"])
             link.answers.extend(message.get("done", ()))

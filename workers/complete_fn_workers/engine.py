@@ -226,6 +226,8 @@ class EngineLoop:
 
     def note(self, output: Any) -> None:
         """An answer, a step towards a label, or the text of a watched row so far."""
+        from complete_fn_workers.engine_rows import tokens_of
+
         row = self.running.get(output.request_id)
         if row is None:
             return
@@ -240,7 +242,7 @@ class EngineLoop:
                 self.done[row.connection].append([row.number, *answer, seconds])
         elif piece := output.outputs[0].text[row.told :]:
             row.told += len(piece)
-            self.text[row.connection].append([row.number, piece])
+            self.text[row.connection].append([row.number, piece, *tokens_of(output)])
 
     def deliver(self) -> None:
         for connection, pieces in self.text.items():

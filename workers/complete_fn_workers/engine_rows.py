@@ -252,19 +252,21 @@ def asked(prompts: PromptReader, prompt: Prompt, sampling: Sampling, context: in
 
 
 def refused_by_engine(reason: Any, output: Any) -> Answer:
-    usage = [len(output.prompt_token_ids), output.num_cached_tokens or 0, len(output.outputs[0].token_ids)]
-    return [None, reason, "invalid_request", f"The engine ended the row with {reason!r}.", None, *usage]
+    return [None, reason, "invalid_request", f"The engine ended the row with {reason!r}.", None, *tokens_of(output)]
+
+
+def tokens_of(output: Any) -> list[int]:
+    """Tokens of the prompt, of them cached, and of the answer so far."""
+    return [len(output.prompt_token_ids), output.num_cached_tokens or 0, len(output.outputs[0].token_ids)]
 
 
 def answer_of(output: Any, limit: Limit, context: int) -> Answer:
     """A finished vLLM output as the wire's answer."""
     outcome = output.outputs[0]
-    prompt_tokens = len(output.prompt_token_ids)
-    tokens = len(outcome.token_ids)
-    usage = [prompt_tokens, output.num_cached_tokens or 0, tokens]
+    usage = tokens_of(output)
     reason = outcome.finish_reason
     if reason == "length" and not limit.of_caller:
-        return [outcome.text, reason, "truncated", cut_by(prompt_tokens, tokens, context), None, *usage]
+        return [outcome.text, reason, "truncated", cut_by(usage[0], usage[2], context), None, *usage]
     if reason not in ("stop", "length"):
         return refused_by_engine(reason, output)
     return [outcome.text, reason, None, None, None, *usage]

@@ -20,7 +20,8 @@ One frame, either way, is a length (4 bytes, big-endian) and that many bytes of 
                    device_seconds], ...]}    scores: [probability or null] of choices; device_seconds: see `metering`;
                                              absent of a row that was refused
         {"meter": [metered, idle, lost]}        device-seconds, in a message of its own or beside `done`: see `metering`
-        {"text": [[number, piece], ...]}                                       of rows that asked for it, as it is made
+        {"text": [[number, piece, prompt_tokens, cached_tokens, completion_tokens], ...]}
+                                        of rows that asked for it, as it is made; the tokens up to it
         {"counts": [int, ...]}
 
 Rows travel many to a frame, answers as many as one engine step finished. A closed connection aborts its rows.

@@ -161,7 +161,13 @@ def make_runs() -> None:
         sa.Column("cached_tokens", sa.BigInteger(), nullable=False),
         sa.Column("completion_tokens", sa.BigInteger(), nullable=False),
         sa.Column("squares", sa.Float(), nullable=False),
+        sa.Column("device_seconds", sa.Float(), nullable=False),
         sa.Column("seconds", sa.Float(), nullable=False),
+        sa.Column("steady_rows", sa.BigInteger(), nullable=False),
+        sa.Column("steady_prompt_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("steady_cached_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("steady_completion_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("steady_device_seconds", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("runs_model", "runs", ["model"], unique=False)

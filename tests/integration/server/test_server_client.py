@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from pyarrow import parquet
 
 from complete_fn import Client, Session
 from complete_fn.cli import main
-from complete_fn.errors import EngineError, InputError, InvalidOptionError, JobError, KeyRefusedError, UnknownModelError
+from complete_fn.errors import (
+    EngineBusyError,
+    EngineError,
+    InputError,
+    InvalidOptionError,
+    JobError,
+    KeyRefusedError,
+    UnknownModelError,
+)
 from complete_fn.reports import usage
 
 TABLE = pa.table({"id": [1, 2, 3], "text": ["a", None, "c c"]})
@@ -51,6 +60,17 @@ def test_what_the_service_refuses_is_raised_as_what_it_is(running: Any) -> None:
     running.service.keys.create("acme", "ann")
     with pytest.raises(KeyRefusedError):
         client.jobs()
+
+
+def test_a_busy_service_is_asked_again(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("complete_fn.server.refusals.RETRY_SECONDS", 1)
+    monkeypatch.setattr("complete_fn.server.table_slots.MOST", 0)
+    with pytest.raises(EngineBusyError, match="read or write tables already"):
+        Client(running.url, timeout=0.5).submit(TABLE, "echo", "Say: {text}")
+    threading.Timer(0.5, monkeypatch.setattr, ("complete_fn.server.table_slots.MOST", 16)).start()
+    job = Client(running.url).submit(TABLE, "echo", "Say: {text}")
+    job.wait()
+    assert b"".join(job.download("jsonl")).count(b"\n") == 3
 
 
 def test_jobs_from_the_shell(

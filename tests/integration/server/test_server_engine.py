@@ -13,6 +13,7 @@ from complete_fn import engines
 from complete_fn.catalogue import Model
 from complete_fn.keys import Call
 from complete_fn.prompts import text_column
+from complete_fn.reports import usage
 from complete_fn.service import Service
 from complete_fn.types import Asker
 
@@ -41,6 +42,7 @@ def test_chats_and_a_job_on_the_embedded_engine(
     chunks = list(stream)
     assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) > 3
     assert chunks[-1].usage.completion_tokens == 12
+    leave_after_a_few_words(running)
     with running.http() as client:
         lines = b"\n".join(b'{"text": "package %d"}' % n for n in range(40))
         file = client.post("/v1/files", files={"file": ("t.jsonl", lines)}, data={"purpose": "user_data"}).json()["id"]
@@ -53,6 +55,24 @@ def test_chats_and_a_job_on_the_embedded_engine(
     assert state["rows"] == {"total": 40, "done": 40, "failed": 0, "null": 0}
     assert state["usage"]["completion_tokens"] <= 160
     assert len(rows) == 40
+
+
+def leave_after_a_few_words(running: Any) -> None:
+    """The row is billed as far as it was told, not to the end it would have had."""
+    (before,) = usage(running.service.store)
+    long = running.openai().chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Go on"}], max_tokens=900, stream=True
+    )
+    texts = (c.choices[0].delta.content for c in long if c.choices and c.choices[0].delta.content)
+    assert [next(texts) for _ in range(3)]
+    long.close()
+    deadline = time.monotonic() + 60
+    while (after := usage(running.service.store)[0]).rows == before.rows and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert after.rows == before.rows + 1
+    assert after.input > before.input
+    assert 3 <= after.output - before.output < 900
+    assert after.lost_rows == before.lost_rows
 
 
 def test_engines_are_let_go_when_idle_and_opened_again(tmp_path: Path, models_file: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -33,7 +34,7 @@ class Steps(EchoEngine):
             for position, request in enumerate(requests):
                 self.requests.append(request)
                 if request.tell is not None:
-                    request.tell("first ")
+                    request.tell("first ", Usage(3, 0, 1))
                 while not self.go.wait(0.02):
                     if getattr(requests, "abandoned", False):
                         return
@@ -92,7 +93,7 @@ def test_an_exception_in_the_middle_of_a_stream_tells_no_prompt(
     class Broken(EchoEngine):
         def complete(self, request: CompletionRequest) -> Completion:
             if request.tell is not None:
-                request.tell("half")
+                request.tell("half", Usage(3, 0, 1))
             raise ZeroDivisionError(f"while answering {request.prompt}")
 
     with serve(Broken()).http() as client:
@@ -109,17 +110,35 @@ def test_an_error_before_the_first_word_has_its_status(shared: Any) -> None:
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_a_client_that_leaves_a_stream_ends_its_row_unbilled(serve: Callable[..., Any]) -> None:
+def test_a_client_that_leaves_a_stream_pays_what_it_was_told(serve: Callable[..., Any]) -> None:
     engine = Steps()
     running = serve(engine)
     body = {"model": "echo", "messages": user("x"), "stream": True}
     with running.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as reply:
         next(reply.iter_lines())
     assert engine.closed.wait(60)
+    (line,) = lines_of(running)
+    assert (line.rows, line.input, line.output, line.lost_rows) == (1, 3, 1, 0)
+    engine.go.set()
+    assert running.openai().chat.completions.create(model="echo", messages=user("x")).choices[0].finish_reason == "stop"
+    assert [(line.rows, line.output) for line in usage(running.service.store)] == [(2, 3)]
+
+
+def test_a_client_that_leaves_without_a_word_pays_nothing(serve: Callable[..., Any]) -> None:
+    engine = Steps()
+    running = serve(engine)
+    with running.http() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json={"model": "echo", "messages": user("x")}, timeout=1.0)
+    (line,) = lines_of(running)
+    assert (line.rows, line.lost_rows) == (0, 1)
+
+
+def lines_of(running: Any) -> list[Any]:
+    """The ledger, once the run has ended."""
     until = time.monotonic() + 60
     while not (lines := usage(running.service.store)) and time.monotonic() < until:
         time.sleep(0.05)
-    assert (lines[0].rows, lines[0].lost_rows) == (0, 1)
+    return lines
 
 
 def test_a_streamed_answer_is_reused_and_comes_in_one_piece(running: Any) -> None:
