@@ -265,7 +265,7 @@ class Meter:
         """None of a run too small to tell anything."""
         if self.began is None or self.rows < LEAST_ROWS:
             return None
-        enough = self.steady_rows >= max(LEAST_ROWS, self.most // 2)
+        enough = self.steady_rows >= max(LEAST_ROWS, self.most // 8)
         steady = (self.steady_rows, self.steady) if enough else (0, Usage())
         seconds = self.ended - self.began
         return Run(kind_of(call, plan), device, self.rows, self.usage, self.squares, seconds, *steady)
