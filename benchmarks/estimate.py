@@ -2,8 +2,8 @@
 
 Each job first answers a pilot of its rows, as a user would who tries a query on a few; the estimate of the other rows
 then rests on the pilot's answers and on all runs before. The rest is then answered --bills times, each time for a
-tenant of its own, so that it finds an empty prefix cache; the engine is warm. Errors are estimate / median bill - 1, and
-the bills' own spread is (largest - smallest) / median: nothing can foretell a machine better than it repeats itself.
+tenant of its own, so that it finds an empty prefix cache; the engine is warm. Errors are estimate / median bill - 1.
+The bills' own spread is (largest - smallest) / median: nothing can foretell a machine better than it repeats itself.
 """
 
 from __future__ import annotations
