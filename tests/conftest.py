@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from complete_fn import cli
 from complete_fn.catalogue import Model
 from complete_fn.settings import Settings
 from deploy.servers import Postgres, Redis, running
@@ -88,6 +89,22 @@ def tiny_entry(tiny_model: Path) -> Model:
     """The tiny Llama as a catalogue entry."""
     arguments: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 1024}
     return Model("tiny", str(tiny_model), default_max_tokens=24, engine_args=arguments)
+
+
+@pytest.fixture
+def open_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[..., int]]:
+    """Makes a `complete-fn` of the test's own: its catalogue, folder and state, windows of so many rows."""
+
+    def opened(models: str, window: int | None = None) -> Callable[..., int]:
+        (tmp_path / "models.toml").write_text(models)
+        monkeypatch.setenv("COMPLETE_FN_MODELS", str(tmp_path / "models.toml"))
+        monkeypatch.setenv("COMPLETE_FN_HOME", str(tmp_path / "home"))
+        if window is not None:
+            monkeypatch.setattr("complete_fn.windows.WINDOW_ROWS", window)
+        monkeypatch.chdir(tmp_path)
+        return lambda *given: cli.main([str(g) for g in given])
+
+    return opened
 
 
 @pytest.fixture(scope="session")

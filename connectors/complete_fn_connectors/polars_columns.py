@@ -17,6 +17,7 @@ import pyarrow as pa
 from complete_fn.options import parse_options
 from complete_fn.session import Session
 from complete_fn_connectors.arrow import prompt_column
+from complete_fn_connectors.together import Wanted, complete_together
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Ask:
 
 
 def answer_together(session: Session, asks: Mapping[str, Ask], prompts: pl.DataFrame) -> pl.DataFrame:
-    """[n] rows, a String column a name: the columns of equal model and options are completed as one.
+    """[n] rows, a String column a name: columns of equal model and options are one run, runs of a model go together.
 
     Args:
         prompts: [n] rows, a column of prompts for each name of `asks`.
@@ -45,17 +46,21 @@ def answer_together(session: Session, asks: Mapping[str, Ask], prompts: pl.DataF
     together: dict[tuple[str, str], list[str]] = {}
     for name, ask in asks.items():
         together.setdefault(ask.key, []).append(name)
+    wanted = [joined([prompts[name] for name in names], asks[names[0]]) for names in together.values()]
     found: dict[str, pl.Series] = {}
-    for names in together.values():
-        ask = asks[names[0]]
-        apart = ask.options.get("reorder_fields") is True
-        columns = [prompt_column(prompts[name].to_arrow(), reorder_fields=apart) for name in names]
-        joined = pa.chunked_array([c for column in columns for c in chunks(column)], pa.large_string())
-        texts = session.complete(ask.model, joined, ask.options, planned=True).text
+    for names, answers in zip(together.values(), complete_together(session, wanted), strict=True):
         for number, name in enumerate(names):
-            part = texts.slice(number * len(prompts), len(prompts))
+            part = answers.text.slice(number * len(prompts), len(prompts))
             found[name] = pl.Series(name, part if isinstance(part, pa.Array) else part.combine_chunks(), pl.String())
     return pl.DataFrame([found[name] for name in asks])
+
+
+def joined(prompts: list[pl.Series], ask: Ask) -> Wanted:
+    """The prompts of several columns as one run."""
+    apart = ask.options.get("reorder_fields") is True
+    columns = [prompt_column(column.to_arrow(), reorder_fields=apart) for column in prompts]
+    whole = pa.chunked_array([c for column in columns for c in chunks(column)], pa.large_string())
+    return Wanted(ask.model, whole, ask.options)
 
 
 def chunks(column: Any) -> list[Any]:

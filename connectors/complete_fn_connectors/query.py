@@ -34,6 +34,7 @@ from complete_fn_connectors.statement import (
     to_text,
     with_values,
 )
+from complete_fn_connectors.together import Wanted, complete_together
 from complete_fn_connectors.total import may_fail
 
 ROUNDS = 40  # a query under LIMIT that needs more of them goes on plainly
@@ -262,10 +263,11 @@ def run_round(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Colle
 
 def ask(collector: Collector, batch: Batch) -> None:
     """Ask all prompts of a round: one plan for each model and its options."""
-    for asked, texts in batch.prompts.values():
-        distinct = list(dict.fromkeys(texts))
-        answers = collector.session.complete(asked.model, texts_column(distinct), asked.lenient(), planned=True)
-        collector.memory.learn(asked, answers)
+    everything = list(batch.prompts.values())
+    wanted = [Wanted(a.model, texts_column(list(dict.fromkeys(texts))), a.lenient()) for a, texts in everything]
+    answers = complete_together(collector.session, wanted)
+    for (asked, _), answered in zip(everything, answers, strict=True):
+        collector.memory.learn(asked, answered)
 
 
 def in_transaction(con: duckdb.DuckDBPyConnection) -> bool:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from complete_fn import EchoEngine, cli
+from complete_fn import EchoEngine
 from complete_fn.errors import InputError
 from complete_fn.row_databases import Query, open_database
 from deploy.servers import Postgres
@@ -98,14 +98,8 @@ def fill(url: str) -> None:
 
 
 @pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`complete-fn` with windows of 50 rows."""
-    (tmp_path / "models.toml").write_text(MODELS)
-    monkeypatch.setenv("COMPLETE_FN_MODELS", str(tmp_path / "models.toml"))
-    monkeypatch.setenv("COMPLETE_FN_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("complete_fn.windows.WINDOW_ROWS", 50)
-    monkeypatch.chdir(tmp_path)
-    return lambda *given: cli.main([str(g) for g in given])
+def shell(open_shell: Callable[..., Run]) -> Run:
+    return open_shell(MODELS, 50)
 
 
 RUN = ("run", "-m", "echo", "-p", "Say {text}", "--quiet")

@@ -13,7 +13,7 @@ import duckdb
 import pytest
 import sqlalchemy as sa
 
-from complete_fn import EchoEngine, cli
+from complete_fn import EchoEngine
 from complete_fn.catalogue import Model
 from complete_fn.prompt_bound import PromptBound
 from complete_fn.store import Store
@@ -25,16 +25,11 @@ Shell = Callable[..., int]
 
 
 @pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
+def shell(open_shell: Callable[..., Shell], monkeypatch: pytest.MonkeyPatch) -> Shell:
     """`complete-fn` with windows of 10 rows, in a folder of its own."""
-    (tmp_path / "models.toml").write_text(MODELS)
-    monkeypatch.setenv("COMPLETE_FN_MODELS", str(tmp_path / "models.toml"))
-    monkeypatch.setenv("COMPLETE_FN_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("complete_fn.windows.WINDOW_ROWS", 10)
     monkeypatch.setattr("complete_fn.windows.BATCH_ROWS", 5)
     monkeypatch.setattr("complete_fn.row_databases.BATCH_ROWS", 5)
-    monkeypatch.chdir(tmp_path)
-    return lambda *given: cli.main([str(g) for g in given])
+    return open_shell(MODELS, 10)
 
 
 class Asked:

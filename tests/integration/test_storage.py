@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from complete_fn import cli
 from complete_fn.errors import InvalidOptionError, NotFoundError, StoreError
 from complete_fn.storage import Storage
 from tests.objects import SETTINGS, object_server
@@ -109,12 +108,8 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    (tmp_path / "models.toml").write_text(MODELS)
-    monkeypatch.setenv("COMPLETE_FN_MODELS", str(tmp_path / "models.toml"))
-    monkeypatch.setenv("COMPLETE_FN_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    return lambda *given: cli.main([str(g) for g in given])
+def shell(open_shell: Callable[..., Run]) -> Run:
+    return open_shell(MODELS)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "arrow", "jsonl.gz"])

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from complete_fn import EchoEngine, cli
+from complete_fn import EchoEngine
 from complete_fn.errors import InputError
 from complete_fn.files import Place, common_schema, json_column, place_of
 from complete_fn.inputs import file_source
@@ -26,17 +26,13 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def shell(open_shell: Callable[..., Run]) -> Run:
     """`complete-fn` with windows of 50 rows."""
-    (tmp_path / "models.toml").write_text(MODELS)
-    monkeypatch.setenv("COMPLETE_FN_MODELS", str(tmp_path / "models.toml"))
-    monkeypatch.setenv("COMPLETE_FN_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("complete_fn.windows.WINDOW_ROWS", 50)
-    monkeypatch.chdir(tmp_path)
+    run = open_shell(MODELS, 50)
     texts = [None if n % 10 == 0 else f"row {n % 60}" for n in range(ROWS)]
     kinds = pa.array([f"kind {n // 50}" for n in range(ROWS)]).dictionary_encode()
     pq.write_table(pa.table({"id": range(ROWS), "text": texts, "kind": kinds}), "in.parquet")
-    return lambda *given: cli.main([str(g) for g in given])
+    return run
 
 
 RUN = ("run", "-m", "echo", "-p", "Say {text}")

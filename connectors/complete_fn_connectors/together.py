@@ -1,0 +1,71 @@
+"""The runs that one query needs at a time: those of one model go through its engine together.
+
+While the prompts of one are computed, the answers of another are written: a step of the engine has room for both, and
+no run waits for the last answers of the one before. So the run with the longest answers for its prompts goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from complete_fn.answers import Answers
+from complete_fn.interrupts import NextInterrupt, uninterrupted
+from complete_fn.options import Options, parse_options
+from complete_fn.session import Session
+
+AT_ONCE = 4  # runs of a model
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run: a planned column of prompts, as `Session.complete` takes it, for one model with one set of options."""
+
+    model: str
+    prompts: Any
+    options: Mapping[str, Any] | Options | None
+
+    def decoding(self, session: Session) -> float:
+        """Tokens that an answer may have for a byte of its prompt."""
+        chosen = parse_options(self.options)
+        limit = 1 if chosen.choices else chosen.sampling.max_tokens or session.model(self.model).default_max_tokens
+        return float(limit * len(self.prompts) / max(1, self.prompts.nbytes))
+
+
+def complete_together(session: Session, wanted: Sequence[Wanted]) -> list[Answers]:
+    """The answers of each run, in their order. Models take turns: each may need the whole device.
+
+    Raises:
+        CompleteError, KeyboardInterrupt: as `Session.complete`, once the runs beside it have ended.
+    """
+    by_model: dict[str, list[int]] = {}
+    for number, one in enumerate(wanted):
+        by_model.setdefault(one.model, []).append(number)
+    found: dict[int, Answers] = {}
+    for numbers in by_model.values():
+        if len(numbers) > 1:
+            numbers.sort(key=lambda n: -wanted[n].decoding(session))
+        found |= zip(numbers, at_the_same_time(session, [wanted[n] for n in numbers]), strict=True)
+    return [found[n] for n in range(len(wanted))]
+
+
+def at_the_same_time(session: Session, wanted: list[Wanted]) -> list[Answers]:
+    stop = NextInterrupt()
+
+    def run(one: Wanted) -> Answers:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        return session.complete(one.model, one.prompts, one.options, planned=True)
+
+    def run_all() -> list[Answers]:
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="complete-fn-run") as pool:
+            runs = [pool.submit(run, one) for one in wanted]
+            failed = next((r for r in wait(runs, return_when=FIRST_EXCEPTION).done if r.exception()), None)
+            if failed is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                failed.result()
+        return [r.result() for r in runs]
+
+    return [run(wanted[0])] if len(wanted) == 1 else uninterrupted(run_all)
