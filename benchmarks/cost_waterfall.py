@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from order_tables import CELL, Table, index, text_of
 from prefix_order import BLOCK, MODEL, ids_of
-from swiftkv_speed import SIZES, config_folder
+from swiftkv_speed import SIZES, config_folder, in_one_process
 
 from complete_fn.plan.fields import arrange_prompts
 from complete_fn.prices import amount
@@ -177,6 +177,7 @@ def draw(steps: list[Step], path: Path) -> None:
 
 
 def main() -> None:
+    in_one_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=Path, default=Path(tempfile.gettempdir()) / "debian-index", help="Debian's")
     parser.add_argument("--rows", type=int, default=3000)

@@ -30,7 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from order_tables import Table, tables
-from swiftkv_speed import SIZES, config_folder, flops
+from swiftkv_speed import SIZES, config_folder, flops, in_one_process
 
 from complete_fn.catalogue import find_model
 from complete_fn.field_prompts import FieldPrompt
@@ -160,6 +160,7 @@ def report_times(table: Table, a: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    in_one_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=Path, default=Path(tempfile.gettempdir()) / "debian-index", help="Debian's")
     parser.add_argument("--rows", type=int, default=20_000)

@@ -387,12 +387,16 @@ def arguments() -> argparse.Namespace:
     return a
 
 
-def main() -> None:
-    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"} | allocator_environment(
-        dict(os.environ)
-    )
+def in_one_process() -> None:
+    """Start again so that vLLM stays in this process, on all its cores, with the allocator that our engine has."""
+    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    wanted |= allocator_environment(dict(os.environ))
     if any(os.environ.get(name) != value for name, value in wanted.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)  # an allocator is chosen at start
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
+
+
+def main() -> None:
+    in_one_process()
     a = arguments()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
