@@ -16,15 +16,14 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 import sqlalchemy as sa
 
 from complete_fn.errors import StoreError
 from complete_fn.field_prompts import has_fields, unpack_fields
 from complete_fn.keys import Call
+from complete_fn.least_squares import Floats, nonnegative
 from complete_fn.plan import BatchPlan
 from complete_fn.store import Store
 from complete_fn.tables import runs
@@ -36,7 +35,6 @@ FEW = 20  # rows below which past answers say nothing
 LEAST_ROWS = 8  # of a run that is kept
 BEFORE = (1.0, 0.05, 8.0, 20.0)  # likely cost of an uncached and a cached token in, a token out, and a row; relative
 TRUST = 0.0005  # weight of BEFORE against the largest past run
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,20 +202,6 @@ def ends_of(found: Sequence[Run], fitted: Floats) -> float:
     """What runs took beyond their rows at the rates of the steady part."""
     beyond = [r.usage.device_seconds - float(np.dot(fitted, amounts(r.usage, r.rows))) for r in found if r.steady_rows]
     return max(0.0, statistics.median(beyond)) if beyond else 0.0
-
-
-def nonnegative(matrix: Floats, target: Floats) -> Floats:
-    """Least squares without negative coefficients: the best of all sets of columns, of which there are few."""
-    columns = matrix.shape[1]
-    best, least = np.zeros(columns), float((target**2).sum())
-    for size in range(1, columns + 1):
-        for chosen in combinations(range(columns), size):
-            found = np.linalg.lstsq(matrix[:, chosen], target, rcond=None)[0]
-            left = float(((matrix[:, chosen] @ found - target) ** 2).sum())
-            if (found >= 0).all() and left < least:
-                best, least = np.zeros(columns), left
-                best[list(chosen)] = found
-    return best
 
 
 class Meter:

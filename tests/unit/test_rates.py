@@ -76,7 +76,7 @@ def test_what_a_small_run_takes_to_fill_the_engine_is_not_taken_for_its_rate() -
 
 
 def test_a_run_without_a_middle_counts_whole() -> None:
-    assert metered(150, 64, 0.01).body == (150, Usage(15_000, 0, 1_500))
+    assert metered(140, 64, 0.01).body == (140, Usage(14_000, 0, 1_400))
 
 
 def test_without_metered_devices_the_time_between_answers_stands_for_theirs(tmp_path: Path) -> None:

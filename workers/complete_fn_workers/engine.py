@@ -25,6 +25,7 @@ from complete_fn_workers.engine_wire import RowRefused
 from complete_fn_workers.kv_window import Held, KVWindow
 from complete_fn_workers.machine import allow_tiles, available_cores
 from complete_fn_workers.metering import StepMeter
+from complete_fn_workers.step_work import Shape
 
 
 class Row(NamedTuple):
@@ -80,7 +81,7 @@ class EngineLoop:
         self.window = KVWindow(int(cache.num_gpu_blocks), int(cache.block_size))
         self.next: Ready | None = None  # the first bulk row, read, while the cache has no room for it
         devices = int(llm.vllm_config.parallel_config.world_size)
-        self.meter = StepMeter(llm.engine_core.engine_core.scheduler.requests, devices)
+        self.meter = StepMeter(llm.engine_core.engine_core.scheduler.requests, shape_of(llm), devices)
         self.done: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
         self.text: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
         self.serial = 0
@@ -251,6 +252,12 @@ class EngineLoop:
             self.connections.send(connection, {"done": answers, "meter": self.meter.tell()})
         self.text.clear()
         self.done.clear()
+
+
+def shape_of(llm: Any) -> Shape:
+    item = llm.model_config.dtype.itemsize
+    small = str(llm.vllm_config.cache_config.cache_dtype).startswith("fp8")
+    return Shape.of(llm.model_config.hf_text_config, item, 1 if small else item)
 
 
 def device_name() -> str:

@@ -1,10 +1,12 @@
-"""Device time: the wall time of every engine step, divided among the rows that computed tokens in it, and the rest."""
+"""Device time: the wall time of every engine step, divided among the rows that were computed in it, and the rest."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from typing import Any
+
+from complete_fn_workers.step_work import Shape, StepCosts
 
 
 @dataclass(slots=True)
@@ -18,20 +20,17 @@ class Metered:
 
 
 class StepMeter:
-    """Charges each step to its rows by the tokens that they computed: of the prompt what was not cached, and output.
-
-    Tokens, not fitted weights of prefill and decode: within one step every computed token passes the same matrices, so
-    its share of their FLOPs is equal, and in a step of decoding only, so is its share of reading the weights. What
-    this leaves out is each row's own attention (a long context costs more than its share) and that a prompt token of
-    a mixed step waits less on memory than a decoded one; both vanish where the linear layers dominate.
+    """Charges each step to its rows by what they computed in it (`step_work`): of the prompt what was not cached, and
+    output.
 
     Conservation: `metered` is the time since the engine was loaded, times the devices. It is the charges of the rows
     that were answered, of those under way, of those given up (`lost`), and `idle`: all that was in no row's step.
     """
 
-    def __init__(self, requests: Any, devices: int = 1) -> None:
+    def __init__(self, requests: Any, shape: Shape, devices: int = 1) -> None:
         """Args: requests: vLLM's scheduler's, by its own ids."""
         self.requests, self.devices = requests, devices
+        self.costs = StepCosts(shape)
         self.rows: dict[str, Metered] = {}
         self.loaded = time.monotonic()
         self.charged = self.lost = 0.0
@@ -44,20 +43,25 @@ class StepMeter:
 
     def stepped(self, seconds: float) -> None:
         """A request's counter jumps over what was cached, and falls back when it is preempted."""
-        work: list[tuple[Metered, int]] = []
+        rows: list[Metered] = []
+        work: list[tuple[float, float]] = []
+        shape = self.costs.shape
         for row in self.rows.values():
-            now = row.request.num_computed_tokens
-            new = now - row.computed
-            if row.computed == 0 and new:
-                new -= row.prefill.num_cached_tokens
-            if new > 0:
-                work.append((row, new))
+            before, now = row.computed, row.request.num_computed_tokens
+            if before == 0 and now:
+                before = row.prefill.num_cached_tokens
+            if now > before:
+                rows.append(row)
+                work.append(shape.work(before, now, row.request.num_prompt_tokens))
             row.computed = now
-        tokens = sum(new for _, new in work)
-        for row, new in work:
-            row.seconds += seconds * self.devices * new / tokens
-        if work:
-            self.charged += seconds * self.devices
+        if not rows:
+            return
+        shares = self.costs.share(work)
+        whole = seconds * self.devices / sum(shares)
+        for row, share in zip(rows, shares, strict=True):
+            row.seconds += whole * share
+        self.charged += seconds * self.devices
+        self.costs.learn(seconds, work)
 
     def leave(self, key: str) -> float:
         """Device-seconds of a row that is done."""

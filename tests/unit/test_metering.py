@@ -1,0 +1,129 @@
+"""Device time of steps: divided without a remainder, by what rows computed, at costs learned from the steps."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from complete_fn_workers.metering import StepMeter
+from complete_fn_workers.step_work import REFIT, Shape, StepCosts
+
+LLAMA = SimpleNamespace(
+    model_type="llama",
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=128,
+    num_hidden_layers=8,
+    vocab_size=1000,
+)
+SWIFT = SimpleNamespace(
+    **{
+        **vars(LLAMA),
+        "model_type": "llama_swiftkv",
+        "swiftkv_skip_prefill": True,
+        "num_key_value_layers": 4,
+        "key_value_group_size": 1,
+    }
+)
+
+
+@dataclass
+class Request:
+    """What the meter reads of vLLM's."""
+
+    num_prompt_tokens: int
+    num_computed_tokens: int = 0
+    prefill_stats: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(num_cached_tokens=0))
+
+
+def test_the_shape_counts_a_layer_by_its_matrices() -> None:
+    shape = Shape.of(LLAMA)
+    layer = 4 * 64 * 64 + 4 * 64 * 32 + 6 * 64 * 128
+    assert shape.prompt == 8 * layer
+    assert shape.output == 8 * layer + 2 * 64 * 1000
+    assert (shape.attend_prompt, shape.attend_output, shape.kv) == (4 * 64 * 8, 4 * 64 * 8, 2 * 32 * 8 * 2)
+    assert shape.weights == shape.output  # 2 FLOPs and 2 bytes a weight
+
+
+def test_work_of_a_prompt_in_chunks_is_that_of_the_whole() -> None:
+    shape = Shape.of(LLAMA)
+    whole, _ = shape.work(0, 100, 100)
+    parts = [shape.work(a, b, 100) for a, b in ((0, 30), (30, 90), (90, 100))]
+    assert sum(flops for flops, _ in parts) == pytest.approx(whole)
+    assert shape.work(32, 100, 100)[0] < whole  # what was cached is not computed
+    assert shape.work(100, 101, 100) == (shape.output + 101 * shape.attend_output, 101 * shape.kv)
+
+
+def test_a_prompt_token_of_swiftkv_takes_about_half() -> None:
+    assert Shape.of(SWIFT).prompt == pytest.approx(0.55 * Shape.of(LLAMA).prompt, rel=0.1)
+    assert Shape.of(SWIFT).output == Shape.of(LLAMA).output
+    meters = {name: StepMeter({"a": Request(500), "b": Request(1)}, Shape.of(c)) for name, c in CONFIGS.items()}
+    shares = {}
+    for name, meter in meters.items():
+        step_both(meter)
+        prompt, answer = meter.leave("a"), meter.leave("b")
+        assert prompt + answer == pytest.approx(1.5)
+        shares[name] = prompt / answer
+    assert shares["swiftkv"] < 0.7 * shares["llama"]
+
+
+CONFIGS = {"llama": LLAMA, "swiftkv": SWIFT}
+
+
+def step_both(meter: StepMeter) -> None:
+    """A step of 400 tokens of a's prompt and one of b's answer, where a step as such costs nothing."""
+    meter.costs.costs = (1.0, 1.0, 0.0)
+    for key in ("a", "b"):
+        meter.admit(key, key)
+    meter.requests["b"].num_computed_tokens = meter.rows["b"].computed = 1
+    meter.requests["a"].num_computed_tokens, meter.requests["b"].num_computed_tokens = 400, 2
+    meter.stepped(1.5)
+
+
+def test_all_of_a_step_is_charged_and_none_twice() -> None:
+    draw = random.Random(1)
+    requests = {str(n): Request(draw.randint(1, 300)) for n in range(20)}
+    meter, passed = StepMeter(requests, Shape.of(LLAMA), devices=2), 0.0
+    for key in requests:
+        meter.admit(key, key)
+    requests["3"].prefill_stats.num_cached_tokens = 32
+    for _ in range(200):
+        for request in requests.values():
+            request.num_computed_tokens += draw.randint(0, 40)
+        seconds = draw.uniform(0.01, 0.1)
+        meter.stepped(seconds)
+        passed += seconds
+    assert meter.charged == pytest.approx(2 * passed)
+    assert sum(meter.leave(key) for key in requests) == pytest.approx(2 * passed)
+    meter.stepped(1.0)  # nothing was computed: idle
+    assert meter.charged == pytest.approx(2 * passed)
+
+
+def test_costs_are_learned_from_the_steps() -> None:
+    """A device that reads memory slowly: a decoded token of a long context takes what it takes there."""
+    shape, draw = Shape.of(LLAMA), random.Random(2)
+    flop, byte, step = 2e-12, 3e-10, 1e-3
+    costs = StepCosts(shape)
+    for _ in range(8 * REFIT):
+        prompts = [shape.work(0, n, n) for n in draw.choices(range(20, 400), k=draw.randint(0, 4))]
+        answers = [shape.work(n, n + 1, 10) for n in draw.choices(range(50, 4000), k=draw.randint(1, 30))]
+        work = prompts + answers
+        true = sum(flop * flops + byte * read + step / len(work) for flops, read in work)
+        costs.learn(true * draw.uniform(0.95, 1.05), work)
+    assert costs.costs[1] == pytest.approx(byte, rel=0.05)
+    assert costs.costs[2] == pytest.approx(step, rel=0.1)
+    long, short = costs.share([shape.work(4000, 4001, 10), shape.work(50, 51, 10)])
+    true_long, true_short = (byte * 4001 * shape.kv, byte * 51 * shape.kv)
+    assert long / short == pytest.approx((true_long + step / 2) / (true_short + step / 2), rel=0.1)
+
+
+def test_a_step_that_took_no_time_teaches_nothing() -> None:
+    costs = StepCosts(Shape.of(LLAMA))
+    before = costs.costs
+    for _ in range(2 * REFIT):
+        costs.learn(0.0, [(1.0, 1.0)])
+    assert costs.costs == before
