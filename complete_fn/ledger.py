@@ -37,9 +37,9 @@ def billed(
     """Lines for computed rows: uncached input (always, as it has their number), cached input, output.
 
     `prefix_cache` is free and says what the cached tokens would have cost uncached, beyond what was paid for them.
-    Device time saved is at the slice's own measured rate, device-seconds per computed token (uncached input, output):
+    Device time saved is at the slice's own measured rate, device-seconds per computed token of its prompts:
     `prefix_cache` that of the cached tokens. `swiftkv`, for a model whose prompt tokens skip the share `skipped` of
-    their FLOPs, is t * skipped / (1 - skipped) of the prompt's measured time t: what the skipped layers would have
+    their FLOPs, is t * skipped / (1 - skipped) of the prompts' measured time t: what the skipped layers would have
     taken. It saves no list price, which is by token whatever the layers.
     """
     fresh = Usage(prompt_tokens=usage.prompt_tokens - usage.cached_tokens)
@@ -48,8 +48,9 @@ def billed(
     uncached = Usage(prompt_tokens=usage.cached_tokens)
     spared = nano(amount(prices, uncached)) - nano(amount(prices, cached))
     device = round(usage.device_seconds * 1e6)
-    rate = device / max(1, fresh.prompt_tokens + output.completion_tokens)
-    unskipped = fresh.prompt_tokens * rate * skipped / (1 - skipped)
+    prompts = usage.prompt_seconds * 1e6
+    rate = prompts / max(1, fresh.prompt_tokens)
+    unskipped = prompts * skipped / (1 - skipped)
     lines = [
         LedgerLine("input", rows, fresh.prompt_tokens, nano(amount(prices, fresh)), 0, device),
         LedgerLine("cached_input", rows, cached.cached_tokens, nano(amount(prices, cached))),
@@ -75,19 +76,20 @@ def free(prices: Prices, price_class: str, rows: int, usage: Usage) -> list[Ledg
 
 def total(usages: Iterable[Usage]) -> Usage:
     prompt = cached = completion = 0
-    device = 0.0
+    device = prompts = 0.0
     for u in usages:
         prompt += u.prompt_tokens
         cached += u.cached_tokens
         completion += u.completion_tokens
         device += u.device_seconds
-    return Usage(prompt, cached, completion, device)
+        prompts += u.prompt_seconds
+    return Usage(prompt, cached, completion, device, prompts)
 
 
 def times(usage: Usage, copies: int) -> Usage:
     u = usage
     tokens = u.prompt_tokens * copies, u.cached_tokens * copies, u.completion_tokens * copies
-    return Usage(*tokens, u.device_seconds * copies)
+    return Usage(*tokens, u.device_seconds * copies, u.prompt_seconds * copies)
 
 
 def money(nano_units: int) -> Decimal:

@@ -61,13 +61,15 @@ class CompletionRequest:
 class Usage:
     """Tokens of one row: `cached_tokens` of the `prompt_tokens` came from the prefix cache.
 
-    `device_seconds` is the row's share of the engine's time, 0 where the engine does not meter it.
+    `device_seconds` is the row's share of the engine's time, `prompt_seconds` of it for the prompt; 0 where the engine
+    does not meter it.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     device_seconds: float = field(default=0.0, compare=False)
+    prompt_seconds: float = field(default=0.0, compare=False)
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -75,6 +77,7 @@ class Usage:
             self.cached_tokens + other.cached_tokens,
             self.completion_tokens + other.completion_tokens,
             self.device_seconds + other.device_seconds,
+            self.prompt_seconds + other.prompt_seconds,
         )
 
 

@@ -31,10 +31,10 @@ MODEL = Model("m", "m", engine="echo", prices=Prices(Decimal("2"), Decimal("0.5"
 
 
 class Metered(EchoEngine):
-    """Every row takes a quarter of a second of a device, and half of its prompt is cached."""
+    """Every row takes a quarter of a second of a device, 0.2 s of it for its prompt, half of which is cached."""
 
     def complete(self, request: CompletionRequest) -> Completion:
-        return replace(super().complete(request), usage=Usage(100, 50, 10, 0.25))
+        return replace(super().complete(request), usage=Usage(100, 50, 10, 0.25, 0.2))
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         return super().stream(requests, tenant)
@@ -57,8 +57,8 @@ def test_what_was_metered_and_saved_is_told_by_job(store: Store) -> None:
     assert line.cost == Decimal("0.000410")
     assert line.cache_saved == Decimal("0.000150")
     assert line.saved == Decimal("0.000410")  # two copies of b; a was this job's own
-    # two copies at 0.25 s each; 100 cached tokens at 0.5 s for the 120 tokens that were computed
-    assert line.saved_seconds == pytest.approx(0.5 + 0.5 / 120 * 100, abs=2e-6)
+    # two copies at 0.25 s each; 100 cached tokens at 0.4 s for the 100 tokens of prompts that were computed
+    assert line.saved_seconds == pytest.approx(0.5 + 0.4, abs=2e-6)
 
 
 def test_a_stored_answer_saves_what_making_it_took(store: Store) -> None:
@@ -79,7 +79,7 @@ def test_an_engines_own_time_is_nobodys(store: Store) -> None:
     assert (own.idle_seconds, own.aborted_seconds, own.device_seconds) == (8.0, 1.5, 0.0)
     (of_engine,) = (line for line in usage(store, ("engine",)) if line.group == ("host/7",))
     assert (of_engine.device_seconds, of_engine.idle_seconds, of_engine.aborted_seconds) == (0.5, 8.0, 1.5)
-    cached, skipped = 0.5 / 120 * 100, 0.5 / 120 * 100 * 0.5 / 0.5
+    cached, skipped = 0.4, 0.4 * 0.5 / 0.5
     (theirs,) = usage(store, ("tenant",), tenant="bolt")
     assert theirs.saved_seconds == pytest.approx(cached + skipped, abs=2e-6)
     run(Call(MODEL), text_column(["z"]), Tools(engine, store), Asker("bolt"))

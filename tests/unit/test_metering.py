@@ -65,7 +65,8 @@ def test_a_prompt_token_of_swiftkv_takes_about_half() -> None:
     shares = {}
     for name, meter in meters.items():
         step_both(meter)
-        prompt, answer = meter.leave("a"), meter.leave("b")
+        (prompt, of_prompt), (answer, of_none) = meter.leave("a"), meter.leave("b")
+        assert (of_prompt, of_none) == (prompt, 0.0)
         assert prompt + answer == pytest.approx(1.5)
         shares[name] = prompt / answer
     assert shares["swiftkv"] < 0.7 * shares["llama"]
@@ -98,7 +99,9 @@ def test_all_of_a_step_is_charged_and_none_twice() -> None:
         meter.stepped(seconds)
         passed += seconds
     assert meter.charged == pytest.approx(2 * passed)
-    assert sum(meter.leave(key) for key in requests) == pytest.approx(2 * passed)
+    charges = [meter.leave(key) for key in requests]
+    assert sum(whole for whole, _ in charges) == pytest.approx(2 * passed)
+    assert all(0 < prompt < whole for whole, prompt in charges)
     meter.stepped(1.0)  # nothing was computed: idle
     assert meter.charged == pytest.approx(2 * passed)
 

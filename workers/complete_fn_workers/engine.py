@@ -24,7 +24,7 @@ from complete_fn_workers.engine_pace import StepPace
 from complete_fn_workers.engine_wire import RowRefused
 from complete_fn_workers.kv_window import Held, KVWindow
 from complete_fn_workers.machine import allow_tiles, available_cores
-from complete_fn_workers.metering import StepMeter
+from complete_fn_workers.metering import NOTHING, Charge, StepMeter
 from complete_fn_workers.step_work import Shape
 
 
@@ -206,8 +206,8 @@ class EngineLoop:
         """Whether the cache has room for a bulk row besides those under way."""
         return self.window.fits(self.held(*ready))
 
-    def submit(self, row: Row | Admitted, what: Any, priority: int, spent: float = 0.0) -> None:
-        """Hand one request of a row to vLLM. `spent`: device-seconds of its requests before."""
+    def submit(self, row: Row | Admitted, what: Any, priority: int, spent: Charge = NOTHING) -> None:
+        """Hand one request of a row to vLLM. `spent`: on its requests before."""
         connection = row.connection
         self.serial += 1
         key = str(self.serial)
@@ -215,7 +215,7 @@ class EngineLoop:
         try:
             internal = self.llm.add_request(key, prompt, what.params, priority=priority)
         except Exception as error:  # vLLM's own checks of one row come as several types
-            self.done[connection].append([row.number, *RowRefused("invalid_request", str(error)).answer, spent])
+            self.done[connection].append([row.number, *RowRefused("invalid_request", str(error)).answer, *spent])
         else:
             self.running[key] = admitted = Admitted(connection, row.number, what, internal, priority)
             self.meter.admit(key, internal, spent)
@@ -234,13 +234,13 @@ class EngineLoop:
             return
         if output.finished:
             self.leave(output.request_id)
-            seconds = self.meter.leave(output.request_id)
+            charge = self.meter.leave(output.request_id)
             self.pace.finished(len(output.prompt_token_ids), output.num_cached_tokens or 0)
             answer = row.asked.take(output)
             if answer is None:
-                self.submit(row, row.asked, row.priority, seconds)
+                self.submit(row, row.asked, row.priority, charge)
             else:
-                self.done[row.connection].append([row.number, *answer, seconds])
+                self.done[row.connection].append([row.number, *answer, *charge])
         elif piece := output.outputs[0].text[row.told :]:
             row.told += len(piece)
             self.text[row.connection].append([row.number, piece, *tokens_of(output)])

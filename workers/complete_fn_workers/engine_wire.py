@@ -17,8 +17,8 @@ One frame, either way, is a length (4 bytes, big-endian) and that many bytes of 
                                                                                once, when it is loaded, or
         {"failed": str}                                                        why it could not be
         {"done": [[number, text, finish_reason, code, message, scores, prompt_tokens, cached_tokens, completion_tokens,
-                   device_seconds], ...]}    scores: [probability or null] of choices; device_seconds: see `metering`;
-                                             absent of a row that was refused
+                   device_seconds, prompt_seconds], ...]}    scores: [probability or null] of choices; seconds: see
+                                             `metering`; absent of a row that was refused
         {"meter": [metered, idle, lost]}        device-seconds, in a message of its own or beside `done`: see `metering`
         {"text": [[number, piece, prompt_tokens, cached_tokens, completion_tokens], ...]}
                                         of rows that asked for it, as it is made; the tokens up to it

@@ -8,15 +8,20 @@ from typing import Any
 
 from complete_fn_workers.step_work import Shape, StepCosts
 
+Charge = tuple[float, float]  # device-seconds, those of them for the prompt
+NOTHING = (0.0, 0.0)
+
 
 @dataclass(slots=True)
 class Metered:
-    """A row in the engine: vLLM's request and prefill counts, tokens seen so far, device-seconds charged so far."""
+    """A row in the engine: vLLM's request and prefill counts, tokens seen so far, device-seconds charged so far, and
+    those of them for its prompt."""
 
     request: Any
     prefill: Any
     computed: int = 0
     seconds: float = 0.0
+    prompt_seconds: float = 0.0
 
 
 class StepMeter:
@@ -36,14 +41,14 @@ class StepMeter:
         self.charged = self.lost = 0.0
         self.told_idle = self.told_lost = 0.0
 
-    def admit(self, key: str, internal_id: str, spent: float = 0.0) -> None:
+    def admit(self, key: str, internal_id: str, spent: Charge = NOTHING) -> None:
         """Args: spent: what the row was charged for requests before this one."""
         request = self.requests[internal_id]
-        self.rows[key] = Metered(request, request.prefill_stats, 0, spent)
+        self.rows[key] = Metered(request, request.prefill_stats, 0, *spent)
 
     def stepped(self, seconds: float) -> None:
         """A request's counter jumps over what was cached, and falls back when it is preempted."""
-        rows: list[Metered] = []
+        rows: list[tuple[Metered, bool]] = []
         work: list[tuple[float, float]] = []
         shape = self.costs.shape
         for row in self.rows.values():
@@ -51,24 +56,28 @@ class StepMeter:
             if before == 0 and now:
                 before = row.prefill.num_cached_tokens
             if now > before:
-                rows.append(row)
+                rows.append((row, before < row.request.num_prompt_tokens))
                 work.append(shape.work(before, now, row.request.num_prompt_tokens))
             row.computed = now
         if not rows:
             return
         shares = self.costs.share(work)
         whole = seconds * self.devices / sum(shares)
-        for row, share in zip(rows, shares, strict=True):
+        for (row, of_prompt), share in zip(rows, shares, strict=True):
             row.seconds += whole * share
+            if of_prompt:
+                row.prompt_seconds += whole * share
         self.charged += seconds * self.devices
         self.costs.learn(seconds, work)
 
-    def leave(self, key: str) -> float:
-        """Device-seconds of a row that is done."""
-        return self.rows.pop(key).seconds
+    def leave(self, key: str) -> Charge:
+        """What a row that is done was charged."""
+        row = self.rows.pop(key)
+        return row.seconds, row.prompt_seconds
 
     def give_up(self, key: str) -> None:
-        self.lost += self.leave(key)
+        seconds, _ = self.leave(key)
+        self.lost += seconds
 
     def tell(self) -> list[float]:
         """[`metered` so far, `idle` since it was last told, `lost` likewise]: every second is told once."""
