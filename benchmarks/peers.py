@@ -174,6 +174,7 @@ class Peer:
 
         self.side, self.log, self.start_up = side, log, 0.0
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "RAY_DEDUP_LOGS": "0"}
+        environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # all cores, as our engine has
         if side == "generate":
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         environment |= allocator_environment(environment)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from complete_fn_workers.metering import StepMeter
-from complete_fn_workers.step_work import REFIT, Shape, StepCosts
+from complete_fn_workers.step_work import REFIT, REMEMBERED, Shape, StepCosts
 
 LLAMA = SimpleNamespace(
     model_type="llama",
@@ -130,3 +130,34 @@ def test_a_step_that_took_no_time_teaches_nothing() -> None:
     for _ in range(2 * REFIT):
         costs.learn(0.0, [(1.0, 1.0)])
     assert costs.costs == before
+
+
+def test_whatever_the_steps_were_every_row_of_a_step_takes_something() -> None:
+    """Steps that only decode, and take longer from some time on, can be explained without any cost of a FLOP."""
+    shape = Shape.of(LLAMA)
+    for seed in range(8):
+        draw, costs = random.Random(seed), StepCosts(shape)
+        costs.learn(0.05, [shape.work(0, 400, 400)])
+        for n in range(2 * REMEMBERED):
+            costs.learn((2.0 if n > 300 else 1.0) * draw.uniform(0.0095, 0.0105), [shape.work(400 + n, 401 + n, 400)])
+        assert min(costs.costs) > 0
+        assert min(costs.share([shape.work(0, 400, 400), shape.work(900, 901, 400)])) > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SimpleNamespace(hidden_size=64, num_hidden_layers=2, vocab_size=100),  # a state-space model
+        SimpleNamespace(**{**vars(LLAMA), "intermediate_size": [128, 64]}),  # layers of several widths
+        SimpleNamespace(**{**vars(LLAMA), "num_attention_heads": 0}),
+    ],
+)
+def test_a_model_of_another_kind_is_charged_by_tokens(config: SimpleNamespace) -> None:
+    shape = Shape.of(config)
+    assert shape.work(100, 130, 200) == (30.0, 0.0)
+    assert shape.work(300, 301, 200) == (1.0, 0.0)
+    costs = StepCosts(shape)
+    for _ in range(2 * REFIT):
+        costs.learn(0.01, [(30.0, 0.0), (1.0, 0.0)])
+    long, short = costs.share([(30.0, 0.0), (1.0, 0.0)])
+    assert long > short > 0

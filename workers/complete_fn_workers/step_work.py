@@ -20,6 +20,7 @@ BALANCE = 50.0  # FLOPs that a device does while it reads a byte, before anythin
 REMEMBERED, REFIT = 512, 64  # steps
 LEAST_STEPS = 32
 TRUST = 0.00001  # weight of BALANCE against the steps
+LEAST = 0.001  # of what BALANCE says, whatever the steps seem to say: nothing that is computed is free
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,22 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any, item: int = 2, kv_item: int = 2) -> Shape:
-        """Args: config: transformers' of the text model; item, kv_item: bytes of a weight, of a cached number."""
+        """One token like any other where the model is no decoder of equal layers.
+
+        Args:
+            config: transformers' of the text model.
+            item, kv_item: bytes of a weight, of a cached number.
+        """
+        try:
+            return cls.of_layers(config, item, kv_item)
+        except (AttributeError, TypeError, ZeroDivisionError):
+            return cls(1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+
+    @classmethod
+    def of_layers(cls, config: Any, item: int, kv_item: int) -> Shape:
+        """Raises:
+        AttributeError, TypeError, ZeroDivisionError: the config says nothing of heads, or no one width for all layers.
+        """
         width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
         size = getattr(config, "head_dim", None) or width // heads
         kv_width = (getattr(config, "num_key_value_heads", None) or heads) * size
@@ -78,7 +94,7 @@ class Shape:
 class StepCosts:
     """Seconds of a FLOP, of a byte of the cache and of a step as such, by least squares of the steps' relative errors.
 
-    None is below 0. Until steps have been seen, and a little ever after, they are what a device of `BALANCE` takes.
+    None is 0 or below. Until steps have been seen, and a little ever after, they are what a device of `BALANCE` takes.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -109,5 +125,6 @@ class StepCosts:
         scaled = amounts * likely / seen[:, 2:] / math.sqrt(len(seen))
         pull = math.sqrt(TRUST)
         target = np.append(np.full(len(seen), 1 / math.sqrt(len(seen))), np.full(3, pull))
-        flop, byte, step = (likely * nonnegative(np.vstack([scaled, pull * np.eye(3)]), target)).tolist()
+        factors = np.maximum(nonnegative(np.vstack([scaled, pull * np.eye(3)]), target), LEAST)
+        flop, byte, step = (likely * factors).tolist()
         self.costs = flop, byte, step
