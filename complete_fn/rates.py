@@ -34,6 +34,7 @@ PAST = 200  # runs that are looked at, the latest
 FEW = 20  # rows below which past answers say nothing
 LEAST_ROWS = 8  # of a run that is kept
 BEFORE = (1.0, 0.05, 8.0, 20.0)  # likely cost of an uncached and a cached token in, a token out, and a row; relative
+ALONE = 0.2  # the quantile of runs by their clock that is taken for one without others beside it
 TRUST = 0.0005  # weight of BEFORE against the largest past run
 
 
@@ -69,7 +70,7 @@ class Rates:
     """Device-seconds per uncached prompt token, cached prompt token, output token and row, from `runs` past runs.
 
     `ends`: device-seconds that a run takes besides, while it fills and empties the engine; `clock`: seconds by the
-    clock for one device-second.
+    clock for one device-second, of the runs that shared the engine least.
     """
 
     seconds: tuple[float, float, float, float]
@@ -194,7 +195,7 @@ def rates(found: Sequence[Run], kind: bytes) -> Rates | None:
         fitted = fitted * seconds[own].sum() / foretold
     alike = [r for r in chosen if r.kind == kind] or chosen
     a, b, c, d = fitted.tolist()
-    clock = statistics.median(r.seconds / r.usage.device_seconds for r in alike)
+    clock = float(np.quantile([r.seconds / r.usage.device_seconds for r in alike], ALONE))
     return Rates((a, b, c, d), ends_of(alike, fitted), clock, chosen[0].device, len(chosen))
 
 
@@ -213,7 +214,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.began: float | None = None
-        self.ended = 0.0
+        self.ended = self.waited = 0.0
         self.drawn = self.answered = self.most = 0
         self.rows = self.steady_rows = 0
         self.usage, self.steady = Usage(), Usage()
@@ -222,8 +223,10 @@ class Meter:
 
     def draw(self) -> None:
         """The engine takes one more prompt."""
-        if self.began is None:
-            self.began = self.ended = time.monotonic()
+        if self.drawn == self.answered:  # what passed since the last answer was no time of the engine's
+            now = time.monotonic()
+            self.waited += 0.0 if self.began is None else now - self.ended
+            self.began, self.ended = self.began or now, now
         self.drawn += 1
         self.most = max(self.most, self.drawn - self.answered)
 
@@ -251,7 +254,7 @@ class Meter:
             return None
         enough = self.steady_rows >= max(LEAST_ROWS, self.most // 8)
         steady = (self.steady_rows, self.steady) if enough else (0, Usage())
-        seconds = self.ended - self.began
+        seconds = self.ended - self.began - self.waited
         return Run(kind_of(call, plan), device, self.rows, self.usage, self.squares, seconds, *steady)
 
 

@@ -34,7 +34,7 @@ from complete_fn.prompts import escaped, plain_column
 from complete_fn.reports import tokens_used
 from complete_fn.runner import Tools, run
 from complete_fn.settings import load_settings
-from complete_fn.stoppable import Stop, StoppableEngine
+from complete_fn.stoppable import EitherStop, Stop, StoppableEngine
 from complete_fn.store import Store
 from complete_fn.types import Asker, Completion
 from complete_fn.work import known_answers
@@ -124,6 +124,7 @@ class Session:
         options: Mapping[str, Any] | Options | None = None,
         job: str | None = None,
         planned: bool = False,
+        stop: Stop | None = None,
     ) -> Answers:
         """Answer a column of prompts.
 
@@ -133,6 +134,7 @@ class Session:
             job: a name under which an interrupted run is resumed, also where answers may not be reused; call
                 `end_job` when the results are safe. What its earlier attempts spent counts against `max_cost`.
             planned: the column is large_string as `prompts.render_column` or `pack_messages` make it.
+            stop: ends it as Ctrl-C does.
 
         Raises:
             RequestError: unknown model or invalid option; nothing was run.
@@ -144,8 +146,9 @@ class Session:
         found = self.model(model)
         column = prompts if planned else escaped(plain_column(prompts))
         self.warn_of_strangers(found, column)
-        stop = NextInterrupt()  # here: on the run's own thread it might begin to listen too late
-        answers = self.answer(Call.of(found, chosen), column, job, chosen.cache, stop)
+        interrupt = NextInterrupt()  # here: on the run's own thread it might begin to listen too late
+        until = interrupt if stop is None else EitherStop(interrupt, stop)
+        answers = self.answer(Call.of(found, chosen), column, job, chosen.cache, until)
         with self.lock:
             self.summary = self.summary + answers.summary
         if answers.summary.failed:

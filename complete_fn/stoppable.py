@@ -31,6 +31,23 @@ class Stop(Protocol):
     def wait(self, seconds: float, /) -> bool: ...
 
 
+class EitherStop:
+    """Set once one of two is."""
+
+    def __init__(self, one: Stop, other: Stop) -> None:
+        self.one, self.other = one, other
+
+    def is_set(self) -> bool:
+        return self.one.is_set() or self.other.is_set()
+
+    def wait(self, seconds: float, /) -> bool:
+        """Whether one was set within so many seconds."""
+        end = time.monotonic() + seconds
+        while not self.is_set() and (left := end - time.monotonic()) > 0:
+            self.one.wait(min(left, POLL_SECONDS))
+        return self.is_set()
+
+
 class StoppableEngine:
     """`engine`, whose streams raise `error` within a moment of `stop` being set. What is in flight is aborted.
 

@@ -18,6 +18,7 @@ from complete_fn.errors import EngineError, InputError, RequestError
 from complete_fn.options import Options
 from complete_fn.progress import Progress, Quiet
 from complete_fn.session import Session, warn
+from complete_fn.stoppable import Stop
 from complete_fn_connectors.arrow import Group, by_group, groups, is_text, prompt_column, prompt_structs, whole
 from complete_fn_connectors.bar import QueryBar
 
@@ -79,6 +80,7 @@ class QuerySession(Session):
         options: Mapping[str, Any] | Options | None = None,
         job: str | None = None,
         planned: bool = False,
+        stop: Stop | None = None,
     ) -> Answers:
         with self.counting:
             if self.running == 0 and (not self.full or time.monotonic() - self.ended > PAUSE):
@@ -86,7 +88,7 @@ class QuerySession(Session):
             self.running += 1
             self.full = len(prompts) >= VECTOR
         try:
-            return super().complete(model, prompts, options, job, planned)
+            return super().complete(model, prompts, options, job, planned, stop)
         finally:
             with self.counting:
                 self.running, self.ended = self.running - 1, time.monotonic()

@@ -6,6 +6,7 @@ no run waits for the last answers of the one before. So the run with the longest
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from complete_fn.answers import Answers
 from complete_fn.interrupts import NextInterrupt, uninterrupted
 from complete_fn.options import Options, parse_options
 from complete_fn.session import Session
+from complete_fn.stoppable import EitherStop
 
 AT_ONCE = 4  # runs of a model
 
@@ -38,7 +40,7 @@ def complete_together(session: Session, wanted: Sequence[Wanted]) -> list[Answer
     """The answers of each run, in their order. Models take turns: each may need the whole device.
 
     Raises:
-        CompleteError, KeyboardInterrupt: as `Session.complete`, once the runs beside it have ended.
+        CompleteError, KeyboardInterrupt: as `Session.complete`; it stops the runs beside it, whose finished rows stay.
     """
     by_model: dict[str, list[int]] = {}
     for number, one in enumerate(wanted):
@@ -52,19 +54,20 @@ def complete_together(session: Session, wanted: Sequence[Wanted]) -> list[Answer
 
 
 def at_the_same_time(session: Session, wanted: list[Wanted]) -> list[Answers]:
-    stop = NextInterrupt()
+    interrupt, failure = NextInterrupt(), threading.Event()
+    stop = EitherStop(interrupt, failure)
 
     def run(one: Wanted) -> Answers:
         if stop.is_set():
             raise KeyboardInterrupt
-        return session.complete(one.model, one.prompts, one.options, planned=True)
+        return session.complete(one.model, one.prompts, one.options, planned=True, stop=stop)
 
     def run_all() -> list[Answers]:
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="complete-fn-run") as pool:
             runs = [pool.submit(run, one) for one in wanted]
             failed = next((r for r in wait(runs, return_when=FIRST_EXCEPTION).done if r.exception()), None)
             if failed is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
+                failure.set()
                 failed.result()
         return [r.result() for r in runs]
 

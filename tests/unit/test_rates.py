@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,27 @@ def test_what_a_small_run_takes_to_fill_the_engine_is_not_taken_for_its_rate() -
 
 def test_a_run_without_a_middle_counts_whole() -> None:
     assert metered(140, 64, 0.01).body == (140, Usage(14_000, 0, 1_400))
+
+
+def test_waiting_between_turns_is_no_time_of_the_engine() -> None:
+    meter = Meter()
+    for _ in range(10):
+        meter.draw()
+        time.sleep(0.002)
+        meter.add(Usage(100, 0, 10))
+        time.sleep(0.03)  # another run holds the reservations
+    found = meter.run(Call(MODEL), make_plan(text_column(["x"])), "d")
+    assert found is not None
+    assert 0.02 <= found.seconds < 0.2
+    assert found.usage.device_seconds == pytest.approx(found.seconds)
+
+
+def test_a_run_beside_others_does_not_slow_the_clock_of_the_next() -> None:
+    usage = Usage(1_000, 0, 100, 2.0)
+    found = [Run(b"k", "d", 100, usage, 0.0, 2.0 * beside) for beside in (1.1, 4.0, 1.1, 3.9, 4.1)]
+    known = rates(found, b"k")
+    assert known is not None
+    assert known.clock == pytest.approx(1.1)
 
 
 def test_without_metered_devices_the_time_between_answers_stands_for_theirs(tmp_path: Path) -> None:

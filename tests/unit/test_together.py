@@ -66,15 +66,17 @@ def test_the_longest_answers_go_first_and_models_take_turns(
     ]
 
 
-def test_a_failure_of_one_run_is_raised(session_on: Callable[[Any], Session]) -> None:
+def test_a_failure_of_one_run_stops_those_beside_it(session_on: Callable[[Any], Session]) -> None:
     class Broken(EchoEngine):
         def complete(self, request: CompletionRequest) -> Completion:
             if request.sampling.max_tokens == 2:
                 raise EngineError("it broke")
             return super().complete(request)
 
+    engine = Broken(row_seconds=0.05)
     with pytest.raises(EngineError, match="it broke"):
-        complete_together(session_on(Broken()), [wanted(LONG, "a"), wanted(SHORT, "b")])
+        complete_together(session_on(engine), [wanted(LONG, *(f"row {n}" for n in range(2_000))), wanted(SHORT, "b")])
+    assert len(engine.requests) < 1_000
 
 
 def test_an_interrupt_ends_all_of_them(session_on: Callable[[Any], Session]) -> None:
