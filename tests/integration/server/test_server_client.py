@@ -93,8 +93,52 @@ def test_jobs_from_the_shell(
     assert main(["jobs", "show", job]) == 1
     assert f"no job '{job}'" in capsys.readouterr().err
     assert main([*submit, "-o", "out.xyz"]) == 1
+    assert main([*submit, "-o", "out.csv.gz"]) == 1
     assert main([*submit[:2], str(tmp_path / "none.csv"), *submit[3:]]) == 1
     assert main([*submit, "--max-cost", "0", "--wait"]) == 3  # a row that nothing may be spent on has failed
+
+
+def test_results_replace_no_file_unasked(
+    running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMPLETE_FN_URL", running.url)
+    source, target = tmp_path / "in.parquet", tmp_path / "out.csv"
+    parquet.write_table(TABLE, source)
+    target.write_text("mine")
+    submit = ["jobs", "submit", str(source), "-m", "echo", "-p", "{text}"]
+    assert main([*submit, "-o", str(target)]) == 1
+    assert "exists. Say --overwrite" in capsys.readouterr().err
+    assert main([*submit, "-o", str(tmp_path / "none" / "out.csv")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert main([*submit, "-o", "s3://bucket/out.csv"]) == 1
+    assert "--sink-uri" in capsys.readouterr().err
+    assert Client(running.url).jobs() == []  # refused before anything was paid
+    assert main([*submit, "-o", str(target), "--overwrite"]) == 0
+    job = capsys.readouterr().out.strip()
+    assert target.read_text() == "id,text,completion\n1,a,a\n2,,\n3,c c,c c\n"
+    target.write_text("mine")
+    assert main(["jobs", "results", job, "-o", str(target)]) == 1
+    assert target.read_text() == "mine"
+    assert main(["jobs", "results", job, "-o", str(target), "--overwrite"]) == 0
+    assert target.read_text().startswith("id,text,completion\n")
+
+
+def test_results_that_cannot_be_written_are_still_to_be_had(
+    running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("COMPLETE_FN_URL", running.url)
+    monkeypatch.setattr("complete_fn.client.RemoteJob.download", full)
+    parquet.write_table(TABLE, tmp_path / "in.parquet")
+    target = tmp_path / "my out.csv"
+    given = ["jobs", "submit", str(tmp_path / "in.parquet"), "-m", "echo", "-p", "{text}", "-o", str(target)]
+    assert main([*given, "--details"]) == 1
+    captured = capsys.readouterr()
+    assert "No space left" in captured.err
+    assert f"`complete-fn jobs results {captured.out.strip()} -o '{target}' --details`" in captured.err
+    assert list(tmp_path.glob("*.part")) == []
 
 
 def test_a_session_asks_the_service_as_its_engine(running: Any, tmp_path: Path) -> None:
