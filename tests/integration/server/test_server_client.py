@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import polars
 import pyarrow as pa
 import pytest
@@ -139,6 +140,59 @@ def test_results_that_cannot_be_written_are_still_to_be_had(
     assert "No space left" in captured.err
     assert f"`complete-fn jobs results {captured.out.strip()} -o '{target}' --details`" in captured.err
     assert list(tmp_path.glob("*.part")) == []
+
+
+def replying(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request], httpx.Response]) -> Client:
+    """A client of a server that is none of ours."""
+    client = Client("http://elsewhere")
+    monkeypatch.setattr(client, "http", httpx.Client(base_url=client.url, transport=httpx.MockTransport(answer)))
+    return client
+
+
+class Broken(httpx.SyncByteStream):
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"id,"
+        raise httpx.ReadError("peer closed")
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        (httpx.Response(200, html="<p>Welcome"), "is a complete-fn service there"),
+        (httpx.Response(200, text="OK"), "is a complete-fn service there"),
+        (httpx.Response(302, headers={"location": "/login"}), "302 with a redirect to /login; is a complete-fn"),
+    ],
+)
+def test_another_server_than_ours_is_told(monkeypatch: pytest.MonkeyPatch, reply: httpx.Response, told: str) -> None:
+    client = replying(monkeypatch, lambda _: reply)
+    with pytest.raises(EngineError, match=told):
+        client.jobs()
+    if "html" in reply.headers.get("content-type", "") or reply.is_redirect:
+        with pytest.raises(EngineError, match=told):
+            list(client.job("j").download("csv"))
+        with pytest.raises(EngineError, match=told):
+            client.job("j").results()
+
+
+def test_results_that_break_off_say_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = replying(monkeypatch, lambda _: httpx.Response(200, stream=Broken()))
+    with pytest.raises(EngineError, match=r"peer closed.*complete-fn jobs results j7 -o"):
+        list(client.job("j7").download("csv"))
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://host:port"])
+def test_an_address_that_is_no_url_is_named(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["jobs", "list", "--url", url]) == 1
+    assert f"{url!r} is no URL" in capsys.readouterr().err
+
+
+def test_a_job_that_has_begun_is_given_though_its_upload_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "DELETE":
+            raise httpx.ConnectError("gone")
+        return httpx.Response(200, json={"id": request.url.path.rpartition("/")[2]})
+
+    assert replying(monkeypatch, answer).submit(TABLE, "echo", "{text}").id == "jobs"
 
 
 def test_a_session_asks_the_service_as_its_engine(running: Any, tmp_path: Path) -> None:
