@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import secrets
 import sys
@@ -232,6 +233,8 @@ class CsvWriter(Writer):
 
 
 class JsonlWriter(Writer):
+    """Lines of JSONL stay as they are; of other rows NaN and the infinities, which JSON has not, are null."""
+
     def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         low = 0
         for batch in pa.table(dict(new)).to_batches(BATCH_ROWS):
@@ -335,14 +338,16 @@ class Inexact(Exception):
 
 def as_json(value: Any) -> str:
     try:
-        text = json_line(value, json_form)
-    except Inexact:
+        text = json_line(value, json_form, allow_nan=False)
+    except (Inexact, ValueError):
         return digits(value)
     return text if text.isascii() or encodable(text) else json.dumps(value, default=json_form)
 
 
 def digits(value: Any) -> str:
-    """JSON with every digit of its decimals, of which `json` makes floats."""
+    """JSON with every digit of its decimals, of which `json` makes floats, and null for what JSON has no number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "null"
     if isinstance(value, Decimal):
         return format(value, "f")
     if isinstance(value, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import stat
 from datetime import UTC, date, datetime
@@ -161,6 +162,27 @@ def test_decimals_keep_their_digits_in_jsonl(tmp_path: Path, column: Any) -> Non
     through(place_of(str(tmp_path / "o.jsonl")), place_of(str(tmp_path / "in.parquet")), {"c": pa.array(["c"] * 3)})
     lines = (tmp_path / "o.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_float=Decimal)["x"] for line in lines] == column.to_pylist()
+
+
+def test_what_json_has_no_number_for_is_null(tmp_path: Path) -> None:
+    odd = [math.nan, math.inf, -math.inf, 1.5, None]
+    columns = {"x": odd, "list": [odd] * 5, "struct": [{"a": v, "b": "\x85"} for v in odd]}
+    rows = TableRows(pa.table(columns).append_column("d", pa.array([Decimal("0.1000000000000000000001")] * 5)))
+    for kind in ("jsonl", "csv"):
+        new = {"new": pa.array([{"s": v} for v in odd])}
+        write_rows(place_of(str(tmp_path / f"out.{kind}")), rows, new, overwrite=False)
+
+    def refused(name: str) -> None:
+        raise AssertionError(name)
+
+    lines = (tmp_path / "out.jsonl").read_text().split("\n")[:-1]
+    found = [json.loads(line, parse_constant=refused) for line in lines]
+    seen = [None, None, None, 1.5, None]
+    assert [row["x"] for row in found] == seen
+    assert [row["list"] for row in found] == [seen] * 5
+    assert [row["struct"] for row in found] == [{"a": v, "b": "\x85"} for v in seen]
+    assert [row["new"] for row in found] == [{"s": v} for v in seen]
+    assert "NaN" not in (tmp_path / "out.csv").read_text()
 
 
 def test_a_map_of_decimals_has_its_keys_as_text(tmp_path: Path) -> None:
