@@ -307,6 +307,27 @@ def test_answers_that_end_lines_elsewhere_stay_in_theirs(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_bytes_that_are_no_utf8_are_escapes_that_every_reader_takes(tmp_path: Path, suffix: str) -> None:
+    source = put(tmp_path / "in.csv", b"text,plain\ncaf\xe9,\xc3\xa9\n,b\n")
+    new = {"new": pa.array(["a", None])}
+    through(place_of(str(tmp_path / f"out.{suffix}")), source, new)
+    through(place_of(str(tmp_path / "out.csv")), source, new)
+    rows = read_rows(place_of(str(tmp_path / f"out.{suffix}")))
+    rows.table().validate(full=True)
+    assert rows.table().to_pydict() == {"text": ["caf\\udce9", None], "plain": ["é", "b"], "new": ["a", None]}
+    assert b"caf\xe9" in (tmp_path / "out.csv").read_bytes()
+
+
+def test_text_that_is_utf8_is_not_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("complete_fn.outputs.to_texts", None)
+    texts = pa.chunked_array([pa.array(["é", None]), pa.array(["\U0001f980"])])
+    table = pa.table({"text": texts, "large": texts.cast(pa.large_string()), "n": [1, 2, 3]}, metadata={"origin": "a"})
+    place = place_of(str(tmp_path / "out.arrow"))
+    write_rows(place, TableRows(table), NEW, overwrite=False)
+    assert read_rows(place).table().equals(table.append_column("completion", NEW["completion"]), check_metadata=True)
+
+
 def test_jsonl_columns_are_text_and_missing_ones_null() -> None:
     rows = LineRows(LINES)
     assert rows.names == ["text", "n", "big", "other"]
