@@ -171,6 +171,16 @@ def test_a_mark_of_an_earlier_version_is_not_taken(shell: Shell, asked: Asked) -
     assert written() == 50
 
 
+def test_a_break_in_a_later_window_is_told(shell: Shell, asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    texts("in.csv", 30)
+    command = [word for word in (*RUN, "in.csv", "-o", "out.csv") if word != "--quiet"]
+    asked.at = 15
+    assert shell(*command) == 130
+    capsys.readouterr()
+    assert shell(*command) == 0
+    assert "The last attempt was interrupted" in capsys.readouterr().err
+
+
 def rows(path: str) -> list[dict[str, str]]:
     with open(path) as file:
         return list(csv.DictReader(file))
