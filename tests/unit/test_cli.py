@@ -150,6 +150,8 @@ RUN = ["run", "-m", "echo", "-p", "{text}", "in.parquet"]
         ([*RUN, "--engine", "localhost"], "is not an http"),
         (["run", "-m", "echo", "-p", "{text}", "-"], "The format of stdin is not known. Say --format"),
         (["run", "-p", "{text}", "in.parquet"], "required: -m/--model"),
+        ([*RUN, "--query-tag", "t\udcff"], "'t\\udcff' has bytes that are not UTF-8"),
+        (["w\udcff"], "has bytes that are not UTF-8"),
         (["walk"], "invalid choice: 'walk'"),
         (["cache"], "required: stats|clear"),
         (["usage", "--by", "hour"], "--by 'hour' is not one of day, model, query_tag, job, user, tenant"),
