@@ -139,9 +139,9 @@ def shown(value: Any) -> str:
 
 def moment(text: str) -> float:
     """Seconds of the epoch of a date, in UTC where it names no zone, or of a time so long ago."""
-    if match := re.fullmatch(r"(\d+)([dh])", text):
-        return time.time() - int(match[1]) * (DAY if match[2] == "d" else DAY / 24)
     try:
+        if match := re.fullmatch(r"(\d+)([dh])", text):
+            return time.time() - int(match[1]) * (DAY if match[2] == "d" else DAY / 24)
         at = datetime.fromisoformat(text)
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError) as error:

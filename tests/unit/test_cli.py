@@ -156,6 +156,8 @@ RUN = ["run", "-m", "echo", "-p", "{text}", "in.parquet"]
         (["cache"], "required: stats|clear"),
         (["usage", "--by", "hour"], "--by 'hour' is not one of day, model, query_tag, job, user, tenant"),
         (["usage", "--since", "lately"], "neither a date"),
+        (["usage", "--since", "9" * 400 + "d"], "neither a date"),
+        (["usage", "--since", "9" * 5_000 + "d"], "neither a date"),
     ],
 )
 def test_query_faults_are_one_line_and_exit_code_1(
