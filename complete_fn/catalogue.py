@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal, InvalidOperation
 from functools import cache
@@ -76,7 +76,9 @@ def installed_folder(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def price(table: Mapping[str, Any], where: str) -> Prices:
+def price(table: Any, where: str) -> Prices:
+    if not isinstance(table, Mapping):
+        raise InputError(f"{where}: prices = {table!r} is no table. Write prices = {{ input = 1.5, output = 3 }}.")
     known = {f.name for f in fields(Prices)}
     if unknown := set(table) - known:
         raise InputError(f"{where}: prices has no field {sorted(unknown)[0]!r}; it has {', '.join(sorted(known))}.")
@@ -92,13 +94,37 @@ def price(table: Mapping[str, Any], where: str) -> Prices:
     return Prices(currency=str(table.get("currency", "USD")), basis=cast(PriceBasis, basis), **amounts)
 
 
-def entry(name: str, table: Mapping[str, Any], base: Model | None, where: str) -> Model:
+TEXTS = ("checkpoint", "revision", "engine", "url", "api_key_env", "licence", "download", "tried", "nodes", "note")
+NUMBERS = ("max_model_len", "default_max_tokens")
+
+
+def refuse_types(name: str, table: Mapping[str, Any], where: str) -> None:
+    """Raises InputError: a field of the entry has a value of another type than its own."""
+    is_texts = lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)  # noqa: E731
+    forms: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        **dict.fromkeys(TEXTS, ("a text", lambda v: isinstance(v, str))),
+        **dict.fromkeys(NUMBERS, ("a whole number above 0", lambda v: type(v) is int and v > 0)),
+        "gated": ("true or false", lambda v: isinstance(v, bool)),
+        "instructions": ("a list of texts", is_texts),
+        "engine_args": ("a table", lambda v: isinstance(v, Mapping)),
+    }
+    for key, (form, fits) in forms.items():
+        if key in table and not fits(table[key]):
+            raise InputError(f"{where}: model {name!r}: {key} = {table[key]!r} is not {form}.")
+
+
+def entry(name: str, table: Any, base: Model | None, where: str) -> Model:
     """One entry from its TOML table, over an older entry of the same name."""
+    if not isinstance(table, Mapping):
+        raise InputError(
+            f"{where}: model {name!r} = {table!r} is no table. Write [models.{name}] and its fields below."
+        )
     known = {f.name for f in fields(Model)} - {"name"}
     if unknown := set(table) - known:
         hint = difflib.get_close_matches(sorted(unknown)[0], known, 1)
         more = f" Did you mean {hint[0]!r}?" if hint else ""
         raise InputError(f"{where}: model {name!r} has no field {sorted(unknown)[0]!r}.{more}")
+    refuse_types(name, table, where)
     changes = dict(table)
     if "prices" in changes:
         changes["prices"] = price(changes["prices"], f"{where}: model {name!r}")
@@ -119,11 +145,14 @@ def load_catalogue(models_file: Path | None = None) -> dict[str, Model]:
     """All entries, the user's file over the built-in one.
 
     Raises:
-        InputError: the file is missing, is not TOML, or has an unknown field.
+        InputError: the file is missing, is not TOML, or has an unknown field or a value of another type.
     """
     found: dict[str, Model] = dict(built_in())
     if models_file is not None:
-        for name, table in read_toml(models_file).get("models", {}).items():
+        models = read_toml(models_file).get("models", {})
+        if not isinstance(models, Mapping):
+            raise InputError(f"{models_file}: models = {models!r} is no table. Write [models.NAME] for each model.")
+        for name, table in models.items():
             found[name] = entry(name, table, found.get(name), str(models_file))
     return found
 

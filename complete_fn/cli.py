@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = show_warning
     try:
+        refuse_bytes(given)
         return run_verb(given)
     except CompleteError as error:
         print(f"complete-fn: {error}", file=sys.stderr)
@@ -55,6 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's flush at exit finds a taker
         return FAULT
+
+
+def refuse_bytes(given: list[str]) -> None:
+    """Raises InvalidOptionError: an argument has bytes that are not UTF-8, which no state, model or file name takes."""
+    for text in given:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidOptionError(
+                f"The argument {text!r} has bytes that are not UTF-8. Write it in UTF-8."
+            ) from error
 
 
 def run_verb(given: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -13,9 +14,11 @@ from typing import Any
 from complete_fn.cli import INTERRUPTED, OK, SOME_FAILED, Parser
 from complete_fn.cli_state import print_table
 from complete_fn.client import Client, RemoteJob
-from complete_fn.errors import InputError
-from complete_fn.files import SUFFIXES
+from complete_fn.errors import CompleteError, InputError
+from complete_fn.files import FORMATS, Place, place_of
+from complete_fn.outputs import is_device, refuse_output, whole_file
 from complete_fn.settings import secret
+from complete_fn.storage import remote
 
 DESCRIPTION = """\
 Run jobs on a service (`complete-fn serve`).
@@ -25,6 +28,7 @@ Run jobs on a service (`complete-fn serve`).
   complete-fn jobs submit --connection crm --sql 'SELECT id, text FROM docs' -m M -p '{text}' \\
       --sink-connection crm --sink-table answers --key id --wait
 
+A FILE that exists is only replaced with --overwrite.
 The service's address is --url or COMPLETE_FN_URL; an API key is taken from COMPLETE_FN_KEY."""
 HERE = "http://127.0.0.1:8000"
 
@@ -79,12 +83,12 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
 
 def add_output(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("-o", "--output", required=required, metavar="FILE", help=".parquet, .csv, .jsonl or .arrow")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--details", action="store_true", help="add error, usage, cost and source of each row")
 
 
 def submit(asked: argparse.Namespace, client: Client) -> int:
-    if asked.output is not None:
-        format_of(asked.output)
+    place = None if asked.output is None else target_of(asked)
     job = client.submit(
         source_of(asked),
         asked.model,
@@ -99,7 +103,7 @@ def submit(asked: argparse.Namespace, client: Client) -> int:
     print(job.id)
     if not (asked.wait or asked.output):
         return OK
-    return follow(asked, job)
+    return follow(job, place, asked)
 
 
 def source_of(asked: argparse.Namespace) -> Any:
@@ -116,38 +120,47 @@ def sink_of(asked: argparse.Namespace) -> dict[str, str] | None:
     return {name: value for name, value in names.items() if value is not None} or None
 
 
-def follow(asked: argparse.Namespace, job: RemoteJob) -> int:
+def follow(job: RemoteJob, place: Place | None, asked: argparse.Namespace) -> int:
     """Wait for a job; Ctrl-C leaves it running."""
     try:
         state = job.wait()
     except KeyboardInterrupt:
         print(f"The job goes on: complete-fn jobs wait {job.id}", file=sys.stderr)
         return INTERRUPTED
-    if getattr(asked, "output", None):
-        write(asked, job)
+    if place is not None:
+        try:
+            write(job, place, asked)
+        except CompleteError as error:
+            more = " --details" if asked.details else ""
+            again = f"complete-fn jobs results {job.id} -o {shlex.quote(place.name)}{more}"
+            raise type(error)(f"{error} The job is over: `{again}` writes its rows.") from error
     print(line(state), file=sys.stderr)
     return SOME_FAILED if state["rows"]["failed"] or state["status"] != "completed" else OK
 
 
-def write(asked: argparse.Namespace, job: RemoteJob) -> None:
-    kind, target = format_of(asked.output), Path(asked.output)
-    beside = target.with_name(f".{target.name}.part")
+def target_of(asked: argparse.Namespace) -> Place:
+    """Where the results go, once it is known that they can.
+
+    Raises:
+        InputError: it has no suffix of a format, exists already, or cannot be written.
+    """
+    if remote(asked.output):
+        raise InputError(f"{asked.output!r} is no file here. A job over it writes there with --sink-uri.")
+    place = place_of(asked.output, "none")
+    if place.format not in FORMATS or place.compression is not None:
+        raise InputError(f"The format of {place.name!r} is not known: end it with .parquet, .csv, .jsonl or .arrow.")
+    refuse_output(place, asked.overwrite)
+    return place
+
+
+def write(job: RemoteJob, place: Place, asked: argparse.Namespace) -> None:
+    path = Path(place.name)
     try:
-        with beside.open("wb") as sink:
-            for chunk in job.download(kind, asked.details):
+        with path.open("wb") if is_device(path) else whole_file(path.resolve(), place, asked.overwrite) as sink:
+            for chunk in job.download(place.format, asked.details):
                 sink.write(chunk)
-        beside.replace(target)
     except OSError as error:
-        raise InputError(f"The output {asked.output!r} cannot be written: {error.strerror}.") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def format_of(name: str) -> str:
-    found = SUFFIXES.get(Path(name).suffix.lower())
-    if found is None:
-        raise InputError(f"The format of {name!r} is not known: end it with .parquet, .csv, .jsonl or .arrow.")
-    return found
+        raise InputError(f"The output {place.name!r} cannot be written: {error.strerror or error}.") from error
 
 
 def given_options(pairs: list[str]) -> dict[str, Any]:
@@ -200,7 +213,7 @@ def show(asked: argparse.Namespace, client: Client) -> int:
 
 
 def results(asked: argparse.Namespace, client: Client) -> int:
-    write(asked, client.job(asked.id))
+    write(client.job(asked.id), target_of(asked), asked)
     return OK
 
 
@@ -223,7 +236,7 @@ ON_JOB: dict[str, Callable[[argparse.Namespace, Client], int]] = {
     "submit": submit,
     "list": list_jobs,
     "show": show,
-    "wait": lambda asked, client: follow(asked, client.job(asked.id)),
+    "wait": lambda asked, client: follow(client.job(asked.id), None, asked),
     "results": results,
     "cancel": cancel,
     "rerun": rerun,

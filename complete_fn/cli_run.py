@@ -278,10 +278,12 @@ class Teller:
 
     @off_main
     def last_stop(self) -> None:
-        """How the last attempt of an unfinished job ended, and what was lost with it."""
-        stop = last_stop(self.session.store, self.session.who.tenant, self.work.job)
-        if stop is not None:
-            self.say(stop.line())
+        """How the last attempt of an unfinished run ended, in whichever window, and what was lost with it."""
+        for job in reversed(self.work.jobs()):
+            stop = last_stop(self.session.store, self.session.who.tenant, job)
+            if stop is not None:
+                self.say(stop.line())
+                return
 
     @off_main
     def committed(self, what: str) -> None:

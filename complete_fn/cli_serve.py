@@ -28,6 +28,7 @@ Models load on demand and go when idle. Needs `pip install 'complete-fn[service]
 
 Alone, this process runs the jobs too. With a broker, worker processes do: those that --workers starts and stops here,
 and any `complete-fn worker` with the same broker and state. Needs `pip install 'complete-fn[fleet]'`."""
+MOST_A_MINUTE = 10**12  # tokens; what the store keeps is a 64-bit number
 NO_BROKER = (
     "--workers {workers} needs a Redis, over which they learn of work: give --broker redis://127.0.0.1:6379/0 or set "
     "COMPLETE_FN_BROKER. Without --workers this process runs the jobs itself."
@@ -200,9 +201,12 @@ def set_budget(asked: argparse.Namespace) -> int:
 
 
 def set_limit(asked: argparse.Namespace) -> int:
-    per_minute = None if asked.tokens == "none" else int(asked.tokens) if asked.tokens.isdecimal() else 0
-    if per_minute == 0:
-        raise InvalidOptionError(f"TOKENS_PER_MINUTE = {asked.tokens!r} must be a whole number above 0, or 'none'.")
+    given = asked.tokens if asked.tokens.isdecimal() and len(asked.tokens) <= len(str(MOST_A_MINUTE)) else "0"
+    per_minute = None if asked.tokens == "none" else int(given)
+    if per_minute is not None and not 0 < per_minute <= MOST_A_MINUTE:
+        raise InvalidOptionError(
+            f"TOKENS_PER_MINUTE = {asked.tokens!r} must be a whole number from 1 to {MOST_A_MINUTE:,}, or 'none'."
+        )
     store = key_store(asked)
     lines = store.list()
     if any(line.id == asked.name for line in lines):

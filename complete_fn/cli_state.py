@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,11 @@ def usage_main(argv: list[str]) -> int:
     parser = Parser("complete-fn usage", description="Sum the ledger.")
     add = parser.add_argument
     add("--by", default="day,model", metavar="FIELDS", help=f"one or more of {', '.join(GROUPS)} (default: day,model)")
-    add("--since", metavar="WHEN", help="from a date on (2026-01-31), or for so long back (7d, 24h)")
+    add(
+        "--since",
+        metavar="WHEN",
+        help="from a date on (2026-01-31, in UTC as the days are), or for so long back (7d, 24h)",
+    )
     add("--json", action="store_true")
     add("--csv", action="store_true")
     add("--views", action="store_true", help=VIEWS)
@@ -134,12 +138,13 @@ def shown(value: Any) -> str:
 
 
 def moment(text: str) -> float:
-    """Seconds of the epoch of a date or of a time so long ago."""
-    if match := re.fullmatch(r"(\d+)([dh])", text):
-        return time.time() - int(match[1]) * (DAY if match[2] == "d" else DAY / 24)
+    """Seconds of the epoch of a date, in UTC where it names no zone, or of a time so long ago."""
     try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError as error:
+        if match := re.fullmatch(r"(\d+)([dh])", text):
+            return time.time() - int(match[1]) * (DAY if match[2] == "d" else DAY / 24)
+        at = datetime.fromisoformat(text)
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError) as error:
         raise InvalidOptionError(f"--since {text!r} is neither a date like 2026-01-31 nor a span like 7d.") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -34,7 +34,8 @@ class Client:
         timeout: seconds that a reply may take.
 
     Raises:
-        EngineError: nobody answers there.
+        InputError: `url` is none.
+        EngineError: nobody answers there, or no service.
         CompleteError: what the service refuses, as the error that its code names.
     """
 
@@ -42,7 +43,10 @@ class Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout = timeout
-        self.http = httpx.Client(base_url=f"{self.url}/v1", headers=headers, timeout=timeout)
+        try:
+            self.http = httpx.Client(base_url=f"{self.url}/v1", headers=headers, timeout=timeout)
+        except httpx.InvalidURL as error:
+            raise InputError(f"The service's address {url!r} is no URL ({error}). Write http://HOST:PORT.") from error
 
     def submit(
         self,
@@ -80,24 +84,36 @@ class Client:
             "idempotency_key": idempotency_key,
         }
         try:
-            return RemoteJob(self, self.ask("POST", "/jobs", json=body).json()["id"])
+            return RemoteJob(self, self.told("POST", "/jobs", json=body)["id"])
         finally:
             if file is not None:
-                self.ask("DELETE", f"/files/{file}")  # the job has its own copy
+                with suppress(CompleteError):  # the job has begun, with its own copy
+                    self.ask("DELETE", f"/files/{file}")
 
     def upload(self, source: Any) -> str:
         """Upload a table; returns its id."""
         name, content = contents(source)
         with content:
-            reply = self.ask("POST", "/files", files={"file": (name, content)}, data={"purpose": "user_data"})
-        return str(reply.json()["id"])
+            reply = self.told("POST", "/files", files={"file": (name, content)}, data={"purpose": "user_data"})
+        return str(reply["id"])
 
     def job(self, name: str) -> RemoteJob:
         return RemoteJob(self, name)
 
     def jobs(self, limit: int = 20) -> list[dict[str, Any]]:
         """The newest jobs, as `RemoteJob.state` gives them."""
-        found: list[dict[str, Any]] = self.ask("GET", "/jobs", params={"limit": limit}).json()["data"]
+        found: list[dict[str, Any]] = self.told("GET", "/jobs", params={"limit": limit})["data"]
+        return found
+
+    def told(self, method: str, path: str, **more: Any) -> dict[str, Any]:
+        """The reply's object."""
+        reply = self.ask(method, path, **more)
+        try:
+            found = reply.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise EngineError(no_service(reply))
         return found
 
     def ask(self, method: str, path: str, stream: bool = False, **more: Any) -> httpx.Response:
@@ -106,8 +122,10 @@ class Client:
         while True:
             try:
                 reply = self.http.send(self.http.build_request(method, path, **more), stream=stream)
-                if reply.is_error:
+                if not reply.is_success:
                     reply.read()
+            except httpx.InvalidURL as error:
+                raise InputError(f"{self.url}/v1{path} is no URL ({error}).") from error
             except httpx.TransportError as error:
                 remedy = "Start it with `complete-fn serve`."
                 raise EngineError(f"Nobody answers at {self.url} ({error}). {remedy}") from error
@@ -130,8 +148,7 @@ class RemoteJob:
 
     def state(self) -> dict[str, Any]:
         """Status, rows, usage, cost, seconds left."""
-        found: dict[str, Any] = self.client.ask("GET", f"/jobs/{self.id}").json()
-        return found
+        return self.client.told("GET", f"/jobs/{self.id}")
 
     def wait(self, progress: bool | None = None) -> dict[str, Any]:
         """Return the state once the job is over, and its results are in their sink.
@@ -177,7 +194,11 @@ class RemoteJob:
         """The results as a file of that format, in pieces."""
         query: dict[str, str | bool] = {"format": format, "details": details}
         with closing(self.client.ask("GET", f"/jobs/{self.id}/results", stream=True, params=query)) as reply:
-            yield from reply.iter_bytes(CHUNK)
+            try:
+                yield from reply.iter_bytes(CHUNK)
+            except httpx.RequestError as error:
+                again = f"Fetch them again: complete-fn jobs results {self.id} -o FILE."
+                raise EngineError(f"The results of job {self.id} broke off ({error}). {again}") from error
 
     def cancel(self) -> None:
         self.client.ask("POST", f"/jobs/{self.id}/cancel")
@@ -212,15 +233,20 @@ def contents(source: Any) -> tuple[str, Any]:
 
 
 def refuse(reply: httpx.Response) -> None:
-    """Raise what the service's error code names."""
-    if not reply.is_error:
+    """Raise what the service's error code names; a page, or a redirect to one, is no reply of a service."""
+    if reply.is_success and not reply.headers.get("content-type", "").startswith("text/html"):
         return
     try:
-        error = reply.json()["error"]
+        error = {} if reply.is_success else reply.json()["error"]
         message, code = str(error["message"]), error["code"]
     except (ValueError, KeyError, TypeError):
-        message, code = f"{reply.url} answers {reply.status_code}; is a complete-fn service there?", None
+        message, code = no_service(reply), None
     raise next((kind for kind in kinds(CompleteError) if kind.code == code), EngineError)(message)
+
+
+def no_service(reply: httpx.Response) -> str:
+    where = f" with a redirect to {reply.headers['location']}" if reply.has_redirect_location else ""
+    return f"{reply.url} answers {reply.status_code}{where}; is a complete-fn service there?"
 
 
 def kinds(root: type[CompleteError]) -> Iterator[type[CompleteError]]:

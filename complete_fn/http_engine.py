@@ -25,7 +25,7 @@ import os
 import queue
 import threading
 from collections.abc import Coroutine, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -40,6 +40,7 @@ from complete_fn.types import Completion, CompletionRequest
 CONCURRENCY, TIMEOUT_S = 16, 600.0
 CLOSE_S = 2.0
 LOOK_S = 0.2  # how often a stream that waits looks whether it is abandoned
+Number = TypeVar("Number", int, float)
 Outcome = tuple[int, Completion | BaseException]
 
 
@@ -59,12 +60,30 @@ class Background:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
 
 
+def given_above_0(model: Model, name: str, default: float, kind: type[Number]) -> Number:
+    """An engine argument.
+
+    Raises:
+        RequestError: it is no number above 0.
+    """
+    given = model.engine_args.get(name, default)
+    try:
+        found = kind(given)
+    except (TypeError, ValueError, OverflowError):
+        found = kind(0)
+    if not found > 0:
+        what = "a whole number" if kind is int else "a number"
+        raise RequestError(f"Model {model.name!r}: engine_args.{name} is {given!r}; it must be {what} above 0.")
+    return found
+
+
 class HttpEngine:
     """Chat completions over HTTP, behind the `Engine` protocol."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.concurrency = int(model.engine_args.get("concurrency", CONCURRENCY))
+        self.concurrency = given_above_0(model, "concurrency", CONCURRENCY, int)
+        self.timeout = given_above_0(model, "timeout", TIMEOUT_S, float)
         self.guard = threading.Lock()
         self.background: Background | None = None
         self.endpoint: Endpoint | None = None
@@ -111,7 +130,7 @@ class HttpEngine:
         with self.guard:
             if self.endpoint is None or self.background is None or self.background.owner != os.getpid():
                 self.background = Background()
-                self.endpoint = self.background.call(connect(self.model, self.concurrency))
+                self.endpoint = self.background.call(connect(self.model, self.concurrency, self.timeout))
             return self.endpoint, self.background
 
     def count_tokens(self, texts: list[str]) -> list[int]:
@@ -152,7 +171,7 @@ async def answer(
         done.put((number, error))
 
 
-async def connect(model: Model, concurrency: int) -> Endpoint:
+async def connect(model: Model, concurrency: int, seconds: float) -> Endpoint:
     """The endpoint of a model; made on the event loop that will use it."""
     url = (model.url or "").rstrip("/")
     headers = {}
@@ -161,7 +180,7 @@ async def connect(model: Model, concurrency: int) -> Endpoint:
         if not key:
             raise EngineError(f"Model {model.name!r} needs a key: set the environment variable {model.api_key_env}.")
         headers["Authorization"] = f"Bearer {key}"
-    timeout = httpx.Timeout(float(model.engine_args.get("timeout", TIMEOUT_S)), connect=10.0, pool=None)
+    timeout = httpx.Timeout(seconds, connect=10.0, pool=None)
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=4.0)
     return Endpoint(model, url, httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits))
 

@@ -164,8 +164,12 @@ def canonical_schema(given: Any) -> str:
         raise InvalidOptionError(f"response_format is not a valid JSON schema at {where}: {error.message}") from error
     check_references(schema)
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
-    if len(text.encode()) > SCHEMA_BYTES:
-        raise InvalidOptionError(f"response_format has {len(text.encode())} bytes; at most {SCHEMA_BYTES} are taken.")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidOptionError("response_format has half of a character (a lone surrogate).") from error
+    if size > SCHEMA_BYTES:
+        raise InvalidOptionError(f"response_format has {size} bytes; at most {SCHEMA_BYTES} are taken.")
     return text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import secrets
 import sys
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
-from complete_fn.files import LineRows, Place, Rows
+from complete_fn.files import LineRows, Place, Rows, clean
 from complete_fn.json_line import json_line
 from complete_fn.plan.batch import to_texts
 from complete_fn.storage import Storage, remote
@@ -191,12 +192,17 @@ class Writer:
 
 
 class ArrowWriter(Writer):
-    """The file format; on stdout, which cannot seek, the stream format."""
+    """The file format; on stdout, which cannot seek, the stream format. Text is UTF-8, other bytes as escapes."""
 
     inner: Any = None
 
     def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         table = self.joined(rows, new)
+        for number, field in enumerate(table.schema):
+            column = table.column(number)
+            if not is_utf8(column):
+                escaped = pa.array([clean(text) for text in to_texts(column)], field.type)
+                table = table.set_column(number, field, escaped)
         if self.inner is None:
             self.inner = self.opened(table.schema)
         self.inner.write_table(table)
@@ -206,6 +212,15 @@ class ArrowWriter(Writer):
 
     def close(self) -> None:
         self.inner.close()
+
+
+def is_utf8(column: Any) -> bool:
+    """Whether all text of a column is UTF-8, as the files' other readers want it. Copies nothing."""
+    raw = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
+    try:
+        return raw is None or column.cast(raw).cast(column.type) is not None
+    except pa.ArrowInvalid:
+        return False
 
 
 class ParquetWriter(ArrowWriter):
@@ -232,6 +247,8 @@ class CsvWriter(Writer):
 
 
 class JsonlWriter(Writer):
+    """Lines of JSONL stay as they are; of other rows NaN and the infinities, which JSON has not, are null."""
+
     def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         low = 0
         for batch in pa.table(dict(new)).to_batches(BATCH_ROWS):
@@ -335,14 +352,16 @@ class Inexact(Exception):
 
 def as_json(value: Any) -> str:
     try:
-        text = json_line(value, json_form)
-    except Inexact:
+        text = json_line(value, json_form, allow_nan=False)
+    except (Inexact, ValueError):
         return digits(value)
     return text if text.isascii() or encodable(text) else json.dumps(value, default=json_form)
 
 
 def digits(value: Any) -> str:
-    """JSON with every digit of its decimals, of which `json` makes floats."""
+    """JSON with every digit of its decimals, of which `json` makes floats, and null for what JSON has no number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "null"
     if isinstance(value, Decimal):
         return format(value, "f")
     if isinstance(value, dict):

@@ -120,7 +120,8 @@ def run_windows(work: Work, survey: Survey, target: Target) -> None:
     forget_old(work.folder.parent)
     work.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     work.session.charge(work.model, work.jobs())
-    mark = Mark(work.folder / "mark.json", survey.source, target)
+    mark = Mark(work.folder / "mark.json", survey.source, target, work.options.strict)
+    work.summary = mark.passed + work.summary
     for number, rows in enumerate(mark.windows(), mark.number):
         if isinstance(target, TableTarget):
             target.refuse(rows)
@@ -134,37 +135,56 @@ def run_windows(work: Work, survey: Survey, target: Target) -> None:
             if not mark.kept:
                 keep(place, details)
         target.write(rows, new_columns(work, text_of(details), details if work.details else None))
-        mark.move(number + 1, rows)
+        mark.move(number + 1, rows, details)
 
 
 class Mark:
     """How far a run from a query into a table is, by the query's key: what lies before it is not even read again.
 
     Other runs write all rows at their end; they keep each window's answers instead.
+
+    Attributes:
+        number: windows before the mark, whose rows are `passed`; `begun` windows were written, some perhaps behind it.
+        held: whether rows of a window failed that are to be asked again, so that the mark stays before them.
     """
 
-    def __init__(self, path: Path, source: Source, target: Target) -> None:
-        self.path, self.source = path, source
+    def __init__(self, path: Path, source: Source, target: Target, strict: bool) -> None:
+        self.path, self.source, self.strict = path, source, strict
         self.kept = isinstance(source, QuerySource) and source.query.key is not None and isinstance(target, TableTarget)
-        self.number = 0
+        self.number = self.begun = 0
         self.after: int | str | None = None
+        self.passed = Summary()
+        self.held = False
         if self.kept and isinstance(target, TableTarget) and path.exists():
-            number, after = json.loads(path.read_text())
-            if target.database.has(target.table, target.key, after):  # nobody has dropped it meanwhile
-                self.number, self.after = number, after
+            self.read(target)
+
+    def read(self, target: TableTarget) -> None:
+        self.begun, *found = json.loads(self.path.read_text())
+        if len(found) != 5:  # of a version that did not count what it passed
+            return
+        number, after, rows, nulls, failed = found
+        there = after is not None and target.database.has(target.table, target.key, after)  # nobody has dropped it
+        if there and not (failed and self.strict):
+            self.number, self.after = number, after
+            self.passed = Summary(rows, nulls, resumed=rows - nulls, failed=Counter(failed))
 
     def windows(self) -> Iterator[Rows]:
         if isinstance(self.source, QuerySource) and self.after is not None:
             return self.source.behind(self.after).windows()
         return self.source.windows()
 
-    def move(self, number: int, rows: Rows) -> None:
+    def move(self, number: int, rows: Rows, details: Any) -> None:
         if not self.kept or not isinstance(self.source, QuerySource) or not rows.count:
             return
+        self.held = self.held or asked_again(details, self.strict)
+        self.begun = max(self.begun, number)
         last = rows.column(str(self.source.query.key))[-1].as_py()
         if isinstance(last, int | str):
+            if not self.held:
+                self.number, self.after, self.passed = number, last, self.passed + resumed(details)
+            counts = (self.passed.rows, self.passed.nulls, self.passed.failed)
             beside = self.path.with_suffix(".writing")
-            beside.write_text(json.dumps([number, last]))
+            beside.write_text(json.dumps([self.begun, self.number, self.after, *counts]))
             beside.replace(self.path)
 
 

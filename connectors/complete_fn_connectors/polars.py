@@ -9,6 +9,7 @@ df.with_columns(answer=pl.col("text").llm.complete("demo-llama-swiftkv", max_tok
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -171,7 +172,8 @@ def complete_classify(
         UnknownModelError, InvalidOptionError: at once, not when the query runs.
     """
     given = pa.array([parse_choices(labels)])
-    return task("complete_classify", pl.String(), model, text, session, options, lambda t: (t, given))
+    own = {"choices": list(labels)}
+    return task("complete_classify", pl.String(), model, text, session, options, own, lambda t: (t, given))
 
 
 def complete_classify_details(
@@ -179,7 +181,8 @@ def complete_classify_details(
 ) -> pl.Expr:
     """As `complete_classify`, with usage, cost and `scores` (each label's probability), as a Struct."""
     given = pa.array([parse_choices(labels)])
-    return task("complete_classify_details", DETAILS, model, text, session, options, lambda t: (t, given))
+    own = {"choices": list(labels)}
+    return task("complete_classify_details", DETAILS, model, text, session, options, own, lambda t: (t, given))
 
 
 def complete_filter(
@@ -187,17 +190,17 @@ def complete_filter(
 ) -> pl.Expr:
     """Whether the predicate, a text that is the same for all rows, holds for the text, Boolean."""
     arguments = lambda t: (pa.repeat(predicate, len(t)), t)  # noqa: E731
-    return task("complete_filter", pl.Boolean(), model, text, session, options, arguments)
+    return task("complete_filter", pl.Boolean(), model, text, session, options, {"choices": tasks.YES_NO}, arguments)
 
 
 def complete_sentiment(model: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
     """positive, negative, neutral or mixed, String."""
-    return task("complete_sentiment", pl.String(), model, text, session, options)
+    return task("complete_sentiment", pl.String(), model, text, session, options, {"choices": tasks.SENTIMENTS})
 
 
 def complete_summarize(model: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
     """At most three sentences, String. Options as `complete`, and `template`."""
-    return task("complete_summarize", pl.String(), model, text, session, options)
+    return task("complete_summarize", pl.String(), model, text, session, options, {})
 
 
 def complete_translate(
@@ -205,7 +208,7 @@ def complete_translate(
 ) -> pl.Expr:
     """The text in another language, named in words ('French'), String. Options as `complete`, and `template`."""
     arguments = lambda t: (t, pa.repeat(language, len(t)))  # noqa: E731
-    return task("complete_translate", pl.String(), model, text, session, options, arguments)
+    return task("complete_translate", pl.String(), model, text, session, options, {}, arguments)
 
 
 def complete_extract(
@@ -224,8 +227,10 @@ def complete_extract(
     Raises:
         InputError: `fields` is neither.
     """
-    given = pa.array([tasks.questions_of(fields if isinstance(fields, Mapping) else list(fields))])
-    return task("complete_extract", pl.String(), model, text, session, options, lambda t: (t, given))
+    plain = isinstance(fields, Mapping | str)  # a text is a sequence too, of its letters
+    questions = tasks.questions_of(fields if plain else list(fields))
+    given, own = pa.array([questions]), tasks.extraction(questions)[1]
+    return task("complete_extract", pl.String(), model, text, session, options, own, lambda t: (t, given))
 
 
 def task(
@@ -235,12 +240,16 @@ def task(
     text: IntoExpr,
     session: QuerySession | None,
     options: dict[str, Any],
+    own: Mapping[str, Any],
     arguments: Callable[[Any], tuple[Any, ...]] = lambda t: (t,),
 ) -> pl.Expr:
-    """A semantic function; `arguments` makes the columns between model and options from the texts."""
-    plain = {k: v for k, v in options.items() if k != "template"}
-    tasks.template_of(tasks.task_of(name), options.get("template"))
-    parse_options(plain)
+    """A semantic function; `arguments` makes the columns between model and options from the texts.
+
+    Args:
+        own: the options that the task itself sets; those beside them are checked together with them.
+    """
+    _, together = tasks.options_of(tasks.task_of(name), own, options) or (None, "{}")
+    parse_options(json.loads(together))
     function = tasks.TASKS[name][0]
 
     def answer(chosen: QuerySession, model: str, texts: Any, *_: Any) -> Any:

@@ -18,6 +18,7 @@ from complete_fn.catalogue import Model
 from complete_fn.prompt_bound import PromptBound
 from complete_fn.store import Store
 from complete_fn.tables import ledger
+from complete_fn.types import Completion
 
 MODELS = '[models.echo]\ncheckpoint = "echo"\nengine = "echo"\nmax_model_len = 60\nprices = { input = 1, output = 1 }\n'
 RUN = ("run", "-m", "echo", "-p", "{text}", "--quiet")
@@ -33,17 +34,19 @@ def shell(open_shell: Callable[..., Shell], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Asked:
-    """Counts what the engine is asked; interrupts once, at the row of that number."""
+    """Counts what the engine is asked; interrupts once, at the row of that number; rows of `failing` fail so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.at, stream = 0, 0, EchoEngine.stream
+        self.failing: dict[int, str] = {}
 
         def counted(engine: EchoEngine, requests: Any, tenant: str) -> Iterator[Any]:
-            for found in stream(engine, requests, tenant):
+            for number, completion in stream(engine, requests, tenant):
                 self.count += 1
                 if self.count == self.at:
                     raise KeyboardInterrupt
-                yield found
+                code = self.failing.get(self.count)
+                yield number, completion if code is None else Completion.failed(code, "none today")
 
         monkeypatch.setattr(EchoEngine, "stream", counted)
 
@@ -116,6 +119,66 @@ def test_a_key_on_both_sides_of_the_break_is_refused(
     capsys.readouterr()
     assert shell(*RUN, *FROM, *INTO) == 1
     assert "more than once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row", [3, 13])
+def test_a_row_before_the_break_that_may_find_its_answer_is_asked_again(shell: Shell, asked: Asked, row: int) -> None:
+    docs(list(range(1, 51)))
+    asked.at, asked.failing = 35, {row: "timeout"}
+    assert shell(*RUN, *FROM, *INTO) == 130
+    asked.at = 0
+    mark = next(Path("home").glob("runs/*/mark.json"))
+    assert json.loads(mark.read_text())[:2] == [3, row // 10]
+    assert shell(*RUN, *FROM, *INTO) == 0
+    assert written() == 50
+    assert asked.count <= 35 + 20 + 1  # what was answered is not asked again
+    assert not mark.exists()
+
+
+def test_rows_before_the_break_that_failed_for_good_count(
+    shell: Shell, asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs(list(range(1, 51)))
+    command = [word for word in (*RUN, *FROM, *INTO) if word != "--quiet"]
+    asked.at, asked.failing = 35, {3: "prompt_too_long"}
+    assert shell(*command) == 130
+    asked.at = 36
+    assert shell(*command) == 130
+    capsys.readouterr()
+    assert shell(*command) == 3
+    told = capsys.readouterr().err
+    assert "50 rows" in told
+    assert "1 failed: 1 prompt_too_long" in told
+
+
+def test_a_strict_run_reads_the_rows_that_failed_before_the_break(
+    shell: Shell, asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs(list(range(1, 51)))
+    asked.at, asked.failing = 35, {3: "prompt_too_long"}
+    assert shell(*RUN, *FROM, *INTO) == 130
+    capsys.readouterr()
+    assert shell(*RUN, *FROM, *INTO, "--strict") == 1
+    assert "prompt_too_long" in capsys.readouterr().err
+
+
+def test_a_mark_of_an_earlier_version_is_not_taken(shell: Shell, asked: Asked) -> None:
+    docs(list(range(1, 51)))
+    asked.at = 35
+    assert shell(*RUN, *FROM, *INTO) == 130
+    next(Path("home").glob("runs/*/mark.json")).write_text("[3, 30]")
+    assert shell(*RUN, *FROM, *INTO) == 0
+    assert written() == 50
+
+
+def test_a_break_in_a_later_window_is_told(shell: Shell, asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    texts("in.csv", 30)
+    command = [word for word in (*RUN, "in.csv", "-o", "out.csv") if word != "--quiet"]
+    asked.at = 15
+    assert shell(*command) == 130
+    capsys.readouterr()
+    assert shell(*command) == 0
+    assert "The last attempt was interrupted" in capsys.readouterr().err
 
 
 def rows(path: str) -> list[dict[str, str]]:

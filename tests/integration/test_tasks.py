@@ -196,6 +196,11 @@ def test_polars_has_the_same_functions(tmp_path: Path, engine: Extracting) -> No
         (lambda: llm.complete_classify("m", "text", ["a", "b"], template="v9"), "no version of 'classify'"),
         (lambda: llm.complete_summarize("m", "text", temprature=1), "Did you mean 'temperature'"),
         (lambda: llm.complete_extract("m", "text", []), "Write names"),
+        (lambda: llm.complete_extract("m", "text", "year"), "fields is 'year'. Write names"),
+        (lambda: llm.complete_extract("m", "text", ["year"], response_format={}), "sets response_format itself"),
+        (lambda: llm.complete_sentiment("m", "text", max_tokens=3), "max_tokens = 3 means nothing beside choices"),
+        (lambda: llm.complete_classify("m", "text", ["a", "b"], choices=["c", "d"]), "sets choices itself"),
+        (lambda: llm.complete_filter("m", "x", "text", reorder_fields=True), "sets reorder_fields itself"),
     ],
 )
 def test_polars_refuses_at_once(make: Any, message: str) -> None:

@@ -82,11 +82,21 @@ def test_the_users_file_adds_and_overrides(tmp_path: Path) -> None:
         ("[models.x]\ncheckpoint = 'a'\nprices = { basis = 'guess' }", "'guess' is not one of"),
         ("[models.x]\ncheckpoint = 'a'\nprices = { imput = 1 }", "no field 'imput'"),
         ("[models.x", "is not TOML"),
+        ("models = 5", "models = 5 is no table. Write .models.NAME"),
+        ("[models]\nx = 5", "model 'x' = 5 is no table"),
+        ("[models.x]\nurl = 'http://h'\nprices = 3", "model 'x': prices = 3 is no table"),
+        ("[models.x]\nurl = 5", "model 'x': url = 5 is not a text"),
+        ("[models.demo-llama]\ndefault_max_tokens = 'many'", "default_max_tokens = 'many' is not a whole number"),
+        ("[models.demo-llama]\nmax_model_len = true", "max_model_len = True is not a whole number"),
+        ("[models.demo-llama]\ngated = 'no'", "gated = 'no' is not true or false"),
+        ("[models.demo-llama]\ninstructions = 'fast'", "instructions = 'fast' is not a list of texts"),
+        ("[models.demo-llama]\nengine_args = 5", "engine_args = 5 is not a table"),
     ],
 )
 def test_a_mistake_in_the_users_file_is_named(tmp_path: Path, text: str, why: str) -> None:
-    with pytest.raises(InputError, match=why):
+    with pytest.raises(InputError, match=why) as caught:
         load_catalogue(written(tmp_path, text))
+    assert "models.toml" in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

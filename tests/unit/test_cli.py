@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import complete_fn
 from complete_fn import cli, wiring
 from complete_fn.answers import DETAILS
+from complete_fn.cli_state import moment
 from complete_fn.files import place_of
 from complete_fn.inputs import file_source
 
@@ -148,10 +150,14 @@ RUN = ["run", "-m", "echo", "-p", "{text}", "in.parquet"]
         ([*RUN, "--engine", "localhost"], "is not an http"),
         (["run", "-m", "echo", "-p", "{text}", "-"], "The format of stdin is not known. Say --format"),
         (["run", "-p", "{text}", "in.parquet"], "required: -m/--model"),
+        ([*RUN, "--query-tag", "t\udcff"], "'t\\udcff' has bytes that are not UTF-8"),
+        (["w\udcff"], "has bytes that are not UTF-8"),
         (["walk"], "invalid choice: 'walk'"),
         (["cache"], "required: stats|clear"),
         (["usage", "--by", "hour"], "--by 'hour' is not one of day, model, query_tag, job, user, tenant"),
         (["usage", "--since", "lately"], "neither a date"),
+        (["usage", "--since", "9" * 400 + "d"], "neither a date"),
+        (["usage", "--since", "9" * 5_000 + "d"], "neither a date"),
     ],
 )
 def test_query_faults_are_one_line_and_exit_code_1(
@@ -262,6 +268,18 @@ def test_usage(shell: Run, table: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == "Nothing was run since then.\n"
     shell("usage")
     assert "EUR       yours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+def test_a_date_without_a_zone_is_in_utc_as_the_days_are(zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        assert moment("2026-01-31") == 1_769_817_600.0
+        assert moment("2026-01-31T02:00+02:00") == 1_769_817_600.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_cache(shell: Run, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

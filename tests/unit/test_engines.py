@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from complete_fn import EchoEngine, Session
 from complete_fn.catalogue import Model
 from complete_fn.engines import at_engine, close_engines, engine_for
 from complete_fn.errors import RequestError
+from complete_fn.http_engine import HttpEngine
 from complete_fn.keys import Call
 from complete_fn.settings import load_settings
 
@@ -28,6 +31,13 @@ def test_engine_objects_without_an_identity_share_no_answers(tmp_path: Path) -> 
     for engine in (first, second, first):
         Session(engine=engine, home=tmp_path).complete("m", ["x"])
     assert [len(e.requests) for e in (first, second)] == [1, 1]
+
+
+@pytest.mark.parametrize("arguments", [{"concurrency": "x"}, {"concurrency": 0}, {"timeout": []}, {"timeout": -1}])
+def test_an_engine_argument_that_cannot_be_is_named(arguments: dict[str, Any]) -> None:
+    ((name, value),) = arguments.items()
+    with pytest.raises(RequestError, match=re.escape(f"engine_args.{name} is {value!r}; it must be a")):
+        HttpEngine(Model("x", "x", engine="http", url="http://127.0.0.1:9/v1", engine_args=arguments))
 
 
 def test_entries_that_differ_in_key_or_limits_have_engines_of_their_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import stat
 from datetime import UTC, date, datetime
@@ -163,6 +164,27 @@ def test_decimals_keep_their_digits_in_jsonl(tmp_path: Path, column: Any) -> Non
     assert [json.loads(line, parse_float=Decimal)["x"] for line in lines] == column.to_pylist()
 
 
+def test_what_json_has_no_number_for_is_null(tmp_path: Path) -> None:
+    odd = [math.nan, math.inf, -math.inf, 1.5, None]
+    columns = {"x": odd, "list": [odd] * 5, "struct": [{"a": v, "b": "\x85"} for v in odd]}
+    rows = TableRows(pa.table(columns).append_column("d", pa.array([Decimal("0.1000000000000000000001")] * 5)))
+    for kind in ("jsonl", "csv"):
+        new = {"new": pa.array([{"s": v} for v in odd])}
+        write_rows(place_of(str(tmp_path / f"out.{kind}")), rows, new, overwrite=False)
+
+    def refused(name: str) -> None:
+        raise AssertionError(name)
+
+    lines = (tmp_path / "out.jsonl").read_text().split("\n")[:-1]
+    found = [json.loads(line, parse_constant=refused) for line in lines]
+    seen = [None, None, None, 1.5, None]
+    assert [row["x"] for row in found] == seen
+    assert [row["list"] for row in found] == [seen] * 5
+    assert [row["struct"] for row in found] == [{"a": v, "b": "\x85"} for v in seen]
+    assert [row["new"] for row in found] == [{"s": v} for v in seen]
+    assert "NaN" not in (tmp_path / "out.csv").read_text()
+
+
 def test_a_map_of_decimals_has_its_keys_as_text(tmp_path: Path) -> None:
     column = pa.array([[(1, LONG)]], pa.map_(pa.int8(), pa.decimal128(30, 10)))
     pq.write_table(pa.table({"x": column}), tmp_path / "in.parquet")
@@ -283,6 +305,27 @@ def test_answers_that_end_lines_elsewhere_stay_in_theirs(tmp_path: Path) -> None
         {"a\u2028": "x\x85", "completion": "1\u20282"},
         {"a\u2028": "é", "completion": None},
     ]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_bytes_that_are_no_utf8_are_escapes_that_every_reader_takes(tmp_path: Path, suffix: str) -> None:
+    source = put(tmp_path / "in.csv", b"text,plain\ncaf\xe9,\xc3\xa9\n,b\n")
+    new = {"new": pa.array(["a", None])}
+    through(place_of(str(tmp_path / f"out.{suffix}")), source, new)
+    through(place_of(str(tmp_path / "out.csv")), source, new)
+    rows = read_rows(place_of(str(tmp_path / f"out.{suffix}")))
+    rows.table().validate(full=True)
+    assert rows.table().to_pydict() == {"text": ["caf\\udce9", None], "plain": ["é", "b"], "new": ["a", None]}
+    assert b"caf\xe9" in (tmp_path / "out.csv").read_bytes()
+
+
+def test_text_that_is_utf8_is_not_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("complete_fn.outputs.to_texts", None)
+    texts = pa.chunked_array([pa.array(["é", None]), pa.array(["\U0001f980"])])
+    table = pa.table({"text": texts, "large": texts.cast(pa.large_string()), "n": [1, 2, 3]}, metadata={"origin": "a"})
+    place = place_of(str(tmp_path / "out.arrow"))
+    write_rows(place, TableRows(table), NEW, overwrite=False)
+    assert read_rows(place).table().equals(table.append_column("completion", NEW["completion"]), check_metadata=True)
 
 
 def test_jsonl_columns_are_text_and_missing_ones_null() -> None:

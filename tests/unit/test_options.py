@@ -85,6 +85,7 @@ def test_every_form_of_a_schema_is_the_same_schema(given: Any) -> None:
         ({"type": "no such type"}, "not a valid JSON schema"),
         ({"type": "object", "properties": {"a": {"type": 3}}}, "properties/a"),
         ({"type": "string", "pattern": "x" * 70_000}, "at most 65536"),
+        ({"type": "string", "title": "\ud800"}, "half of a character"),
     ],
 )
 def test_what_is_no_schema_says_why(given: Any, why: str) -> None:

@@ -65,6 +65,16 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path, capsys: pytest.Capture
     assert "revoked" in capsys.readouterr().out
 
 
+def test_a_limit_is_a_number_that_can_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = ["--home", str(tmp_path)]
+    main(["keys", "create", "--tenant", "t", *home])
+    for wrong in ("0", "9" * 20, "9" * 5_000, str(10**12 + 1), "²", "x"):
+        assert main(["keys", "limit", "t", wrong, *home]) == 1
+        assert "must be a whole number from 1 to 1,000,000,000,000, or 'none'" in capsys.readouterr().err
+    for right in (str(10**12), "none"):
+        assert main(["keys", "limit", "t", right, *home]) == 0
+
+
 @pytest.mark.parametrize(
     "wrong", [["create", "--tenant", "a b"], ["create", "--tenant", "a", "--scopes", "root"], ["budget", "a", "-1"]]
 )
