@@ -121,9 +121,12 @@ def test_impossible_layers(parent: Path, tmp_path: Path, argv: list[str], messag
 def test_a_llama_licence_asks_for_a_llama_name(parent: Path, tmp_path: Path) -> None:
     licensed = write_checkpoint(random_model(TINY, None), tmp_path / "licensed")
     (licensed / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT")
+    convert(licensed, tmp_path / "Llama-mine", SwiftKV(4))
+    (licensed / "model.safetensors").unlink()  # the name is looked at before any tensor and any row
     with pytest.raises(InputError, match="Llama-mine"):
         convert(licensed, tmp_path / "mine", SwiftKV(4))
-    convert(licensed, tmp_path / "Llama-mine", SwiftKV(4))
+    with pytest.raises(InputError, match="Llama-mine"):
+        main(["distill", str(licensed), str(tmp_path / "mine"), "--prompts", str(tmp_path / "none.parquet")])
     assert not (tmp_path / "mine.partial").exists()
 
 

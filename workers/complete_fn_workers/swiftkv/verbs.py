@@ -12,7 +12,7 @@ from typing import Any
 from complete_fn.engine import Engine
 from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn_workers.swiftkv.checkpoint import load_pair, read_config, swiftkv_of
-from complete_fn_workers.swiftkv.convert import convert, refuse_layers, write_student
+from complete_fn_workers.swiftkv.convert import convert, licence_of, refuse_layers, refuse_name, write_student
 from complete_fn_workers.swiftkv.distill import Recipe, State, freeze_teacher, train
 from complete_fn_workers.swiftkv.evaluate import compare_answers, table
 from complete_fn_workers.swiftkv.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
@@ -125,6 +125,7 @@ def distill_verb(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     a = parser.parse_args(argv)
     if a.out.exists() and any(a.out.iterdir()):
         raise InputError(f"'{a.out}' is not empty. Name a new folder, or remove it first.")
+    refuse_name(a.out.name, licence_of(a.parent))
     run = a.out.with_name(a.out.name + ".run")
     if a.restart:
         (run / "state.pt").unlink(missing_ok=True)
