@@ -4,8 +4,10 @@ from __future__ import annotations
 
 # ruff: noqa: E402 - skipped before anything heavy
 import json
+import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from complete_fn_workers.swiftkv.checkpoint import load_model, load_pair
 from complete_fn_workers.swiftkv.cli import main
 from complete_fn_workers.swiftkv.convert import convert
 from complete_fn_workers.swiftkv.distill import Recipe, State, freeze_teacher, train
+from complete_fn_workers.swiftkv.exact import Agreement, agreement
 from complete_fn_workers.swiftkv.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
 from complete_fn_workers.swiftkv.miniature import TINY, random_model, write_checkpoint
 from complete_fn_workers.swiftkv.reference import States, SwiftKV
@@ -282,3 +285,26 @@ def test_a_table_without_the_column_names_what_it_has(prompts: Path) -> None:
     argv = ["eval", "x", "--teacher", "y", "--prompts", str(prompts), "--prompt", "Say {text}"]
     with pytest.raises(InputError, match="no column 'text'"):
         main(argv)
+
+
+def test_a_quantised_checkpoint_is_not_read_as_weights(parent: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(
+        random_model(TINY, SwiftKV(4)), tmp_path / "fp8", quantization_config={"quant_method": "fp8"}
+    )
+    for load in (lambda: load_model(folder), lambda: load_pair(folder, None), lambda: load_pair(parent, None, folder)):
+        with pytest.raises(InputError, match=r"fp8' is quantised \(fp8\)"):
+            load()
+
+
+@pytest.mark.parametrize(("off", "worst"), [(0.0, 0.0), (math.nan, math.inf)])
+def test_no_number_is_no_agreement(off: float, worst: float) -> None:
+    model, prompt = random_model(TINY, None), [5, 6, 7]
+    with torch.no_grad():
+        row = model.logits(model(torch.tensor([prompt])))[0, -1].log_softmax(-1)
+    token = int(row.argmax())
+    given = {token: SimpleNamespace(logprob=float(row[token]) + off)}
+    answer = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[token], logprobs=[given])])
+    found = agreement(model, [prompt], [answer])
+    assert found == Agreement(1, 1, pytest.approx(worst, abs=1e-5))
+    assert found.exact is not bool(off)
+    assert not Agreement(0, 0, 0.0).exact

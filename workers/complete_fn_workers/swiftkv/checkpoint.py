@@ -39,6 +39,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+    """Stored codes read as if they were weights, without their scales, give a model that computes nonsense."""
+    if (found := config.get("quantization_config")) is not None:
+        kind = found.get("quant_method") if isinstance(found, dict) else found
+        raise InputError(f"'{folder}' is quantised ({kind}), which is not read here. Name its full-precision parent.")
+
+
 def shape_of(config: dict[str, Any]) -> Shape:
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -150,8 +157,12 @@ def load_model(folder: Path) -> Llama:
     """The reference model of a checkpoint, in float32.
 
     A SwiftKV checkpoint without the teacher's projections gets zeros there: its `forward` is not to be used.
+
+    Raises:
+        InputError: no such checkpoint, or a quantised one.
     """
     config = read_config(folder)
+    refuse_quantised(folder, config)
     stored = swiftkv_of(config)
     model = empty_model(config, stored)
     fill(model, TensorFolder(folder), lambda name: stored is None or not is_teachers(name, stored))
@@ -165,10 +176,13 @@ def load_pair(parent: Path, swiftkv: SwiftKV | None, student: Path | None = None
     published start with `swiftkv`'s sizes.
 
     Raises:
-        InputError: neither folder has the teacher's projections, or none the student's.
+        InputError: neither folder has the teacher's projections, or none the student's; or one is quantised.
     """
     own = read_config(parent)
-    stored = swiftkv_of(read_config(student)) if student else swiftkv_of(own)
+    form = read_config(student) if student else own
+    refuse_quantised(parent, own)
+    refuse_quantised(student or parent, form)
+    stored = swiftkv_of(form)
     model = empty_model(own, stored or swiftkv)
     if model.swiftkv is None:
         raise InputError(f"'{student or parent}' is no SwiftKV checkpoint. Convert it: `complete-fn swiftkv convert`.")
