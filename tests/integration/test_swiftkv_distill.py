@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
 
+from complete_fn.catalogue import Model
 from complete_fn.engine import EchoEngine
 from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.keys import Call
+from complete_fn.types import SamplingParams
 from complete_fn_workers.demo_model.tokenizer import save_tokenizer, train_tokenizer
 from complete_fn_workers.swiftkv import distill as distilling
+from complete_fn_workers.swiftkv import verbs
 from complete_fn_workers.swiftkv.checkpoint import load_model, load_pair
 from complete_fn_workers.swiftkv.cli import main
 from complete_fn_workers.swiftkv.convert import convert
@@ -273,12 +278,57 @@ def test_distil_writes_a_checkpoint_with_its_figures(parent: Path, prompts: Path
 def test_missing_answers_are_the_teachers_and_asked_for_once(tmp_path: Path) -> None:
     rows = [Row("one", None), Row("two", "given"), Row("one", None), Row("three " * 50, None)]
     engine = EchoEngine(context=20)
-    made = teacher_answers(rows, engine, "teacher", tmp_path / "run/answers.jsonl", None)
+    journal, call = tmp_path / "run/answers.jsonl", Call(Model("teacher", "teacher", engine="echo"))
+    made = teacher_answers(rows, engine, call, journal)
     assert made == [Row("one", "one"), Row("two", "given"), Row("one", "one")]
     assert [request.prompt for request in engine.requests] == ["one", "three " * 50]
     again = EchoEngine(context=20)
-    assert teacher_answers(rows[:3], again, "teacher", tmp_path / "run/answers.jsonl", None) == made
+    assert teacher_answers(rows[:3], again, call, journal) == made
     assert again.requests == []
+
+
+def test_answers_of_another_teacher_or_length_are_not_taken_for_this_ones(tmp_path: Path) -> None:
+    journal, rows = tmp_path / "answers.jsonl", [Row("one two", None)]
+    journal.write_text('{"prompt": "one two", "answer": "by whom?"}\n')  # as it was written once
+    first = Call(Model("t", "first", engine="echo"))
+    calls = (
+        first,
+        Call(Model("t", "second", engine="echo")),
+        replace(first, sampling=SamplingParams(max_tokens=1)),
+        first,
+    )
+    engine, asked = EchoEngine(), []
+    for call in calls:
+        made = teacher_answers(rows, engine, call, journal)
+        assert made == [Row("one two", "one" if call.sampling.max_tokens else "one two")]
+        asked.append(len(engine.requests))
+    assert asked == [1, 2, 3, 3]
+
+
+def test_a_student_is_no_teacher(prompts: Path, parent: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    convert(parent, student, SwiftKV(4))
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"prompt": "the quick"}\n')
+    distill = ["distill", str(student), str(tmp_path / "out"), "--prompts", str(bare)]
+    with pytest.raises(InputError, match="--answers-by with the plain Llama the parent was made from"):
+        main(distill)
+    with pytest.raises(InputError, match=r"--answers-by '.*student' is in SwiftKV form"):
+        main([*distill, "--answers-by", str(student)])
+    with pytest.raises(InputError, match=r"--teacher '.*student' is in SwiftKV form"):
+        main(["eval", str(student), "--teacher", str(student), "--prompts", str(prompts)])
+
+
+def test_a_run_begun_anew_forgets_its_answers(
+    parent: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verbs, "distil", lambda *_: {})
+    journal = tmp_path / "out.run/answers.jsonl"
+    journal.parent.mkdir()
+    for more in ([], ["--restart"]):
+        journal.write_text("")
+        assert main(["distill", str(parent), str(tmp_path / "out"), "--prompts", str(prompts), *more]) == 0
+        assert journal.exists() is not bool(more)
 
 
 def test_a_table_without_the_column_names_what_it_has(prompts: Path) -> None:

@@ -85,6 +85,16 @@ def scaling_of(config: dict[str, Any]) -> RopeScaling | None:
     return RopeScaling(**{name: rope[name] for name in names})
 
 
+def refuse_as_teacher(folder: Path, option: str) -> None:
+    """Of a SwiftKV folder the engine gives the student's answers, also where the teacher was kept."""
+    path = folder / "config.json"
+    if path.is_file() and json.loads(path.read_text()).get("model_type") == "llama_swiftkv":
+        raise InputError(
+            f"{option} '{folder}' is in SwiftKV form: the engine answers with its student. Name the plain Llama it was "
+            "made from."
+        )
+
+
 class TensorFolder:
     """The tensors of a folder's safetensors files, by name; each is read from disk when asked for."""
 
