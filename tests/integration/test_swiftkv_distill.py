@@ -275,16 +275,24 @@ def test_distil_writes_a_checkpoint_with_its_figures(parent: Path, prompts: Path
     assert served.kl == pytest.approx(report["held_out_after"]["kl"], rel=0.05)
 
 
+class Closing(EchoEngine):
+    """Counts how often it was closed."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
 def test_missing_answers_are_the_teachers_and_asked_for_once(tmp_path: Path) -> None:
     rows = [Row("one", None), Row("two", "given"), Row("one", None), Row("three " * 50, None)]
-    engine = EchoEngine(context=20)
+    engine = Closing(context=20)
     journal, call = tmp_path / "run/answers.jsonl", Call(Model("teacher", "teacher", engine="echo"))
-    made = teacher_answers(rows, engine, call, journal)
+    made = teacher_answers(rows, lambda: engine, call, journal)
     assert made == [Row("one", "one"), Row("two", "given"), Row("one", "one")]
+    assert engine.closed == 1
     assert [request.prompt for request in engine.requests] == ["one", "three " * 50]
-    again = EchoEngine(context=20)
-    assert teacher_answers(rows[:3], again, call, journal) == made
-    assert again.requests == []
+    assert teacher_answers(rows[:3], lambda: pytest.fail("opened for nothing"), call, journal) == made
 
 
 def test_answers_of_another_teacher_or_length_are_not_taken_for_this_ones(tmp_path: Path) -> None:
@@ -297,9 +305,9 @@ def test_answers_of_another_teacher_or_length_are_not_taken_for_this_ones(tmp_pa
         replace(first, sampling=SamplingParams(max_tokens=1)),
         first,
     )
-    engine, asked = EchoEngine(), []
+    engine, asked = Closing(), []
     for call in calls:
-        made = teacher_answers(rows, engine, call, journal)
+        made = teacher_answers(rows, lambda: engine, call, journal)
         assert made == [Row("one two", "one" if call.sampling.max_tokens else "one two")]
         asked.append(len(engine.requests))
     assert asked == [1, 2, 3, 3]

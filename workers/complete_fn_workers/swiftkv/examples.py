@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,12 @@ def read_rows(path: Path, template: str, answer: str | None) -> list[Row]:
     return [Row(str(unpack(p)), a) for p, a in zip(prompts, answers, strict=True) if p]
 
 
-def teacher_answers(rows: list[Row], engine: Engine, call: Call, journal: Path) -> list[Row]:
+def teacher_answers(rows: list[Row], open_engine: Callable[[], Engine], call: Call, journal: Path) -> list[Row]:
     """`rows` with the missing answers made by the teacher, greedily; each is noted in `journal` as it is done.
 
     Run again after an interruption, only what the journal lacks is asked for; its answers by another checkpoint or with
-    other limits do not count. Rows that the engine fails are left out.
+    other limits do not count. Rows that the engine fails are left out. The engine is closed at the end: what comes next
+    may need its memory.
     """
     by = call.fingerprint.hex()
     known: dict[str, str] = {}
@@ -84,14 +86,15 @@ def teacher_answers(rows: list[Row], engine: Engine, call: Call, journal: Path) 
         lines = (line for line in journal.read_text().splitlines() if line.endswith("}"))
         known = {note["prompt"]: note["answer"] for note in map(json.loads, lines) if note.get("by") == by}
     asked = list(dict.fromkeys(row.prompt for row in rows if row.answer is None and row.prompt not in known))
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a") as notes:
+    if asked:
+        journal.parent.mkdir(parents=True, exist_ok=True)
         requests = (CompletionRequest(call.model.name, prompt, call.sampling) for prompt in asked)
-        for position, done in engine.stream(requests, tenant="distill"):
-            if done.text is not None and done.error is None:
-                known[asked[position]] = done.text
-                notes.write(json.dumps({"by": by, "prompt": asked[position], "answer": done.text}) + "\n")
-                notes.flush()
+        with journal.open("a") as notes, closing(open_engine()) as engine:
+            for position, done in engine.stream(requests, tenant="distill"):
+                if done.text is not None and done.error is None:
+                    known[asked[position]] = done.text
+                    notes.write(json.dumps({"by": by, "prompt": asked[position], "answer": done.text}) + "\n")
+                    notes.flush()
     made = (Row(row.prompt, row.answer if row.answer is not None else known.get(row.prompt)) for row in rows)
     return [row for row in made if row.answer is not None]
 

@@ -144,7 +144,7 @@ def examples_of(a: argparse.Namespace, run: Path) -> tuple[list[Example], list[E
     rows = table_rows(a)
     if any(row.answer is None for row in rows) and a.answers_by:
         call = Call(teacher_of(a.answers_by), SamplingParams(max_tokens=a.max_answer_tokens))
-        rows = teacher_answers(rows, engine_of(a.answers_by), call, run / "answers.jsonl")
+        rows = teacher_answers(rows, lambda: engine_of(a.answers_by), call, run / "answers.jsonl")
     config = read_config(a.parent)
     context = config.get("max_position_embeddings", 2048)
     examples = Encoder(a.parent).encoded(rows, context)
