@@ -15,6 +15,7 @@ from typing import Any
 from complete_fn.budget import parse_cap
 from complete_fn.cli import OK, Parser, add_home
 from complete_fn.cli_state import open_store, print_table
+from complete_fn.devices import device_shares, visible_devices, within_devices
 from complete_fn.errors import InvalidOptionError
 from complete_fn.queue import CeleryQueue
 from complete_fn.scaling import parse_workers
@@ -94,8 +95,10 @@ def rounds_of(service: Any, broker: str | None, workers: tuple[int, int] | None)
     )
     if workers is None or not workers[1]:
         return rounds(service)
-    start = worker_starter(service.settings, broker, service.idle_seconds)
-    return rounds(service, fleet(service.workers, start, *workers, service.idle_seconds))
+    devices = visible_devices()
+    least, most = within_devices(*workers, devices)
+    start = worker_starter(service.settings, broker, service.idle_seconds, device_shares(devices, most))
+    return rounds(service, fleet(service.workers, start, least, most, service.idle_seconds))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from complete_fn.keys import checkpoint_digest
 from complete_fn.settings import Settings, secret
 from complete_fn.wiring import ENGINES, resolve
 
-OPEN: dict[tuple[str, str], Engine] = {}
+OPEN: dict[tuple[str, str, str], Engine] = {}  # by checkpoint, entry, and whose place it takes
 IDENTITIES: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
 LOCK = threading.Lock()
 
@@ -25,17 +25,27 @@ LOCK = threading.Lock()
 def engine_for(model: Model, settings: Settings) -> Engine:
     """The running engine of the model; starting it is left to its first use.
 
+    One that the same settings had for an older form of the entry or its checkpoint is let go: its streams end by
+    themselves, and who still holds it can go on. An endpoint takes no memory here and stays.
+
     Raises:
         EngineMissingError: a library of that engine is not installed; the message has the command that brings it.
         RequestError: the catalogue names an engine kind that does not exist.
     """
     if model.engine not in ENGINES:
         raise RequestError(f"Model {model.name!r} asks for engine {model.engine!r}; there are {', '.join(ENGINES)}.")
-    key = (checkpoint_digest(model), repr((replace(model, prices=Prices(), note="", tried=""), settings)))
+    place = repr((model.name, model.engine, settings))
+    key = (checkpoint_digest(model), repr((replace(model, prices=Prices(), note="", tried=""), settings)), place)
     with LOCK:
+        older = []
         if key not in OPEN:
-            OPEN[key] = resolve(ENGINES[model.engine])(model, settings)
-        return OPEN[key]
+            opened = resolve(ENGINES[model.engine])(model, settings)
+            older = [] if model.engine == "http" else [OPEN.pop(k) for k in list(OPEN) if k[2] == place]
+            OPEN[key] = opened
+        engine = OPEN[key]
+    for left in older:
+        left.close()
+    return engine
 
 
 def at_engine(model: Model, engine: Engine | str | None) -> Model:

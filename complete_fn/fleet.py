@@ -37,7 +37,9 @@ class Process(Protocol):
 
 
 class Starter(Protocol):
-    def __call__(self) -> Process: ...
+    def __call__(self, slot: int) -> Process:
+        """Args: slot: a number below the fleet's most that no other living child has."""
+        ...
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Child:
     process: Process
     began: float
     heard: float
+    slot: int
     stopping: bool = False
 
 
@@ -101,8 +104,10 @@ class Fleet:
         return desired_workers(tokens, rates, warm, self.least, self.most)
 
     def add(self, now: float) -> None:
-        process = self.start()
-        self.children[process.pid] = Child(process, now, now)
+        taken = {child.slot for child in self.children.values()}
+        slot = next(number for number in range(self.most) if number not in taken)
+        process = self.start(slot)
+        self.children[process.pid] = Child(process, now, now, slot)
         LOG.info("worker %s started", process.pid)
 
     def reap(self, now: float) -> None:
@@ -154,19 +159,23 @@ class Fleet:
         self.children.clear()
 
 
-def worker_starter(settings: Settings, broker: str, idle_seconds: float) -> Starter:
-    """Starts `complete-fn worker` with our settings; what may hold a password goes by the environment."""
+def worker_starter(settings: Settings, broker: str, idle_seconds: float, devices: Sequence[str] = ()) -> Starter:
+    """Starts `complete-fn worker` with our settings; what may hold a password goes by the environment.
+
+    Args:
+        devices: CUDA_VISIBLE_DEVICES by slot; empty where there are no accelerators.
+    """
     own = {"COMPLETE_FN_BROKER": broker, "COMPLETE_FN_HOME": str(settings.home)}
     if settings.models_file is not None:
         own["COMPLETE_FN_MODELS"] = str(settings.models_file)
     command = [sys.executable, "-P", "-m", "complete_fn", "worker", "--idle-seconds", str(idle_seconds)]
 
-    def start() -> Process:
+    def start(slot: int) -> Process:
         return subprocess.Popen(
             [*command, "--drain-seconds", str(DRAIN_SECONDS * 2 / 3), "--parent", str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=child_environment(own),
+            env=child_environment(own | ({"CUDA_VISIBLE_DEVICES": devices[slot]} if devices else {})),
             start_new_session=True,
         )
 

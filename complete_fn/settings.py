@@ -106,6 +106,11 @@ def secret(name: str) -> str | None:
     return os.environ.get(name)
 
 
+def named_devices() -> str | None:
+    """The accelerators that the environment leaves us, as CUDA reads it; None: all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def child_environment(extra: dict[str, str]) -> dict[str, str]:
     """This process's environment with `extra` on top, for an engine process that is about to be started."""
     return {**os.environ, **extra}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 # ruff: noqa: E402 - skipped before anything heavy
 import json
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +20,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
 
+from complete_fn.catalogue import Model
 from complete_fn.engine import EchoEngine
 from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.keys import Call
+from complete_fn.types import SamplingParams
 from complete_fn_workers.demo_model.tokenizer import save_tokenizer, train_tokenizer
 from complete_fn_workers.swiftkv import distill as distilling
+from complete_fn_workers.swiftkv import verbs
 from complete_fn_workers.swiftkv.checkpoint import load_model, load_pair
 from complete_fn_workers.swiftkv.cli import main
 from complete_fn_workers.swiftkv.convert import convert
 from complete_fn_workers.swiftkv.distill import Recipe, State, freeze_teacher, train
+from complete_fn_workers.swiftkv.exact import Agreement, agreement
 from complete_fn_workers.swiftkv.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
 from complete_fn_workers.swiftkv.miniature import TINY, random_model, write_checkpoint
 from complete_fn_workers.swiftkv.reference import States, SwiftKV
@@ -121,9 +129,12 @@ def test_impossible_layers(parent: Path, tmp_path: Path, argv: list[str], messag
 def test_a_llama_licence_asks_for_a_llama_name(parent: Path, tmp_path: Path) -> None:
     licensed = write_checkpoint(random_model(TINY, None), tmp_path / "licensed")
     (licensed / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT")
+    convert(licensed, tmp_path / "Llama-mine", SwiftKV(4))
+    (licensed / "model.safetensors").unlink()  # the name is looked at before any tensor and any row
     with pytest.raises(InputError, match="Llama-mine"):
         convert(licensed, tmp_path / "mine", SwiftKV(4))
-    convert(licensed, tmp_path / "Llama-mine", SwiftKV(4))
+    with pytest.raises(InputError, match="Llama-mine"):
+        main(["distill", str(licensed), str(tmp_path / "mine"), "--prompts", str(tmp_path / "none.parquet")])
     assert not (tmp_path / "mine.partial").exists()
 
 
@@ -264,18 +275,94 @@ def test_distil_writes_a_checkpoint_with_its_figures(parent: Path, prompts: Path
     assert served.kl == pytest.approx(report["held_out_after"]["kl"], rel=0.05)
 
 
+class Closing(EchoEngine):
+    """Counts how often it was closed."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
 def test_missing_answers_are_the_teachers_and_asked_for_once(tmp_path: Path) -> None:
     rows = [Row("one", None), Row("two", "given"), Row("one", None), Row("three " * 50, None)]
-    engine = EchoEngine(context=20)
-    made = teacher_answers(rows, engine, "teacher", tmp_path / "run/answers.jsonl", None)
+    engine = Closing(context=20)
+    journal, call = tmp_path / "run/answers.jsonl", Call(Model("teacher", "teacher", engine="echo"))
+    made = teacher_answers(rows, lambda: engine, call, journal)
     assert made == [Row("one", "one"), Row("two", "given"), Row("one", "one")]
+    assert engine.closed == 1
     assert [request.prompt for request in engine.requests] == ["one", "three " * 50]
-    again = EchoEngine(context=20)
-    assert teacher_answers(rows[:3], again, "teacher", tmp_path / "run/answers.jsonl", None) == made
-    assert again.requests == []
+    assert teacher_answers(rows[:3], lambda: pytest.fail("opened for nothing"), call, journal) == made
+
+
+def test_answers_of_another_teacher_or_length_are_not_taken_for_this_ones(tmp_path: Path) -> None:
+    journal, rows = tmp_path / "answers.jsonl", [Row("one two", None)]
+    journal.write_text('{"prompt": "one two", "answer": "by whom?"}\n')  # as it was written once
+    first = Call(Model("t", "first", engine="echo"))
+    calls = (
+        first,
+        Call(Model("t", "second", engine="echo")),
+        replace(first, sampling=SamplingParams(max_tokens=1)),
+        first,
+    )
+    engine, asked = Closing(), []
+    for call in calls:
+        made = teacher_answers(rows, lambda: engine, call, journal)
+        assert made == [Row("one two", "one" if call.sampling.max_tokens else "one two")]
+        asked.append(len(engine.requests))
+    assert asked == [1, 2, 3, 3]
+
+
+def test_a_student_is_no_teacher(prompts: Path, parent: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    convert(parent, student, SwiftKV(4))
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"prompt": "the quick"}\n')
+    distill = ["distill", str(student), str(tmp_path / "out"), "--prompts", str(bare)]
+    with pytest.raises(InputError, match="--answers-by with the plain Llama the parent was made from"):
+        main(distill)
+    with pytest.raises(InputError, match=r"--answers-by '.*student' is in SwiftKV form"):
+        main([*distill, "--answers-by", str(student)])
+    with pytest.raises(InputError, match=r"--teacher '.*student' is in SwiftKV form"):
+        main(["eval", str(student), "--teacher", str(student), "--prompts", str(prompts)])
+
+
+def test_a_run_begun_anew_forgets_its_answers(
+    parent: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verbs, "distil", lambda *_: {})
+    journal = tmp_path / "out.run/answers.jsonl"
+    journal.parent.mkdir()
+    for more in ([], ["--restart"]):
+        journal.write_text("")
+        assert main(["distill", str(parent), str(tmp_path / "out"), "--prompts", str(prompts), *more]) == 0
+        assert journal.exists() is not bool(more)
 
 
 def test_a_table_without_the_column_names_what_it_has(prompts: Path) -> None:
     argv = ["eval", "x", "--teacher", "y", "--prompts", str(prompts), "--prompt", "Say {text}"]
     with pytest.raises(InputError, match="no column 'text'"):
         main(argv)
+
+
+def test_a_quantised_checkpoint_is_not_read_as_weights(parent: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(
+        random_model(TINY, SwiftKV(4)), tmp_path / "fp8", quantization_config={"quant_method": "fp8"}
+    )
+    for load in (lambda: load_model(folder), lambda: load_pair(folder, None), lambda: load_pair(parent, None, folder)):
+        with pytest.raises(InputError, match=r"fp8' is quantised \(fp8\)"):
+            load()
+
+
+@pytest.mark.parametrize(("off", "worst"), [(0.0, 0.0), (math.nan, math.inf)])
+def test_no_number_is_no_agreement(off: float, worst: float) -> None:
+    model, prompt = random_model(TINY, None), [5, 6, 7]
+    with torch.no_grad():
+        row = model.logits(model(torch.tensor([prompt])))[0, -1].log_softmax(-1)
+    token = int(row.argmax())
+    given = {token: SimpleNamespace(logprob=float(row[token]) + off)}
+    answer = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[token], logprobs=[given])])
+    found = agreement(model, [prompt], [answer])
+    assert found == Agreement(1, 1, pytest.approx(worst, abs=1e-5))
+    assert found.exact is not bool(off)
+    assert not Agreement(0, 0, 0.0).exact

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from complete_fn import EchoEngine, Session
+from complete_fn import EchoEngine, Session, engines
 from complete_fn.catalogue import Model
 from complete_fn.engines import at_engine, close_engines, engine_for
 from complete_fn.errors import RequestError
 from complete_fn.http_engine import HttpEngine
 from complete_fn.keys import Call
-from complete_fn.settings import load_settings
+from complete_fn.settings import Settings, load_settings
+from complete_fn_workers.embedded import EmbeddedEngine, Link
 
 
 class Shouting(EchoEngine):
@@ -49,6 +51,35 @@ def test_entries_that_differ_in_key_or_limits_have_engines_of_their_own() -> Non
     try:
         assert len({id(first), id(second), id(third)}) == 3
         assert engine_for(Model(name="a", api_key_env="A", **base), settings) is first  # type: ignore[arg-type]
+    finally:
+        close_engines()
+
+
+def test_an_entry_or_checkpoint_written_anew_lets_the_engine_of_the_old_one_go(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    settings, elsewhere = Settings(tmp_path / "home", None, None), Settings(tmp_path / "other", None, None)
+
+    def running(settings: Settings = settings, **entry: object) -> EmbeddedEngine:
+        engine = engine_for(Model("m", str(folder), **entry), settings)  # type: ignore[arg-type]
+        assert isinstance(engine, EmbeddedEngine)
+        if engine.lifeline is None:
+            ours, theirs = socket.socketpair()
+            engine.lifeline = Link(ours)
+            theirs.detach()
+        return engine
+
+    before = len(engines.OPEN)
+    try:
+        others, first = running(elsewhere), running()
+        assert running() is first
+        (folder / "config.json").write_text('{"written": "anew"}')
+        second = running()
+        third = running(engine_args={"max_num_seqs": 8})
+        assert [e.lifeline is None for e in (others, first, second, third)] == [False, True, True, False]
+        assert len(engines.OPEN) == before + 2
     finally:
         close_engines()
 

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from complete_fn.devices import device_shares, visible_devices, within_devices
 from complete_fn.errors import InvalidOptionError
-from complete_fn.fleet import Fleet
+from complete_fn.fleet import Fleet, worker_starter
 from complete_fn.scaling import desired_workers, parse_workers
+from complete_fn.settings import Settings
 from complete_fn.store import Store
 from complete_fn.worker_store import Beat, ModelState, WorkerStore, own_id
 
@@ -82,9 +84,11 @@ class Crew:
     def __init__(self, home: Path, least: int, most: int, idle_seconds: float = 60.0) -> None:
         self.workers = WorkerStore(Store(home / "state.sqlite3"))
         self.processes: list[Process] = []
+        self.slots: list[int] = []
         self.fleet = Fleet(self.workers, self.start, least, most, idle_seconds)
 
-    def start(self) -> Process:
+    def start(self, slot: int) -> Process:
+        self.slots.append(slot)
         self.processes.append(Process(1_000_000 + len(self.processes)))
         return self.processes[-1]
 
@@ -156,6 +160,57 @@ def test_one_that_hangs_is_killed_but_not_for_the_silence_of_the_store(crew: Cre
     crew.fleet.children[worker.pid].heard -= 100
     crew.fleet.adjust()
     assert worker.told == "kill"
+
+
+def test_a_worker_takes_the_place_of_the_one_that_went(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, 2, 2)
+    crew.fleet.adjust()
+    crew.processes[0].end = 0
+    crew.fleet.adjust()
+    assert crew.slots == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "named", "found"),
+    [
+        (0, "0,1", []),
+        (3, None, ["0", "1", "2"]),
+        (3, "2, GPU-a", ["2", "GPU-a"]),
+        (3, "1,-1,2", ["1"]),
+        (3, "", []),
+    ],
+)
+def test_accelerators_are_those_that_the_environment_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, named: str | None, found: list[str]
+) -> None:
+    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(nodes))):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("complete_fn.devices.NODES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_devices() == found
+
+
+def test_each_worker_has_accelerators_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert within_devices(0, 4, []) == (0, 4)
+    assert within_devices(1, 2, ["0", "1"]) == (1, 2)
+    assert caplog.text == ""
+    assert within_devices(3, 4, ["5", "7"]) == (2, 2)
+    assert "up to 4 processes and there are 2 accelerators (5, 7): at most 2 are started" in caplog.text
+    assert device_shares([], 4) == []
+    assert device_shares(["0", "1", "2", "3", "4"], 2) == ["0,1", "2,3"]
+    seen: list[str | None] = []
+    monkeypatch.setattr("subprocess.Popen", lambda *_, env, **__: seen.append(env.get("CUDA_VISIBLE_DEVICES")))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    settings = Settings(tmp_path, None, None)
+    for shares in (["5", "7"], []):
+        start = worker_starter(settings, "redis://127.0.0.1", 1.0, shares)
+        start(1)
+        start(0)
+    assert seen == ["7", "5", None, None]
 
 
 def test_the_heartbeat_comes_back_as_it_was_told(tmp_path: Path) -> None:

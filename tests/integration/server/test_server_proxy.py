@@ -24,7 +24,7 @@ from tests.integration.server.conftest import Running, at_service
 from tests.integration.server.test_server_streams import Steps, user
 
 
-def never() -> Any:
+def never(slot: int) -> Any:
     raise AssertionError("no worker process is started here")
 
 

@@ -39,6 +39,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+    """Stored codes read as if they were weights, without their scales, give a model that computes nonsense."""
+    if (found := config.get("quantization_config")) is not None:
+        kind = found.get("quant_method") if isinstance(found, dict) else found
+        raise InputError(f"'{folder}' is quantised ({kind}), which is not read here. Name its full-precision parent.")
+
+
 def shape_of(config: dict[str, Any]) -> Shape:
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -76,6 +83,16 @@ def scaling_of(config: dict[str, Any]) -> RopeScaling | None:
         raise InputError(f"RoPE scaling {kind!r} is not supported by the reference model; 'default' and 'llama3' are.")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return RopeScaling(**{name: rope[name] for name in names})
+
+
+def refuse_as_teacher(folder: Path, option: str) -> None:
+    """Of a SwiftKV folder the engine gives the student's answers, also where the teacher was kept."""
+    path = folder / "config.json"
+    if path.is_file() and json.loads(path.read_text()).get("model_type") == "llama_swiftkv":
+        raise InputError(
+            f"{option} '{folder}' is in SwiftKV form: the engine answers with its student. Name the plain Llama it was "
+            "made from."
+        )
 
 
 class TensorFolder:
@@ -150,8 +167,12 @@ def load_model(folder: Path) -> Llama:
     """The reference model of a checkpoint, in float32.
 
     A SwiftKV checkpoint without the teacher's projections gets zeros there: its `forward` is not to be used.
+
+    Raises:
+        InputError: no such checkpoint, or a quantised one.
     """
     config = read_config(folder)
+    refuse_quantised(folder, config)
     stored = swiftkv_of(config)
     model = empty_model(config, stored)
     fill(model, TensorFolder(folder), lambda name: stored is None or not is_teachers(name, stored))
@@ -165,10 +186,13 @@ def load_pair(parent: Path, swiftkv: SwiftKV | None, student: Path | None = None
     published start with `swiftkv`'s sizes.
 
     Raises:
-        InputError: neither folder has the teacher's projections, or none the student's.
+        InputError: neither folder has the teacher's projections, or none the student's; or one is quantised.
     """
     own = read_config(parent)
-    stored = swiftkv_of(read_config(student)) if student else swiftkv_of(own)
+    form = read_config(student) if student else own
+    refuse_quantised(parent, own)
+    refuse_quantised(student or parent, form)
+    stored = swiftkv_of(form)
     model = empty_model(own, stored or swiftkv)
     if model.swiftkv is None:
         raise InputError(f"'{student or parent}' is no SwiftKV checkpoint. Convert it: `complete-fn swiftkv convert`.")

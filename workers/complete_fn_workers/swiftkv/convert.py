@@ -39,12 +39,13 @@ def convert(parent: Path, out: Path, swiftkv: SwiftKV, keep_teacher: bool = True
     serving does not.
 
     Raises:
-        InputError: `parent` is no Llama this can convert, or `out` is not empty.
+        InputError: `parent` is no Llama this can convert, its licence asks for another name, or `out` is not empty.
         InvalidOptionError: K or G do not fit the parent.
     """
     config = read_config(parent)
     refuse_parent(parent, config)
     refuse_layers(swiftkv, config["num_hidden_layers"])
+    refuse_name(out.name, licence_of(parent))
     with new_folder(out) as folder:
         write_tensors(converted(TensorFolder(parent), config["num_hidden_layers"], swiftkv, keep_teacher), folder)
         state = "Not distilled: its answers are the parent's only where nothing but the last layer is skipped."
@@ -90,7 +91,12 @@ def converted(
 def write_student(
     parent: Path, out: Path, swiftkv: SwiftKV, trained: Mapping[str, torch.Tensor], keep_teacher: bool
 ) -> None:
-    """Write the folder `out`: the parent's tensors and the `trained` ones (reference names) in the parent's dtype."""
+    """Write the folder `out`: the parent's tensors and the `trained` ones (reference names) in the parent's dtype.
+
+    Raises:
+        InputError: the parent's licence asks for a name that `out` is not.
+    """
+    refuse_name(out.name, licence_of(parent))
     config, tensors = read_config(parent), TensorFolder(parent)
     dtype = tensors["model.norm.weight"].dtype
 
@@ -138,14 +144,9 @@ def describe(
     keep_teacher: bool,
     state: str,
 ) -> None:
-    """Write config and card and carry the parent's other files along.
-
-    Raises:
-        InputError: the parent's licence asks for a name that `name` is not.
-    """
+    """Write config and card and carry the parent's other files along."""
     carry_files(parent, folder)
     licence = licence_of(folder)
-    refuse_name(name, licence)
     card, base = folder / "README.md", base_of(folder)
     if card.is_file() and not (folder / "PARENT_README.md").exists():
         card.replace(folder / "PARENT_README.md")
@@ -193,6 +194,7 @@ def licence_of(folder: Path) -> str | None:
 
 
 def refuse_name(name: str, licence: str | None) -> None:
+    """Called before any work: it may take hours."""
     if licence and licence.startswith("llama") and not name.lower().startswith("llama"):
         raise InputError(
             f"The parent's licence ({licence}) asks that names of derived models begin with 'Llama'. Name the folder "

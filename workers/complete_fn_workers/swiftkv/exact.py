@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ STARTED: list[Any] = []
 @dataclass(frozen=True)
 class Agreement:
     """Over all answered positions: how many tokens are the reference's first choice, and the largest difference of a
-    log-probability (natural) among the first five."""
+    log-probability (natural) among the first five, infinite if one is no number."""
 
     positions: int
     same: int
@@ -47,7 +48,7 @@ class Agreement:
 
     @property
     def exact(self) -> bool:
-        return self.same == self.positions and self.worst <= TOLERANCE
+        return 0 < self.positions == self.same and self.worst <= TOLERANCE
 
 
 def serve(folder: Path, **settings: Any) -> Any:
@@ -86,7 +87,8 @@ def agreement(model: Llama, prompts: list[Prompt], answers: list[Any]) -> Agreem
         for token, row, given in zip(ids, expected, answer.outputs[0].logprobs, strict=True):
             positions += 1
             same += int(row.argmax()) == token
-            worst = max([worst, *(abs(entry.logprob - float(row[i])) for i, entry in given.items())])
+            differences = (abs(entry.logprob - float(row[i])) for i, entry in given.items())
+            worst = max([worst, *(math.inf if math.isnan(d) else d for d in differences)])
     return Agreement(positions, same, worst)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 
 from complete_fn.engine import Engine
 from complete_fn.errors import InputError
+from complete_fn.keys import Call
 from complete_fn.prompts import render_column, template_fields, unpack
-from complete_fn.types import CompletionRequest, SamplingParams
+from complete_fn.types import CompletionRequest
 
 # Few, because a compiled model is compiled once for each.
 LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -71,24 +73,28 @@ def read_rows(path: Path, template: str, answer: str | None) -> list[Row]:
     return [Row(str(unpack(p)), a) for p, a in zip(prompts, answers, strict=True) if p]
 
 
-def teacher_answers(rows: list[Row], engine: Engine, model: str, journal: Path, max_tokens: int | None) -> list[Row]:
+def teacher_answers(rows: list[Row], open_engine: Callable[[], Engine], call: Call, journal: Path) -> list[Row]:
     """`rows` with the missing answers made by the teacher, greedily; each is noted in `journal` as it is done.
 
-    Run again after an interruption, only what the journal lacks is asked for. Rows that the engine fails are left out.
+    Run again after an interruption, only what the journal lacks is asked for; its answers by another checkpoint or with
+    other limits do not count. Rows that the engine fails are left out. The engine is closed at the end: what comes next
+    may need its memory.
     """
+    by = call.fingerprint.hex()
     known: dict[str, str] = {}
     if journal.is_file():
         lines = (line for line in journal.read_text().splitlines() if line.endswith("}"))
-        known = {note["prompt"]: note["answer"] for note in map(json.loads, lines)}
+        known = {note["prompt"]: note["answer"] for note in map(json.loads, lines) if note.get("by") == by}
     asked = list(dict.fromkeys(row.prompt for row in rows if row.answer is None and row.prompt not in known))
-    sampling = SamplingParams(max_tokens=max_tokens)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a") as notes:
-        for position, done in engine.stream((CompletionRequest(model, p, sampling) for p in asked), tenant="distill"):
-            if done.text is not None and done.error is None:
-                known[asked[position]] = done.text
-                notes.write(json.dumps({"prompt": asked[position], "answer": done.text}) + "\n")
-                notes.flush()
+    if asked:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        requests = (CompletionRequest(call.model.name, prompt, call.sampling) for prompt in asked)
+        with journal.open("a") as notes, closing(open_engine()) as engine:
+            for position, done in engine.stream(requests, tenant="distill"):
+                if done.text is not None and done.error is None:
+                    known[asked[position]] = done.text
+                    notes.write(json.dumps({"by": by, "prompt": asked[position], "answer": done.text}) + "\n")
+                    notes.flush()
     made = (Row(row.prompt, row.answer if row.answer is not None else known.get(row.prompt)) for row in rows)
     return [row for row in made if row.answer is not None]
 

@@ -9,10 +9,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from complete_fn.catalogue import Model, find_model
 from complete_fn.engine import Engine
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn_workers.swiftkv.checkpoint import load_pair, read_config, swiftkv_of
-from complete_fn_workers.swiftkv.convert import convert, refuse_layers, write_student
+from complete_fn.keys import Call
+from complete_fn.types import SamplingParams
+from complete_fn_workers.swiftkv.checkpoint import load_pair, read_config, refuse_as_teacher, swiftkv_of
+from complete_fn_workers.swiftkv.convert import convert, licence_of, refuse_layers, refuse_name, write_student
 from complete_fn_workers.swiftkv.distill import Recipe, State, freeze_teacher, train
 from complete_fn_workers.swiftkv.evaluate import compare_answers, table
 from complete_fn_workers.swiftkv.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
@@ -125,9 +128,11 @@ def distill_verb(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     a = parser.parse_args(argv)
     if a.out.exists() and any(a.out.iterdir()):
         raise InputError(f"'{a.out}' is not empty. Name a new folder, or remove it first.")
+    refuse_name(a.out.name, licence_of(a.parent))
     run = a.out.with_name(a.out.name + ".run")
     if a.restart:
-        (run / "state.pt").unlink(missing_ok=True)
+        for left in ("state.pt", "answers.jsonl"):
+            (run / left).unlink(missing_ok=True)
     training, held_out = examples_of(a, run)
     report = distil(a, run, training, held_out)
     print(json.dumps(report, indent=2))
@@ -138,13 +143,16 @@ def examples_of(a: argparse.Namespace, run: Path) -> tuple[list[Example], list[E
     """Training and held-out examples; every n-th row is held out, so that both have the table's mix."""
     rows = table_rows(a)
     if any(row.answer is None for row in rows) and a.answers_by:
-        rows = teacher_answers(rows, engine_of(a.answers_by), a.answers_by, run / "answers.jsonl", a.max_answer_tokens)
-    context = read_config(a.parent).get("max_position_embeddings", 2048)
+        call = Call(teacher_of(a.answers_by), SamplingParams(max_tokens=a.max_answer_tokens))
+        rows = teacher_answers(rows, lambda: engine_of(a.answers_by), call, run / "answers.jsonl")
+    config = read_config(a.parent)
+    context = config.get("max_position_embeddings", 2048)
     examples = Encoder(a.parent).encoded(rows, context)
     if not examples:
+        teacher = f"'{a.parent}'" if swiftkv_of(config) is None else "with the plain Llama the parent was made from"
         raise InputError(
             f"No row of '{a.prompts}' has prompt and answer within {context} tokens. Name the answers' column, or let "
-            f"a model write them: --answers-by '{a.parent}'."
+            f"a model write them: --answers-by {teacher}."
         )
     every = max(2, len(examples) // a.held_out) if a.held_out else len(examples) + 1
     held_out = examples[every - 1 :: every]
@@ -181,8 +189,21 @@ def distil(a: argparse.Namespace, run: Path, training: list[Example], held_out: 
     return report
 
 
+def teacher_of(name: str) -> Model:
+    """The model that writes answers to learn from.
+
+    Raises:
+        InputError: it is a student itself.
+    """
+    from complete_fn.settings import load_settings
+
+    found = find_model(name, load_settings().models_file)
+    if found.engine == "embedded" and found.local_folder is not None:
+        refuse_as_teacher(found.local_folder, "--answers-by")
+    return found
+
+
 def engine_of(model: str) -> Engine:
-    from complete_fn.catalogue import find_model
     from complete_fn.engines import engine_for
     from complete_fn.settings import load_settings
 
@@ -200,6 +221,8 @@ def eval_verb(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     a = parser.parse_args(argv)
     rows = table_rows(a)
+    if not a.no_answers:
+        refuse_as_teacher(a.teacher, "--teacher")
     found: dict[str, Any] = {"rows": len(rows)}
     examples = Encoder(a.teacher).encoded(rows, read_config(a.teacher).get("max_position_embeddings", 2048))
     if examples:
