@@ -122,7 +122,7 @@ class Sampling:
         self.priority: int = options.get("priority", 0)
         self.tell: bool = options.get("tell", False)
         self.choices = tuple(options.get("choices", ()))
-        self.of_labels: dict[tuple[int, ...], SamplingParams] = {}
+        self.of_labels: dict[tuple[tuple[int, ...], ...], SamplingParams] = {}
         self.made: dict[int, SamplingParams] = {}
 
     def params(self, tokens: int) -> SamplingParams:
@@ -135,9 +135,10 @@ class Sampling:
 
     def scoring(self, place: Place) -> SamplingParams:
         """One token, with the log-probability of each way on from the place."""
-        found = self.of_labels.get(place.path)
+        key = place.path, tuple(place.ways)  # the labels' tokens depend on the prompt's end
+        found = self.of_labels.get(key)
         if found is None:
-            found = self.of_labels[place.path] = SamplingParams(
+            found = self.of_labels[key] = SamplingParams(
                 temperature=0.0,
                 max_tokens=1,
                 logprob_token_ids=list(place.ways),
