@@ -197,7 +197,9 @@ class EngineLoop:
             return Ready(row, asked(self.prompts, row.prompt, row.sampling, self.context, default))
         except RowRefused as refusal:
             self.done[row.connection].append([row.number, *refusal.answer])
-            return None
+        except Exception as error:
+            self.done[row.connection].append([row.number, *unexpected(error).answer])
+        return None
 
     def held(self, row: Row | Admitted, what: Any) -> Held:
         return self.window.row(row.connection.tenant, what.ids, what.tokens)
@@ -236,7 +238,10 @@ class EngineLoop:
             self.leave(output.request_id)
             charge = self.meter.leave(output.request_id)
             self.pace.finished(len(output.prompt_token_ids), output.num_cached_tokens or 0)
-            answer = row.asked.take(output)
+            try:
+                answer = row.asked.take(output)
+            except Exception as error:
+                answer = unexpected(error).answer
             if answer is None:
                 self.submit(row, row.asked, row.priority, charge)
             else:
@@ -252,6 +257,11 @@ class EngineLoop:
             self.connections.send(connection, {"done": answers, "meter": self.meter.tell()})
         self.text.clear()
         self.done.clear()
+
+
+def unexpected(error: Exception) -> RowRefused:
+    """One row must not end the engine of all. What the error says may have the prompt in it."""
+    return RowRefused("invalid_request", f"The engine failed at this row: {type(error).__name__}.")
 
 
 def shape_of(llm: Any) -> Shape:
