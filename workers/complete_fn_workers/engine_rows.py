@@ -228,6 +228,9 @@ class Choosing:
         outcome = output.outputs[0]
         if outcome.finish_reason not in ("stop", "length"):
             return refused_by_engine(outcome.finish_reason, output)
+        if not outcome.logprobs:  # vLLM has none of a step that checks guessed tokens
+            why = "The engine gave no probabilities of the labels. Take speculative_config out of engine_args."
+            return [None, None, "invalid_request", why, None, *tokens_of(output)]
         self.usage = self.usage or [len(self.prompt_ids), min(output.num_cached_tokens or 0, len(self.prompt_ids))]
         self.search.tell({token: found.logprob for token, found in outcome.logprobs[0].items()})
         label = self.search.answer
