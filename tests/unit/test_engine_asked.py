@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import complete_fn_workers
+from complete_fn.token_counts import count_with
 
 DEMO = Path(complete_fn_workers.__path__[0]) / "models" / "demo-llama" / "tokenizer.json"
 
@@ -64,3 +66,25 @@ def test_a_row_without_the_labels_probabilities_says_why(rows: Any) -> None:
     assert (text, reason, code, scores) == (None, None, "invalid_request", None)
     assert "speculative_config" in message
     assert tokens == [len(asked.ids), 0, 1]
+
+
+def test_prompts_are_neither_cut_nor_filled_whatever_the_tokenizers_file_says(rows: Any, tmp_path: Path) -> None:
+    stored = json.loads(DEMO.read_text("utf-8"))
+    stored["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    stored["padding"] = {
+        "strategy": {"Fixed": 32},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(stored), "utf-8")
+    texts = ["Name the section of the package " * 12, "x", "no<|eot_id|>x"]
+    prompts = reader(rows, Tokenizer.from_file(str(file)))
+    assert prompts.count(texts) == count_with(file, texts) == reader(rows).count(texts)
+    assert len(prompts.token_ids(texts[0])) > 16
+    special = Tokenizer.from_file(str(file))
+    special.encode_special_tokens = True
+    assert reader(rows, special).count(texts)[2] > prompts.count(texts)[2]

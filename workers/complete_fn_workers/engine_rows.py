@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenizers import Tokenizer
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -29,7 +30,7 @@ class PromptReader:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.fast = getattr(tokenizer, "backend_tokenizer", None)
+        self.fast = whole_text(getattr(tokenizer, "backend_tokenizer", None))
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.trees: dict[tuple[str, tuple[str, ...]], Place] = {}
 
@@ -93,6 +94,17 @@ class PromptReader:
 
     def count(self, texts: list[str]) -> list[int]:
         return [len(self.encode(text, special=False)) for text in texts]
+
+
+def whole_text(backend: Any) -> Any:
+    """A copy that neither cuts nor fills, whatever tokenizer.json says; what is no fast tokenizer, as it is."""
+    if not isinstance(backend, Tokenizer):
+        return backend
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = backend.encode_special_tokens  # the one setting that the text leaves out
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def answer_limit(prompt_tokens: int, context: int, wanted: int | None, default: int) -> Limit:
