@@ -66,6 +66,24 @@ def test_key_tells_engines_apart(tmp_path: Path) -> None:
     assert key != engine_key(first, home), "a checkpoint trained anew must not be answered by the old engine"
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "generation_config.json"])
+def test_an_edited_chat_template_or_default_is_another_engine(name: str, tmp_path: Path) -> None:
+    home = Settings(tmp_path / "home", None, None)
+    for file in ("config.json", name):
+        (tmp_path / file).write_text("{}")
+    key = engine_key(spec(tmp_path), home)
+    (tmp_path / name).write_text('{"a": 1}')
+    assert key != engine_key(spec(tmp_path), home)
+
+
+def test_another_version_has_an_engine_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Settings(tmp_path / "home", None, None)
+    (tmp_path / "config.json").write_text("{}")
+    key = engine_key(spec(tmp_path), home)
+    monkeypatch.setattr("complete_fn_workers.engine_launch.__version__", "0.0.1")
+    assert key != engine_key(spec(tmp_path), home)
+
+
 def test_folders_are_private_even_if_they_were_not(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "home" / "engines").mkdir(parents=True)
