@@ -294,13 +294,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--parent", type=int, required=True, help="descriptor of the first connection")
     parser.add_argument("--socket", type=Path, required=True, help="path of the listening socket")
     parser.add_argument("--lock", type=Path, required=True, help="the file that a connecting parent locks")
-    parser.add_argument("spec", type=json.loads, help="the EngineSpec as JSON")
     args = parser.parse_args(argv)
+    spec = json.loads(sys.stdin.readline())  # the EngineSpec; not an argument, which every user could read
     allow_tiles()
     listener, parent = socket.socket(fileno=args.listener), socket.socket(fileno=args.parent)
     connections = Connections(listener, parent, (args.socket, args.lock))
     try:
-        loop = EngineLoop(connections, load(args.spec))
+        loop = EngineLoop(connections, load(spec))
     except BaseException as error:
         traceback.print_exc()
         connections.greet({"failed": f"{type(error).__name__}: {error}"})

@@ -195,12 +195,13 @@ def start(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[bytes]]:
             child = subprocess.Popen(
                 command(place, listener.fileno(), theirs.fileno()),
                 pass_fds=(listener.fileno(), theirs.fileno()),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 env=engine_environment(place.spec),
             )
+        tell_spec(child, place.spec)
     except OSError as error:
         ours.close()
         raise EngineError(
@@ -212,8 +213,15 @@ def start(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     return ours, child
 
 
+def tell_spec(child: subprocess.Popen[bytes], spec: EngineSpec) -> None:
+    """On the child's standard input: engine_args can hold secrets, and every user can read a command line."""
+    line = json.dumps({field: getattr(spec, field) for field in spec.__slots__}) + "\n"
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError), child.stdin as pipe:  # if it has ended already, its log says why
+        pipe.write(line.encode())
+
+
 def command(place: EnginePlace, listener: int, parent: int) -> list[str]:
-    spec = json.dumps({field: getattr(place.spec, field) for field in place.spec.__slots__})
     files = [
         "--listener",
         str(listener),
@@ -225,7 +233,7 @@ def command(place: EnginePlace, listener: int, parent: int) -> list[str]:
         str(place.lock),
     ]
     # -P: a folder of the user's named like one of our imports must not be imported.
-    return [sys.executable, "-P", "-m", "complete_fn_workers.engine", *files, spec]
+    return [sys.executable, "-P", "-m", "complete_fn_workers.engine", *files]
 
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:
