@@ -165,9 +165,14 @@ class EngineLoop:
             self.connections.send(connection, {"counts": self.prompts.count(message["count"]), "steps": self.steps})
         if "stop" in message:
             self.forget(connection)
-            self.connections.send(connection, {"meter": self.meter.tell(), "stopped": True})
+            self.tell_time(connection, {"stopped": True})
         if "meter" in message:
-            self.connections.send(connection, {"meter": self.meter.tell()})
+            self.tell_time(connection, {})
+
+    def tell_time(self, connection: Connection, message: dict[str, Any]) -> None:
+        """With the message. Every second is told once: whoever waited no longer leaves them to the next listener."""
+        if not connection.closed:
+            self.connections.send(connection, {**message, "meter": self.meter.tell()})
 
     def forget(self, connection: Connection) -> None:
         """A connection is gone, or wants no more: so are its rows."""
@@ -254,7 +259,9 @@ class EngineLoop:
         for connection, pieces in self.text.items():
             self.connections.send(connection, {"text": pieces})
         for connection, answers in self.done.items():
-            self.connections.send(connection, {"done": answers, "meter": self.meter.tell()})
+            if connection.closed:  # nobody takes them: their time is lost, as that of rows under way is
+                self.meter.lost += sum(seconds for _, *answer in answers for seconds in answer[8:9])
+            self.tell_time(connection, {"done": answers})
         self.text.clear()
         self.done.clear()
 
