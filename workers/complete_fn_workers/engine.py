@@ -81,7 +81,8 @@ class EngineLoop:
         self.window = KVWindow(int(cache.num_gpu_blocks), int(cache.block_size))
         self.next: Ready | None = None  # the first bulk row, read, while the cache has no room for it
         devices = int(llm.vllm_config.parallel_config.world_size)
-        self.meter = StepMeter(llm.engine_core.engine_core.scheduler.requests, shape_of(llm), devices)
+        overlaps = bool(llm.vllm_config.scheduler_config.async_scheduling)
+        self.meter = StepMeter(llm.engine_core.engine_core.scheduler.requests, shape_of(llm), devices, overlaps)
         self.done: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
         self.text: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
         self.serial = 0
