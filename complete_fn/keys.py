@@ -32,6 +32,7 @@ SPEED_ONLY = frozenset(
         "timeout",
     )
 )
+CHECKPOINT_FILES = (".json", ".safetensors", ".jinja", ".model")
 SMALL = 64 * 1024 * 1024  # weights up to this size are hashed whole
 BLOCK, MOST_HEADER = 4096, 100_000_000  # bytes; the format bounds the header so
 
@@ -80,7 +81,7 @@ def checkpoint_digest(model: Model) -> str:
     if folder is None or model.engine != "embedded":
         return f"{model.engine}|{model.checkpoint}|{model.revision}|{model.url}"
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model")):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in CHECKPOINT_FILES):
         stat = path.stat()
         digest.update(f"{path.name}\n{content_digest(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()

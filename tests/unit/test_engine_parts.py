@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from complete_fn.settings import Settings
 from complete_fn.structured import checked
 from complete_fn.token_counts import encodable
 from complete_fn.types import Completion, CompletionRequest, Message
+from complete_fn_workers import engine_launch
 from complete_fn_workers.allocator import KEEP_MEMORY, allocator_environment, find_tcmalloc
 from complete_fn_workers.embedded import sendable
 from complete_fn_workers.engine_launch import EngineSpec, engine_environment, engine_key, engine_place, thread_binding
@@ -66,6 +67,24 @@ def test_key_tells_engines_apart(tmp_path: Path) -> None:
     assert key != engine_key(first, home), "a checkpoint trained anew must not be answered by the old engine"
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "generation_config.json"])
+def test_an_edited_chat_template_or_default_is_another_engine(name: str, tmp_path: Path) -> None:
+    home = Settings(tmp_path / "home", None, None)
+    for file in ("config.json", name):
+        (tmp_path / file).write_text("{}")
+    key = engine_key(spec(tmp_path), home)
+    (tmp_path / name).write_text('{"a": 1}')
+    assert key != engine_key(spec(tmp_path), home)
+
+
+def test_another_version_has_an_engine_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Settings(tmp_path / "home", None, None)
+    (tmp_path / "config.json").write_text("{}")
+    key = engine_key(spec(tmp_path), home)
+    monkeypatch.setattr("complete_fn_workers.engine_launch.__version__", "0.0.1")
+    assert key != engine_key(spec(tmp_path), home)
+
+
 def test_folders_are_private_even_if_they_were_not(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "home" / "engines").mkdir(parents=True)
@@ -73,6 +92,27 @@ def test_folders_are_private_even_if_they_were_not(tmp_path: Path) -> None:
     place = engine_place(spec(tmp_path), Settings(tmp_path / "home", None, None))
     assert place.folder.stat().st_mode & 0o077 == 0
     assert len(os.fsencode(place.socket)) <= 100
+
+
+def test_the_childs_spec_is_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """engine_args may hold an hf_token, and every user can list the command lines of all."""
+    (tmp_path / "config.json").write_text("{}")
+    given = replace(spec(tmp_path), engine_args={"hf_token": "hf_4711"})
+    place = engine_place(given, Settings(tmp_path / "home", None, None))
+    assert "hf_4711" not in " ".join(engine_launch.command(place, 3, 4))
+    child_code = "import sys; print(sys.stdin.readline(), end='', flush=True); print(repr(sys.stdin.read()))"
+    monkeypatch.setattr(engine_launch, "command", lambda *_: [sys.executable, "-c", child_code])
+    monkeypatch.setattr(engine_launch.importlib.util, "find_spec", lambda name: name)
+    link, child = engine_launch.start(place)
+    assert child.wait(30) == 0
+    link.close()
+    line, rest = place.log.read_text().splitlines()
+    assert (json.loads(line), rest) == (asdict(given), "''")
+    monkeypatch.setattr(engine_launch, "command", lambda *_: [sys.executable, "-c", "import sys; sys.exit(3)"])
+    huge = replace(place, spec=replace(given, engine_args={"hf_token": "x" * 1_000_000}))
+    link, child = engine_launch.start(huge)  # which ends before it has read
+    assert child.wait(30) == 3
+    link.close()
 
 
 def test_ranks_share_the_cpus() -> None:

@@ -69,6 +69,12 @@ def test_labels_of_equal_tokens_are_named() -> None:
         tree([5], [6], [5])
 
 
+def test_a_label_with_the_token_that_ends_an_answer_is_refused() -> None:
+    for label in ([5, END, 6], [5, END], [END]):
+        with pytest.raises(RowRefused, match=r"'label 1' has the model's token that ends an answer in it"):
+            tree([5], label)
+
+
 def test_impossible_tokens_do_not_stop_the_search() -> None:
     search = Search(tree([5], [6]))
     search.tell({5: -math.inf, 6: -math.inf})

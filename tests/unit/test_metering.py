@@ -106,6 +106,82 @@ def test_all_of_a_step_is_charged_and_none_twice() -> None:
     assert meter.charged == pytest.approx(2 * passed)
 
 
+def overlapping(**prompts: int) -> StepMeter:
+    """Of vLLM's asynchronous scheduling: a call counts what it launches, and waits for the batch before."""
+    return StepMeter({key: Request(tokens) for key, tokens in prompts.items()}, Shape.of(LLAMA), overlaps=True)
+
+
+def call(meter: StepMeter, seconds: float, **tokens: int) -> None:
+    for key, more in tokens.items():
+        if key not in meter.rows:
+            meter.admit(key, key)
+        meter.requests[key].num_computed_tokens += more
+    meter.stepped(seconds)
+
+
+def test_where_steps_overlap_a_call_is_charged_to_the_batch_that_it_waited_for() -> None:
+    meter = overlapping(a=8000, b=100)
+    call(meter, 0.002, a=8000)
+    call(meter, 1.0, a=1, b=100)
+    assert (meter.rows["a"].seconds, meter.rows["b"].seconds) == (pytest.approx(1.002), 0.0)
+    call(meter, 0.02, a=1, b=1)
+    charges = [meter.leave("a"), meter.leave("b")]
+    assert 0.001 < charges[1][0] < 0.02
+    assert sum(whole for whole, _ in charges) == pytest.approx(meter.charged) == pytest.approx(1.022)
+    assert charges[0][1] == pytest.approx(1.002)
+
+
+def test_where_steps_overlap_the_last_batch_is_charged_too() -> None:
+    meter = overlapping(a=8000)
+    call(meter, 0.002, a=8000)
+    call(meter, 1.0)
+    assert meter.leave("a") == (pytest.approx(1.002), pytest.approx(1.002))
+    call(meter, 0.5)
+    assert meter.charged == pytest.approx(1.002)  # idle
+
+
+def test_where_steps_overlap_nobody_pays_for_what_a_row_before_had_launched() -> None:
+    """A row's batch after its last token is not waited for; that of a row given up is, by nobody's charge."""
+    meter = overlapping(a=8, b=100, c=8000, d=100)
+    call(meter, 0.002, a=8)
+    call(meter, 0.01, a=1)
+    meter.leave("a")
+    call(meter, 0.003, b=100)  # launched, with nothing to wait for
+    call(meter, 0.03)
+    assert meter.leave("b")[0] == pytest.approx(0.033)
+    call(meter, 0.002, c=8000)
+    meter.give_up("c")
+    call(meter, 1.0, d=100)
+    call(meter, 0.02)
+    assert meter.leave("d")[0] == pytest.approx(0.02)
+    assert meter.lost == pytest.approx(1.002)
+    assert meter.charged == pytest.approx(0.012 + 0.033 + 1.022)
+
+
+def test_where_steps_overlap_all_of_a_step_is_charged_and_none_twice() -> None:
+    draw, answered, passed = random.Random(3), 0.0, 0.0
+    meter = StepMeter({}, Shape.of(LLAMA), devices=2, overlaps=True)
+    for number in range(400):
+        if draw.random() < 0.5:
+            meter.requests[str(number)] = Request(draw.randint(1, 300))
+            meter.admit(str(number), str(number))
+        for key in meter.rows:
+            meter.requests[key].num_computed_tokens += draw.randint(0, 40)
+        seconds, batches = draw.uniform(0.01, 0.1), meter.charged
+        meter.stepped(seconds)
+        passed += 2 * seconds if meter.charged > batches else 0.0
+        for key in [key for key in meter.rows if draw.random() < 0.2]:
+            if draw.random() < 0.7:
+                answered += meter.leave(key)[0]
+            else:
+                meter.give_up(key)
+    under_way = sum(row.seconds for row in meter.rows.values())
+    assert meter.charged == pytest.approx(passed)
+    assert answered + under_way + meter.lost == pytest.approx(passed)
+    assert passed > 30
+    assert len(meter.costs.steps) > 200
+
+
 def test_costs_are_learned_from_the_steps() -> None:
     """A device that reads memory slowly: a decoded token of a long context takes what it takes there."""
     shape, draw = Shape.of(LLAMA), random.Random(2)

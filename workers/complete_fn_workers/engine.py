@@ -81,7 +81,8 @@ class EngineLoop:
         self.window = KVWindow(int(cache.num_gpu_blocks), int(cache.block_size))
         self.next: Ready | None = None  # the first bulk row, read, while the cache has no room for it
         devices = int(llm.vllm_config.parallel_config.world_size)
-        self.meter = StepMeter(llm.engine_core.engine_core.scheduler.requests, shape_of(llm), devices)
+        overlaps = bool(llm.vllm_config.scheduler_config.async_scheduling)
+        self.meter = StepMeter(llm.engine_core.engine_core.scheduler.requests, shape_of(llm), devices, overlaps)
         self.done: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
         self.text: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
         self.serial = 0
@@ -165,9 +166,14 @@ class EngineLoop:
             self.connections.send(connection, {"counts": self.prompts.count(message["count"]), "steps": self.steps})
         if "stop" in message:
             self.forget(connection)
-            self.connections.send(connection, {"meter": self.meter.tell(), "stopped": True})
+            self.tell_time(connection, {"stopped": True})
         if "meter" in message:
-            self.connections.send(connection, {"meter": self.meter.tell()})
+            self.tell_time(connection, {})
+
+    def tell_time(self, connection: Connection, message: dict[str, Any]) -> None:
+        """With the message. Every second is told once: whoever waited no longer leaves them to the next listener."""
+        if not connection.closed:
+            self.connections.send(connection, {**message, "meter": self.meter.tell()})
 
     def forget(self, connection: Connection) -> None:
         """A connection is gone, or wants no more: so are its rows."""
@@ -197,7 +203,9 @@ class EngineLoop:
             return Ready(row, asked(self.prompts, row.prompt, row.sampling, self.context, default))
         except RowRefused as refusal:
             self.done[row.connection].append([row.number, *refusal.answer])
-            return None
+        except Exception as error:
+            self.done[row.connection].append([row.number, *unexpected(error).answer])
+        return None
 
     def held(self, row: Row | Admitted, what: Any) -> Held:
         return self.window.row(row.connection.tenant, what.ids, what.tokens)
@@ -236,7 +244,10 @@ class EngineLoop:
             self.leave(output.request_id)
             charge = self.meter.leave(output.request_id)
             self.pace.finished(len(output.prompt_token_ids), output.num_cached_tokens or 0)
-            answer = row.asked.take(output)
+            try:
+                answer = row.asked.take(output)
+            except Exception as error:
+                answer = unexpected(error).answer
             if answer is None:
                 self.submit(row, row.asked, row.priority, charge)
             else:
@@ -249,9 +260,16 @@ class EngineLoop:
         for connection, pieces in self.text.items():
             self.connections.send(connection, {"text": pieces})
         for connection, answers in self.done.items():
-            self.connections.send(connection, {"done": answers, "meter": self.meter.tell()})
+            if connection.closed:  # nobody takes them: their time is lost, as that of rows under way is
+                self.meter.lost += sum(seconds for _, *answer in answers for seconds in answer[8:9])
+            self.tell_time(connection, {"done": answers})
         self.text.clear()
         self.done.clear()
+
+
+def unexpected(error: Exception) -> RowRefused:
+    """One row must not end the engine of all. What the error says may have the prompt in it."""
+    return RowRefused("invalid_request", f"The engine failed at this row: {type(error).__name__}.")
 
 
 def shape_of(llm: Any) -> Shape:
@@ -284,13 +302,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--parent", type=int, required=True, help="descriptor of the first connection")
     parser.add_argument("--socket", type=Path, required=True, help="path of the listening socket")
     parser.add_argument("--lock", type=Path, required=True, help="the file that a connecting parent locks")
-    parser.add_argument("spec", type=json.loads, help="the EngineSpec as JSON")
     args = parser.parse_args(argv)
+    spec = json.loads(sys.stdin.readline())  # the EngineSpec; not an argument, which every user could read
     allow_tiles()
     listener, parent = socket.socket(fileno=args.listener), socket.socket(fileno=args.parent)
     connections = Connections(listener, parent, (args.socket, args.lock))
     try:
-        loop = EngineLoop(connections, load(args.spec))
+        loop = EngineLoop(connections, load(spec))
     except BaseException as error:
         traceback.print_exc()
         connections.greet({"failed": f"{type(error).__name__}: {error}"})

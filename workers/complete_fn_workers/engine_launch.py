@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from complete_fn import __version__
 from complete_fn.catalogue import Model
 from complete_fn.errors import EngineError, UnknownModelError
+from complete_fn.keys import CHECKPOINT_FILES
 from complete_fn.settings import Settings, child_environment
 from complete_fn.wiring import missing
 from complete_fn_workers.allocator import allocator_environment
@@ -101,9 +103,10 @@ def engine_place(spec: EngineSpec, settings: Settings) -> EnginePlace:
 
 
 def engine_key(spec: EngineSpec, settings: Settings) -> str:
-    """Hash of all that makes two engines different; a checkpoint written anew in its folder is another one."""
+    """Hash of all that makes two engines different: a checkpoint written anew in its folder is another one, so is one
+    with another chat template, and so is that of another version, which may speak otherwise."""
     folder = Path(spec.checkpoint)
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"] if folder.is_dir() else []
+    files = sorted(f for f in folder.iterdir() if f.suffix in CHECKPOINT_FILES) if folder.is_dir() else []
     stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     identity = [
         [getattr(spec, field) for field in spec.__slots__],
@@ -111,6 +114,7 @@ def engine_key(spec: EngineSpec, settings: Settings) -> str:
         str(settings.home),
         platform.node(),
         sys.prefix,
+        __version__,
     ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -191,12 +195,13 @@ def start(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[bytes]]:
             child = subprocess.Popen(
                 command(place, listener.fileno(), theirs.fileno()),
                 pass_fds=(listener.fileno(), theirs.fileno()),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 env=engine_environment(place.spec),
             )
+        tell_spec(child, place.spec)
     except OSError as error:
         ours.close()
         raise EngineError(
@@ -208,8 +213,15 @@ def start(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     return ours, child
 
 
+def tell_spec(child: subprocess.Popen[bytes], spec: EngineSpec) -> None:
+    """On the child's standard input: engine_args can hold secrets, and every user can read a command line."""
+    line = json.dumps({field: getattr(spec, field) for field in spec.__slots__}) + "\n"
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError), child.stdin as pipe:  # if it has ended already, its log says why
+        pipe.write(line.encode())
+
+
 def command(place: EnginePlace, listener: int, parent: int) -> list[str]:
-    spec = json.dumps({field: getattr(place.spec, field) for field in place.spec.__slots__})
     files = [
         "--listener",
         str(listener),
@@ -221,7 +233,7 @@ def command(place: EnginePlace, listener: int, parent: int) -> list[str]:
         str(place.lock),
     ]
     # -P: a folder of the user's named like one of our imports must not be imported.
-    return [sys.executable, "-P", "-m", "complete_fn_workers.engine", *files, spec]
+    return [sys.executable, "-P", "-m", "complete_fn_workers.engine", *files]
 
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:

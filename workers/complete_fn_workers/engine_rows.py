@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenizers import Tokenizer
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -29,7 +30,7 @@ class PromptReader:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.fast = getattr(tokenizer, "backend_tokenizer", None)
+        self.fast = whole_text(getattr(tokenizer, "backend_tokenizer", None))
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.trees: dict[tuple[str, tuple[str, ...]], Place] = {}
 
@@ -95,6 +96,17 @@ class PromptReader:
         return [len(self.encode(text, special=False)) for text in texts]
 
 
+def whole_text(backend: Any) -> Any:
+    """A copy that neither cuts nor fills, whatever tokenizer.json says; what is no fast tokenizer, as it is."""
+    if not isinstance(backend, Tokenizer):
+        return backend
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = backend.encode_special_tokens  # the one setting that the text leaves out
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
 def answer_limit(prompt_tokens: int, context: int, wanted: int | None, default: int) -> Limit:
     """Tokens that the answer may have.
 
@@ -122,7 +134,7 @@ class Sampling:
         self.priority: int = options.get("priority", 0)
         self.tell: bool = options.get("tell", False)
         self.choices = tuple(options.get("choices", ()))
-        self.of_labels: dict[tuple[int, ...], SamplingParams] = {}
+        self.of_labels: dict[tuple[tuple[int, ...], ...], SamplingParams] = {}
         self.made: dict[int, SamplingParams] = {}
 
     def params(self, tokens: int) -> SamplingParams:
@@ -135,9 +147,10 @@ class Sampling:
 
     def scoring(self, place: Place) -> SamplingParams:
         """One token, with the log-probability of each way on from the place."""
-        found = self.of_labels.get(place.path)
+        key = place.path, tuple(place.ways)  # the labels' tokens depend on the prompt's end
+        found = self.of_labels.get(key)
         if found is None:
-            found = self.of_labels[place.path] = SamplingParams(
+            found = self.of_labels[key] = SamplingParams(
                 temperature=0.0,
                 max_tokens=1,
                 logprob_token_ids=list(place.ways),
@@ -227,6 +240,9 @@ class Choosing:
         outcome = output.outputs[0]
         if outcome.finish_reason not in ("stop", "length"):
             return refused_by_engine(outcome.finish_reason, output)
+        if not outcome.logprobs:  # vLLM has none of a step that checks guessed tokens
+            why = "The engine gave no probabilities of the labels. Take speculative_config out of engine_args."
+            return [None, None, "invalid_request", why, None, *tokens_of(output)]
         self.usage = self.usage or [len(self.prompt_ids), min(output.num_cached_tokens or 0, len(self.prompt_ids))]
         self.search.tell({token: found.logprob for token, found in outcome.logprobs[0].items()})
         label = self.search.answer

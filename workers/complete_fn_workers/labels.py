@@ -52,12 +52,16 @@ def label_tree(tokens: Sequence[Sequence[int]], names: Sequence[str], end: int |
     """The tree of labels given as tokens. `end` is the token that ends an answer: it tells a label from a longer one.
 
     Raises:
-        RowRefused: two labels are the same to the tokenizer, or one begins another and the model has no end token.
+        RowRefused: two labels are the same to the tokenizer, one has the end token in it, or one begins another and
+            the model has no end token.
     """
     seen: dict[tuple[int, ...], str] = {}
     for ids, name in zip(map(tuple, tokens), names, strict=True):
         if ids in seen:
             why = f"The labels {seen[ids]!r} and {name!r} are the same to the model's tokenizer. Rename one."
+            raise RowRefused("invalid_request", why)
+        if end in ids:
+            why = f"The label {name!r} has the model's token that ends an answer in it. Rename it."
             raise RowRefused("invalid_request", why)
         seen[ids] = name
     if end is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from complete_fn_workers.step_work import Shape, StepCosts
 
@@ -15,13 +15,23 @@ NOTHING = (0.0, 0.0)
 @dataclass(slots=True)
 class Metered:
     """A row in the engine: vLLM's request and prefill counts, tokens seen so far, device-seconds charged so far, and
-    those of them for its prompt."""
+    those of them for its prompt; how it left, once it has."""
 
     request: Any
     prefill: Any
     computed: int = 0
     seconds: float = 0.0
     prompt_seconds: float = 0.0
+    answered: bool = False
+    given_up: bool = False
+
+
+class Part(NamedTuple):
+    """A row's of a step: whether it was of the prompt, and (FLOPs, bytes)."""
+
+    row: Metered
+    of_prompt: bool
+    work: tuple[float, float]
 
 
 class StepMeter:
@@ -32,9 +42,13 @@ class StepMeter:
     that were answered, of those under way, of those given up (`lost`), and `idle`: all that was in no row's step.
     """
 
-    def __init__(self, requests: Any, shape: Shape, devices: int = 1) -> None:
-        """Args: requests: vLLM's scheduler's, by its own ids."""
-        self.requests, self.devices = requests, devices
+    def __init__(self, requests: Any, shape: Shape, devices: int = 1, overlaps: bool = False) -> None:
+        """Args:
+        requests: vLLM's scheduler's, by its own ids.
+        overlaps: vLLM schedules asynchronously: a call counts and launches its batch, then waits for the one before.
+        """
+        self.requests, self.devices, self.overlaps = requests, devices, overlaps
+        self.launched: list[Part] = []  # and not yet waited for
         self.costs = StepCosts(shape)
         self.rows: dict[str, Metered] = {}
         self.loaded = time.monotonic()
@@ -47,37 +61,59 @@ class StepMeter:
         self.rows[key] = Metered(request, request.prefill_stats, 0, *spent)
 
     def stepped(self, seconds: float) -> None:
-        """A request's counter jumps over what was cached, and falls back when it is preempted."""
-        rows: list[tuple[Metered, bool]] = []
-        work: list[tuple[float, float]] = []
-        shape = self.costs.shape
+        """After each call of the engine's step."""
+        batch, learns = self.computed(), True
+        if self.overlaps:
+            before, self.launched = self.launched, batch
+            # While a row of it is here, the engine has not paused: the call did wait for that batch.
+            learns = any(not (row.answered or row.given_up) for row, _, _ in before)
+            if any(not row.answered for row, _, _ in before):
+                batch = before
+        if batch:
+            self.charge(seconds, batch)
+            if learns:
+                self.costs.learn(seconds, [part.work for part in batch])
+
+    def computed(self) -> list[Part]:
+        """What was computed or, where steps overlap, launched since the last call.
+
+        A request's counter jumps over what was cached, and falls back when it is preempted.
+        """
+        batch = []
         for row in self.rows.values():
-            before, now = row.computed, row.request.num_computed_tokens
+            before, now, prompt_tokens = row.computed, row.request.num_computed_tokens, row.request.num_prompt_tokens
             if before == 0 and now:
                 before = row.prefill.num_cached_tokens
             if now > before:
-                rows.append((row, before < row.request.num_prompt_tokens))
-                work.append(shape.work(before, now, row.request.num_prompt_tokens))
+                work = self.costs.shape.work(before, now, prompt_tokens)
+                batch.append(Part(row, before < prompt_tokens, work))
             row.computed = now
-        if not rows:
-            return
-        shares = self.costs.share(work)
-        whole = seconds * self.devices / sum(shares)
-        for (row, of_prompt), share in zip(rows, shares, strict=True):
+        return batch
+
+    def charge(self, seconds: float, batch: list[Part]) -> None:
+        """What was launched for a row that then had its answer, the others of its batch pay for."""
+        shares = self.costs.share([part.work for part in batch])
+        paying = [(part, share) for part, share in zip(batch, shares, strict=True) if not part.row.answered]
+        whole = seconds * self.devices / sum(share for _, share in paying)
+        for (row, of_prompt, _), share in paying:
             row.seconds += whole * share
             if of_prompt:
                 row.prompt_seconds += whole * share
+            if row.given_up:
+                self.lost += whole * share
         self.charged += seconds * self.devices
-        self.costs.learn(seconds, work)
 
     def leave(self, key: str) -> Charge:
         """What a row that is done was charged."""
         row = self.rows.pop(key)
+        row.answered = True
         return row.seconds, row.prompt_seconds
 
     def give_up(self, key: str) -> None:
-        seconds, _ = self.leave(key)
-        self.lost += seconds
+        """What is still under way for the row is lost when it is charged."""
+        row = self.rows.pop(key)
+        row.given_up = True
+        self.lost += row.seconds
 
     def tell(self) -> list[float]:
         """[`metered` so far, `idle` since it was last told, `lost` likewise]: every second is told once."""
