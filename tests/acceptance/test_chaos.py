@@ -43,8 +43,14 @@ def plain(rows: list[dict[str, Any]]) -> list[tuple[int, str | None, str | None]
     return [(row["id"], row["completion"], code(row)) for row in rows]
 
 
-def put_through(home: Path, models: str, rows: int, tokens: int, pauses: tuple[float, float], limit: float) -> None:
-    """A quiet run, and runs under faults until each kind was thrown: every one must end as the quiet one did."""
+def put_through(
+    home: Path, models: str, rows: int, tokens: int, pauses: tuple[float, float], limit: float, ties: int = 0
+) -> None:
+    """A quiet run, and runs under faults until each kind was thrown: every one must end as the quiet one did.
+
+    Args:
+        ties: texts of a run that may differ.
+    """
     settings = {"COMPLETE_FN_MEMORY": "0.25"}
     options = {"max_tokens": tokens, "cache": "off"}
     with site(home / "quiet", models, settings) as found:
@@ -69,16 +75,18 @@ def put_through(home: Path, models: str, rows: int, tokens: int, pauses: tuple[f
                 assert now["rows"] == state["rows"]
         assert submit_again() == jobs[-1]
         results = [found.results(job) for job in jobs]
+        count, kinds = sum(found.faults.values()), dict(found.faults)
+        print(f"quiet {quiet_seconds:.0f} s; {len(jobs)} under {count} faults {seconds:.0f} s: {kinds}")
         assert set(found.faults) == set(FAULTS)
         for result in results:
-            pairs = zip(plain(result), quiet, strict=True)
-            assert [(mine, its) for mine, its in pairs if mine != its] == []
+            pairs = list(zip(plain(result), quiet, strict=True))
+            assert [(mine[0], mine[2]) for mine, _ in pairs] == [(its[0], its[2]) for _, its in pairs]
+            others = [(mine, its) for mine, its in pairs if mine != its]
+            assert len(others) <= ties, others
         used = [row["completion_details"]["usage"] for result in results for row in result]
         billed = committed_usage(found)
         assert billed["cached_input"] == sum(u["prompt_tokens"] for u in used)
         assert billed["output"] == sum(u["completion_tokens"] for u in used)
-        count, kinds = sum(found.faults.values()), dict(found.faults)
-        print(f"quiet {quiet_seconds:.0f} s; {len(jobs)} under {count} faults {seconds:.0f} s: {kinds}")
 
 
 @pytest.mark.timeout(300)
@@ -92,4 +100,5 @@ def test_a_job_under_faults_ends_as_a_quiet_one(tmp_path: Path) -> None:
 def test_a_job_of_minutes_on_real_engines_under_faults_ends_as_a_quiet_one(
     needs_vllm: None, tmp_path: Path, tiny_model: Path
 ) -> None:
-    put_through(tmp_path, REAL.format(folder=tiny_model), LONG_ROWS, 32, LONG_PAUSES, 3000)
+    # Sums of float32 differ by the batch in their last bits, so one token in a million is another: one of two as likely.
+    put_through(tmp_path, REAL.format(folder=tiny_model), LONG_ROWS, 32, LONG_PAUSES, 3000, ties=LONG_ROWS // 10_000)
