@@ -100,5 +100,5 @@ def test_a_job_under_faults_ends_as_a_quiet_one(tmp_path: Path) -> None:
 def test_a_job_of_minutes_on_real_engines_under_faults_ends_as_a_quiet_one(
     needs_vllm: None, tmp_path: Path, tiny_model: Path
 ) -> None:
-    # Sums of float32 differ by the batch in their last bits, so one token in a million is another: one of two as likely.
+    # Sums of float32 differ by the batch in their last bits: one token in a million is another of two as likely ones.
     put_through(tmp_path, REAL.format(folder=tiny_model), LONG_ROWS, 32, LONG_PAUSES, 3000, ties=LONG_ROWS // 10_000)
