@@ -25,12 +25,13 @@ MISSING = "{0!r} is neither in PATH nor in /usr/lib/postgresql/*/bin. `make serv
 class Server:
     """A child process on a free port of 127.0.0.1, which ends with the process that started it.
 
-    Its state is in `folder`, by default a new one.
+    Its state is in `folder`, which is kept, by default in a new one.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.port = free_port()
         self.user = unprivileged()
+        self.kept = folder is not None
         self.folder = folder or Path(tempfile.mkdtemp(prefix="complete-fn-"))
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.user is not None:
@@ -100,7 +101,8 @@ class Postgres(Server):
         if self.user is not None:
             shutil.chown(secret, self.user)
         options = ["-U", "complete_fn", "--auth=scram-sha-256", f"--pwfile={secret}", "-E", "UTF8", "--locale=C"]
-        command = [binary("initdb"), "-D", str(self.folder / "state"), "--no-sync", *options]
+        command = [binary("initdb"), "-D", str(self.folder / "state"), *options]
+        command += [] if self.kept else ["--no-sync"]
         done = subprocess.run(command, cwd=self.folder, user=self.user, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"initdb fails: {done.stderr or done.stdout}")
@@ -109,7 +111,7 @@ class Postgres(Server):
         settings = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
-            "fsync": "off",  # the machine does not crash, only the server does
+            "fsync": "on" if self.kept else "off",  # a test's machine does not crash, only the server does
             "max_connections": "200",
         }
         given = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]

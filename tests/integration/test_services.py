@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import socket
+import tempfile
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -31,6 +33,17 @@ def test_postgres_keeps_what_was_committed_over_a_restart(how: signal.Signals) -
         folder, port = server.folder, server.port
     assert not folder.exists()
     assert not taken(port)
+
+
+def test_what_is_kept_outlives_a_power_cut(postgres: Postgres) -> None:
+    """The ledger of `make service` is written through to the disk; a test's own server need not."""
+    kept = Postgres(Path(tempfile.mkdtemp(prefix="complete-fn-")))
+    kept.start()
+    try:
+        assert query(kept.url, "SHOW fsync") == [("on",)]
+    finally:
+        kept.remove()
+    assert query(postgres.url, "SHOW fsync") == [("off",)]
 
 
 def test_a_test_gets_an_empty_database(postgres: Postgres) -> None:
