@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from complete_fn.least_squares import nonnegative
-from complete_fn_workers.swiftkv.flops import skipped_share
+from complete_fn_workers.swiftkv.flops import head_size, layer_flops, skipped_share
 
 BALANCE = 50.0  # FLOPs that a device does while it reads a byte, before anything is measured
 REMEMBERED, REFIT = 512, 64  # steps
-LEAST_STEPS = 32
 TRUST = 0.00001  # weight of BALANCE against the steps
 LEAST = 0.001  # of what BALANCE says, whatever the steps seem to say: nothing that is computed is free
 
@@ -63,20 +62,17 @@ class Shape:
         """Raises:
         AttributeError, TypeError, ZeroDivisionError: the config says nothing of heads, or no one width for all layers.
         """
+        layer, kv = layer_flops(config)
         width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-        size = getattr(config, "head_dim", None) or width // heads
-        kv_width = (getattr(config, "num_key_value_heads", None) or heads) * size
-        inner = getattr(config, "intermediate_size", None) or 4 * width
-        matrices = layers * (4 * width * heads * size + 4 * width * kv_width + 6 * width * inner)
-        words = 2 * width * config.vocab_size
-        attend, skipped = 4 * heads * size, skipped_share(config)
+        matrices, words = layers * layer, 2 * width * config.vocab_size
+        attend, skipped = 4 * heads * head_size(config), skipped_share(config)
         attending = config.num_key_value_layers if skipped else layers
         return cls(
             prompt=matrices * (1 - skipped),
             output=matrices + words,
             attend_prompt=attend * attending,
             attend_output=attend * layers,
-            kv=2 * kv_width * layers * kv_item,
+            kv=kv / (2 * width) * layers * kv_item,
             weights=(matrices + words) / 2 * item,
         )
 
@@ -114,7 +110,7 @@ class StepCosts:
             return
         self.steps.append((sum(flops for flops, _ in work), sum(read for _, read in work), seconds))
         self.unseen += 1
-        if self.unseen >= REFIT and len(self.steps) >= LEAST_STEPS:
+        if self.unseen >= REFIT:
             self.unseen = 0
             self.fit()
 

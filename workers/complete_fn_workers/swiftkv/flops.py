@@ -5,6 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 
+def head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def layer_flops(config: Any) -> tuple[float, float]:
+    """(FLOPs of all matrices of a layer for a token, those of its keys and values), as `skipped_share` counts them."""
+    width, heads, size = config.hidden_size, config.num_attention_heads, head_size(config)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    kv = 4 * width * (getattr(config, "num_key_value_heads", None) or heads) * size
+    return 4 * width * heads * size + kv + 6 * width * inner, kv
+
+
 def skipped_share(config: Any) -> float:
     """Share of a prompt token's FLOPs that a `llama_swiftkv` model skips; 0 for any other model.
 
@@ -19,9 +31,6 @@ def skipped_share(config: Any) -> float:
     """
     if getattr(config, "model_type", None) != "llama_swiftkv" or not config.swiftkv_skip_prefill:
         return 0.0
-    width, heads = config.hidden_size, config.num_attention_heads
-    size = getattr(config, "head_dim", None) or width // heads
-    kv = 4 * width * config.num_key_value_heads * size
-    layer = 4 * width * heads * size + kv + 6 * width * config.intermediate_size
+    layer, kv = layer_flops(config)
     layers, kept = config.num_hidden_layers, config.num_key_value_layers
     return float(1 - (kept * layer + (layers - kept) * kv / config.key_value_group_size) / (layers * layer))
