@@ -14,12 +14,14 @@ import pyarrow.compute as pc
 
 from complete_fn.catalogue import Prices
 from complete_fn.plan.batch import BatchPlan
+from complete_fn.plan.fields import names_in_order
 from complete_fn.prices import amount, at_prices
 from complete_fn.types import Completion, Usage
 
 USAGE = pa.struct([("prompt_tokens", pa.int64()), ("cached_tokens", pa.int64()), ("completion_tokens", pa.int64())])
 ERROR = pa.struct([("code", pa.string()), ("message", pa.string())])
 SCORES = pa.map_(pa.string(), pa.float64())
+FIELD_ORDER = pa.list_(pa.string())
 DETAILS = pa.struct(
     [
         ("value", pa.large_string()),
@@ -29,6 +31,7 @@ DETAILS = pa.struct(
         ("cost", pa.decimal128(18, 9)),
         ("source", pa.string()),
         ("scores", SCORES),
+        ("field_order", FIELD_ORDER),
     ]
 )
 
@@ -126,6 +129,7 @@ class Answers:
             ),
             "source": pa.array([x.source for x in c], pa.string()),
             "scores": pa.array([x.scores and list(x.scores.items()) for x in c], SCORES),
+            "field_order": pa.array(self.field_orders(), FIELD_ORDER),
         }
         of_row = {n: self.plan.scatter(columns[n]) for n in names}
         copy = pa.array(self.is_copy())
@@ -134,6 +138,14 @@ class Answers:
         of_row["source"] = pc.if_else(pc.and_(copy, computed), "duplicate", of_row["source"])
         asked = pa.array(self.plan.rows_of_distinct() < 0)
         return pa.StructArray.from_arrays([of_row[n] for n in names], fields=list(DETAILS), mask=asked)
+
+    def field_orders(self) -> list[list[str] | None]:
+        """[m] names of the fields in the order in which the model saw them; None of prompts without fields apart, and
+        of answers that were known, as no order is kept with them."""
+        if self.plan.field_order is None:
+            return [None] * len(self.completions)
+        computed = [c.source == "computed" for c in self.completions]
+        return [order if mine else None for order, mine in zip(names_in_order(self.plan), computed, strict=True)]
 
     def is_copy(self) -> Any:
         """[n] whether another row stands for this one."""

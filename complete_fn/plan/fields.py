@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, permutations
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from complete_fn.field_prompts import FIELDS_MARK, FieldPrompt, head, line, unpack_fields
+from complete_fn.field_prompts import FIELDS_MARK, FieldPrompt, has_fields, head, line, unpack_fields
 from complete_fn.plan.batch import BatchPlan, to_texts
 from complete_fn.plan.recursion import Cells, Ints, Near, expected_hits, field_orders, row_order
 from complete_fn.plan.sizes import BYTES_PER_TOKEN, TokenSizes
@@ -165,6 +166,17 @@ def repeats(cells: Cells, field: int) -> int:
     tokens = np.zeros(len(counts), np.int64)
     tokens[codes] = cells.tokens[:, field]
     return int(((counts - 1).clip(0) * tokens).sum())
+
+
+def names_in_order(plan: BatchPlan) -> Iterator[list[str] | None]:
+    """The names of each distinct prompt's fields in the plan's order; None where they are not apart."""
+    for low, texts in plan.texts():
+        for number, text in enumerate(texts, low):
+            if not has_fields(text) or plan.field_order is None:
+                yield None
+            else:
+                names = unpack_fields(text).names
+                yield [names[f] for f in plan.field_order[number].tolist() if f >= 0]
 
 
 def rendered(plan: BatchPlan, number: int, text: str) -> str:

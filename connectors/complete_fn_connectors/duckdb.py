@@ -38,7 +38,7 @@ WHOSE = "complete_fn_registration"  # says whose functions a cursor sees
 DETAILS = (
     'STRUCT("value" VARCHAR, error STRUCT(code VARCHAR, message VARCHAR), finish_reason VARCHAR, '
     "usage STRUCT(prompt_tokens BIGINT, cached_tokens BIGINT, completion_tokens BIGINT), "
-    "cost DECIMAL(18,9), source VARCHAR, scores MAP(VARCHAR, DOUBLE))"
+    "cost DECIMAL(18,9), source VARCHAR, scores MAP(VARCHAR, DOUBLE), field_order VARCHAR[])"
 )
 SQL_TYPES = {pa.large_string(): "VARCHAR", pa.bool_(): "BOOLEAN", arrow_answers.DETAILS: DETAILS}
 FUNCTIONS: dict[str, tuple[Function, str]] = {

@@ -162,7 +162,7 @@ def try_complete(session: Session, *columns: Any) -> Any:
 
 
 def complete_details(session: Session, *columns: Any) -> Any:
-    """[n] DETAILS: value, error, finish_reason, usage, cost and source of each row."""
+    """[n] DETAILS: value, error, finish_reason, usage, cost, source, scores and field_order of each row."""
     return answered(session, columns, lambda a, _: a.details, DETAILS)
 
 

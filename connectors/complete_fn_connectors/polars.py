@@ -20,14 +20,14 @@ import pyarrow as pa
 
 from complete_fn.choices import parse_choices
 from complete_fn.engine import Engine
-from complete_fn.errors import InputError
+from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn.interrupts import INTERRUPTS
 from complete_fn.options import parse_options
 from complete_fn.prompts import template_fields
 from complete_fn.types import Asker
 from complete_fn_connectors import functions, tasks
 from complete_fn_connectors.functions import QuerySession
-from complete_fn_connectors.polars_columns import Ask, answer_together
+from complete_fn_connectors.polars_columns import Ask, answer_together, arrow_of
 
 IntoExpr = pl.Expr | str
 
@@ -41,6 +41,7 @@ DETAILS = pl.Struct(
         "cost": pl.Decimal(18, 9),
         "source": pl.String,
         "scores": pl.List(pl.Struct({"key": pl.String, "value": pl.Float64})),
+        "field_order": pl.List(pl.String),
     }
 )
 
@@ -155,7 +156,7 @@ def try_complete(model: str, prompt: IntoExpr, *, session: QuerySession | None =
 
 
 def complete_details(model: str, prompt: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
-    """value, error, finish_reason, usage, cost, source and scores of each row, as a Struct. Arguments as `complete`."""
+    """value, error, finish_reason, usage, cost, source, scores and field_order of each row, as a Struct."""
     return call(functions.complete_details, DETAILS, model, prompt, session, options)
 
 
@@ -189,7 +190,8 @@ def complete_filter(
     model: str, predicate: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any
 ) -> pl.Expr:
     """Whether the predicate, a text that is the same for all rows, holds for the text, Boolean."""
-    arguments = lambda t: (pa.repeat(predicate, len(t)), t)  # noqa: E731
+    same = one_text("predicate", predicate)
+    arguments = lambda t: (pa.repeat(same, len(t)), t)  # noqa: E731
     return task("complete_filter", pl.Boolean(), model, text, session, options, {"choices": tasks.YES_NO}, arguments)
 
 
@@ -207,7 +209,8 @@ def complete_translate(
     model: str, text: IntoExpr, language: str, *, session: QuerySession | None = None, **options: Any
 ) -> pl.Expr:
     """The text in another language, named in words ('French'), String. Options as `complete`, and `template`."""
-    arguments = lambda t: (t, pa.repeat(language, len(t)))  # noqa: E731
+    same = one_text("language", language)
+    arguments = lambda t: (t, pa.repeat(same, len(t)))  # noqa: E731
     return task("complete_translate", pl.String(), model, text, session, options, {}, arguments)
 
 
@@ -267,11 +270,22 @@ def prompt(template: str, **fields: IntoExpr) -> pl.Expr:
     """A prompt per row whose fields stay apart from the template; `{name}` takes the field or else the column.
 
     Raises:
-        InvalidOptionError: the template has more than names in braces.
+        InvalidOptionError: the template has more than names in braces, or a field is given that it does not name.
     """
-    columns = {n: fields.get(n, n) for n in template_fields(template)}
+    names = template_fields(template)
+    if unused := [f for f in fields if f not in names]:
+        raise InvalidOptionError(f"The template {template!r} does not name {{{unused[0]}}}, which is given.")
+    columns = {n: fields.get(n, n) for n in names}
     values = pl.struct([as_expression(c).alias(n) for n, c in columns.items()]) if columns else pl.lit(None)
     return pl.struct(template=pl.lit(template), fields=values).alias("prompt")
+
+
+def one_text(argument: str, given: Any) -> str:
+    """Raises InputError: it is no text, so an expression, which may differ by row."""
+    if not isinstance(given, str):
+        kind = type(given).__name__
+        raise InputError(f"The {argument} is of type {kind}; it must be one text for all rows. Only prompts differ.")
+    return given
 
 
 def as_expression(column: IntoExpr) -> pl.Expr:
@@ -290,14 +304,14 @@ def call(
     """`function` over whole columns; in the streaming engine over its chunks."""
     chosen = session or default_session()
     if not lenient:
-        chosen.model(model)
+        chosen.model(one_text("model", model))
         parse_options(options)
     INTERRUPTS.listen()
 
     def answer(series: pl.Series) -> pl.Series:
         if series.is_empty():
             return pl.Series(series.name, [], dtype)
-        values = function(chosen, model, series.to_arrow(), *([] if options is None else [options]))
+        values = function(chosen, model, arrow_of(series), *([] if options is None else [options]))
         return pl.Series(series.name, values if isinstance(values, pa.Array) else values.combine_chunks(), dtype)
 
     return as_expression(column).map_batches(answer, return_dtype=dtype, is_elementwise=True)

@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
+from complete_fn.errors import InputError
 from complete_fn.options import parse_options
 from complete_fn.session import Session
 from complete_fn_connectors.arrow import prompt_column
@@ -58,9 +59,17 @@ def answer_together(session: Session, asks: Mapping[str, Ask], prompts: pl.DataF
 def joined(prompts: list[pl.Series], ask: Ask) -> Wanted:
     """The prompts of several columns as one run."""
     apart = ask.options.get("reorder_fields") is True
-    columns = [prompt_column(column.to_arrow(), reorder_fields=apart) for column in prompts]
+    columns = [prompt_column(arrow_of(column), reorder_fields=apart) for column in prompts]
     whole = pa.chunked_array([c for column in columns for c in chunks(column)], pa.large_string())
     return Wanted(ask.model, whole, ask.options)
+
+
+def arrow_of(column: pl.Series) -> Any:
+    """Raises InputError: Arrow has no such type (128-bit integers)."""
+    try:
+        return column.to_arrow()
+    except pa.ArrowInvalid as error:
+        raise InputError(f"Arrow has no {column.dtype}. Cast it: pl.col('x').cast(pl.String).") from error
 
 
 def chunks(column: Any) -> list[Any]:

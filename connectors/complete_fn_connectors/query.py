@@ -22,6 +22,7 @@ from complete_fn_connectors.collect import Asked, Batch, Collector, Memory, Reme
 from complete_fn_connectors.cortex import NAMED
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.guards import Guarding
+from complete_fn_connectors.narrowing import narrowed
 from complete_fn_connectors.query_plan import LATE, Order, read_order, read_plan, refuse_volatile
 from complete_fn_connectors.sites import Site, Tagged, tag_calls
 from complete_fn_connectors.statement import (
@@ -36,6 +37,7 @@ from complete_fn_connectors.statement import (
 )
 from complete_fn_connectors.together import Wanted, complete_together
 from complete_fn_connectors.total import may_fail
+from complete_fn_connectors.views import with_views
 
 ROUNDS = 40  # a query under LIMIT that needs more of them goes on plainly
 RUNS = itertools.count(1)
@@ -145,7 +147,7 @@ def remembering(functions: Functions, memory: Memory) -> Iterator[None]:
 def plan_query(
     con: duckdb.DuckDBPyConnection, functions: Functions, statement: Statement, parameters: Parameters, run: str
 ) -> Planned:
-    """Number the calls, read what waits for what, put guards.
+    """Put views in, narrow what is asked, number the calls, read what waits for what, put guards.
 
     Raises:
         RunsPlainly: something in the query does not allow it.
@@ -153,13 +155,35 @@ def plan_query(
     """
     names = functions.planned_names
     called = {name: names[name] for name in names.keys() - macros(con)}
-    tagged = tag_calls(statement.tree, statement.select, called, run)
+    tree, text = with_views(con, statement.tree, statement.select, called)
+    if tree is not statement.tree:
+        con.execute(f"EXPLAIN {statement.text}", parameters or []).fetchall()
+    fewer = narrowed(con, tree, called)
+    if fewer is not tree:
+        with contextlib.suppress(RunsPlainly, duckdb.Error):
+            return plan_tree(con, tag_calls(fewer, text, called, run), statement, parameters, {*names.values()}, True)
+    return plan_tree(con, tag_calls(tree, text, called, run), statement, parameters, {*names.values()}, False)
+
+
+def plan_tree(
+    con: duckdb.DuckDBPyConnection,
+    tagged: Tagged,
+    statement: Statement,
+    parameters: Parameters,
+    names: set[str],
+    changed: bool,
+) -> Planned:
+    """Read what waits for what, put guards. `changed`: whether the tree asks less than the statement."""
     constant = with_values(con, tagged.tree, parameters)
     written = read_plan(con, to_text(con, constant), optimise=False)
-    refuse_volatile(con, written, set(names.values()))
+    refuse_volatile(con, written, names)
     if not statement.returns_rows:
-        whole = statement.with_select(to_text(con, tagged.tree))
-        con.execute(f"EXPLAIN {whole}", parameters or []).fetchall()
+        tried = statement.with_select(to_text(con, tagged.tree))
+        con.execute(f"EXPLAIN {tried}", parameters or []).fetchall()
+
+    def final_text(tree: Tree) -> str:
+        return statement.with_select(to_text(con, with_names(con, tagged.untagged(tree), statement.tree)))
+
     plan = optimised(con, constant)
     if in_transaction(con) and (failing := may_fail(written, plan)):
         raise RunsPlainly(f"inside a transaction, which {failing} would abort where it fails")
@@ -169,9 +193,23 @@ def plan_query(
     if guarded != tagged.tree:
         after = read_order(optimised(con, with_values(con, guarded, parameters)))
         if keeps(order, after):
-            final = statement.with_select(to_text(con, tagged.untagged(guarded)))
-            return Planned(to_text(con, guarded), final, tagged.sites, after, shown(con, tagged, guarding))
-    return Planned(to_text(con, tagged.tree), statement.text, tagged.sites, order)
+            return Planned(
+                to_text(con, guarded), final_text(guarded), tagged.sites, after, shown(con, tagged, guarding)
+            )
+    return Planned(
+        to_text(con, tagged.tree), final_text(tagged.tree) if changed else statement.text, tagged.sites, order
+    )
+
+
+def with_names(con: duckdb.DuckDBPyConnection, tree: Tree, written: Tree) -> Tree:
+    """The tree with the names that its columns have as written: DuckDB names an expression by its text."""
+    if tree["node"]["type"] != "SELECT_NODE" or tree["node"]["select_list"] == written["node"]["select_list"]:
+        return tree
+    pairs = zip(tree["node"]["select_list"], written["node"]["select_list"], strict=True)
+    items = [
+        now if now == before or before["alias"] else {**now, "alias": text_of(con, before)} for now, before in pairs
+    ]
+    return {**tree, "node": {**tree["node"], "select_list": items}}
 
 
 def macros(con: duckdb.DuckDBPyConnection) -> set[str]:
@@ -182,11 +220,14 @@ def macros(con: duckdb.DuckDBPyConnection) -> set[str]:
 
 
 def keeps(before: Order, after: Order) -> bool:
-    """Whether all that a site waited for without guards it waits for with them, and none comes to be evaluated.
+    """Whether all that a site waited for without guards it waits for with them, and none comes to be evaluated, or
+    to be evaluated earlier.
 
-    DuckDB pushes conditions of HAVING and of aliases into the filter that is guarded, where a guard would turn their
-    order round; and it sees contradictions that a guard hides.
+    DuckDB pushes conditions of HAVING, of aliases and of joined tables into the filter that is guarded, where a guard
+    would turn their order round; and it sees contradictions that a guard hides.
     """
+    if after.early - before.early:
+        return False
     more = (set(after.rank) - set(before.rank)) | (set(after.unranked) - set(before.unranked))
     return not more and all(waits <= after.waits.get(site, set()) for site, waits in before.waits.items())
 
@@ -197,7 +238,12 @@ def shown(con: duckdb.DuckDBPyConnection, tagged: Tagged, guarding: Guarding) ->
 
 
 def expression_text(con: duckdb.DuckDBPyConnection, tagged: Tagged, tree: Tree) -> str:
-    select = {"node": {**EMPTY_SELECT, "select_list": [tagged.untagged(tree)]}, "named_param_map": []}
+    return text_of(con, tagged.untagged(tree))
+
+
+def text_of(con: duckdb.DuckDBPyConnection, tree: Tree) -> str:
+    """An expression as DuckDB writes it."""
+    select = {"node": {**EMPTY_SELECT, "select_list": [tree]}, "named_param_map": []}
     return to_text(con, select).removeprefix("SELECT ")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import duckdb
@@ -54,7 +54,8 @@ class Order:
         rank: place of a site's first evaluation in the plan.
         windows: of sites below a LIMIT.
         unranked: sites that are not planned, with the reason.
-        filters: sites that are evaluated in filters and scans only.
+        elsewhere: sites that are evaluated not only in filters and scans.
+        early: sites of a filter in which a condition without any comes after them.
     """
 
     waits: dict[int, set[int]] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Order:
     windows: dict[int, Window] = field(default_factory=dict)
     unranked: dict[int, str] = field(default_factory=dict)
     elsewhere: set[int] = field(default_factory=set)
+    early: set[int] = field(default_factory=set)
 
     def close(self) -> None:
         """Waits of waits; a site in a circle is unranked."""
@@ -148,6 +150,8 @@ class Reader:
         below = self.children(op, kind, children, before, window, top and kind == "LOGICAL_PROJECTION")
         if kind not in ROW_BY_ROW:
             self.clean = dict.fromkeys(self.clean, False)
+        if kind == "LOGICAL_FILTER":
+            self.order.early |= early_sites(op.get("expressions", []))
         own = [v for k, v in op.items() if k != "children"]
         here = Expressions(op, kind in ("LOGICAL_FILTER", "LOGICAL_GET"))
         for number, guards, conditional in here.read(own):
@@ -211,6 +215,22 @@ def constant_of(limit: Tree | None) -> int:
     return int((limit or {}).get("constant_integer", 0))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in the expressions of an operator a part of them is.
+
+    Attributes:
+        guards: sites that decide whether it is evaluated.
+        conditional: whether a row may come up without it having been evaluated.
+        holds: whether only those rows come up for which it is true, so that they have been through all of an AND.
+    """
+
+    guards: Sites = NONE
+    conditional: bool = False
+    in_lambda: bool = False
+    holds: bool = False
+
+
 @dataclass
 class Expressions:
     """The expressions of one operator. `sequence`: each is evaluated only where those before it hold."""
@@ -221,53 +241,63 @@ class Expressions:
     in_lambda: set[int] = field(default_factory=set)
 
     def read(self, own: list[Any]) -> Iterator[tuple[int, Sites, bool]]:
-        """(site, sites that decide whether or what it is asked, whether something else decides too)."""
-        yield from self.walk(own, NONE, False, False)
+        """(site, sites that decide whether or what it is asked, whether a row may come up without asking it)."""
+        yield from self.walk(own, Place(holds=self.sequence))
 
-    def walk(self, node: Any, guards: Sites, conditional: bool, in_lambda: bool) -> Iterator[tuple[int, Sites, bool]]:
+    def walk(self, node: Any, at: Place) -> Iterator[tuple[int, Sites, bool]]:
         if isinstance(node, list):
-            yield from self.in_turn(node, guards, conditional, in_lambda, self.sequence)
+            yield from self.in_turn(node, at, self.sequence)
         elif isinstance(node, dict):
             kind = node.get("type")
             if kind == "CASE_EXPR":
-                yield from self.case(node, guards, conditional, in_lambda)
-            elif kind in ("CONJUNCTION_AND", "CONJUNCTION_OR", "OPERATOR_COALESCE"):
-                yield from self.in_turn(node.get("children", []), guards, conditional, in_lambda, True)
+                yield from self.case(node, replace(at, holds=at.holds and is_guard(node)))
+            elif kind == "CONJUNCTION_AND":
+                yield from self.in_turn(node.get("children", []), at, True)
+            elif kind in ("CONJUNCTION_OR", "OPERATOR_COALESCE"):
+                yield from self.in_turn(node.get("children", []), replace(at, holds=False), True)
             else:
-                yield from self.call(node, guards, conditional, in_lambda)
+                yield from self.call(node, replace(at, holds=at.holds and not node.get("expression_class")))
 
-    def call(self, node: Tree, guards: Sites, conditional: bool, in_lambda: bool) -> Iterator[tuple[int, Sites, bool]]:
+    def call(self, node: Tree, at: Place) -> Iterator[tuple[int, Sites, bool]]:
         number = planned_site(node)
         inner = NONE
         for key, value in node.items():
+            inside = replace(at, in_lambda=at.in_lambda or key == "lambda_expr")
             lists = value if isinstance(value, list) and node.get("expression_class") else [value]
             for part in lists:
-                for found in self.walk(part, guards, conditional, in_lambda or key == "lambda_expr"):
+                for found in self.walk(part, inside):
                     inner |= {found[0]}
                     yield found
         if number is not None:
             self.found |= {number}
-            if in_lambda:
+            if at.in_lambda:
                 self.in_lambda.add(number)
-            yield number, (guards | inner) - {number}, conditional
+            yield number, (at.guards | inner) - {number}, at.conditional
 
-    def in_turn(
-        self, parts: list[Any], guards: Sites, conditional: bool, in_lambda: bool, ordered: bool
-    ) -> Iterator[tuple[int, Sites, bool]]:
+    def in_turn(self, parts: list[Any], at: Place, ordered: bool) -> Iterator[tuple[int, Sites, bool]]:
         """Parts of which each decides, if `ordered`, whether the next is evaluated."""
         for n, part in enumerate(parts):
-            for found in self.walk(part, guards, conditional or (ordered and n > 0), in_lambda):
-                guards |= {found[0]} if ordered else NONE
+            for found in self.walk(part, at):
                 yield found
+                if ordered:
+                    at = replace(at, guards=at.guards | {found[0]})
+            if ordered and n == 0 and not at.holds:
+                at = replace(at, conditional=True)
 
-    def case(self, node: Tree, guards: Sites, conditional: bool, in_lambda: bool) -> Iterator[tuple[int, Sites, bool]]:
+    def case(self, node: Tree, at: Place) -> Iterator[tuple[int, Sites, bool]]:
         for check in node.get("case_checks", []):
-            for found in self.walk(check.get("when_expr"), guards, conditional, in_lambda):
-                guards |= {found[0]}
+            for found in self.walk(check.get("when_expr"), at):
+                at = replace(at, guards=at.guards | {found[0]})
                 yield found
-            conditional = True
-            yield from self.walk(check.get("then_expr"), guards, True, in_lambda)
-        yield from self.walk(node.get("else_expr"), guards, True, in_lambda)
+            at = replace(at, conditional=at.conditional or not at.holds)
+            yield from self.walk(check.get("then_expr"), at)
+        yield from self.walk(node.get("else_expr"), replace(at, conditional=True, holds=False))
+
+
+def is_guard(case: Tree) -> bool:
+    """Whether it is `CASE WHEN a THEN b ELSE false END`, an AND that keeps its order."""
+    last = (case.get("else_expr") or {}).get("value") or {}
+    return len(case.get("case_checks", [])) == 1 and last.get("value") is False
 
 
 def planned_site(node: Tree) -> int | None:
@@ -277,6 +307,13 @@ def planned_site(node: Tree) -> int | None:
         return None
     token: str = node["children"][0].get("value", {}).get("value", ":")
     return int(token.rpartition(":")[2])
+
+
+def early_sites(conditions: list[Tree]) -> set[int]:
+    """The sites of the conditions of a filter before the last one that has none."""
+    sites = [sites_below(c) for c in conditions]
+    last = max((n for n, found in enumerate(sites) if not found), default=0)
+    return set().union(*sites[:last])
 
 
 def sites_below(op: Tree) -> Sites:

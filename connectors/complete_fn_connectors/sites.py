@@ -10,8 +10,6 @@ from typing import Any
 from complete_fn_connectors.statement import RunsPlainly, Tree, nodes, replaced
 
 SITE = "complete_fn_site_"
-HAS_CLAUSES = ("where_clause", "from_table")
-VIEW_BEGINS = "CREATE"
 
 
 @dataclass(frozen=True)

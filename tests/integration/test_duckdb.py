@@ -102,6 +102,7 @@ def test_details_have_every_field_and_what_each_row_cost(con: duckdb.DuckDBPyCon
         "cost": Decimal("0.000000300"),  # 5 tokens in at 0.01, 5 out at 0.05 per million
         "source": "computed",
         "scores": None,
+        "field_order": None,
     }
     assert null is None
     assert (bad["value"], bad["error"]["code"], bad["cost"]) == (None, "blocked", 0)

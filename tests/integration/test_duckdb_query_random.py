@@ -25,6 +25,12 @@ CREATE TABLE tags AS SELECT i AS id, 'tag ' || i AS name, i % 7 AS k FROM range(
 """
 
 
+VIEWS = """
+CREATE VIEW seen AS SELECT complete('m', text) AS a, id, k, text FROM docs;
+CREATE VIEW liked(n, said, k) AS SELECT id, upper(a), k FROM seen WHERE a <> 'no';
+"""
+
+
 class Opinionated(EchoEngine):
     """Says yes, no or the prompt itself, and refuses some prompts: by the prompt alone."""
 
@@ -125,6 +131,17 @@ def queries(draw: Any) -> str:
         f"SELECT * FROM (SELECT {value} AS a, d.id FROM docs d) WHERE a::VARCHAR = 'yes' AND id % 4 = 1",
         f"SELECT {call} AS a FROM docs d WHERE {where} UNION SELECT {tag} FROM tags t WHERE {other}",
         f"SELECT (SELECT max({tag}) FROM tags t WHERE t.k = d.k) AS a, d.id FROM docs d WHERE {where}",
+        f"SELECT a FROM (SELECT {value} AS a, id n FROM docs d WHERE {where}) WHERE n % 7 = 1 AND a::VARCHAR <> 'no'",
+        f"SELECT a, name FROM (SELECT {value} AS a, id FROM docs d) v JOIN tags t USING (id) WHERE t.k < 4 AND {other}",
+        f"{cte} SELECT c.a, t.name FROM c, tags t WHERE c.id = t.id AND c.k = 2 AND {other}",
+        f"{cte} SELECT a, id, id FROM c WHERE id % 5 = 2 AND upper(a::VARCHAR) <> 'NO'",
+        f"{cte}, e AS (SELECT *, {call} AS b FROM c d WHERE id % 3 = 1) SELECT id, a, b FROM e WHERE abs(k) = 1",
+        f"{cte} SELECT x.id FROM c x JOIN c y ON x.id = y.k WHERE x.id % 2 = 1 AND y.id % 2 = 0",
+        f"SELECT d.a, d.id FROM seen d WHERE d.id % 4 = 3 AND {where}",
+        f"SELECT s.a, t.name FROM seen s LEFT JOIN tags t ON s.id = t.id AND {other} WHERE s.id % 9 = 0",
+        f"SELECT t.name, s.a FROM tags t LEFT JOIN seen s ON s.id = t.id WHERE {other} AND s.id % 9 = 0",
+        f"SELECT said FROM liked WHERE n % 6 = 0 AND said <> 'YES' UNION ALL SELECT a FROM seen WHERE id % 90 = {few}",
+        f"SELECT l.said, t.name FROM liked l JOIN tags t ON l.n = t.id + 1 WHERE l.k = 2 AND {other}",
     ]
     return str(draw(st.sampled_from(shapes)))
 
@@ -136,6 +153,7 @@ def connection() -> Iterator[tuple[duckdb.DuckDBPyConnection, Opinionated]]:
     with duckdb.connect() as con:
         con.execute(TABLES)
         with register(con, engine=engine, home=home, progress=False):
+            con.execute(VIEWS)
             yield con, engine
     shutil.rmtree(home)
 

@@ -95,6 +95,7 @@ def test_details_have_every_field_and_null_for_null() -> None:
         "cost": Decimal("0.000000300"),
         "source": "computed",
         "scores": None,
+        "field_order": None,
     }
     assert rows[1] is None
     assert (rows[2]["source"], rows[2]["cost"]) == ("duplicate", 0)
@@ -172,6 +173,14 @@ def test_query_faults_are_told_when_the_expression_is_written(tmp_path: Path) ->
         llm.complete("m", "text", response_format={"type": "no_such_type"})
     with pytest.raises(InvalidOptionError, match=r"only {name} is replaced"):
         llm.prompt("{a.b}")
+    with pytest.raises(InvalidOptionError, match=r"does not name \{txt\}, which is given"):
+        llm.prompt("{text}", txt="n")
+    with pytest.raises(InputError, match="The predicate is of type Expr; it must be one text for all rows"):
+        llm.complete_filter("m", pl.col("text"), "text")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="The language is of type NoneType"):
+        llm.complete_translate("m", "text", None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="The model is of type Expr"):
+        llm.complete(pl.col("text"), "text")  # type: ignore[arg-type]
     llm.configure(home=tmp_path)
     with pytest.raises(UnknownModelError, match="Did you mean 'demo-llama'"):
         llm.complete("demo-lama", "text")
@@ -185,6 +194,13 @@ def test_try_complete_turns_query_faults_into_null() -> None:
 @pytest.mark.parametrize(("column", "kind"), [(pl.col("n"), "int64"), (pl.col("text").cast(pl.Binary), "binary")])
 def test_a_column_that_is_no_text_is_refused(column: pl.Expr, kind: str, engine: Blocking) -> None:
     with pytest.raises(InputError, match=rf"The prompt is (large_)?{kind}.*cast\(pl.String\)"):
+        DF.select(llm.complete("m", column))
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("column", [pl.col("n").cast(pl.Int128), llm.prompt("{n}", n=pl.col("n").cast(pl.Int128))])
+def test_a_type_that_arrow_lacks_is_refused(column: pl.Expr, engine: Blocking) -> None:
+    with pytest.raises(InputError, match=r"Arrow has no .*Int128.* Cast it"):
         DF.select(llm.complete("m", column))
     assert engine.requests == []
 

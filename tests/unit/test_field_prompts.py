@@ -93,6 +93,24 @@ def test_the_summary_says_how_many_rows_were_reordered(tmp_path: Path) -> None:
     assert all(str(r.prompt).startswith("Name the section.\n\nc: the same") for r in engine.requests)
 
 
+@settings(max_examples=20, deadline=None)
+@given(tables)
+def test_the_details_say_in_which_order_the_model_saw_the_fields(rows: list[list[str]]) -> None:
+    import tempfile
+
+    engine = EchoEngine(context=10**6)
+    with tempfile.TemporaryDirectory() as home:
+        tools = Tools(engine, Store(Path(home) / "s"))
+        found = run(Call(MODEL), of_rows(rows), tools, Asker()).details.to_pylist()
+        known = run(Call(MODEL), of_rows(rows), tools, Asker()).details.to_pylist()
+    seen = {str(r.prompt) for r in engine.requests}
+    for row, details in zip(rows, found, strict=True):
+        values = dict(zip("abc", row, strict=True))
+        lines = "\n".join(f"{name}: {values[name]}" for name in details["field_order"])
+        assert f"Name the section.\n\n{lines}" in seen
+    assert {row["field_order"] for row in known} == {None}  # the order is not kept with the answer
+
+
 def test_a_users_text_cannot_pose_as_packed_fields() -> None:
     from complete_fn.prompts import escaped
 

@@ -117,7 +117,8 @@ def test_row_errors_travel_inside_the_value(shared: Running, warehouse: str) -> 
     assert typed[2] is None
     assert typed[0]["value"] == "fine"
     assert typed[0]["error"] is None
-    assert set(typed[0]) == {"value", "error", "finish_reason", "usage", "cost", "source", "scores"}
+    known = {"value", "error", "finish_reason", "usage", "cost", "source", "scores", "field_order"}
+    assert set(typed[0]) == known
     assert typed[1]["error"]["code"] == "prompt_too_long"
 
 
