@@ -1,7 +1,8 @@
 """What each step saves on one real table: device-seconds and list price per 1,000 answers, with a GEMM-sized model.
 
-The table: which source package of Debian needs which other, with both descriptions; several binary packages of one
-source need the same, so that rows repeat, as joins make them. The question has a label as its answer.
+The table: which source package of Debian needs which other, with both descriptions, for the packages of some sections;
+several binary packages of one source need the same, so that rows repeat, as joins make them. The question has a label
+as its answer.
 
     plain vLLM           the rows as they lie, prefix caching on, the label written out (--label-tokens)
     + merged duplicates  equal rows are asked once
@@ -41,7 +42,6 @@ from complete_fn.token_counts import token_sizes
 from complete_fn.types import Usage
 from complete_fn_workers.demo_model.corpus import read_index, stanzas
 
-SECTIONS = ("database", "mail", "news")  # of the packages that need something
 PUBLISHED = "Snowflake's price for SwiftKV models on Cortex: -75 % (70B), -68 % (405B)"
 
 
@@ -68,8 +68,8 @@ class Step:
         return 1000 * float(amount(MODEL.prices, self.usage)) / self.answers
 
 
-def needs(folder: Path, rows: int) -> Table:
-    """Source packages and what they need, one row for each binary package's dependency."""
+def needs(folder: Path, sections: list[str], rows: int) -> Table:
+    """Source packages and what they need, one row for each binary package's dependency; `rows` of them, 0 for all."""
     lists = index(folder)
     packages = {p.package: p for p in read_index(lists)}
     main = {p.source: p for p in packages.values() if p.package == p.source or p.source not in packages}
@@ -85,9 +85,9 @@ def needs(folder: Path, rows: int) -> Table:
                     found.append((row, one.section))
     fields = ("source", "source_description", "needed", "needed_description")
     instruction = "Is what is needed a library, a language, a tool, or data? Answer with one of these words."
-    chosen = [row for row, section in found if section in SECTIONS]
+    chosen = [row for row, section in found if section in sections]
     random.Random(11).shuffle(chosen)  # a parallel join leaves its rows in no order
-    return Table("needs", instruction, fields, chosen[:rows])
+    return Table("needs", instruction, fields, chosen[: rows or None])
 
 
 def texts(table: Table, merged: bool, ordered: bool) -> list[str]:
@@ -180,14 +180,15 @@ def main() -> None:
     in_one_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=Path, default=Path(tempfile.gettempdir()) / "debian-index", help="Debian's")
-    parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--sections", nargs="+", default=["database"], help="of the packages that need something")
+    parser.add_argument("--rows", type=int, default=0, help="so many of them, drawn at random; 0: all")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--label-tokens", type=int, default=4, help="tokens of a label that is written out")
     parser.add_argument("--kv-gib", type=float, default=1.0, help="KV cache: 1 GiB holds 65,536 tokens of this model")
     parser.add_argument("--picture", type=Path, help="write the picture here, as PNG")
     parser.add_argument("--json", type=Path, help="write the figures here")
     a = parser.parse_args()
-    table = needs(a.index, a.rows)
+    table = needs(a.index, a.sections, a.rows)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; 180M random weights, bfloat16, eager")
     print(f"{len(table.rows):,} rows, {len(set(table.rows)):,} distinct; KV {a.kv_gib} GiB; {MODEL.prices}")
     noted: dict[str, Step] = {}

@@ -1,7 +1,7 @@
 """The estimate against the bill: list price and device-seconds of five jobs, said before and measured after.
 
-Each job first answers a pilot of its rows, as a user would who tries a query on a few; the estimate of the other rows
-then rests on the pilot's answers and on all runs before. The rest is then answered --bills times, each time for a
+Each job first answers a pilot of its rows, as a user would who tries a query on a sample; the estimate of the other
+rows then rests on the pilot's answers and on all runs before. The rest is then answered --bills times, each time for a
 tenant of its own, so that it finds an empty prefix cache; the engine is warm. Errors are estimate / median bill - 1.
 The bills' own spread is (largest - smallest) / median: nothing can foretell a machine better than it repeats itself.
 """
@@ -76,7 +76,7 @@ def measure(job: Job, table: Table, a: argparse.Namespace, home: str) -> None:
     model = session.model(a.model)
     step = 1 if job.together else max(1, len(table.rows) // (a.rows + a.pilot))
     chosen = list(range(0, len(table.rows), step))[: a.rows + a.pilot]
-    pilot = chosen[:: 1 if job.together else max(1, len(chosen) // a.pilot)][: a.pilot]
+    pilot = chosen[:: 1 if a.first else max(1, len(chosen) // a.pilot)][: a.pilot]
     rest = sorted(set(chosen) - set(pilot))
     session.complete(a.model, prompts_of(table, job, pilot), options, planned=True)
     prompts = prompts_of(table, job, rest)
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo-llama")
     parser.add_argument("--rows", type=int, default=1500, help="rows of each job")
     parser.add_argument("--pilot", type=int, default=300, help="rows answered before")
+    parser.add_argument("--first", action="store_true", help="the pilot is the first rows, not rows from all over")
     parser.add_argument("--bills", type=int, default=3, help="times that each job is run and billed")
     parser.add_argument("--jobs", nargs="+", default=[j.name for j in JOBS], metavar="NAME")
     parser.add_argument("--report", action="store_true", help="print each estimate as the dry run does")

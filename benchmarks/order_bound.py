@@ -1,14 +1,16 @@
-"""An upper bound of what any order of rows and fields, one a row, lets a prefix cache give back."""
+"""What orders of rows and fields, one a row, let a prefix cache give back at most."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
-from scipy.sparse import coo_array
+from scipy.optimize import linprog
+from scipy.sparse import coo_array, vstack
 from scipy.sparse.csgraph import minimum_spanning_tree
 
-from complete_fn.plan.recursion import Cells, Ints
+from complete_fn.plan.recursion import Cells, Ints, Near
 
 
 def most_hits(cells: Cells) -> int:
@@ -47,3 +49,35 @@ def neighbours(cells: Cells, equal: list[int], field: int | None) -> tuple[Ints,
     tokens = tokens // cells.block * cells.block
     some = tokens > 0
     return np.minimum(one, two)[some], np.maximum(one, two)[some], tokens[some]
+
+
+def most_by_sides(cells: Cells, sides: tuple[tuple[int, ...], ...]) -> int:
+    """Tokens, in whole blocks, that n rows find at most if each has the fields of one side first, and finds them whole.
+
+    Of the rows that begin with the same side of the same values, all but the first find it: which side each row should
+    begin with is a facility location problem, here its linear programme (by HiGHS): an upper bound, and reached where
+    its solution is whole numbers, as that of `dependencies` is.
+    """
+    n = len(cells.codes)
+    numbers: list[Ints] = []
+    tokens: list[Ints] = []
+    for side in sides:
+        _, first, number = np.unique(cells.codes[:, side], axis=0, return_index=True, return_inverse=True)
+        whole = cells.base + cells.tokens[first][:, side].sum(axis=1)
+        numbers.append(number.reshape(n) + sum(map(len, tokens)))
+        tokens.append(whole // cells.block * cells.block)
+    place, worth = np.concatenate(numbers), np.concatenate(tokens)
+    k, groups = len(place), len(worth)
+    chosen = np.arange(k)
+    one_side = coo_array((np.ones(k), (chosen % n, chosen)), shape=(n, k + groups))
+    entries = np.concatenate([np.ones(k), -np.ones(k)])
+    begun = coo_array((entries, (np.tile(chosen, 2), np.concatenate([chosen, k + place]))), shape=(k, k + groups))
+    limits = np.concatenate([np.ones(n), np.zeros(k)])
+    costs = np.concatenate([-worth[place], worth])
+    found = linprog(costs, A_ub=vstack([one_side, begun]).tocsr(), b_ub=limits, bounds=(0, 1), method="highs")
+    return round(-found.fun)
+
+
+def whole_fields(cells: Cells) -> Cells:
+    """The cells as if no two values began alike."""
+    return replace(cells, near=[Near(np.zeros_like(near.least[0])) for near in cells.near])

@@ -9,7 +9,7 @@ import re
 import site
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
@@ -24,12 +24,17 @@ SOURCES = Path(next(iter(site.getsitepackages()), sys.prefix))
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` in the order of their source; every row has a value for each of `fields`."""
+    """`rows` in the order of their source; every row has a value for each of `fields`.
+
+    Attributes:
+        sides: fields that determine each other, if each field is of one side and rows repeat in one of two sides.
+    """
 
     name: str
     instruction: str
     fields: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    sides: tuple[tuple[int, ...], ...] = ()
 
     def prompts(self) -> list[FieldPrompt]:
         return [FieldPrompt(self.instruction, self.fields, row) for row in self.rows]
@@ -47,7 +52,7 @@ def tables(folder: Path, rows: int) -> list[Table]:
     """The three tables, each of `rows` rows drawn at random and left in the order of their source."""
     packages = read_index(index(folder))
     found = (of_packages(packages), of_dependencies(packages, index(folder)), of_functions())
-    return [Table(t.name, t.instruction, t.fields, drawn(t.rows, rows)) for t in found]
+    return [replace(t, rows=drawn(t.rows, rows)) for t in found]
 
 
 def drawn(rows: list[tuple[str, ...]], count: int) -> list[tuple[str, ...]]:
@@ -75,7 +80,8 @@ def of_dependencies(packages: list[Package], lists: Path) -> Table:
                 needed = known.get(name)
                 if package is not None and needed is not None:
                     rows.append((package.package, text_of(package), needed.package, text_of(needed)))
-    return Table("dependencies", "Say in one word why the package needs the dependency.", fields, rows)
+    instruction = "Say in one word why the package needs the dependency."
+    return Table("dependencies", instruction, fields, rows, sides=((0, 1), (2, 3)))
 
 
 def text_of(package: Package) -> str:

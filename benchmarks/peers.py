@@ -67,12 +67,15 @@ def generate(setting: dict[str, Any]) -> Callable[[list[str], str], int]:
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
 
     def run(prompts: list[str], salt: str) -> int:
-        turns = ([{"role": "user", "content": p}] for p in prompts)
-        texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
-        asked: Any = [{"prompt": t, "cache_salt": salt} for t in texts]
+        asked: Any = [{"prompt": t, "cache_salt": salt} for t in as_chats(tokenizer, prompts)]
         return len(llm.generate(asked, params, use_tqdm=False))
 
     return run
+
+
+def as_chats(tokenizer: Any, prompts: list[str]) -> list[str]:
+    turns = ([{"role": "user", "content": p}] for p in prompts)
+    return [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
 
 
 def run_batch(setting: dict[str, Any]) -> Callable[[list[str], str], int]:
@@ -132,8 +135,12 @@ def ray(setting: dict[str, Any]) -> Callable[[list[str], str], int]:
 def daft(setting: dict[str, Any]) -> Callable[[list[str], str], int]:
     import daft as library
     from daft.functions import prompt
+    from transformers import AutoTokenizer
+    from vllm import SamplingParams
 
     engine = {k: v for k, v in setting.items() if k != "model"}
+    tokenizer = AutoTokenizer.from_pretrained(setting["model"])
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
 
     def run(prompts: list[str], salt: str) -> int:
         asked = prompt(
@@ -141,10 +148,11 @@ def daft(setting: dict[str, Any]) -> Callable[[list[str], str], int]:
             provider="vllm-prefix-caching",
             model=setting["model"],
             engine_args=engine,
-            generate_args={"temperature": 0.0, "max_tokens": MAX_TOKENS},
+            generate_args={"sampling_params": params},  # another argument fails each row unseen, and it waits for ever
             gpus_per_actor=0,
         )
-        return len(library.from_pydict({"prompt": prompts}).select(asked.alias("answer")).to_pydict()["answer"])
+        rows = library.from_pydict({"prompt": as_chats(tokenizer, prompts)})
+        return len(rows.select(asked.alias("answer")).to_pydict()["answer"])
 
     return run
 

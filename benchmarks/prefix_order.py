@@ -6,7 +6,7 @@
 Orders: the table's own; sorted, with the fields in the template's order; the best order that all rows have alike, found
 by trying every one; and one order a row, as `reorder_fields` plans it. Characters and tokens are those a prompt shares
 with the one before it. Hits are simulated as vLLM counts them: whole blocks with the same tokens before them, in a
-cache of --kv-tokens with the least recently used block leaving first.
+cache of --kv-tokens with the least recently used block leaving first. `order_bound.py` says what no order can exceed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from order_bound import most_by_sides, most_hits, whole_fields
 from order_tables import Table, tables
 from swiftkv_speed import SIZES, config_folder, flops, in_one_process
 
 from complete_fn.catalogue import find_model
 from complete_fn.field_prompts import FieldPrompt
+from complete_fn.plan import fields
 from complete_fn.plan.fields import arrange_prompts, cells_of, common
 from complete_fn.plan.prefix_tree import common_tokens, hits
-from complete_fn.plan.recursion import expected_hits, row_order
+from complete_fn.plan.recursion import Cells, Ints, expected_hits, row_order
 from complete_fn.token_counts import ids_with, token_sizes, tokenizer_file
 
 MODEL = find_model("demo-llama")  # for its tokenizer
@@ -105,11 +107,34 @@ def ordered(table: Table) -> tuple[dict[str, list[str]], float]:
     """The texts in each order, and seconds of planning the last."""
     prompts = table.prompts()
     began = time.perf_counter()
-    fields, rows = arrange_prompts(prompts, token_sizes(MODEL))
+    chosen, rows = arrange_prompts(prompts, token_sizes(MODEL))
     seconds = time.perf_counter() - began
-    per_row = [prompts[r].render(fields[r].tolist()) for r in rows.tolist()]
+    per_row = [prompts[r].render(chosen[r].tolist()) for r in rows.tolist()]
     plain = [p.render() for p in prompts]
     return dict(zip(ORDERS, (plain, sorted(plain), best_fixed(prompts), per_row), strict=True)), seconds
+
+
+def reachable(table: Table) -> Iterator[str]:
+    """What the best orders there are could give, as the planner counts tokens."""
+    cells = cells_of(table.prompts(), token_sizes(MODEL))
+    fixed = fields.best_fixed(cells)
+    chosen, _ = arrange_prompts(table.prompts(), token_sizes(MODEL))
+
+    def found(of: Cells, orders: Ints) -> int:
+        return expected_hits(of, orders, row_order(of, orders))
+
+    least = found(cells, fixed)
+    yield (
+        f"as the planner counts tokens {found(cells, chosen) / least:.3f}x; "
+        f"no order of rows and fields has more than {most_hits(cells) / least:.3f}x"
+    )
+    if table.sides:
+        whole = whole_fields(cells)
+        least, most = found(whole, fixed), most_by_sides(cells, table.sides)
+        yield (
+            f"in whole fields {found(whole, chosen) / least:.3f}x; "
+            f"the optimum is {most / least:.3f}x, of which {found(whole, chosen) / most:.1%} is found"
+        )
 
 
 def job_times(texts: dict[str, list[str]], rounds: int, kv_gib: float) -> dict[str, tuple[float, int]]:
@@ -188,6 +213,8 @@ def main() -> None:
         ratio = found["per row"].hits / found["best fixed"].hits
         scaled = planning * 30_000 / len(table.rows)
         print(f"  per row / best fixed hits {ratio:.2f}x; planning {planning:.1f} s, {scaled:.1f} s per 30,000 rows")
+        for line in reachable(table):
+            print(f"  {line}")
 
 
 if __name__ == "__main__":

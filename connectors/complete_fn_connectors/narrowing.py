@@ -13,6 +13,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import duckdb
@@ -64,13 +65,21 @@ class Narrowing:
         read = Counter(p[0].lower() for p in map(path_of, nodes(self.tree)) if len(p) == 1)
         self.common = {e["key"].lower(): e["value"] for e in entries}
         self.once = {name for name in self.common if counts[name] == 1 and read[name] == 1}
-        tables = {row[0].lower() for row in self.con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-        views = {row[0].lower() for row in self.con.execute("SELECT view_name FROM duckdb_views()").fetchall()}
-        self.tables = tables - views - {*self.common}
-        rows = self.con.execute(
-            "SELECT function_name FROM duckdb_functions() WHERE function_type <> 'scalar'"
-        ).fetchall()
-        self.not_by_row = {row[0].lower() for row in rows} - {*self.functions} | {"unnest", "unlist"}
+
+    @cached_property
+    def tables(self) -> set[str]:
+        """Names that only tables have."""
+        tables, others = "SELECT table_name FROM duckdb_tables()", "SELECT view_name FROM duckdb_views()"
+        return self.names(tables) - self.names(others) - {*self.common}
+
+    @cached_property
+    def not_by_row(self) -> set[str]:
+        """Functions that do not, or may not, make one value of one row."""
+        query = "SELECT DISTINCT function_name FROM duckdb_functions() WHERE function_type <> 'scalar'"
+        return self.names(query) - {*self.functions} | {"unnest", "unlist"}
+
+    def names(self, query: str) -> set[str]:
+        return {row[0].lower() for row in self.con.execute(query).fetchall()}
 
     def visit(self, node: Any) -> None:
         """The outer SELECTs first; of common tables the later first, as they may read those before."""

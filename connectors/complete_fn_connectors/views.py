@@ -44,11 +44,14 @@ class Views:
         return {lower(row[:3]): row[3] for row in self.con.execute(query).fetchall()}
 
     @cached_property
-    def known(self) -> Counter[str]:
-        """In how many schemas there is a table or view of a name."""
-        tables = self.con.execute("SELECT table_name FROM duckdb_tables()").fetchall()
-        views = self.con.execute("SELECT view_name FROM duckdb_views()").fetchall()
-        return Counter(row[0].lower() for row in (*tables, *views))
+    def known(self) -> Counter[Path]:
+        """How many tables and views a name may mean, by the last one, two or three parts of their names."""
+        query = (
+            "SELECT database_name, schema_name, table_name FROM duckdb_tables() "
+            "UNION ALL SELECT database_name, schema_name, view_name FROM duckdb_views()"
+        )
+        full = [lower(row) for row in self.con.execute(query).fetchall()]
+        return Counter(path[first:] for path in full for first in range(3))
 
     def opened(self, node: Tree, hidden: frozenset[str]) -> Tree | None:
         """A reference to such a view as a subquery; None for anything else. `hidden`: names of common tables."""
@@ -89,7 +92,7 @@ class Views:
 
     def plain(self, path: Path, hidden: frozenset[str]) -> bool:
         """Whether a name means the same wherever it is written."""
-        return path[-1] not in hidden and (len(path) > 1 or self.known[path[-1]] == 1)
+        return path[-1] not in hidden and self.known[path] == 1
 
     def columns(self, view: Path) -> list[str]:
         query = (

@@ -94,12 +94,15 @@ def test_a_copy_and_a_table_from_a_view(con: duckdb.DuckDBPyConnection, engine: 
         "WITH docs AS (SELECT 1 AS id, 'other' AS text) SELECT a FROM answers, docs WHERE answers.id < 2",
         "SELECT a FROM twins WHERE id < 2",
         "SELECT main.answers.a FROM answers WHERE id < 2",
+        "SELECT a FROM other.elsewhere WHERE id < 2",
     ],
 )
 def test_a_view_whose_names_are_in_doubt_is_left_to_duckdb(
     con: duckdb.DuckDBPyConnection, engine: Submissions, query: str
 ) -> None:
     con.execute("CREATE VIEW s.twins AS SELECT 0 AS id, 's' AS a; CREATE VIEW twins AS SELECT id, a FROM answers")
+    con.execute("ATTACH ':memory:' AS other; CREATE TABLE other.docs AS SELECT id, text || '' AS text FROM docs")
+    con.execute("CREATE VIEW other.elsewhere AS SELECT id, complete('m', text) AS a FROM main.docs")
     assert sorted(sql(con, query).fetchall()) == [("doc 0",), ("doc 1",)]
     assert len(engine.requests) == 2
 
