@@ -26,6 +26,7 @@ from complete_fn_connectors.statement import Tree, nodes, parse, replaced
 KEEPS_LEFT, KEEPS_RIGHT = ("INNER", "LEFT", "SEMI", "ANTI"), ("INNER", "RIGHT")
 JOINS = ("REGULAR", "CROSS")
 OPAQUE = ("SUBQUERY", "WINDOW", "LAMBDA", "STAR", "DEFAULT")
+VIRTUAL = ("rowid", "filename", "file_row_number", "file_index")  # columns that no star shows
 
 
 def narrowed(con: duckdb.DuckDBPyConnection, tree: Tree, functions: Mapping[str, str]) -> Tree:
@@ -39,11 +40,13 @@ def narrowed(con: duckdb.DuckDBPyConnection, tree: Tree, functions: Mapping[str,
 
 @dataclass
 class Leaf:
-    """A table in FROM. `select`: what may be narrowed, None for nothing; `names`: its columns' names, if given."""
+    """A table in FROM. `select`: what may be narrowed, None for nothing; `names`: its columns' names, if given;
+    `made`: names that its reader gives to other values, which a condition may mean too."""
 
     node: Tree
     select: Tree | None = None
     names: list[str] = field(default_factory=list)
+    made: frozenset[str] = frozenset()
 
     @property
     def alias(self) -> str:
@@ -106,6 +109,7 @@ class Narrowing:
         for leaf in leaves:
             if leaf.select is None:
                 continue
+            leaf.made = frozenset(i["alias"].lower() for i in select["select_list"] if is_made(i))
             for condition in conditions:
                 if self.owner(condition, known, alone) is leaf:
                     self.put(leaf, self.inside(condition, leaf))
@@ -236,6 +240,7 @@ class Narrowing:
         named = [(leaf.names[n : n + 1] or [name_of(item)])[0].lower() for n, item in enumerate(items)]
         counts = Counter(named)
         aliases = {i["alias"].lower() for i in items if i.get("alias")}
+        unseen = {*aliases, *leaf.made, *VIRTUAL, *(tables_in(leaf.select["from_table"]) if leaf.select else ())}
         if stars and (leaf.names or len(stars) > 1 or not is_all(stars[0])):
             return lambda name: None
 
@@ -247,7 +252,7 @@ class Narrowing:
                 columns = [c["column_names"] for c in columns_in(item)]
                 by_alias = any(len(c) == 1 and c[0].lower() in aliases for c in columns)
                 return item if columns and not by_alias and self.is_plain(item, asking) else None
-            return column_of(stars[0]["relation_name"], name) if stars and name not in aliases else None
+            return column_of(stars[0]["relation_name"], name) if stars and name not in unseen else None
 
         return output
 
@@ -282,6 +287,12 @@ def columns_in(tree: Any) -> Iterator[Tree]:
     return (node for node in nodes(tree) if node.get("class") == "COLUMN_REF")
 
 
+def tables_in(source: Tree) -> set[str]:
+    """Names that a FROM gives to tables, each of which is also a column that no star shows: the row."""
+    sources = [n for n in nodes(source) if isinstance(n.get("alias"), str) and "sample" in n]
+    return {str(n["alias"] or n.get("table_name") or "").lower() for n in sources}
+
+
 def column_of(table: str, name: str) -> Tree:
     names = [table, name] if table else [name]
     return {"class": "COLUMN_REF", "type": "COLUMN_REF", "alias": "", "query_location": 0, "column_names": names}
@@ -291,6 +302,12 @@ def name_of(item: Tree) -> str:
     """The name of a column of a SELECT, '' where DuckDB makes one up."""
     names: list[str] = item.get("column_names") or [""]
     return str(item.get("alias") or names[-1])
+
+
+def is_made(item: Tree) -> bool:
+    """Whether an item of a SELECT has an alias that is not its column's name."""
+    names: list[str] = item.get("column_names") or [""]
+    return bool(item.get("alias")) and item["alias"].lower() != names[-1].lower()
 
 
 def is_all(star: Tree) -> bool:

@@ -30,6 +30,7 @@ from complete_fn_connectors.statement import (
     RunsPlainly,
     Statement,
     Tree,
+    nodes,
     read_statement,
     replaced,
     to_text,
@@ -201,15 +202,30 @@ def plan_tree(
     )
 
 
-def with_names(con: duckdb.DuckDBPyConnection, tree: Tree, written: Tree) -> Tree:
-    """The tree with the names that its columns have as written: DuckDB names an expression by its text."""
-    if tree["node"]["type"] != "SELECT_NODE" or tree["node"]["select_list"] == written["node"]["select_list"]:
+def with_names(con: duckdb.DuckDBPyConnection, tree: Any, written: Any) -> Any:
+    """The tree with the names that the columns of all its SELECTs have as written: DuckDB names an expression by its
+    text. What stands in place of something else, as a subquery for a view, has its own names."""
+    if tree == written or type(tree) is not type(written):
         return tree
-    pairs = zip(tree["node"]["select_list"], written["node"]["select_list"], strict=True)
-    items = [
-        now if now == before or before["alias"] else {**now, "alias": text_of(con, before)} for now, before in pairs
-    ]
-    return {**tree, "node": {**tree["node"], "select_list": items}}
+    if isinstance(tree, list):
+        return (
+            [with_names(con, *pair) for pair in zip(tree, written, strict=True)] if len(tree) == len(written) else tree
+        )
+    if not isinstance(tree, dict) or tree.get("type") != written.get("type"):
+        return tree
+    named = {k: with_names(con, v, written.get(k)) for k, v in tree.items()}
+    if tree.get("type") == "SELECT_NODE":
+        pairs = zip(named["select_list"], written["select_list"], strict=True)
+        named["select_list"] = [
+            now if keeps_name(now, was) else {**now, "alias": text_of(con, was)} for now, was in pairs
+        ]
+    return named
+
+
+def keeps_name(now: Tree, before: Tree) -> bool:
+    """Whether an item of a SELECT has the name that it had: one with a star is named by its columns."""
+    own = replaced(before, lambda node: {} if node.get("class") == "SUBQUERY" else None)
+    return now == before or bool(before["alias"]) or any(n.get("class") == "STAR" for n in nodes(own))
 
 
 def macros(con: duckdb.DuckDBPyConnection) -> set[str]:

@@ -114,3 +114,36 @@ def test_a_view_out_of_sight_pays_for_nothing(con: duckdb.DuckDBPyConnection, en
     with pytest.raises(duckdb.BinderException, match="text"):
         sql(con, "SELECT a FROM answers WHERE id < 3")
     assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT * FROM (SELECT (SELECT max(a) FROM answers WHERE id < 3) FROM docs WHERE id < 2)",
+        "SELECT (SELECT max(a) FROM answers WHERE id < 3) UNION ALL SELECT 'x'",
+        "SELECT COLUMNS(['id']) + (SELECT count(a) FROM answers WHERE id < 3) FROM few",
+    ],
+)
+def test_columns_keep_their_names_everywhere(con: duckdb.DuckDBPyConnection, query: str) -> None:
+    found, plain = sql(con, query), con.sql(query)
+    assert (found.columns, found.fetchall()) == (plain.columns, plain.fetchall())
+
+
+@pytest.mark.parametrize(
+    ("query", "rows"),
+    [
+        ("SELECT id + 1 AS rowid FROM (SELECT *, complete('m', text) AS a FROM docs) WHERE rowid = 3", [(3,)]),
+        (
+            "SELECT (SELECT count(a) FROM (SELECT *, complete('m', text) AS a FROM few JOIN docs USING (id)) v "
+            "WHERE docs IS NULL) FROM (SELECT NULL AS docs)",
+            [(20,)],
+        ),
+        (
+            "SELECT (SELECT max(n) FROM (SELECT id + 1 AS n FROM (SELECT *, complete('m', text) AS a FROM docs) "
+            "WHERE n = 3)) FROM (SELECT 40 AS n)",
+            [(3,)],
+        ),
+    ],
+)
+def test_a_name_that_no_star_shows_stays_outside(con: duckdb.DuckDBPyConnection, query: str, rows: list[Any]) -> None:
+    assert sql(con, query).fetchall() == rows
