@@ -142,10 +142,8 @@ class Answers:
     def field_orders(self) -> list[list[str] | None]:
         """[m] names of the fields in the order in which the model saw them; None of prompts without fields apart, and
         of answers that were known, as no order is kept with them."""
-        if self.plan.field_order is None:
-            return [None] * len(self.completions)
-        computed = [c.source == "computed" for c in self.completions]
-        return [order if mine else None for order, mine in zip(names_in_order(self.plan), computed, strict=True)]
+        pairs = zip(names_in_order(self.plan), self.completions, strict=True)
+        return [order if c.source == "computed" else None for order, c in pairs]
 
     def is_copy(self) -> Any:
         """[n] whether another row stands for this one."""

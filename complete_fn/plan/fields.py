@@ -170,13 +170,13 @@ def repeats(cells: Cells, field: int) -> int:
 
 def names_in_order(plan: BatchPlan) -> Iterator[list[str] | None]:
     """The names of each distinct prompt's fields in the plan's order; None where they are not apart."""
+    if plan.field_order is None:
+        yield from [None] * len(plan.first)
+        return
     for low, texts in plan.texts():
         for number, text in enumerate(texts, low):
-            if not has_fields(text) or plan.field_order is None:
-                yield None
-            else:
-                names = unpack_fields(text).names
-                yield [names[f] for f in plan.field_order[number].tolist() if f >= 0]
+            names = unpack_fields(text).names if has_fields(text) else ()
+            yield [names[f] for f in plan.field_order[number].tolist() if f >= 0] if names else None
 
 
 def rendered(plan: BatchPlan, number: int, text: str) -> str:

@@ -20,7 +20,7 @@ import duckdb
 
 from complete_fn_connectors.guards import children_of, joined
 from complete_fn_connectors.sites import called
-from complete_fn_connectors.statement import Tree, nodes, parse, replaced
+from complete_fn_connectors.statement import Tree, common_tables, nodes, parse, replaced, table_path
 
 # Join types that drop or repeat rows of a side, but never fill it with NULLs: a filter on it may come before the join.
 KEEPS_LEFT, KEEPS_RIGHT = ("INNER", "LEFT", "SEMI", "ANTI"), ("INNER", "RIGHT")
@@ -63,11 +63,10 @@ class Narrowing:
     changed: bool = False
 
     def __post_init__(self) -> None:
-        entries = [e for node in nodes(self.tree) for e in node.get("cte_map", {}).get("map", [])]
-        counts = Counter(e["key"].lower() for e in entries)
-        read = Counter(p[0].lower() for p in map(path_of, nodes(self.tree)) if len(p) == 1)
-        self.common = {e["key"].lower(): e["value"] for e in entries}
-        self.once = {name for name in self.common if counts[name] == 1 and read[name] == 1}
+        entries = common_tables(self.tree)
+        counts, read = Counter(name for name, _ in entries), Counter(map(table_path, nodes(self.tree)))
+        self.common = dict(entries)
+        self.once = {name for name in self.common if counts[name] == 1 and read[name,] == 1}
 
     @cached_property
     def tables(self) -> set[str]:
@@ -170,9 +169,8 @@ class Narrowing:
             return found
         if source["type"] == "SUBQUERY":
             return Leaf(source, self.narrowable(source["subquery"]["node"]), names)
-        path = path_of(source)
-        if len(path) == 1 and path[0].lower() in self.once:
-            value = self.common[path[0].lower()]
+        value = self.read_once(source)
+        if value is not None:
             given = list(value.get("aliases") or [])
             return Leaf(source, self.narrowable(value["query_node"]), [*names, *given[len(names) :]])
         return found
@@ -190,10 +188,13 @@ class Narrowing:
 
     def asks(self, tree: Tree) -> bool:
         """Whether it calls a completion, itself or in a common table that it alone reads."""
-        read = [
-            self.common[p[0].lower()] for p in map(path_of, nodes(tree)) if len(p) == 1 and p[0].lower() in self.once
-        ]
+        read = list(filter(None, map(self.read_once, nodes(tree))))
         return any(called(n) in self.functions for n in nodes([tree, read]))
+
+    def read_once(self, node: Tree) -> Tree | None:
+        """The common table that a reference is the only one to; None for another node."""
+        path = table_path(node)
+        return self.common[path[0]] if len(path) == 1 and path[0] in self.once else None
 
     def is_of_many(self, node: Tree) -> bool:
         """Whether it may be an aggregate or make several rows: macros too, of which nothing is known."""
@@ -258,8 +259,8 @@ class Narrowing:
 
     def among(self, mine: Tree | None, other: Tree, source: Leaf, its: list[Tree]) -> Tree | None:
         """`mine IN (SELECT other FROM source WHERE its conditions)`, for a source that is a table."""
-        path = path_of(source.node)
-        if mine is None or not path or path[-1].lower() not in self.tables or source.node.get("sample"):
+        path = table_path(source.node)
+        if mine is None or not path or path[-1] not in self.tables or source.node.get("sample"):
             return None
         within: Tree = parse(self.con, "SELECT 1 WHERE 1 IN (SELECT 1)")["node"]["where_clause"]
         within["child"] = mine
@@ -276,11 +277,6 @@ class Narrowing:
         parts = [*(children_of(where, "CONJUNCTION_AND") if where else []), copy.deepcopy(condition)]
         leaf.select["where_clause"] = joined("CONJUNCTION_AND", parts)
         self.changed = True
-
-
-def path_of(node: Tree) -> list[str]:
-    """The name of a table as it is written; [] for another node."""
-    return list(node["qualified_name"]["path"]) if node.get("type") == "BASE_TABLE" else []
 
 
 def columns_in(tree: Any) -> Iterator[Tree]:

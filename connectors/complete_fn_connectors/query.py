@@ -250,11 +250,7 @@ def keeps(before: Order, after: Order) -> bool:
 
 def shown(con: duckdb.DuckDBPyConnection, tagged: Tagged, guarding: Guarding) -> dict[int, list[str]]:
     """The guards as SQL."""
-    return {site: [expression_text(con, tagged, g) for g in found] for site, found in guarding.guards.items()}
-
-
-def expression_text(con: duckdb.DuckDBPyConnection, tagged: Tagged, tree: Tree) -> str:
-    return text_of(con, tagged.untagged(tree))
+    return {site: [text_of(con, tagged.untagged(g)) for g in found] for site, found in guarding.guards.items()}
 
 
 def text_of(con: duckdb.DuckDBPyConnection, tree: Tree) -> str:

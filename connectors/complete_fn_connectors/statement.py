@@ -193,6 +193,21 @@ def nodes(tree: Any) -> Iterator[Tree]:
             yield from nodes(value)
 
 
+def table_path(node: Tree) -> tuple[str, ...]:
+    """The parts of the name that a reference to a table or view is written with, lower-case; () of another node."""
+    return lower(node["qualified_name"]["path"]) if node.get("type") == "BASE_TABLE" else ()
+
+
+def lower(path: Sequence[str]) -> tuple[str, ...]:
+    return tuple(part.lower() for part in path)
+
+
+def common_tables(tree: Any) -> list[tuple[str, Tree]]:
+    """(name, what stands for it) of all common table expressions, wherever they are; names lower-case."""
+    entries = [entry for node in nodes(tree) for entry in node.get("cte_map", {}).get("map", [])]
+    return [(entry["key"].lower(), entry["value"]) for entry in entries]
+
+
 def replaced(tree: Any, change: Any) -> Any:
     """A copy of the tree in which `change(object)` stands wherever it is not None."""
     if isinstance(tree, dict):

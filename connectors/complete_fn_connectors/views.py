@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -11,7 +11,17 @@ from typing import Any, TypeAlias
 import duckdb
 
 from complete_fn_connectors.sites import called
-from complete_fn_connectors.statement import RunsPlainly, Tree, nodes, parse, replaced, tokens
+from complete_fn_connectors.statement import (
+    RunsPlainly,
+    Tree,
+    common_tables,
+    lower,
+    nodes,
+    parse,
+    replaced,
+    table_path,
+    tokens,
+)
 
 Path: TypeAlias = tuple[str, ...]
 UNKNOWN = 2**63  # DuckDB's place of what was not written is 2^64 - 1
@@ -23,7 +33,7 @@ def with_views(con: duckdb.DuckDBPyConnection, tree: Tree, text: str, functions:
     Only where no name can come to mean something else: one that several schemas have, or that is also the name of a
     common table expression, is left as it is.
     """
-    views, hidden = Views(con, functions, text), common_tables(tree)
+    views, hidden = Views(con, functions, text), common_names(tree)
     found = replaced(tree, lambda node: views.opened(node, hidden))
     return (found, views.text) if found != tree else (tree, text)
 
@@ -55,8 +65,8 @@ class Views:
 
     def opened(self, node: Tree, hidden: frozenset[str]) -> Tree | None:
         """A reference to such a view as a subquery; None for anything else. `hidden`: names of common tables."""
-        path = table_of(node)
-        if path is None or node.get("sample") or node.get("at_clause") or not self.plain(path, hidden):
+        path = table_path(node)
+        if not path or node.get("sample") or node.get("at_clause") or not self.plain(path, hidden):
             return None
         named = [known for known in self.sql if known[-len(path) :] == path]
         if len(named) != 1 or named[0] in self.open:
@@ -81,8 +91,8 @@ class Views:
             tree = parse(self.con, text)
         except RunsPlainly:
             return None
-        own = common_tables(tree)
-        paths = [path for path in map(table_of, nodes(tree)) if path is not None]
+        own = common_names(tree)
+        paths = filter(None, map(table_path, nodes(tree)))
         if own & hidden or not all(path[-1] in own or self.plain(path, hidden) for path in paths):
             return None
         begin = len(self.text.encode()) + 1
@@ -102,21 +112,8 @@ class Views:
         return [row[0] for row in self.con.execute(query, list(view)).fetchall()]
 
 
-def table_of(node: Tree) -> Path | None:
-    """The name that a reference to a table or view is written with, lower-case; None for another node."""
-    if node.get("type") != "BASE_TABLE":
-        return None
-    return lower(node["qualified_name"]["path"])
-
-
-def lower(path: Sequence[str]) -> Path:
-    return tuple(part.lower() for part in path)
-
-
-def common_tables(tree: Tree) -> frozenset[str]:
-    """The names of all common table expressions, wherever they are."""
-    entries = [entry for node in nodes(tree) for entry in node.get("cte_map", {}).get("map", [])]
-    return frozenset(entry["key"].lower() for entry in entries)
+def common_names(tree: Tree) -> frozenset[str]:
+    return frozenset(name for name, _ in common_tables(tree))
 
 
 def select_of(statement: str) -> str:
