@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=Path, default=Path(tempfile.gettempdir()) / "debian-index", help="Debian's")
     parser.add_argument("--sections", nargs="+", default=["database", "mail", "news"], help="of what needs something")
-    parser.add_argument("--rows", type=int, default=3000, help="so many of them, drawn at random; 0: all")
+    parser.add_argument("--rows", type=int, default=0, help="so many of them, drawn at random; 0: all")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--label-tokens", type=int, default=4, help="tokens of a label that is written out")
     parser.add_argument("--kv-gib", type=float, default=1.0, help="KV cache: 1 GiB holds 65,536 tokens of this model")

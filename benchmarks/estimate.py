@@ -1,9 +1,10 @@
 """The estimate against the bill: list price and device-seconds of five jobs, said before and measured after.
 
 Each job first answers a pilot of its rows, as a user would who tries a query on a sample; the estimate of the other
-rows then rests on the pilot's answers and on all runs before. The rest is then answered --bills times, each time for a
-tenant of its own, so that it finds an empty prefix cache; the engine is warm. Errors are estimate / median bill - 1.
-The bills' own spread is (largest - smallest) / median: nothing can foretell a machine better than it repeats itself.
+rows then rests on the pilot's answers and on all runs before. Then the rest is answered and billed. Every round
+begins without past runs, on a warm engine, and has the jobs in the other order; a tenant of its own finds an empty
+prefix cache. Errors are estimate / bill - 1 of the pairs: median [smallest, largest], as a machine's speed may swing
+by more between two pairs than an estimate errs. The bills' own spread is (largest - smallest) / median.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from order_tables import Table, tables
 
 from complete_fn import Session
-from complete_fn.estimate import estimate
+from complete_fn.answers import Summary
+from complete_fn.estimate import Estimate, estimate
 from complete_fn.estimate_report import report
 from complete_fn.keys import Call
 from complete_fn.options import parse_options
 from complete_fn.prompts import render_column
 from complete_fn.rates import past
+from complete_fn.tables import runs
 from complete_fn.types import Asker
 
 
@@ -55,10 +59,10 @@ JOBS = (
         {"max_tokens": 8, "reorder_fields": True},
     ),
     Job(
+        "functions, fields reordered",
         "functions",
-        "functions",
-        "Write a one-line synopsis: {class} {documentation}",
-        {"max_tokens": 16},
+        "Write a one-line synopsis: {package} {module} {class} {signature} {documentation}",
+        {"max_tokens": 16, "reorder_fields": True},
         together=True,
     ),
 )
@@ -69,43 +73,52 @@ def prompts_of(table: Table, job: Job, rows: list[int]) -> Any:
     return render_column(job.template, columns, len(rows), bool(job.options.get("reorder_fields")))
 
 
-def measure(job: Job, table: Table, a: argparse.Namespace, home: str) -> None:
+@dataclass(frozen=True)
+class Pair:
+    """What was said of a job, and its bill with the seconds by the clock."""
+
+    said: Estimate
+    bill: Summary
+    clock: float
+
+
+def measure(job: Job, table: Table, a: argparse.Namespace, home: str, tenant: str) -> Pair:
     options = parse_options({**job.options, "cache": "off"})
-    who = Asker(tenant=job.name)
-    session = Session(home=home, who=who, progress=False)
-    model = session.model(a.model)
     step = 1 if job.together else max(1, len(table.rows) // (a.rows + a.pilot))
     chosen = list(range(0, len(table.rows), step))[: a.rows + a.pilot]
     pilot = chosen[:: 1 if a.first else max(1, len(chosen) // a.pilot)][: a.pilot]
-    rest = sorted(set(chosen) - set(pilot))
-    session.complete(a.model, prompts_of(table, job, pilot), options, planned=True)
-    prompts = prompts_of(table, job, rest)
-    said = estimate(Call.of(model, options), prompts, session.store, who, "off")
-    session.close()
-    bills, devices, clocks = [], [], []
-    for number in range(a.bills):
-        session = Session(home=home, who=Asker(tenant=f"{job.name}, bill {number}"), progress=False)
-        bills.append(session.complete(a.model, prompts, options, planned=True).summary)
-        devices.append(bills[-1].usage.device_seconds)
-        clocks.append(past(session.store, a.model, session.who.tenant)[0].seconds)
-        session.close()
-    bill = bills[0]
-    took, clock = statistics.median(devices), statistics.median(clocks)
-    spread = (max(devices) - min(devices)) / took
-    share = bill.usage.cached_tokens / bill.usage.prompt_tokens
-    expected = said.likely
-    said_share = expected.cached_tokens / max(1, expected.prompt_tokens)
-    print(
-        f"{job.name:>24}: {bill.rows:,} rows, {bill.usage.prompt_tokens:,} tokens in ({share:.0%} cached, "
-        f"estimate {said_share:.0%}), {bill.usage.completion_tokens:,} out "
-        f"(estimate {expected.completion_tokens:,}); price {said.price:.6f} for {bill.cost:.6f} "
-        f"({said.price / bill.cost - 1:+.1%}), device-seconds {said.seconds or 0:.1f} for {took:.1f} "
-        f"({(said.seconds or 0) / took - 1:+.1%}; bills spread {spread:.1%}), "
-        f"by the clock {said.clock_seconds or 0:.1f} for {clock:.1f} ({(said.clock_seconds or 0) / clock - 1:+.1%})",
-        flush=True,
-    )
+    prompts = prompts_of(table, job, sorted(set(chosen) - set(pilot)))
+    with closing(Session(home=home, who=Asker(tenant=tenant), progress=False)) as session:
+        session.complete(a.model, prompts_of(table, job, pilot), options, planned=True)
+        said = estimate(Call.of(session.model(a.model), options), prompts, session.store, session.who, "off")
+    with closing(Session(home=home, who=Asker(tenant=f"{tenant}, bill"), progress=False)) as session:
+        bill = session.complete(a.model, prompts, options, planned=True).summary
+        pair = Pair(said, bill, past(session.store, a.model, session.who.tenant)[0].seconds)
+    print(line(tenant, [pair]), file=sys.stderr, flush=True)
     if a.report:
         print(report(said))
+    return pair
+
+
+def line(name: str, pairs: list[Pair]) -> str:
+    """The last pair's tokens, and the errors of all."""
+    usage, said = pairs[-1].bill.usage, pairs[-1].said.likely
+    devices = [p.bill.usage.device_seconds for p in pairs]
+    price = errors([p.said.price / p.bill.cost for p in pairs])
+    device = errors([(p.said.seconds or 0) / seconds for p, seconds in zip(pairs, devices, strict=True)])
+    clock = errors([(p.said.clock_seconds or 0) / p.clock for p in pairs])
+    cached, foretold = usage.cached_tokens / usage.prompt_tokens, said.cached_tokens / said.prompt_tokens
+    return (
+        f"{name:>27}: {pairs[-1].bill.rows:,} rows, {usage.prompt_tokens:,} tokens in ({cached:.1%} cached, "
+        f"estimate {foretold:.1%}), {usage.completion_tokens:,} out (estimate {said.completion_tokens:,}); "
+        f"price {price}; device-seconds {device} of {statistics.median(devices):.1f}, bills spread "
+        f"{(max(devices) - min(devices)) / statistics.median(devices):.1%}; by the clock {clock}"
+    )
+
+
+def errors(ratios: list[float]) -> str:
+    low, middle, high = min(ratios) - 1, statistics.median(ratios) - 1, max(ratios) - 1
+    return f"{middle:+.1%}" + (f" [{low:+.1%}, {high:+.1%}]" if len(ratios) > 1 else "")
 
 
 def main() -> None:
@@ -115,18 +128,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1500, help="rows of each job")
     parser.add_argument("--pilot", type=int, default=300, help="rows answered before")
     parser.add_argument("--first", action="store_true", help="the pilot is the first rows, not rows from all over")
-    parser.add_argument("--bills", type=int, default=3, help="times that each job is run and billed")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of an estimate and a bill, of each job")
     parser.add_argument("--jobs", nargs="+", default=[j.name for j in JOBS], metavar="NAME")
     parser.add_argument("--report", action="store_true", help="print each estimate as the dry run does")
     a = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {a.model}, pilots of {a.pilot} rows")
     by_name = {t.name: t for t in tables(a.index, 20_000)}
-    with tempfile.TemporaryDirectory() as home:
-        warm = Session(home=home, who=Asker(tenant="warm up"), progress=False)
-        warm.complete(a.model, [f"Name the section: package {n}" for n in range(64)], {"max_tokens": 4, "cache": "off"})
-        for job in (j for j in JOBS if j.name in a.jobs):
-            measure(job, by_name[job.table], a, home)
-        warm.close()
+    jobs = [j for j in JOBS if j.name in a.jobs]
+    pairs: dict[str, list[Pair]] = {j.name: [] for j in jobs}
+    names = [f"Name the section: package {n}" for n in range(64)]
+    with tempfile.TemporaryDirectory() as home, closing(Session(home=home, progress=False)) as warm:
+        for turn in range(a.rounds):
+            with warm.store.write() as connection:
+                connection.execute(runs.delete())
+            warm.complete(a.model, names, {"max_tokens": 4, "cache": "off"})
+            for job in jobs if turn % 2 == 0 else reversed(jobs):
+                pairs[job.name].append(measure(job, by_name[job.table], a, home, f"{job.name}, round {turn}"))
+    for name, found in pairs.items():
+        print(line(name, found))
 
 
 if __name__ == "__main__":

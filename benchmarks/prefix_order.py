@@ -103,22 +103,21 @@ def best_fixed(prompts: list[FieldPrompt]) -> list[str]:
     return best[1]
 
 
-def ordered(table: Table) -> tuple[dict[str, list[str]], float]:
-    """The texts in each order, and seconds of planning the last."""
+def ordered(table: Table) -> tuple[dict[str, list[str]], Ints, float]:
+    """The texts in each order; of the last, each row's order of the fields and the seconds of planning."""
     prompts = table.prompts()
     began = time.perf_counter()
     chosen, rows = arrange_prompts(prompts, token_sizes(MODEL))
     seconds = time.perf_counter() - began
     per_row = [prompts[r].render(chosen[r].tolist()) for r in rows.tolist()]
     plain = [p.render() for p in prompts]
-    return dict(zip(ORDERS, (plain, sorted(plain), best_fixed(prompts), per_row), strict=True)), seconds
+    return dict(zip(ORDERS, (plain, sorted(plain), best_fixed(prompts), per_row), strict=True)), chosen, seconds
 
 
-def reachable(table: Table) -> Iterator[str]:
-    """What the best orders there are could give, as the planner counts tokens."""
+def reachable(table: Table, chosen: Ints) -> Iterator[str]:
+    """What the best orders there are could give, against the `chosen` ones, as the planner counts tokens."""
     cells = cells_of(table.prompts(), token_sizes(MODEL))
     fixed = fields.best_fixed(cells)
-    chosen, _ = arrange_prompts(table.prompts(), token_sizes(MODEL))
 
     def found(of: Cells, orders: Ints) -> int:
         return expected_hits(of, orders, row_order(of, orders))
@@ -168,7 +167,7 @@ def work(ids: list[list[int]], cached_tokens: list[int]) -> float:
 
 def report_times(table: Table, a: argparse.Namespace) -> None:
     kv_tokens = int(a.kv_gib * 2**30) // (2 * 2 * 16 * 4 * 64)
-    texts, planning = ordered(table)
+    texts, _, planning = ordered(table)
     texts.pop("sorted")
     times = job_times(texts, a.rounds, a.kv_gib)
     flop = {name: work(i, list(cached(i, kv_tokens))) for name, i in ((n, ids_of(t)) for n, t in texts.items())}
@@ -204,7 +203,7 @@ def main() -> None:
             print(f"{table.name}: the first {len(part.rows):,} rows, 180M random weights, {a.rounds} rounds")
             report_times(part, a)
             continue
-        texts, planning = ordered(table)
+        texts, chosen, planning = ordered(table)
         print(f"{table.name}: {len(table.rows):,} rows, {len(table.fields)} fields; blocks of {BLOCK} tokens")
         found = {}
         for name, prompts in texts.items():
@@ -213,7 +212,7 @@ def main() -> None:
         ratio = found["per row"].hits / found["best fixed"].hits
         scaled = planning * 30_000 / len(table.rows)
         print(f"  per row / best fixed hits {ratio:.2f}x; planning {planning:.1f} s, {scaled:.1f} s per 30,000 rows")
-        for line in reachable(table):
+        for line in reachable(table, chosen):
             print(f"  {line}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,9 @@ import pytest
 from complete_fn import Completion, CompletionRequest, CompletionWarning, EchoEngine
 from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn_connectors.duckdb import explain, register, registration_of, sql
+from tests.engines import Counting
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-class Counting(EchoEngine):
-    """An EchoEngine that refuses what contains `bad` and remembers how many prompts each submission had."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.submissions: list[int] = []
-
-    def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
-        self.submissions.append(0)
-        for found in super().stream(requests, tenant):
-            self.submissions[-1] += 1
-            yield found
-
-    def complete(self, request: CompletionRequest) -> Completion:
-        if "bad" in str(request.prompt):
-            return Completion.failed("blocked", "The content filter refused the row.")
-        return super().complete(request)
-
-    def asked(self) -> list[str]:
-        return sorted(str(r.prompt) for r in self.requests)
 
 
 @pytest.fixture

@@ -9,29 +9,17 @@ from typing import Any
 import duckdb
 import pytest
 
-from complete_fn import EchoEngine
 from complete_fn_connectors.duckdb import explain, register, sql
-
-
-class Submissions(EchoEngine):
-    """An EchoEngine that counts what it is handed at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def stream(self, requests: Any, tenant: str) -> Any:
-        self.count += 1
-        return super().stream(requests, tenant)
+from tests.engines import Counting
 
 
 @pytest.fixture
-def engine() -> Submissions:
-    return Submissions()
+def engine() -> Counting:
+    return Counting()
 
 
 @pytest.fixture
-def con(engine: Submissions, tmp_path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def con(engine: Counting, tmp_path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     with duckdb.connect() as opened:
         opened.execute("CREATE TABLE docs AS SELECT i AS id, 'doc ' || i AS text FROM range(6000) r(i)")
         opened.execute("CREATE TABLE few AS SELECT i AS id FROM range(0, 6000, 300) r(i)")
@@ -62,17 +50,17 @@ def con(engine: Submissions, tmp_path: Path) -> Iterator[duckdb.DuckDBPyConnecti
     ],
 )
 def test_a_view_is_planned_with_the_query(
-    con: duckdb.DuckDBPyConnection, engine: Submissions, tmp_path: Path, query: str, prompts: int, submissions: int
+    con: duckdb.DuckDBPyConnection, engine: Counting, tmp_path: Path, query: str, prompts: int, submissions: int
 ) -> None:
     parameters = {"most": 4} if "$most" in query else None
     found = sql(con, query, parameters)
     rows = found.fetchall()
-    assert (len(engine.requests), engine.count) == (prompts, submissions)
+    assert (len(engine.requests), len(engine.submissions)) == (prompts, submissions)
     plain = con.sql(query, params=parameters)
     assert (rows, found.columns, found.types) == (plain.fetchall(), plain.columns, plain.types)
 
 
-def test_explain_shows_the_calls_of_a_view(con: duckdb.DuckDBPyConnection, engine: Submissions) -> None:
+def test_explain_shows_the_calls_of_a_view(con: duckdb.DuckDBPyConnection, engine: Counting) -> None:
     shown = str(explain(con, "SELECT b, complete('m', 'on ' || id) FROM s.twice WHERE id < 4"))
     assert "complete('m', \"text\")" in shown
     assert "complete('m', 'on ' || id)" in shown
@@ -80,12 +68,12 @@ def test_explain_shows_the_calls_of_a_view(con: duckdb.DuckDBPyConnection, engin
     assert engine.requests == []
 
 
-def test_a_copy_and_a_table_from_a_view(con: duckdb.DuckDBPyConnection, engine: Submissions, tmp_path: Path) -> None:
+def test_a_copy_and_a_table_from_a_view(con: duckdb.DuckDBPyConnection, engine: Counting, tmp_path: Path) -> None:
     sql(con, f"COPY (SELECT a FROM answers WHERE id < 3000 AND id % 1000 = 0) TO '{tmp_path / 'a.csv'}'")
     assert (tmp_path / "a.csv").read_text().splitlines() == ["a", "doc 0", "doc 1000", "doc 2000"]
     sql(con, "CREATE TABLE kept AS SELECT a FROM answers WHERE id >= 3000 AND id % 1000 = 0")
     assert con.execute("SELECT count(*) FROM kept").fetchall() == [(3,)]
-    assert (len(engine.requests), engine.count) == (6, 2)
+    assert (len(engine.requests), len(engine.submissions)) == (6, 2)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +86,7 @@ def test_a_copy_and_a_table_from_a_view(con: duckdb.DuckDBPyConnection, engine: 
     ],
 )
 def test_a_view_whose_names_are_in_doubt_is_left_to_duckdb(
-    con: duckdb.DuckDBPyConnection, engine: Submissions, query: str
+    con: duckdb.DuckDBPyConnection, engine: Counting, query: str
 ) -> None:
     con.execute("CREATE VIEW s.twins AS SELECT 0 AS id, 's' AS a; CREATE VIEW twins AS SELECT id, a FROM answers")
     con.execute("ATTACH ':memory:' AS other; CREATE TABLE other.docs AS SELECT id, text || '' AS text FROM docs")
@@ -107,7 +95,7 @@ def test_a_view_whose_names_are_in_doubt_is_left_to_duckdb(
     assert len(engine.requests) == 2
 
 
-def test_a_view_out_of_sight_pays_for_nothing(con: duckdb.DuckDBPyConnection, engine: Submissions) -> None:
+def test_a_view_out_of_sight_pays_for_nothing(con: duckdb.DuckDBPyConnection, engine: Counting) -> None:
     with pytest.raises(duckdb.CatalogException, match="twice"):
         sql(con, "SELECT b FROM twice WHERE id < 3")
     con.execute("ALTER TABLE docs RENAME COLUMN text TO body")
