@@ -104,15 +104,16 @@ def line(name: str, pairs: list[Pair]) -> str:
     """The last pair's tokens, and the errors of all."""
     usage, said = pairs[-1].bill.usage, pairs[-1].said.likely
     devices = [p.bill.usage.device_seconds for p in pairs]
+    took = statistics.median(devices)
     price = errors([p.said.price / p.bill.cost for p in pairs])
     device = errors([(p.said.seconds or 0) / seconds for p, seconds in zip(pairs, devices, strict=True)])
     clock = errors([(p.said.clock_seconds or 0) / p.clock for p in pairs])
     cached, foretold = usage.cached_tokens / usage.prompt_tokens, said.cached_tokens / said.prompt_tokens
+    spread = f", bills spread {(max(devices) - min(devices)) / took:.1%}" if len(pairs) > 1 else ""
     return (
         f"{name:>27}: {pairs[-1].bill.rows:,} rows, {usage.prompt_tokens:,} tokens in ({cached:.1%} cached, "
         f"estimate {foretold:.1%}), {usage.completion_tokens:,} out (estimate {said.completion_tokens:,}); "
-        f"price {price}; device-seconds {device} of {statistics.median(devices):.1f}, bills spread "
-        f"{(max(devices) - min(devices)) / statistics.median(devices):.1%}; by the clock {clock}"
+        f"price {price}; device-seconds {device} of {took:.1f}{spread}; by the clock {clock}"
     )
 
 

@@ -165,8 +165,7 @@ def work(ids: list[list[int]], cached_tokens: list[int]) -> float:
     return sum(flops(size, len(i), 1, c, size.layers, 1) for i, c in zip(ids, cached_tokens, strict=True))
 
 
-def report_times(table: Table, a: argparse.Namespace) -> None:
-    kv_tokens = int(a.kv_gib * 2**30) // (2 * 2 * 16 * 4 * 64)
+def report_times(table: Table, a: argparse.Namespace, kv_tokens: int) -> None:
     texts, _, planning = ordered(table)
     texts.pop("sorted")
     times = job_times(texts, a.rounds, a.kv_gib)
@@ -194,14 +193,14 @@ def main() -> None:
     parser.add_argument("--kv-gib", type=float, default=1.0, help="KV cache: 1 GiB holds 65,536 tokens of this model")
     a = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; tokenizer of {MODEL.name}")
-    kv_tokens = int(a.kv_gib * 2**30) // (2 * 2 * 16 * 4 * 64)
+    kv_tokens = int(a.kv_gib * 2**30) // (2 * 2 * 16 * 4 * 64)  # keys and values, bytes, layers, KV heads, head size
     for table in tables(a.index, a.rows):
         if a.table and table.name not in a.table:
             continue
         if a.timed:
             part = Table(table.name, table.instruction, table.fields, table.rows[: a.timed])
             print(f"{table.name}: the first {len(part.rows):,} rows, 180M random weights, {a.rounds} rounds")
-            report_times(part, a)
+            report_times(part, a, kv_tokens)
             continue
         texts, chosen, planning = ordered(table)
         print(f"{table.name}: {len(table.rows):,} rows, {len(table.fields)} fields; blocks of {BLOCK} tokens")
