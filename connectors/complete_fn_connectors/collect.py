@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -17,8 +18,13 @@ from complete_fn.types import Completion
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.query_plan import Order, Window
 
+Phase = Literal["plan", "check", "collect"]
 PENDING = Completion.failed("pending", "Not asked yet.")
 Choice = Mapping[str, Any] | Options | None
+
+
+class PlanTimeError(CompleteError):
+    """Nothing is completed while a query is planned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,18 +160,34 @@ class Round:
     passed: int = 0
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A call that DuckDB evaluates while it plans, as all its arguments are constant, and the prompts it lacks."""
+
+    site: int
+    asked: Asked
+    texts: list[str]
+
+    @property
+    def is_reusable(self) -> bool:
+        return self.asked.parsed.sampling.greedy
+
+
 class Collector:
     """Notes what the sites of one query would ask.
 
     Attributes:
-        planning: calls are refused, DuckDB only looks at the query.
+        phase: `plan`: DuckDB only plans, a call that lacks an answer is refused and becomes one of `constants`;
+            `check`: DuckDB only plans, and its plan is not used: what is not known is NULL; `collect`: a round.
+        constants: calls that were refused in the phase `plan`, in DuckDB's order.
         fault: what a call raised, which made it NULL instead.
     """
 
     def __init__(self, session: QuerySession, memory: Memory) -> None:
         self.session, self.memory = session, memory
         self.order = Order()
-        self.planning = True
+        self.phase: Phase = "plan"
+        self.constants: list[Constant] = []
         self.counting = False  # whether known prompts are noted too
         self.fault: CompleteError | None = None
         self.round = Round()
@@ -176,6 +198,14 @@ class Collector:
     def begin(self) -> Round:
         self.round, self.noted, self.filled = Round(), {}, {}
         return self.round
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        self.phase = "check"
+        try:
+            yield
+        finally:
+            self.phase = "plan"
 
     def at(self, site: int) -> Placeholders:
         return Placeholders(self, site)
@@ -210,6 +240,12 @@ class Placeholders:
         known = self.collector.memory.of(asked)
         plan = make_plan(prompts)
         texts = distinct_texts(plan)
+        if self.collector.phase != "collect":
+            missing = [t for t in texts if t not in known]
+            if missing and self.collector.phase == "plan":
+                self.collector.constants.append(Constant(self.site, asked, missing))
+                raise PlanTimeError
+            return Answers(plan, [known.get(t, PENDING) for t in texts], prices, Summary())
         round_ = self.collector.round
         with self.collector.lock:
             round_.rows[self.site] = round_.rows.get(self.site, 0) + len(plan.order)

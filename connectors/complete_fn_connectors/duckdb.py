@@ -22,11 +22,11 @@ from complete_fn.stoppable import let_finish
 from complete_fn.types import Asker
 from complete_fn_connectors import cortex as snowflake
 from complete_fn_connectors import functions, query
-from complete_fn_connectors.collect import Memory, Remembering
+from complete_fn_connectors.collect import Memory, PlanTimeError, Remembering
 from complete_fn_connectors.estimates import QueryEstimate, estimate_query
 from complete_fn_connectors.explain import Explanation, explain_query
 from complete_fn_connectors.functions import QuerySession
-from complete_fn_connectors.planning import at_plan_time, places
+from complete_fn_connectors.recent_failures import RecentFailures
 from complete_fn_connectors.sites import SITE
 from complete_fn_connectors.statement import Parameters
 from complete_fn_connectors.tasks import TASKS
@@ -49,12 +49,7 @@ FUNCTIONS: dict[str, tuple[Function, str]] = {
     "count_tokens": (functions.count_tokens, "BIGINT"),
     **{name: (function, SQL_TYPES[kind]) for name, (function, kind) in TASKS.items()},
 }
-FREE = ("prompt",)  # reach no engine, so they may be folded
-UNPLANNED = (*FREE, "count_tokens")  # cost nothing, so a whole query is not planned around them
-
-
-class PlanTimeError(CompleteError):
-    """Nothing is completed while a query is planned."""
+UNPLANNED = ("prompt", "count_tokens")  # cost nothing, so a whole query is not planned around them
 
 
 class Registration:
@@ -75,6 +70,7 @@ class Registration:
         self.answering: list[Memory] = []
         self.catalog: snowflake.Catalog | None = None
         self.error: CompleteError | None = None
+        self.failures = RecentFailures()
 
     def summary(self) -> str:
         """One line on all queries since the last call: rows, distinct, tokens, cost and its basis, failures."""
@@ -118,20 +114,20 @@ class Registration:
         """Make a function, and beside it the one that `sql` calls in its place while it collects."""
 
         def call(*columns: Column) -> Column:
-            if name not in FREE and len(columns[0]) == 1 and at_plan_time():
-                raise PlanTimeError
             memories = list(self.answering)
             session = Remembering(self.session, memories) if memories else self.session
-            return self.tried(function, session, columns)
+            return self.tried(name, function, session, columns)
 
         def collect(token: Column, *columns: Column) -> Column:
             run, _, site = token[0].as_py().rpartition(":")
             collector = query.COLLECTING.get(run)
-            if collector is None or collector.planning or (len(token) == 1 and at_plan_time()):
+            if collector is None:
                 raise PlanTimeError
             try:
                 return function(collector.at(int(site)), *columns)
-            except CompleteError as error:  # raised here, it would abort the user's transaction
+            except CompleteError as error:  # in a round, raising would abort the user's transaction
+                if collector.phase == "plan":
+                    raise
                 collector.fault = error
                 return pa.nulls(len(token))
 
@@ -139,11 +135,14 @@ class Registration:
         if name not in UNPLANNED:
             self.create(SITE + name, collect, kind)
 
-    def tried(self, function: Function, session: Any, columns: tuple[Column, ...]) -> Column:
+    def tried(self, name: str, function: Function, session: Any, columns: tuple[Column, ...]) -> Column:
         try:
+            self.failures.raise_again(name, columns)
             return function(session, *columns)
-        except CompleteError as error:
-            self.error = error
+        except BaseException as error:
+            self.failures.note(name, columns, error)
+            if isinstance(error, CompleteError):
+                self.error = error
             raise
 
     def create(self, name: str, call: Function, kind: str) -> None:
@@ -230,7 +229,6 @@ def register(
     if cortex:
         snowflake.refuse_clash(con)
     INTERRUPTS.listen()
-    places()
     registration = Registration(con, session)
     try:
         for name, (function, kind) in (FUNCTIONS | (snowflake.CORTEX_TYPES if cortex else {})).items():

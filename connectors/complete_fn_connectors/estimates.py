@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import duckdb
@@ -13,8 +14,8 @@ from complete_fn.errors import CompleteError
 from complete_fn.estimate import Estimate
 from complete_fn.estimate_report import report
 from complete_fn_connectors.collect import Asked, Memory, texts_column, to_ask
-from complete_fn_connectors.explain import boxes, look_up, ready
-from complete_fn_connectors.query import Functions, collecting, plan_query, run_round, why_plainly
+from complete_fn_connectors.explain import boxes, look_up, look_up_round, ready
+from complete_fn_connectors.query import Functions, OpenConstants, collecting, plan_query, run_round, why_plainly
 from complete_fn_connectors.statement import Parameters, RunsPlainly, read_statement
 
 
@@ -67,10 +68,15 @@ def estimate_query(
     memory = Memory()
     with collecting(functions.session, memory) as (run, collector):
         try:
-            planned = plan_query(con, functions, read_statement(con, query), parameters, run)
+            statement = read_statement(con, query)
+            planned = plan_query(con, functions, statement, parameters, run, collector, partial(look_up, collector))
         except RunsPlainly as reason:
             return QueryEstimate(plainly=str(reason))
-        collector.order, collector.planning, collector.counting = planned.order, False, True
+        except OpenConstants as found:
+            first = found.constants[0]
+            others = [site.text for site in found.tagged.sites if site.number != first.site]
+            return QueryEstimate([of(functions, first.asked, first.texts)], others)
+        collector.order, collector.phase, collector.counting = planned.order, "collect", True
         asked: dict[Asked, dict[str, None]] = {}
         left = {site.number: site.text for site in planned.sites}
         for _ in range(len(left)):
@@ -79,7 +85,7 @@ def estimate_query(
             except (duckdb.Error, CompleteError) as error:
                 return QueryEstimate(plainly=why_plainly(con, error))
             batch = to_ask(round_, planned.order)
-            look_up(collector, round_)
+            look_up_round(collector, round_)
             for number in [n for n in left if n not in round_.blocked and ready(n, round_, planned.order)]:
                 del left[number]
                 for one, texts in round_.met.get(number, {}).items():

@@ -5,12 +5,21 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import duckdb
 
 from complete_fn.errors import CompleteError
-from complete_fn_connectors.collect import Collector, Memory, Round, texts_column, to_ask
-from complete_fn_connectors.query import Functions, Planned, collecting, plan_query, run_round, why_plainly
+from complete_fn_connectors.collect import Collector, Constant, Memory, Round, texts_column, to_ask
+from complete_fn_connectors.query import (
+    Functions,
+    OpenConstants,
+    Planned,
+    collecting,
+    plan_query,
+    run_round,
+    why_plainly,
+)
 from complete_fn_connectors.query_plan import Order
 from complete_fn_connectors.sites import Site
 from complete_fn_connectors.statement import Parameters, RunsPlainly, read_statement
@@ -20,7 +29,11 @@ WIDTH = 76  # columns of a box, borders included
 
 @dataclass
 class SitePlan:
-    """One call site. `prompts` and `known` are distinct ones, None as long as they depend on answers not yet given."""
+    """One call site. `prompts` and `known` are distinct ones, None as long as they depend on answers not yet given.
+
+    Attributes:
+        constant: DuckDB plans by its answer, so it is asked before all others.
+    """
 
     site: Site
     round: int
@@ -32,6 +45,7 @@ class SitePlan:
     known: int | None = None
     unplanned: str | None = None
     windowed: bool = False
+    constant: bool = False
 
 
 @dataclass
@@ -85,10 +99,12 @@ def explain_query(
     with collecting(functions.session, memory) as (run, collector):
         try:
             statement = read_statement(con, query)
-            planned = plan_query(con, functions, statement, parameters, run)
+            planned = plan_query(con, functions, statement, parameters, run, collector, partial(look_up, collector))
         except RunsPlainly as reason:
             return Explanation(final=query, plainly=str(reason))
-        collector.order, collector.planning, collector.counting = planned.order, False, True
+        except OpenConstants as open_:
+            return Explanation(before_planning(open_, collector), " ".join(statement.text.split()))
+        collector.order, collector.phase, collector.counting = planned.order, "collect", True
         found = {site.number: described_site(site, planned) for site in planned.sites}
         try:
             for _ in range(max((s.round for s in found.values()), default=0)):
@@ -97,6 +113,21 @@ def explain_query(
         except (duckdb.Error, CompleteError) as error:
             return Explanation(final=query, plainly=why_plainly(con, error))
         return Explanation([found[s.number] for s in planned.sites], " ".join(planned.final.split()))
+
+
+def before_planning(found: OpenConstants, collector: Collector) -> list[SitePlan]:
+    """The sites of a query that DuckDB plans by the value of a constant call not yet asked: that one alone is sure."""
+    first = found.constants[0]
+    plans = []
+    for site in found.tagged.sites:
+        if site.number == first.site:
+            plan = SitePlan(site, 1, [], [], [first.asked.model], 1, len(first.texts), 0, constant=True)
+        elif site.number in found.sites:
+            plan = SitePlan(site, 2, [first.site + 1], [], constant=True)
+        else:
+            plan = SitePlan(site, 2 + (len(found.sites) > 1), sorted(n + 1 for n in found.sites), [])
+        plans.append(plan)
+    return plans
 
 
 def described_site(site: Site, planned: Planned) -> SitePlan:
@@ -122,7 +153,7 @@ def look(
     """One round without asking: counts what it would ask; whether the answers of all of it are known."""
     round_ = run_round(con, planned, collector, parameters)
     batch = to_ask(round_, planned.order)
-    look_up(collector, round_)
+    look_up_round(collector, round_)
     for number in round_.blocked:
         found[number].unplanned = "its answers may not be reused"
     for number, plan in found.items():
@@ -146,7 +177,7 @@ def count(plan: SitePlan, number: int, round_: Round, memory: Memory) -> None:
     plan.models = sorted({asked.model for asked in met})
 
 
-def look_up(collector: Collector, round_: Round) -> None:
+def look_up_round(collector: Collector, round_: Round) -> None:
     """Take the stored answers of all prompts of a round into memory."""
     for met in round_.met.values():
         for asked, texts in met.items():
@@ -155,11 +186,21 @@ def look_up(collector: Collector, round_: Round) -> None:
             known.update(collector.session.known(asked.model, texts_column(missing), asked.lenient()))
 
 
+def look_up(collector: Collector, constant: Constant) -> bool:
+    """Take the stored answer of a constant call into memory; False if there is none."""
+    asked = constant.asked
+    found = collector.session.known(asked.model, texts_column(constant.texts), asked.lenient())
+    collector.memory.of(asked).update(found)
+    return found.keys() >= {*constant.texts}
+
+
 def described(plan: SitePlan) -> list[str]:
     """The lines of one call site."""
     lines = [f"#{plan.site.number + 1} {plan.site.text}"]
     if plan.unplanned is not None:
         return [*lines, f"runs plainly: {plan.unplanned}"]
+    if plan.constant:
+        lines.append("constant: asked while DuckDB plans")
     if plan.after:
         lines.append("after " + ", ".join(f"#{n}" for n in plan.after))
     lines += [f"guard: {g}" for g in plan.guards]

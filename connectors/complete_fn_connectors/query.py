@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,17 @@ from typing import Any, Protocol
 import duckdb
 
 from complete_fn.errors import CompleteError
-from complete_fn_connectors.collect import Asked, Batch, Collector, Memory, Remembering, Round, texts_column, to_ask
+from complete_fn_connectors.collect import (
+    Asked,
+    Batch,
+    Collector,
+    Constant,
+    Memory,
+    Remembering,
+    Round,
+    texts_column,
+    to_ask,
+)
 from complete_fn_connectors.cortex import NAMED
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.guards import Guarding
@@ -41,6 +52,8 @@ from complete_fn_connectors.total import may_fail
 from complete_fn_connectors.views import with_views
 
 ROUNDS = 40  # a query under LIMIT that needs more of them goes on plainly
+WORD = re.compile(r"\w+")
+CONSTANTS = 40  # each costs a submission: a query with more constant calls goes on plainly
 RUNS = itertools.count(1)
 COLLECTING: dict[str, Collector] = {}  # by the run's name, which every numbered call carries
 
@@ -82,8 +95,10 @@ def run_query(con: duckdb.DuckDBPyConnection, functions: Functions, query: str, 
     with collecting(functions.session, memory) as (run, collector):
         try:
             statement = read_statement(con, query)
-            planned = plan_query(con, functions, statement, parameters, run)
-            collector.order, collector.planning = planned.order, False
+            planned = plan_query(
+                con, functions, statement, parameters, run, collector, partial(ask_constant, collector)
+            )
+            collector.order, collector.phase = planned.order, "collect"
             collect(con, planned, collector, parameters)
             final, selects = planned.final, statement.returns_rows
             guarded = final != statement.text
@@ -146,24 +161,134 @@ def remembering(functions: Functions, memory: Memory) -> Iterator[None]:
 
 
 def plan_query(
-    con: duckdb.DuckDBPyConnection, functions: Functions, statement: Statement, parameters: Parameters, run: str
+    con: duckdb.DuckDBPyConnection,
+    functions: Functions,
+    statement: Statement,
+    parameters: Parameters,
+    run: str,
+    collector: Collector,
+    learn: Callable[[Constant], bool],
 ) -> Planned:
-    """Put views in, narrow what is asked, number the calls, read what waits for what, put guards.
+    """Put views in, answer the constants, narrow what is asked, number the calls, read what waits for what, put guards.
+
+    Args:
+        learn: gives the memory the answer of a constant call; False if it cannot without paying.
 
     Raises:
         RunsPlainly: something in the query does not allow it.
+        OpenConstants: DuckDB needs the answer of a constant call, which `learn` does not give.
         duckdb.Error: what is around the SELECT is at fault, as an INSERT into a table that is not there.
     """
     names = functions.planned_names
     called = {name: names[name] for name in names.keys() - macros(con)}
     tree, text = with_views(con, statement.tree, statement.select, called)
+    as_it_is = tag_calls(tree, text, called, run)
+    refuse_hidden(con, as_it_is.tree, called)
+    answer_constants(con, as_it_is, parameters, {*names.values()}, collector, learn)
     if tree is not statement.tree:
-        con.execute(f"EXPLAIN {statement.text}", parameters or []).fetchall()
+        read_plan(
+            con, to_text(con, with_values(con, outside_views(statement, called, run), parameters)), optimise=False
+        )
     fewer = narrowed(con, tree, called)
+    found = None
     if fewer is not tree:
         with contextlib.suppress(RunsPlainly, duckdb.Error):
-            return plan_tree(con, tag_calls(fewer, text, called, run), statement, parameters, {*names.values()}, True)
-    return plan_tree(con, tag_calls(tree, text, called, run), statement, parameters, {*names.values()}, False)
+            tagged = tag_calls(fewer, text, called, run)
+            found = plan_tree(con, tagged, statement, parameters, collector, True)
+    if found is None:
+        found = plan_tree(con, as_it_is, statement, parameters, collector, False)
+    if collector.constants:  # only what the plain query pays for too may be asked
+        raise RunsPlainly("a guard or narrower subquery has a constant call of its own")
+    return found
+
+
+def outside_views(statement: Statement, called: Mapping[str, str], run: str) -> Tree:
+    """The statement's own SELECT with its calls numbered, if it has any beside those in views."""
+    try:
+        return tag_calls(statement.tree, statement.select, called, run).tree
+    except RunsPlainly:
+        return statement.tree
+
+
+def refuse_hidden(con: duckdb.DuckDBPyConnection, tagged: Tree, called: Mapping[str, str]) -> None:
+    """Calls without a number would be asked wherever DuckDB evaluates constants.
+
+    Raises:
+        RunsPlainly: a function of `called` is called inside a macro, a lambda or with named arguments.
+    """
+    asking = {name.rpartition(".")[2] for name in called}
+    query = (
+        "SELECT lower(function_name), lower(macro_definition) FROM duckdb_functions() WHERE macro_definition NOT NULL"
+    )
+    macros = con.execute(f"{query} AND NOT internal").fetchall()
+    for _ in macros:  # macros may call macros
+        more = {name for name, text in macros if asking & {*WORD.findall(text)}} - asking
+        if not more:
+            break
+        asking |= more
+    for node in nodes(tagged):
+        name = node.get("function_name", "").lower() if node.get("class") == "FUNCTION" else ""
+        if name in asking:
+            raise RunsPlainly(f"{name}() is called inside a macro, a lambda or with named arguments")
+
+
+class OpenConstants(Exception):
+    """The query is not planned further: first the answers of constant calls must be known. Never leaves this package.
+
+    Attributes:
+        tagged: the query with its calls numbered.
+        sites: of the constant calls that DuckDB met, in its order.
+    """
+
+    def __init__(self, tagged: Tagged, constants: list[Constant]) -> None:
+        super().__init__()
+        self.tagged, self.constants = tagged, constants
+        self.sites = list(dict.fromkeys(constant.site for constant in constants))
+
+
+def answer_constants(
+    con: duckdb.DuckDBPyConnection,
+    tagged: Tagged,
+    parameters: Parameters,
+    names: set[str],
+    collector: Collector,
+    learn: Callable[[Constant], bool],
+) -> None:
+    """Answer the constant calls of a query that DuckDB evaluates while it plans: the plan depends on their values.
+
+    Only the first call that DuckDB lacks is answered, then DuckDB plans anew: up to there the plain query is planned
+    alike, so it pays for that call too. What DuckDB tries after a refusal it may never ask.
+
+    Raises:
+        RunsPlainly: there are too many, or the query has to be run once. OpenConstants: `learn` does not know one.
+    """
+    constant = with_values(con, tagged.tree, parameters)
+    for _ in range(CONSTANTS):
+        collector.constants.clear()
+        try:
+            written = read_plan(con, to_text(con, constant), optimise=False)
+            refuse_volatile(con, written, names)  # first: to optimise calls that it hides would ask them
+            optimised(con, constant)
+        except RunsPlainly:
+            if not collector.constants:
+                raise
+        if not collector.constants:
+            return
+        if not learn(collector.constants[0]):
+            raise OpenConstants(tagged, collector.constants)
+    raise RunsPlainly(f"more than {CONSTANTS} of its calls have constant arguments")
+
+
+def ask_constant(collector: Collector, constant: Constant) -> bool:
+    """Ask what DuckDB needs to plan.
+
+    Raises:
+        RunsPlainly: the answer may not be reused.
+    """
+    if not constant.is_reusable:
+        raise RunsPlainly("a constant call's answers may not be reused")
+    ask(collector, Batch({constant.asked.key: (constant.asked, constant.texts)}))
+    return True
 
 
 def plan_tree(
@@ -171,16 +296,16 @@ def plan_tree(
     tagged: Tagged,
     statement: Statement,
     parameters: Parameters,
-    names: set[str],
+    collector: Collector,
     changed: bool,
 ) -> Planned:
     """Read what waits for what, put guards. `changed`: whether the tree asks less than the statement."""
     constant = with_values(con, tagged.tree, parameters)
     written = read_plan(con, to_text(con, constant), optimise=False)
-    refuse_volatile(con, written, names)
     if not statement.returns_rows:
         tried = statement.with_select(to_text(con, tagged.tree))
-        con.execute(f"EXPLAIN {tried}", parameters or []).fetchall()
+        with collector.checking():
+            con.execute(f"EXPLAIN {tried}", parameters or []).fetchall()
 
     def final_text(tree: Tree) -> str:
         return statement.with_select(to_text(con, with_names(con, tagged.untagged(tree), statement.tree)))

@@ -51,7 +51,7 @@ def test_a_model_of_other_dimensions_is_left_as_it_is(
     monkeypatch.setattr(type(current_platform), "get_cpu_architecture", lambda *_: CpuArchEnum.X86)
     monkeypatch.setattr(engine_config, "computes_bfloat16", lambda: False)
     odd = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**dimensions))
-    monkeypatch.setattr(engine_config, "get_config", lambda *_, **__: odd)
+    monkeypatch.setattr(engine_config, "checkpoint_config", lambda *_: odd)
     assert engine_config.cpu_dtype({"checkpoint": "odd", "revision": None}) == "auto"
 
 
