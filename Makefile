@@ -7,7 +7,7 @@ STATE := .cache/demo
 ENGINE_LOCK := workers/complete_fn_workers/engine.lock
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: menu setup lock services demo service test test-latest test-oldest test-matrix test-long lint model gpu-check clean
+.PHONY: menu setup lock services demo service docs test test-latest test-oldest test-matrix test-long lint model gpu-check clean
 
 menu:
 	@echo "make demo       set up, then classify and summarise real Debian packages through DuckDB on vLLM"
@@ -18,6 +18,7 @@ menu:
 	@echo "make setup      only set up: .venv/ with the project, its tools and the engine, as the locks have them"
 	@echo "make lock       the locks anew after a change in pyproject.toml (seconds); NEWEST=1: with the newest of all"
 	@echo "make services   install PostgreSQL and Redis, which the tests start for themselves, where they are missing"
+	@echo "make docs       build the documentation strictly into .cache/docs/site"
 	@echo "make model      train demo-llama again from Debian's package index (about 95 minutes on two cores)"
 	@echo "make gpu-check  SwiftKV on this machine's CUDA card: tests and speed, as a report to send in (about 10 minutes)"
 	@echo "make clean      remove .venv/ and .cache/"
@@ -56,6 +57,9 @@ demo: setup
 
 service: setup services
 	@$(BIN)/python deploy/service.py
+
+docs: setup
+	$(BIN)/python -m docs.build
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""The documentation: pages, the generator of the reference pages, and the build."""
