@@ -26,6 +26,7 @@ from complete_fn_workers.kv_window import Held, KVWindow
 from complete_fn_workers.machine import allow_tiles, available_cores
 from complete_fn_workers.metering import NOTHING, Charge, StepMeter
 from complete_fn_workers.step_work import Shape
+from complete_fn_workers.vllm_internals import EngineFacts, read_engine, requests_under_way
 
 
 class Row(NamedTuple):
@@ -69,20 +70,18 @@ class EngineLoop:
 
         self.connections = connections
         self.llm = llm
+        self.facts = facts = read_engine(llm)
         self.prompts = PromptReader(llm.get_tokenizer())
-        self.context = int(llm.model_config.max_model_len)
-        self.max_num_seqs = int(llm.vllm_config.scheduler_config.max_num_seqs) - INTERACTIVE_SEATS
+        self.context = facts.context
+        self.max_num_seqs = facts.rows - INTERACTIVE_SEATS
         self.interactive: deque[Row] = deque()
         self.waiting: deque[Row] = deque()
         self.running: dict[str, Admitted] = {}
         self.running_bulk = self.admitted = 0  # rows in vLLM; those that are new to it
-        self.pace = StepPace(int(llm.vllm_config.scheduler_config.max_num_batched_tokens))
-        cache = llm.vllm_config.cache_config
-        self.window = KVWindow(int(cache.num_gpu_blocks), int(cache.block_size))
+        self.pace = StepPace(facts.step_tokens)
+        self.window = KVWindow(facts.cache_blocks, facts.block_tokens)
         self.next: Ready | None = None  # the first bulk row, read, while the cache has no room for it
-        devices = int(llm.vllm_config.parallel_config.world_size)
-        overlaps = bool(llm.vllm_config.scheduler_config.async_scheduling)
-        self.meter = StepMeter(llm.engine_core.engine_core.scheduler.requests, shape_of(llm), devices, overlaps)
+        self.meter = StepMeter(requests_under_way(llm), shape_of(facts), facts.devices, facts.overlaps)
         self.done: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
         self.text: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
         self.serial = 0
@@ -93,7 +92,7 @@ class EngineLoop:
         from complete_fn_workers.swiftkv.flops import skipped_share
 
         limits = {"max_model_len": self.context, "max_num_seqs": self.max_num_seqs}
-        what = {"device": device_name(), "skipped": skipped_share(self.llm.model_config.hf_config)}
+        what = {"device": device_name(), "skipped": skipped_share(self.facts.config)}
         return {"ready": {**limits, "pid": os.getpid(), **what}}
 
     def run(self) -> None:
@@ -216,10 +215,12 @@ class EngineLoop:
 
     def submit(self, row: Row | Admitted, what: Any, priority: int, spent: Charge = NOTHING) -> None:
         """Hand one request of a row to vLLM. `spent`: on its requests before."""
+        from vllm.inputs import tokens_input
+
         connection = row.connection
         self.serial += 1
         key = str(self.serial)
-        prompt = {"type": "token", "prompt_token_ids": what.ids, "cache_salt": connection.tenant}
+        prompt = tokens_input(what.ids, cache_salt=connection.tenant)
         try:
             internal = self.llm.add_request(key, prompt, what.params, priority=priority)
         except Exception as error:  # vLLM's own checks of one row come as several types
@@ -272,10 +273,8 @@ def unexpected(error: Exception) -> RowRefused:
     return RowRefused("invalid_request", f"The engine failed at this row: {type(error).__name__}.")
 
 
-def shape_of(llm: Any) -> Shape:
-    item = llm.model_config.dtype.itemsize
-    small = str(llm.vllm_config.cache_config.cache_dtype).startswith("fp8")
-    return Shape.of(llm.model_config.hf_text_config, item, 1 if small else item)
+def shape_of(facts: EngineFacts) -> Shape:
+    return Shape.of(facts.text_config, facts.weight_bytes, facts.cache_bytes)
 
 
 def device_name() -> str:
@@ -289,7 +288,7 @@ def device_name() -> str:
 
 def load(spec: dict[str, Any]) -> Any:
     """vLLM with the model in it. Imported only here, so that a parent that gives up early is noticed meanwhile."""
-    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm import LLMEngine
 
     from complete_fn_workers.engine_config import vllm_config
 

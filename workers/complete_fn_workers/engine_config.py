@@ -6,15 +6,19 @@ import dataclasses
 import difflib
 from typing import Any
 
-import torch
+from vllm import EngineArgs
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.plugins import load_general_plugins
-from vllm.transformers_utils.config import get_config
-from vllm.usage.usage_lib import UsageContext
 
 from complete_fn_workers.machine import GIB, computes_bfloat16, memory_bytes
+from complete_fn_workers.vllm_internals import (
+    add_seats,
+    checkpoint_config,
+    create_config,
+    full_cache_bytes,
+    set_cache_bytes,
+)
 
 LOAD_FORMATS = ("safetensors", "dummy")
 INTERACTIVE_SEATS = 4
@@ -52,10 +56,10 @@ def vllm_config(spec: dict[str, Any]) -> VllmConfig:
         "trust_remote_code": False,
         "disable_log_stats": True,
     }
-    config = EngineArgs(**{**defaults, **own, **fixed}).create_engine_config(UsageContext.LLM_CLASS)
+    config = create_config({**defaults, **own, **fixed})
     bound_memory(config, own, spec["kv_cache_gib"])
     # Seats of their own, so that a chat need not wait until a bulk row ends.
-    config.scheduler_config.max_num_seqs += INTERACTIVE_SEATS
+    add_seats(config, INTERACTIVE_SEATS)
     return config
 
 
@@ -68,7 +72,7 @@ def cpu_dtype(spec: dict[str, Any]) -> str:
     if current_platform.get_cpu_architecture() != CpuArchEnum.X86 or computes_bfloat16():
         return "auto"
     load_general_plugins()  # SwiftKV's configuration among them
-    config = get_config(spec["checkpoint"], trust_remote_code=False, revision=spec["revision"])
+    config = checkpoint_config(spec["checkpoint"], spec["revision"])
     try:
         weights = 4 * most_weights(config.get_text_config())
     except (AttributeError, TypeError):  # dimensions of another kind
@@ -106,18 +110,7 @@ def bound_memory(config: VllmConfig, own: dict[str, Any], limit_gib: float | Non
     if "kv_cache_memory_bytes" in own or "gpu_memory_utilization" in own:
         return
     if limit_gib is not None:
-        config.cache_config.kv_cache_memory_bytes = int(limit_gib * GIB)
+        set_cache_bytes(config, int(limit_gib * GIB))
     elif current_platform.is_cpu():
         share = min(8 * GIB, max(GIB, memory_bytes() // 10))
-        config.cache_config.kv_cache_memory_bytes = min(share, most_usable(config))
-
-
-def most_usable(config: VllmConfig) -> int:
-    """Bytes of KV cache with every sequence at full length: 2 x layers x KV heads x head size x bytes a token."""
-    model, parallel = config.model_config, config.parallel_config
-    layers, heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
-    width = torch.empty((), dtype=model.dtype).element_size()
-    token = 2 * layers * heads * int(model.get_head_size()) * width
-    block = int(config.cache_config.block_size or 32)
-    rows = config.scheduler_config.max_num_seqs + 1
-    return int(token * (model.max_model_len + block) * rows)
+        set_cache_bytes(config, min(share, full_cache_bytes(config)))

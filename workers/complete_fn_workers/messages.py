@@ -7,9 +7,8 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-from celery.worker import state
-
 from complete_fn.queue import TASK, Bell, celery_app
+from complete_fn_workers.celery_internals import make_worker, stop_workers
 
 LOG = logging.getLogger("complete_fn.worker")
 AGAIN_SECONDS = 5.0
@@ -35,6 +34,8 @@ class Messages:
         def work(**_: Any) -> None:
             bell.ring(until_looked=True)
 
+        # Celery shares a task with all its applications, its default one among them: that is the one whose tasks the
+        # pool's threads run.
         self.app.task(name=TASK, typing=False)(work)
 
     def start(self) -> None:
@@ -44,17 +45,13 @@ class Messages:
 
     def consume(self) -> None:
         """Celery's worker, without its signals: those are ours. One that fails is begun anew."""
-        quiet = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
         while not self.closing.is_set():
-            worker = self.app.WorkController(
-                pool_cls="threads", concurrency=self.hands, loglevel=logging.ERROR, logfile=None, **quiet
-            )
-            worker.start()
+            make_worker(self.app, self.hands).start()
             if not self.closing.wait(AGAIN_SECONDS):
                 LOG.warning("Messages are taken again after a failure.")
 
     def close(self) -> None:
         """What is not acknowledged goes back to its queue."""
         self.closing.set()
-        state.should_stop = 0  # type: ignore[assignment]  # an exit code, as Celery's own signal handlers set it
+        stop_workers()
         self.thread.join(STOP_SECONDS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from complete_fn_workers.step_work import Shape, StepCosts
+from complete_fn_workers.vllm_internals import cached_tokens, computed_tokens, prefill_of, prompt_tokens
 
 Charge = tuple[float, float]  # device-seconds, those of them for the prompt
 NOTHING = (0.0, 0.0)
@@ -44,7 +45,7 @@ class StepMeter:
 
     def __init__(self, requests: Any, shape: Shape, devices: int = 1, overlaps: bool = False) -> None:
         """Args:
-        requests: vLLM's scheduler's, by its own ids.
+        requests: vLLM's, by its own ids (`vllm_internals.requests_under_way`).
         overlaps: vLLM schedules asynchronously: a call counts and launches its batch, then waits for the one before.
         """
         self.requests, self.devices, self.overlaps = requests, devices, overlaps
@@ -58,7 +59,7 @@ class StepMeter:
     def admit(self, key: str, internal_id: str, spent: Charge = NOTHING) -> None:
         """Args: spent: what the row was charged for requests before this one."""
         request = self.requests[internal_id]
-        self.rows[key] = Metered(request, request.prefill_stats, 0, *spent)
+        self.rows[key] = Metered(request, prefill_of(request), 0, *spent)
 
     def stepped(self, seconds: float) -> None:
         """After each call of the engine's step."""
@@ -81,12 +82,12 @@ class StepMeter:
         """
         batch = []
         for row in self.rows.values():
-            before, now, prompt_tokens = row.computed, row.request.num_computed_tokens, row.request.num_prompt_tokens
+            before, now, of_prompt = row.computed, computed_tokens(row.request), prompt_tokens(row.request)
             if before == 0 and now:
-                before = row.prefill.num_cached_tokens
+                before = cached_tokens(row.prefill)
             if now > before:
-                work = self.costs.shape.work(before, now, prompt_tokens)
-                batch.append(Part(row, before < prompt_tokens, work))
+                work = self.costs.shape.work(before, now, of_prompt)
+                batch.append(Part(row, before < of_prompt, work))
             row.computed = now
         return batch
 

@@ -1,7 +1,7 @@
 """The attention backend of SwiftKV's later layers: the platform's own, over only the tokens that need logits.
 
-`CommonAttentionMetadata` is edited before the platform's builder sees it, so nothing here knows a kernel. Leaving
-tokens out is an optimisation only: running the later layers on more tokens than needed is always exact.
+What vLLM says of a step is edited before the platform's builder sees it, so nothing here knows a kernel. Leaving tokens
+out is an optimisation only: running the later layers on more tokens than needed is always exact.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    CommonAttentionMetadata,
-    subclass_attention_backend,
-)
 
 from complete_fn_workers.swiftkv.limits import PromptWatcher
+from complete_fn_workers.vllm_internals import (
+    StepQueries,
+    at_most_uniform,
+    builder_of,
+    drafted_tokens,
+    read_queries,
+    reduce_queries,
+    with_builder,
+)
 
 
 @dataclass(frozen=True)
@@ -56,80 +59,47 @@ def select(query_start_loc: torch.Tensor, tail: int, finished: list[bool] | None
     return Selection(rows, counts, torch.repeat_interleave(first, counts) + within)
 
 
-def reduced(common: CommonAttentionMetadata, chosen: Selection) -> CommonAttentionMetadata:
-    """`common` over the chosen tokens only.
-
-    They are the tail of their sequences, so causal masking from `seq_lens` and `query_start_loc` stays right. The slot
-    mapping stays whole: keys and values of all tokens are written, not only of these.
-    """
-    device = common.query_start_loc.device
-    starts = torch.zeros(len(chosen.rows) + 1, dtype=common.query_start_loc_cpu.dtype)
-    torch.cumsum(chosen.counts, 0, out=starts[1:])
-    changes: dict[str, Any] = {
-        "query_start_loc": starts.to(device, non_blocking=True),
-        "query_start_loc_cpu": starts,
-        "num_actual_tokens": len(chosen.indices),
-        "max_query_len": int(chosen.counts.max()),
-        "logits_indices_padded": None,
-        "num_logits_indices": None,
-        "max_logits_per_req": None,
-        "positions": None,
-        "is_prefilling": None,
-        "_num_computed_tokens_cache": None,
-        "_token_to_req_indices_cache": None,
-    }
-    if len(chosen.rows) < common.num_reqs:
-        rows = chosen.rows.to(device, non_blocking=True)
-        changes |= {
-            "num_reqs": len(chosen.rows),
-            "seq_lens": common.seq_lens[rows],
-            "block_table_tensor": common.block_table_tensor[rows],
-        }
-        if common.seq_lens_cpu_upper_bound is not None:
-            changes["seq_lens_cpu_upper_bound"] = common.seq_lens_cpu_upper_bound[chosen.rows]
-    return common.replace(**changes)
-
-
 @lru_cache
-def skipping_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
+def skipping_backend(backend: Any) -> Any:
     """`backend` with a builder that leaves out prompt tokens. One class per backend: vLLM groups layers by it."""
-    base: Any = backend.get_builder_cls()
+    base = builder_of(backend)
 
-    class SkippingBuilder(base):  # type: ignore[misc]
+    class SkippingBuilder(base):  # type: ignore[misc, valid-type]
+        # vLLM calls these methods by position or by keyword: the parameters have its names.
         supports_update_block_table = False
 
-        def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, *rest: Any) -> None:
-            super().__init__(kv_cache_spec, layer_names, vllm_config, *rest)
-            drafts = vllm_config.speculative_config
-            self.tail = 1 + (drafts.num_speculative_tokens if drafts is not None else 0)
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, *rest: Any, **more: Any
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, *rest, **more)
+            self.engine_id = id(vllm_config)
+            self.tail = 1 + drafted_tokens(vllm_config)
             self.skips = vllm_config.model_config.hf_config.swiftkv_skip_prefill
 
         @classmethod
-        def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> Any:
             # Only batches that are never reduced have the same shape when captured and when replayed.
-            inner = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-            return min(inner, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
+            return at_most_uniform(super().get_cudagraph_support(vllm_config, kv_cache_spec))
 
-        def build(self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False) -> Any:
-            kept = None
-            if self.skips and common.max_query_len > self.tail:
-                finished = self.finished(common)
-                chosen = select(common.query_start_loc_cpu, self.tail, finished)
+        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+            kept, common = None, common_attn_metadata
+            queries = read_queries(common)
+            if self.skips and queries.longest > self.tail:
+                finished = self.finished(queries)
+                chosen = select(queries.starts, self.tail, finished)
                 kept = KeptTokens(
-                    chosen.indices.to(common.query_start_loc.device, non_blocking=True),
-                    finished is not None and not all(finished),
+                    chosen.indices.to(queries.device, non_blocking=True), finished is not None and not all(finished)
                 )
                 if len(chosen.indices):
-                    common = reduced(common, chosen)
+                    common = reduce_queries(common, chosen.rows, chosen.counts)
             metadata = super().build(0 if kept else common_prefix_len, common, fast_build)
             metadata.swiftkv_kept = kept
             return metadata
 
-        def finished(self, common: CommonAttentionMetadata) -> list[bool] | None:
-            watcher = PromptWatcher.running.get(id(self.vllm_config))
-            if watcher is None or common.seq_lens_cpu_upper_bound is None:
+        def finished(self, queries: StepQueries) -> list[bool] | None:
+            watcher = PromptWatcher.running.get(self.engine_id)
+            if watcher is None or queries.reached is None:
                 return None
-            return watcher.finished(common.seq_lens_cpu_upper_bound.tolist())
+            return watcher.finished(queries.reached.tolist())
 
-    skipping: type[AttentionBackend] = subclass_attention_backend("SwiftKV", backend, SkippingBuilder)
-    return skipping
+    return with_builder(backend, "SwiftKV", SkippingBuilder)

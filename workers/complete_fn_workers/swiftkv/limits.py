@@ -6,14 +6,15 @@ import weakref
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.sampling_params import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
+
+from complete_fn_workers.vllm_internals import add_logits_processor, asks_prompt_logprobs, follow_rows, read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 
 # Drafts that need nothing of the model but its logits.
 DRAFTERS_WITHOUT_HIDDEN_STATES = ("ngram", "ngram_gpu", "suffix")
@@ -30,7 +31,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: names the setting and what to do instead.
     """
-    config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
+    config, settings = vllm_config.model_config.hf_config, read_settings(vllm_config)
     if config.num_key_value_layers >= config.num_hidden_layers:
         raise ValueError(
             f"num_key_value_layers is {config.num_key_value_layers} of {config.num_hidden_layers} layers: nothing is "
@@ -38,46 +39,45 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         )
     if getattr(config, "attention_bias", False):
         raise ValueError("SwiftKV checkpoints with attention_bias are not supported: none has been published.")
-    if parallel.pipeline_parallel_size > 1:
+    if settings.pipeline_stages > 1:
         raise ValueError(
-            f"SwiftKV runs on one pipeline stage (pipeline_parallel_size is {parallel.pipeline_parallel_size}): the "
-            "later layers need the hidden state after layer K. Use tensor_parallel_size."
+            f"SwiftKV runs on one pipeline stage (pipeline_parallel_size is {settings.pipeline_stages}): the later "
+            "layers need the hidden state after layer K. Use tensor_parallel_size."
         )
-    if (parallel.decode_context_parallel_size or 1) > 1 or (parallel.prefill_context_parallel_size or 1) > 1:
+    if settings.context_ranks > 1:
         raise ValueError("SwiftKV does not support context parallelism. Use tensor_parallel_size.")
-    if parallel.use_ubatching:
+    if settings.micro_batches:
         raise ValueError("SwiftKV does not support micro-batching (enable_dbo). Switch it off.")
-    if vllm_config.model_config.runner_type != "generate":
+    if not settings.generates:
         raise ValueError("SwiftKV generates text only: pooling reads prompt tokens that the later layers do not see.")
-    if vllm_config.kv_transfer_config is not None:
+    if settings.has_connector:
         raise ValueError("SwiftKV with a KV connector (kv_transfer_config) has not been tried. Leave it out.")
-    if vllm_config.lora_config is not None:
+    if settings.has_lora:
         raise ValueError("SwiftKV does not support LoRA. Merge the adapter into the checkpoint first.")
-    if vllm_config.cache_config.kv_sharing_fast_prefill:
+    if settings.has_fast_prefill:
         raise ValueError("SwiftKV skips prompt tokens by itself; leave kv_sharing_fast_prefill off.")
-    drafter = vllm_config.speculative_config
-    if drafter is not None and drafter.method not in DRAFTERS_WITHOUT_HIDDEN_STATES:
+    if settings.drafter is not None and settings.drafter not in DRAFTERS_WITHOUT_HIDDEN_STATES:
         raise ValueError(
-            f"Speculative method {drafter.method!r} needs hidden states of all prompt tokens, which SwiftKV does not "
+            f"Speculative method {settings.drafter!r} needs hidden states of all prompt tokens, which SwiftKV does not "
             f"compute. Use one of {', '.join(DRAFTERS_WITHOUT_HIDDEN_STATES)}."
         )
 
 
-class SwiftKVLimits(VerifyAndUpdateConfig):  # type: ignore[misc]
-    """vLLM's hook for a model's own checks, run once as the engine's configuration is put together."""
+def set_limits(vllm_config: VllmConfig) -> None:
+    """Refuse what SwiftKV cannot do; vLLM calls it once, as the engine's configuration is put together.
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        refuse_unsupported(vllm_config)
-        model = vllm_config.model_config
-        # vLLM allows no custom processor beside speculation; there the unread rows are NaN (see model.py).
-        if model.hf_config.swiftkv_skip_prefill and vllm_config.speculative_config is None:
-            watcher = V2PromptWatcher if vllm_config.use_v2_model_runner else PromptWatcher
-            model.logits_processors = [*(model.logits_processors or []), f"{__name__}:{watcher.__name__}"]
+    Raises:
+        ValueError: names the setting and what to do instead.
+    """
+    refuse_unsupported(vllm_config)
+    # vLLM allows no custom processor beside speculation; there the unread rows are NaN (see model.py).
+    if vllm_config.model_config.hf_config.swiftkv_skip_prefill and read_settings(vllm_config).drafter is None:
+        first, second = (f"{__name__}:{watcher.__name__}" for watcher in (PromptWatcher, V2PromptWatcher))
+        add_logits_processor(vllm_config, first, second)
 
 
 def refuse_prompt_logprobs(params: SamplingParams) -> None:
-    if params.prompt_logprobs is not None or getattr(params, "prompt_logprob_token_ids", None) is not None:
+    if asks_prompt_logprobs(params):
         raise ValueError(PROMPT_LOGPROBS)
 
 
@@ -105,7 +105,7 @@ class PromptWatcher(LogitsProcessor):  # type: ignore[misc]
         return logits
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(
+        follow_rows(
             self.rows,
             batch_update,
             # The output list is the request's own and grows; a preempted request must recompute it as well.

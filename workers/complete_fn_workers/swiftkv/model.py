@@ -12,11 +12,9 @@ from typing import ClassVar
 import regex  # type: ignore[import-untyped]
 import torch
 from torch import nn
-from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -27,12 +25,18 @@ from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
-from vllm.utils.torch_utils import _encode_layer_name
-from vllm.v1.attention.selector import get_attn_backend
 
 from complete_fn_workers.swiftkv.attention import KeptTokens, skipping_backend
 from complete_fn_workers.swiftkv.config import LlamaSwiftKVConfig
 from complete_fn_workers.swiftkv.limits import refuse_unsupported
+from complete_fn_workers.vllm_internals import (
+    captured_tokens,
+    compiled_unit,
+    metadata_of,
+    outside_graphs,
+    platform_backend,
+    write_cache,
+)
 
 
 class LateAttention(nn.Module):
@@ -74,7 +78,8 @@ class LateAttention(nn.Module):
         self.rotary_emb = get_rope(
             config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
         )
-        backend = get_attn_backend(config.head_dim, torch.get_default_dtype(), cache.cache_dtype)
+        self.of_keys = (-1, kv_heads, config.head_dim)
+        backend = platform_backend(config.head_dim, torch.get_default_dtype(), cache.cache_dtype)
         self.attn = Attention(
             heads,
             config.head_dim,
@@ -93,8 +98,7 @@ class LateAttention(nn.Module):
         both, _ = self.kv_proj_swiftkv(x)
         keys, values = both.chunk(2, dim=-1)
         keys, _ = self.rotary_emb(positions, keys.contiguous(), None)
-        shape = (-1, self.attn.num_kv_heads, self.attn.head_size)
-        return keys.view(shape), values.contiguous().view(shape)
+        return keys.view(self.of_keys), values.contiguous().view(self.of_keys)
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         queries, _ = self.q_proj_swiftkv(hidden)
@@ -199,15 +203,13 @@ class SwiftKVModel(nn.Module):
             for i in later
             if config.cache_owner(i) == i
         ]
-        with set_model_tag("swiftkv_early"):
+        with compiled_unit("swiftkv_early"):
             self.early = EarlyUnit(vllm_config=vllm_config, prefix=prefix, model=[self])
-        with set_model_tag("swiftkv_late"):
+        with compiled_unit("swiftkv_late"):
             self.late = LateUnit(vllm_config=vllm_config, prefix=prefix, model=[self])
-        graphs = vllm_config.compilation_config.cudagraph_mode
         self.graph_inputs: tuple[torch.Tensor, torch.Tensor] | None = None
-        if graphs is not None and graphs != CUDAGraphMode.NONE:
+        if (most := captured_tokens(vllm_config)) is not None:
             # A graph replays from the addresses it was captured with.
-            most = vllm_config.scheduler_config.max_num_batched_tokens
             weight = self.norm.weight
             self.graph_inputs = (
                 torch.zeros(most, dtype=torch.int64, device=weight.device),
@@ -219,16 +221,15 @@ class SwiftKVModel(nn.Module):
     ) -> torch.Tensor:
         """[tokens] -> [tokens, hidden]; rows that were not kept hold no answer and are never sampled from."""
         stream, *caches = self.early(input_ids, positions, inputs_embeds)
-        context = get_forward_context()
-        if context.attn_metadata is None:  # a profiling run: the most any step can need
+        step = metadata_of(self.owners[0].attn)
+        if step is None:  # a profiling run: the most any step can need
             return self.late_on_all(positions, stream)
         for owner, keys, values in zip(self.owners, caches[::2], caches[1::2], strict=True):
-            name = _encode_layer_name(owner.attn.layer_name)
-            torch.ops.vllm.unified_kv_cache_update(keys, values, name)
-        kept: KeptTokens | None = context.attn_metadata[self.owners[0].attn.layer_name].swiftkv_kept
+            write_cache(owner.attn, keys, values)
+        kept: KeptTokens | None = step.swiftkv_kept
         if kept is None:
             return self.late_on_all(positions, stream)
-        return self.late_on_some(kept, positions, stream, context)
+        return self.late_on_some(kept, positions, stream)
 
     def late_on_all(self, positions: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         if self.graph_inputs is None:
@@ -239,18 +240,13 @@ class SwiftKVModel(nn.Module):
         fixed_stream.copy_(stream)
         return self.late(fixed_positions, fixed_stream)  # type: ignore[no-any-return]
 
-    def late_on_some(
-        self, kept: KeptTokens, positions: torch.Tensor, stream: torch.Tensor, context: ForwardContext
-    ) -> torch.Tensor:
+    def late_on_some(self, kept: KeptTokens, positions: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         # NaN tells a reader of a skipped row that it has none; the sampler does draw (and drop) a token for the last
         # row of an unfinished prompt, and must not meet one.
         out = torch.full_like(stream, 0.0 if kept.some_unfinished else torch.nan)
         if len(kept.indices):
-            mode, context.cudagraph_runtime_mode = context.cudagraph_runtime_mode, CUDAGraphMode.NONE
-            try:  # the step's graph is of another size than the kept tokens
+            with outside_graphs():  # the step's graph is of another size than the kept tokens
                 out[kept.indices] = self.late(positions[kept.indices], stream[kept.indices])
-            finally:
-                context.cudagraph_runtime_mode = mode
         return out
 
 

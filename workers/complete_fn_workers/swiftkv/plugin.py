@@ -8,13 +8,13 @@ ARCHITECTURE = "LlamaSwiftKVForCausalLM"
 def register() -> None:
     """Register the config, the model (by name, so that nothing heavy is imported) and its limits. Safe to repeat."""
     from transformers import AutoConfig
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm import ModelRegistry
 
     from complete_fn_workers.swiftkv.config import LlamaSwiftKVConfig
-    from complete_fn_workers.swiftkv.limits import SwiftKVLimits
+    from complete_fn_workers.swiftkv.limits import set_limits
+    from complete_fn_workers.vllm_internals import register_check
 
     AutoConfig.register(LlamaSwiftKVConfig.model_type, LlamaSwiftKVConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"complete_fn_workers.swiftkv.model:{ARCHITECTURE}")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = SwiftKVLimits
+    register_check(ARCHITECTURE, set_limits)
