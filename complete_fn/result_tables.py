@@ -153,8 +153,13 @@ def column_type(kind: Any, dialect: sa.Dialect, is_key: bool) -> Any:
     if dialect.name not in ("mysql", "mariadb"):
         return sa.Text()
     # The usual collations hold 'a', 'A' and 'a ' to be the same key.
-    collation = "utf8mb4_nopad_bin" if getattr(dialect, "is_mariadb", False) else "utf8mb4_0900_bin"
+    collation = "utf8mb4_nopad_bin" if is_mariadb(dialect) else "utf8mb4_0900_bin"
     return sa.String(255, collation) if is_key else mysql.LONGTEXT()
+
+
+def is_mariadb(dialect: sa.Dialect) -> bool:
+    """Whether the server is one, whatever the URL calls it; the dialect has asked it when it connected."""
+    return bool(getattr(dialect, "is_mariadb", False))
 
 
 def upserting(table: sa.Table, key: str, dialect: str) -> Any:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from complete_fn.adbc import postgres_batches
 from complete_fn.errors import InputError, TooLargeError
 from complete_fn.files import Rows
-from complete_fn.result_tables import refuse_keys, result_table, upserting
+from complete_fn.result_tables import is_mariadb, refuse_keys, result_table, upserting
 from complete_fn.windows import BATCH_ROWS, table_windows
 from complete_fn.wiring import DATABASES, resolve
 
@@ -230,7 +230,7 @@ class SqlDatabase:
             for statement in self.read_only_statements():
                 connection.exec_driver_sql(statement)
         elif self.family == "mysql":
-            limit = f"max_statement_time = {seconds}" if self.is_mariadb(connection) else ""
+            limit = f"max_statement_time = {seconds}" if is_mariadb(connection.dialect) else ""
             limit = limit or f"max_execution_time = {int(seconds * 1000)}"
             connection.exec_driver_sql(f"SET SESSION {limit}, sql_mode = CONCAT(@@sql_mode, ',NO_BACKSLASH_ESCAPES')")
             connection.exec_driver_sql("SET SESSION TRANSACTION READ ONLY")
@@ -249,9 +249,6 @@ class SqlDatabase:
         elif self.family == "mysql":
             limits = f"innodb_lock_wait_timeout = {LOCK_SECONDS}, lock_wait_timeout = {LOCK_SECONDS}"
             connection.exec_driver_sql(f"SET SESSION {limits}")
-
-    def is_mariadb(self, connection: sa.Connection) -> bool:
-        return bool(getattr(connection.dialect, "is_mariadb", False))
 
     def kind_of(self, values: Sequence[Any], code: Any) -> Any:
         """The Arrow type of a column, from its first values; a column of NULLs by what the driver says of it."""

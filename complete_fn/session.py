@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 import threading
 import warnings
 import weakref
@@ -47,7 +47,7 @@ class CompletionWarning(UserWarning):
 def warn(text: str) -> None:
     """A CompletionWarning at the caller's own line, as far as its thread shows one."""
     level = 1
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn"):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, CompletionWarning, stacklevel=level)

@@ -58,7 +58,8 @@ PLAIN: dict[str, Any] = {"max_num_batched_tokens": 512, "skip_tokenizer_init": F
 
 
 def model_of(llm: Any) -> Any:
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.model
+    (model,) = llm.apply_model(lambda whole: whole.model)
+    return model
 
 
 @contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +175,19 @@ def test_a_worker_whose_host_is_silent_is_passed_over(
 
 
 def test_secret_and_prompts_take_no_detour(tmp_path: Path, models_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy of the environment would be asked first, and nobody is there."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
     service = Service(tmp_path / "home", models_file, EchoEngine(64))
     proxy = Proxy(service, "secret", None)
-    assert not proxy.client._mounts
+
+    async def asked() -> int:
+        async with proxy.client as client:
+            return (await client.get(f"http://127.0.0.1:{server.server_port}/")).status_code
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert asyncio.run(asked()) == 501  # it has no GET, but it was asked
+        server.shutdown()
     service.close()

@@ -220,7 +220,7 @@ def train(
         tokenizer = train_tokenizer((f"{p.description}\n{p.synopsis}" for p in members), SHAPE.vocab_size)
         initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(members):,} packages", flush=True)
-    torch._dynamo.config.recompile_limit = len(LENGTHS)
+    torch.compiler.config.recompile_limit = len(LENGTHS)
     compiled = torch.compile(model, dynamic=False)
     groups = optimizers(model, lr)
     stream = Examples(members, tokenizer, seed + round(1000 * start))

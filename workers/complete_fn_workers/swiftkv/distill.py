@@ -80,7 +80,7 @@ class Halves:
             return torch.compile(part, dynamic=False) if compiled else part
 
         if compiled:
-            torch._dynamo.config.recompile_limit = 2 * SHAPES
+            torch.compiler.config.recompile_limit = 2 * SHAPES
         self.early: Callable[[torch.Tensor], tuple[torch.Tensor, Rotary]] = made(model.early)
         self.teacher: Callable[[torch.Tensor, Rotary], States] = made(model.teacher_late)
         self.student: Callable[[torch.Tensor, Rotary], States] = made(model.student_late)
