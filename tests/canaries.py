@@ -12,6 +12,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -61,14 +62,25 @@ def complaint(library: str, version: str, need: Need, owner: Any = None) -> str 
     Args:
         owner: looked at instead of the library's own.
     """
+    needs = f"{need.reader} {'need' if ' and ' in need.reader else 'needs'} {need.purpose}"
     if owner is None:
         try:
             owner = find(need.owner)
         except (ImportError, AttributeError):
-            return f"{library} {version} has no {need.owner}, whose {need.name} {need.reader} needs {need.purpose}."
-    if need.name in names_of(owner):
+            return f"{library} {version} has no {need.owner}, whose {need.name} {needs}."
+    if has(owner, need.name):
         return None
-    return f"{library} {version} has no {need}, which {need.reader} needs {need.purpose}."
+    return f"{library} {version} has no {need}, which {needs}."
+
+
+def imports_of(library: str, folder: Path) -> Iterator[Need]:
+    """What the modules below a folder import from a library, by name."""
+    for path in sorted(folder.rglob("*.py")):
+        reader = str(path.relative_to(folder))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == library:
+                for alias in node.names:
+                    yield Need(str(node.module), alias.name, reader, "to be importable", "It is public.")
 
 
 def find(owner: str) -> Any:
@@ -79,10 +91,17 @@ def find(owner: str) -> Any:
     return found
 
 
-def names_of(owner: Any) -> set[str]:
-    """Attributes of a module; parameters of a function; of a class what it and its instances have."""
+def has(owner: Any, name: str) -> bool:
     if isinstance(owner, ModuleType):
-        return set(dir(owner))
+        try:
+            return hasattr(owner, name)
+        except ImportError:  # a module may load a name only when it is asked for
+            return False
+    return name in names_of(owner)
+
+
+def names_of(owner: Any) -> set[str]:
+    """Parameters of a function; of a class what it and its instances have."""
     if not inspect.isclass(owner):
         return set(inspect.signature(owner).parameters)
     found = set(dir(owner))

@@ -1,10 +1,17 @@
-"""Canaries: what the engine and SwiftKV read of vLLM's insides is still there; else, what is missing is named."""
+"""Canaries: what the engine and SwiftKV read of vLLM's insides is still there; else, what is missing is named.
+
+Of vLLM, and of ours that imports it, only what can hardly go is imported at the top: a test that cannot be imported
+names nothing.
+"""
 
 from __future__ import annotations
 
 # ruff: noqa: E402 - skipped before anything heavy
 import dataclasses
 import inspect
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,26 +22,23 @@ pytest.importorskip("vllm")
 
 import transformers
 import vllm
-from vllm import LLMEngine, SamplingParams
-from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
-from vllm.v1.attention.backend import CommonAttentionMetadata as Common
-from vllm.v1.request import Request
 
 from complete_fn_workers import vllm_internals
 from complete_fn_workers.engine_launch import EngineSpec, engine_environment
-from complete_fn_workers.swiftkv import limits
-from complete_fn_workers.swiftkv.attention import skipping_backend
-from tests.canaries import Need, complaint, find, needs_in
+from tests.canaries import Need, complaint, find, imports_of, needs_in
 
 pytestmark = [pytest.mark.engine, pytest.mark.canary]
 
 NEEDS = needs_in(vllm_internals.__doc__ or "")
+OFFERED = list(imports_of("vllm", Path(vllm_internals.__file__).parent))
 VERSION = vllm.__version__
+ATTENTION = "vllm.v1.attention.backend"
 
 
-@pytest.mark.parametrize("need", NEEDS, ids=str)
+@pytest.mark.parametrize("need", [*NEEDS, *OFFERED], ids=str)
 def test_vllm_still_has(need: Need) -> None:
-    assert complaint("vLLM", VERSION, need) is None
+    missing = complaint("vLLM", VERSION, need)
+    assert not missing, missing
 
 
 CONFIG_READER = ("swiftkv/config.py", "to refuse a configuration that cannot be", "transformers documents no hook.")
@@ -43,12 +47,13 @@ CONFIG_READER = ("swiftkv/config.py", "to refuse a configuration that cannot be"
 @pytest.mark.parametrize("name", ["__post_init__", "validate_architecture"])
 def test_transformers_still_has(name: str) -> None:
     need = Need("transformers:LlamaConfig", name, *CONFIG_READER)
-    assert complaint("transformers", transformers.__version__, need) is None
+    missing = complaint("transformers", transformers.__version__, need)
+    assert not missing, missing
     assert f"no LlamaConfig.{name}," in (complaint("transformers", "99.0", need, type("LlamaConfig", (), {})) or "")
 
 
 def new_request() -> Any:
-    return Request("a", [1, 2, 3], SamplingParams(max_tokens=4), None)
+    return find("vllm.v1.request:Request")("a", [1, 2, 3], vllm.SamplingParams(max_tokens=4), None)
 
 
 def test_a_new_request_has_computed_nothing_and_knows_its_prompt() -> None:
@@ -68,7 +73,7 @@ def test_vllm_gives_away_the_same_prefill_counts_that_the_meter_holds() -> None:
 
 def test_adding_a_request_returns_an_id() -> None:
     """By which the scheduler knows it, and the meter finds it."""
-    assert inspect.signature(LLMEngine.add_request).return_annotation in (str, "str")
+    assert inspect.signature(vllm.LLMEngine.add_request).return_annotation in (str, "str")
 
 
 def test_a_prompt_of_tokens_carries_its_tenant() -> None:
@@ -104,9 +109,10 @@ def undecided(kind: Any) -> set[str]:
 
 
 def test_no_field_of_a_steps_description_is_new() -> None:
-    new = undecided(Common)
+    common = find(f"{ATTENTION}:CommonAttentionMetadata")
+    new = undecided(common)
     assert not new, f"vLLM {VERSION} has CommonAttentionMetadata.{new}, new to vllm_internals.reduce_queries."
-    assert fields_of(Common) >= vllm_internals.UNCHANGED_FIELDS
+    assert fields_of(common) >= vllm_internals.UNCHANGED_FIELDS
 
 
 def test_a_new_field_of_a_steps_description_is_seen() -> None:
@@ -117,7 +123,7 @@ def test_a_new_field_of_a_steps_description_is_seen() -> None:
 def description(lengths: list[int], cached: list[int]) -> Any:
     starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     reached = torch.tensor([new + old for new, old in zip(lengths, cached, strict=True)], dtype=torch.int32)
-    return Common(
+    return find(f"{ATTENTION}:CommonAttentionMetadata")(
         query_start_loc=starts,
         query_start_loc_cpu=starts,
         seq_lens=reached,
@@ -150,33 +156,30 @@ class Metadata:
         self.arguments = arguments
 
 
-class Builder(AttentionMetadataBuilder[Any]):  # type: ignore[misc]
-    """The least that vLLM asks of a builder."""
+@cache
+def skipping_builder() -> Any:
+    """SwiftKV's, over the least that vLLM asks of a backend."""
+    from complete_fn_workers.swiftkv.attention import skipping_backend
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any, **more: Any) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.more = more
+    base: Any = find(f"{ATTENTION}:AttentionMetadataBuilder")
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Metadata:
-        return Metadata(common_prefix_len, common_attn_metadata, fast_build)
+    class Builder(base):  # type: ignore[misc]
+        def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any, **more: Any) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            self.more = more
 
+        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Metadata:
+            return Metadata(common_prefix_len, common_attn_metadata, fast_build)
 
-class Backend(AttentionBackend):  # type: ignore[misc]
-    @staticmethod
-    def get_builder_cls() -> type[Builder]:
-        return Builder
-
-
-def skipping_builder(**more: Any) -> Any:
-    model = SimpleNamespace(hf_config=SimpleNamespace(swiftkv_skip_prefill=True))
-    config = SimpleNamespace(model_config=model, speculative_config=None)
-    kind = skipping_backend(Backend).get_builder_cls()
-    return kind(None, ["layer"], config, torch.device("cpu"), **more)
+    backend = type("Backend", (find(f"{ATTENTION}:AttentionBackend"),), {"get_builder_cls": lambda: Builder})
+    return skipping_backend(backend).get_builder_cls()
 
 
 def test_vllm_may_call_the_builder_by_position_and_by_keyword() -> None:
     """`build_for_cudagraph_capture` names the arguments, a backend may be given a block table's width."""
-    builder = skipping_builder(block_table_width=4)
+    model = SimpleNamespace(hf_config=SimpleNamespace(swiftkv_skip_prefill=True))
+    config = SimpleNamespace(model_config=model, speculative_config=None)
+    builder = skipping_builder()(None, ["layer"], config, torch.device("cpu"), block_table_width=4)
     assert builder.more == {"block_table_width": 4}
     decoding = description([1, 1], [3, 4])
     assert builder.build_for_cudagraph_capture(decoding).arguments == (0, decoding, False)
@@ -189,9 +192,9 @@ def test_vllm_may_call_the_builder_by_position_and_by_keyword() -> None:
 
 
 def test_graphs_are_captured_for_uniform_batches_at_most() -> None:
-    uniform, never = AttentionCGSupport.UNIFORM_BATCH, AttentionCGSupport.NEVER
-    assert vllm_internals.at_most_uniform(AttentionCGSupport.ALWAYS) is uniform
-    assert vllm_internals.at_most_uniform(never) is never
+    levels = find(f"{ATTENTION}:AttentionCGSupport")
+    assert vllm_internals.at_most_uniform(levels.ALWAYS) is levels.UNIFORM_BATCH
+    assert vllm_internals.at_most_uniform(levels.NEVER) is levels.NEVER
 
 
 def renamed(ours: Any, theirs: Any) -> set[str]:
@@ -200,23 +203,28 @@ def renamed(ours: Any, theirs: Any) -> set[str]:
     return {name for name, own in zip(base, mine, strict=False) if own not in (name, "rest", "more")}
 
 
+def watcher(name: str) -> Any:
+    return find(f"complete_fn_workers.swiftkv.limits:{name}")
+
+
 @pytest.mark.parametrize(
-    ("kind", "base"),
+    ("ours", "base"),
     [
-        (limits.PromptWatcher, "vllm.v1.sample.logits_processor:LogitsProcessor"),
-        (limits.V2PromptWatcher, "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcessor"),
-        (skipping_backend(Backend).get_builder_cls(), "vllm.v1.attention.backend:AttentionMetadataBuilder"),
+        (lambda: watcher("PromptWatcher"), "vllm.v1.sample.logits_processor:LogitsProcessor"),
+        (lambda: watcher("V2PromptWatcher"), "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcessor"),
+        (skipping_builder, f"{ATTENTION}:AttentionMetadataBuilder"),
     ],
     ids=["first runner", "second runner", "attention"],
 )
-def test_methods_that_we_override_have_vllms_parameters(kind: Any, base: str) -> None:
-    theirs = find(base)
-    for name in vars(kind):
-        if inspect.isfunction(getattr(kind, name)) and name in vars(theirs):
-            assert not renamed(getattr(kind, name), getattr(theirs, name)), f"{base}.{name}"
+def test_methods_that_we_override_have_vllms_parameters(ours: Callable[[], Any], base: str) -> None:
+    kind, theirs = ours(), find(base)
+    overridden = [name for name in vars(kind) if name in vars(theirs) and inspect.isroutine(getattr(kind, name))]
+    assert len(overridden) > 1
+    for name in overridden:
+        assert not renamed(getattr(kind, name), getattr(theirs, name)), f"vLLM {VERSION}: {base}.{name}"
 
 
 def test_a_renamed_parameter_is_seen() -> None:
     def ours(self: Any, common_prefix_len: int, common: Any, fast_build: bool = False) -> None: ...
 
-    assert renamed(ours, AttentionMetadataBuilder.build) == {"common_attn_metadata"}
+    assert renamed(ours, find(f"{ATTENTION}:AttentionMetadataBuilder").build) == {"common_attn_metadata"}
