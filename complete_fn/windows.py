@@ -125,14 +125,23 @@ def table_windows(schema: Any, batches: Iterable[Any]) -> Iterator[TableRows]:
     for whole in batches:
         for low in range(0, whole.num_rows, step):
             batch = whole.slice(low, step)
-            if held and (rows + batch.num_rows > WINDOW_ROWS or size + batch.nbytes > WINDOW_BYTES):
+            taken = slice_size(batch, whole)
+            if held and (rows + batch.num_rows > WINDOW_ROWS or size + taken > WINDOW_BYTES):
                 several = True
                 yield table_rows(held, schema, several)
                 held, rows, size = [], 0, 0
             held.append(batch)
-            rows, size = rows + batch.num_rows, size + batch.nbytes
+            rows, size = rows + batch.num_rows, size + taken
     if held or not several:
         yield table_rows(held, schema, several)
+
+
+def slice_size(batch: Any, whole: Any) -> int:
+    """Bytes of a slice. Before pyarrow 24, string views have no such number: then its share of the buffers."""
+    try:
+        return int(batch.nbytes)
+    except pa.ArrowTypeError:
+        return int(whole.get_total_buffer_size() * batch.num_rows // whole.num_rows)
 
 
 def table_rows(batches: list[Any], schema: Any, decode: bool) -> TableRows:

@@ -39,6 +39,7 @@ from complete_fn_workers.swiftkv.reference import States, SwiftKV
 from complete_fn_workers.swiftkv.remembered import fit_start, lesson_of, student_states
 from complete_fn_workers.swiftkv.scores import forced
 
+pytestmark = pytest.mark.engine  # torch and transformers come with it
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "boil")
 TOKENS = torch.randint(2, 512, (2, 40), generator=torch.Generator().manual_seed(3))
 

@@ -81,8 +81,8 @@ def test_a_large_table_is_sampled_and_says_so(tiny_entry: Model, tmp_path: Path)
     assert f"at 95 %, 1,000 of {len(texts):,} prompts counted" in text
 
 
-def test_the_chat_templates_tokens_are_those_of_the_engine(tiny_entry: Model) -> None:
-    pytest.importorskip("transformers")
+@pytest.mark.engine
+def test_the_chat_templates_tokens_are_those_of_the_engine(needs_vllm: None, tiny_entry: Model) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_entry.checkpoint)

@@ -13,6 +13,8 @@ from complete_fn_workers.metrics import common_subsequence, exact_match, macro_f
 from complete_fn_workers.swiftkv.evaluate import compare_answers, table
 from complete_fn_workers.swiftkv.examples import Row
 
+pytestmark = pytest.mark.engine  # swiftkv.evaluate imports torch
+
 
 def by_table(a: list[str], b: list[str]) -> int:
     """The textbook's quadratic algorithm."""
