@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from complete_fn.catalogue import find_model
+from complete_fn.engines.catalogue import find_model
 from complete_fn_workers.allocator import KEEP_MEMORY, find_tcmalloc
 from complete_fn_workers.machine import available_cores
 

@@ -36,9 +36,9 @@ from order_tables import CELL, Table, index, text_of
 from prefix_order import BLOCK, MODEL, ids_of
 from swiftkv_speed import SIZES, config_folder, in_one_process
 
-from complete_fn.plan.fields import arrange_prompts
-from complete_fn.prices import amount
-from complete_fn.token_counts import token_sizes
+from complete_fn.engines.prices import amount
+from complete_fn.engines.tokenizer import token_sizes
+from complete_fn.planning.field_order import arrange_prompts
 from complete_fn.types import Usage
 from complete_fn_workers.demo_model.corpus import read_index, stanzas
 

@@ -52,7 +52,7 @@ def serve(model: str, rows: int, spins: str | None) -> None:
 
 def catalogue(folder: Path, model: str, dtype: str) -> Path:
     """A catalogue file whose model `measured` is `model` in this number format."""
-    from complete_fn.catalogue import find_model
+    from complete_fn.engines.catalogue import find_model
 
     found = find_model(model)
     arguments: dict[str, Any] = dict(found.engine_args) | ({} if dtype == "auto" else {"dtype": dtype})

@@ -21,9 +21,9 @@ from typing import Any
 
 import duckdb
 
-from complete_fn.catalogue import find_model
-from complete_fn.engine import Engine
-from complete_fn.engines import engine_for
+from complete_fn.engines.base import Engine
+from complete_fn.engines.catalogue import find_model
+from complete_fn.engines.pool import engine_for
 from complete_fn.settings import load_settings
 from complete_fn.types import Asker, Completion, CompletionRequest
 from complete_fn_connectors.duckdb import register, sql

@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from order_tables import Table, tables
 
 from complete_fn import Session
-from complete_fn.answers import Summary
-from complete_fn.estimate import Estimate, estimate
-from complete_fn.estimate_report import report
-from complete_fn.keys import Call
-from complete_fn.options import parse_options
-from complete_fn.prompts import render_column
-from complete_fn.rates import past
-from complete_fn.tables import runs
+from complete_fn.engines.call import Call
+from complete_fn.estimates.estimate import Estimate, estimate
+from complete_fn.estimates.estimate_report import report
+from complete_fn.execution.answers import Summary
+from complete_fn.history.run_history import past
+from complete_fn.prompts.options import parse_options
+from complete_fn.prompts.templates import render_column
+from complete_fn.store.tables import runs
 from complete_fn.types import Asker
 
 

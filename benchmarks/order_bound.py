@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array, vstack
 from scipy.sparse.csgraph import minimum_spanning_tree
 
-from complete_fn.plan.recursion import Cells, Ints, Near
+from complete_fn.planning.field_search import Cells, Ints, Near
 
 
 def most_hits(cells: Cells) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
-from complete_fn.field_prompts import FieldPrompt
+from complete_fn.prompts.fields import FieldPrompt
 from complete_fn_workers.demo_model.build import fetch_index
 from complete_fn_workers.demo_model.corpus import Package, read_index, stanzas
 

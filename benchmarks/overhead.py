@@ -23,7 +23,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from complete_fn.catalogue import Model, find_model
+from complete_fn.engines.catalogue import Model, find_model
 from complete_fn.types import Asker
 from complete_fn_connectors.duckdb import register
 from complete_fn_workers.allocator import allocator_environment

@@ -264,7 +264,7 @@ def main() -> None:
     if a.serve:
         serve(a.serve)
         return
-    from complete_fn.catalogue import find_model
+    from complete_fn.engines.catalogue import find_model
     from complete_fn_workers.machine import computes_bfloat16
 
     model = find_model(a.model)

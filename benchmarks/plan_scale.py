@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from complete_fn.plan import make_plan
+from complete_fn.planning import make_plan
 
 
 def prompts(rows: int, seed: int = 0) -> pa.ChunkedArray:

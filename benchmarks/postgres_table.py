@@ -22,7 +22,7 @@ from read_databases import new_database
 
 from complete_fn import Completion, CompletionRequest, EchoEngine
 from complete_fn.server.app import make_app
-from complete_fn.service import Service
+from complete_fn.service.service import Service
 
 SQL = Path(__file__).parents[1] / "sql" / "complete_fn_sql" / "postgres_install.sql"
 MODEL = "[models.echo]\ncheckpoint = 'echo'\nmax_model_len = 4096\n"

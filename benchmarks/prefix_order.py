@@ -33,13 +33,13 @@ from order_bound import most_by_sides, most_hits, whole_fields
 from order_tables import Table, tables
 from swiftkv_speed import SIZES, config_folder, flops, in_one_process
 
-from complete_fn.catalogue import find_model
-from complete_fn.field_prompts import FieldPrompt
-from complete_fn.plan import fields
-from complete_fn.plan.fields import arrange_prompts, cells_of, common
-from complete_fn.plan.prefix_tree import common_tokens, hits
-from complete_fn.plan.recursion import Cells, Ints, expected_hits, row_order
-from complete_fn.token_counts import ids_with, token_sizes, tokenizer_file
+from complete_fn.engines.catalogue import find_model
+from complete_fn.engines.tokenizer import ids_with, token_sizes, tokenizer_file
+from complete_fn.planning import fields
+from complete_fn.planning.field_order import arrange_prompts, cells_of, common
+from complete_fn.planning.field_search import Cells, Ints, expected_hits, row_order
+from complete_fn.planning.prefix_tree import common_tokens, hits
+from complete_fn.prompts.fields import FieldPrompt
 
 MODEL = find_model("demo-llama")  # for its tokenizer
 BLOCK = 32

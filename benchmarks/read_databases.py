@@ -17,8 +17,8 @@ from importlib.metadata import version
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from complete_fn import row_databases
-from complete_fn.row_databases import Query, SqlDatabase, open_database
+from complete_fn.rows import databases as row_databases
+from complete_fn.rows.databases import Query, SqlDatabase, open_database
 
 URL = "postgresql://postgres@127.0.0.1"
 

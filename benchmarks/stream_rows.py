@@ -20,7 +20,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from read_databases import docs
 
-from complete_fn.windows import WINDOW_BYTES, WINDOW_ROWS
+from complete_fn.rows.readers import WINDOW_BYTES, WINDOW_ROWS
 
 MODELS = '[models.echo]\ncheckpoint = "echo"\nengine = "echo"\nprices = { input = 1, output = 1 }\n'
 FILL = "is described here in words that fill the line "
@@ -49,7 +49,7 @@ def source(server: str | None, folder: Path, rows: int) -> Iterator[list[str]]:
 
 def measured(folder: Path, given: list[str], kind: str) -> tuple[float, float]:
     """(seconds, peak MB) of one run in a process of its own."""
-    code = "import sys; from complete_fn.cli import main; sys.exit(main())"
+    code = "import sys; from complete_fn.cli.main import main; sys.exit(main())"
     given = ["run", "-m", "echo", "-p", "{text}", *given, "-o", str(folder / f"out.{kind}")]
     began = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-c", code, *given, "--max-tokens", "4", "--quiet", "--overwrite"])

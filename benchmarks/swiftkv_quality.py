@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from complete_fn.catalogue import find_model
-from complete_fn.engines import engine_for
+from complete_fn.engines.catalogue import find_model
+from complete_fn.engines.pool import engine_for
 from complete_fn.settings import load_settings
 from complete_fn.types import CompletionRequest, SamplingParams
 from complete_fn_workers.demo_model.corpus import (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from complete_fn.client import Client
-    from complete_fn.engine import EchoEngine, Engine
+    from complete_fn.engines.base import EchoEngine, Engine
     from complete_fn.errors import CompleteError
     from complete_fn.session import CompletionWarning, Session
     from complete_fn.types import Completion, CompletionRequest, SamplingParams, Usage

@@ -2,7 +2,7 @@
 
 import sys
 
-from complete_fn.cli import main
+from complete_fn.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

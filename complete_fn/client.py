@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pyarrow as pa
 
+from complete_fn.engines.openai_chat import retry_after
 from complete_fn.errors import CompleteError, EngineError, InputError, JobError
-from complete_fn.http_chat import retry_after
 from complete_fn.progress import progress_for
 from complete_fn.types import Usage
 

@@ -17,27 +17,27 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from complete_fn.answers import Answers, Summary
-from complete_fn.bounds import prune
-from complete_fn.budget import NO_BRAKE, Budget, parse_cap, parse_token_cap
-from complete_fn.catalogue import Model, find_model, load_catalogue
-from complete_fn.engine import Engine
-from complete_fn.engines import at_engine, engine_for
+from complete_fn.engines.base import Engine
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model, find_model, load_catalogue
+from complete_fn.engines.pool import at_engine, engine_for
+from complete_fn.engines.stoppable import EitherStop, Stop, StoppableEngine
 from complete_fn.errors import RowFailedError
-from complete_fn.estimate import Estimate, estimate
+from complete_fn.estimates.estimate import Estimate, estimate
+from complete_fn.execution.answers import Answers, Summary
+from complete_fn.execution.run_state import known_answers
+from complete_fn.execution.runner import Tools, run
 from complete_fn.interrupts import NextInterrupt, off_main
-from complete_fn.keys import Call
-from complete_fn.options import CacheMode, Options, parse_options
-from complete_fn.plan import make_plan
+from complete_fn.ledger.pruning import prune
+from complete_fn.ledger.usage import tokens_used
+from complete_fn.planning import make_plan
 from complete_fn.progress import Progress, Quiet, progress_for
-from complete_fn.prompts import escaped, plain_column
-from complete_fn.reports import tokens_used
-from complete_fn.runner import Tools, run
+from complete_fn.prompts.options import CacheMode, Options, parse_options
+from complete_fn.prompts.templates import escaped, plain_column
 from complete_fn.settings import load_settings
-from complete_fn.stoppable import EitherStop, Stop, StoppableEngine
-from complete_fn.store import Store
+from complete_fn.spending.budget import NO_BRAKE, Budget, parse_cap, parse_token_cap
+from complete_fn.store.store import Store
 from complete_fn.types import Asker, Completion
-from complete_fn.work import known_answers
 
 
 class CompletionWarning(UserWarning):

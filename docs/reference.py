@@ -17,17 +17,19 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from complete_fn import __version__, cli, errors, http_engine, settings
-from complete_fn.catalogue import Model, Prices, load_catalogue
+from complete_fn import __version__, errors, settings
+from complete_fn.cli import main as cli
 from complete_fn.client import Client, RemoteJob
+from complete_fn.engines import http_engine
+from complete_fn.engines.catalogue import Model, Prices, load_catalogue
 from complete_fn.errors import CompleteError, InputError, InvalidOptionError
-from complete_fn.options import OPTION_NAMES, Options, parse_options
-from complete_fn.reports import GROUPS, UsageLine
+from complete_fn.ledger.usage import GROUPS, UsageLine
+from complete_fn.prompts.options import OPTION_NAMES, Options, parse_options
+from complete_fn.registry import VERBS, resolve
 from complete_fn.server.app import DESCRIPTION as API
 from complete_fn.server.app import ROUTERS
 from complete_fn.session import Session
 from complete_fn.types import SamplingParams
-from complete_fn.wiring import VERBS, resolve
 from complete_fn_connectors import duckdb as in_duckdb
 from complete_fn_connectors import polars as in_polars
 from complete_fn_connectors.cortex import CORTEX_TYPES

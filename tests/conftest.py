@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from complete_fn import cli
-from complete_fn.catalogue import Model
+from complete_fn.cli import main as cli
+from complete_fn.engines.catalogue import Model
 from complete_fn.settings import Settings
 from deploy.servers import Postgres, Redis, running
 
@@ -100,7 +100,7 @@ def open_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         monkeypatch.setenv("COMPLETE_FN_MODELS", str(tmp_path / "models.toml"))
         monkeypatch.setenv("COMPLETE_FN_HOME", str(tmp_path / "home"))
         if window is not None:
-            monkeypatch.setattr("complete_fn.windows.WINDOW_ROWS", window)
+            monkeypatch.setattr("complete_fn.rows.readers.WINDOW_ROWS", window)
         monkeypatch.chdir(tmp_path)
         return lambda *given: cli.main([str(g) for g in given])
 

@@ -10,8 +10,6 @@ from anyio import to_thread
 from fastapi import FastAPI
 
 from complete_fn import __version__
-from complete_fn.callouts import CallOuts
-from complete_fn.rounds import Rounds
 from complete_fn.server import (
     live,
     routes_batches,
@@ -24,14 +22,16 @@ from complete_fn.server import (
     routes_usage,
 )
 from complete_fn.server.auth import Door
-from complete_fn.server.internal import internal_secret
+from complete_fn.server.error_replies import Bounds, add_refusals
 from complete_fn.server.metrics import Measured, Metrics
-from complete_fn.server.proxy import Proxy
 from complete_fn.server.rate_limits import RateLimits
-from complete_fn.server.refusals import Bounds, add_refusals
 from complete_fn.server.table_slots import TableSlots
-from complete_fn.service import Service
-from complete_fn.worker_loop import AT_ONCE, WorkerLoop
+from complete_fn.server.worker_api import internal_secret
+from complete_fn.server.worker_proxy import Proxy
+from complete_fn.service.call_out_batches import CallOuts
+from complete_fn.service.service import Service
+from complete_fn.worker.loop import AT_ONCE, WorkerLoop
+from complete_fn.worker.maintenance import Rounds
 
 ROUTERS = (
     routes_health.router,

@@ -12,9 +12,9 @@ from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from complete_fn.errors import CompleteError, KeyRefusedError, ScopeError
-from complete_fn.key_store import REFUSED, Principal
-from complete_fn.server.refusals import of_complete_error
-from complete_fn.service import Service
+from complete_fn.jobs.api_keys import REFUSED, Principal
+from complete_fn.server.error_replies import of_complete_error
+from complete_fn.service.service import Service
 from complete_fn.types import Asker
 
 AT_ONCE = 16  # keys that are looked up, whatever the threads of the routes do

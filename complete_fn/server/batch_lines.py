@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
+from complete_fn.engines.call import Call
 from complete_fn.errors import CompleteError, InputError, TooLargeError
-from complete_fn.jobs import Job
-from complete_fn.json_line import json_line
-from complete_fn.keys import Call
-from complete_fn.prompts import text_column
-from complete_fn.server.bodies import ChatBody, CompletionBody
+from complete_fn.jobs.job import Job
+from complete_fn.prompts.templates import text_column
+from complete_fn.rows.json_values import json_line
 from complete_fn.server.replies import Detail, chat_body, completion_body, refused
-from complete_fn.service import Service
-from complete_fn.submit import Group
+from complete_fn.server.request_bodies import ChatBody, CompletionBody
+from complete_fn.service.service import Service
+from complete_fn.service.submit import Group
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MOST_KINDS = 1_000  # different models and settings in one batch: each is a run of its own

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import sqlalchemy as sa
 
 from complete_fn.errors import RateLimitError, StoreError
-from complete_fn.key_store import Principal
-from complete_fn.service_tables import token_buckets
-from complete_fn.store import Store, upsert
+from complete_fn.jobs.api_keys import Principal
+from complete_fn.store.job_tables import token_buckets
+from complete_fn.store.store import Store, upsert
 
 LOG = logging.getLogger("complete_fn.server")
 C = token_buckets.c

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from complete_fn.json_line import json_line
-from complete_fn.server.refusals import error_body
+from complete_fn.rows.json_values import json_line
+from complete_fn.server.error_replies import error_body
 
 Detail = dict[str, Any]  # one row of `Answers.details`
 

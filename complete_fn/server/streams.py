@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from complete_fn.server.live import Live, Piece, computed_tokens
-from complete_fn.server.refusals import error_body, told
+from complete_fn.server.error_replies import error_body, told
+from complete_fn.server.live_chat import Live, Piece, computed_tokens
 from complete_fn.server.replies import DONE, Chunks, all_refused, ending, event, refused
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.prompts import as_text, escaped, pack_messages, render_column, template_fields
+from complete_fn.prompts.templates import as_text, escaped, pack_messages, render_column, template_fields
 
 PROMPT = pa.struct([("template", pa.string()), ("fields", pa.map_(pa.string(), pa.string()))])
 POSITION = re.compile(r"(?<!\{)\{(\d+)\}(?!\})")

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from complete_fn.answers import Answers, Summary
 from complete_fn.errors import CompleteError
-from complete_fn.options import Options, parse_options
-from complete_fn.plan import BatchPlan, make_plan
+from complete_fn.execution.answers import Answers, Summary
+from complete_fn.planning import BatchPlan, make_plan
+from complete_fn.prompts.options import Options, parse_options
 from complete_fn.types import Completion
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.query_plan import Order, Window

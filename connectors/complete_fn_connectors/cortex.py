@@ -15,8 +15,8 @@ import duckdb
 import pyarrow as pa
 from duckdb.func import ARROW
 
-from complete_fn.answers import Answers
 from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.execution.answers import Answers
 from complete_fn.session import Session
 from complete_fn.types import Completion
 from complete_fn_connectors.arrow import Group, is_constant, option_mapping, python_values, whole

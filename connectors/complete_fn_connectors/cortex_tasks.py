@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from complete_fn.answers import Answers
 from complete_fn.errors import InputError
+from complete_fn.execution.answers import Answers
 from complete_fn.types import Completion
 from complete_fn_connectors import tasks
 from complete_fn_connectors.arrow import is_constant, option_mapping, prompt_column, python_values, whole

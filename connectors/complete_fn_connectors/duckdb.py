@@ -14,11 +14,11 @@ import duckdb
 import pyarrow as pa
 from duckdb.func import ARROW, SPECIAL
 
-from complete_fn import answers as arrow_answers
-from complete_fn.engine import Engine
+from complete_fn.engines.base import Engine
+from complete_fn.engines.stoppable import let_finish
 from complete_fn.errors import CompleteError, InputError
+from complete_fn.execution import answers as arrow_answers
 from complete_fn.interrupts import INTERRUPTS
-from complete_fn.stoppable import let_finish
 from complete_fn.types import Asker
 from complete_fn_connectors import cortex as snowflake
 from complete_fn_connectors import functions, query

@@ -11,8 +11,8 @@ from typing import Any
 import duckdb
 
 from complete_fn.errors import CompleteError
-from complete_fn.estimate import Estimate
-from complete_fn.estimate_report import report
+from complete_fn.estimates.estimate import Estimate
+from complete_fn.estimates.estimate_report import report
 from complete_fn_connectors.collect import Asked, Memory, texts_column, to_ask
 from complete_fn_connectors.explain import boxes, look_up, look_up_round, ready
 from complete_fn_connectors.query import Functions, OpenConstants, collecting, plan_query, run_round, why_plainly

@@ -11,14 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from complete_fn.answers import DETAILS, Answers
-from complete_fn.budget import NO_BRAKE, Brake
-from complete_fn.catalogue import Model
+from complete_fn.engines.catalogue import Model
+from complete_fn.engines.stoppable import Stop
 from complete_fn.errors import EngineError, InputError, RequestError
-from complete_fn.options import Options
+from complete_fn.execution.answers import DETAILS, Answers
 from complete_fn.progress import Progress, Quiet
+from complete_fn.prompts.options import Options
 from complete_fn.session import Session, warn
-from complete_fn.stoppable import Stop
+from complete_fn.spending.budget import NO_BRAKE, Brake
 from complete_fn_connectors.arrow import Group, by_group, groups, is_text, prompt_column, prompt_structs, whole
 from complete_fn_connectors.bar import QueryBar
 

@@ -18,12 +18,12 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from complete_fn.choices import parse_choices
-from complete_fn.engine import Engine
+from complete_fn.engines.base import Engine
 from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn.interrupts import INTERRUPTS
-from complete_fn.options import parse_options
-from complete_fn.prompts import template_fields
+from complete_fn.prompts.choices import parse_choices
+from complete_fn.prompts.options import parse_options
+from complete_fn.prompts.templates import template_fields
 from complete_fn.types import Asker
 from complete_fn_connectors import functions, tasks
 from complete_fn_connectors.functions import QuerySession

@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 
 from complete_fn.errors import InputError
-from complete_fn.options import parse_options
+from complete_fn.prompts.options import parse_options
 from complete_fn.session import Session
 from complete_fn_connectors.arrow import prompt_column
 from complete_fn_connectors.together import Wanted, complete_together

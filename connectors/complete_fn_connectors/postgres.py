@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from complete_fn.dialects import CallOut, Reply, batch_name, body_object, json_reply, rows_of
 from complete_fn.errors import CompleteError, InputError
+from complete_fn.service.call_out import CallOut, Reply, batch_name, body_object, json_reply, rows_of
 
 BATCH = "complete-batch-id"
 

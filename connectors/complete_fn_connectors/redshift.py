@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from complete_fn.dialects import CallOut, Reply, batch_name, body_object, for_good, json_reply, rows_of
 from complete_fn.errors import CompleteError, InputError
+from complete_fn.service.call_out import CallOut, Reply, batch_name, body_object, for_good, json_reply, rows_of
 
 BATCH = "complete-batch-id"
 

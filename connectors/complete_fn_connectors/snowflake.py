@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from complete_fn.dialects import CallOut, Reply, batch_name, body_object, for_good, json_reply, rows_of
 from complete_fn.errors import CompleteError, InputError
+from complete_fn.service.call_out import CallOut, Reply, batch_name, body_object, for_good, json_reply, rows_of
 
 BATCH = "sf-external-function-query-batch-id"
 QUERY = "sf-external-function-current-query-id"

@@ -12,11 +12,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from complete_fn.answers import Answers
+from complete_fn.engines.stoppable import EitherStop
+from complete_fn.execution.answers import Answers
 from complete_fn.interrupts import NextInterrupt, uninterrupted
-from complete_fn.options import Options, parse_options
+from complete_fn.prompts.options import Options, parse_options
 from complete_fn.session import Session
-from complete_fn.stoppable import EitherStop
 
 AT_ONCE = 4  # runs of a model
 

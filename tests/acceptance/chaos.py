@@ -21,11 +21,11 @@ import httpx
 import sqlalchemy as sa
 
 from complete_fn.errors import StoreError
-from complete_fn.queue import CeleryQueue
-from complete_fn.service_tables import parts
-from complete_fn.store import Store
-from complete_fn.tables import ledger, of_class
-from complete_fn.worker_store import Beat, WorkerStore
+from complete_fn.jobs.queue import CeleryQueue
+from complete_fn.jobs.worker_store import Beat, WorkerStore
+from complete_fn.store.job_tables import parts
+from complete_fn.store.store import Store
+from complete_fn.store.tables import ledger, of_class
 from deploy.servers import Postgres, Redis, end_with_parent, free_port, running
 
 LOOK_SECONDS = 0.2

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-COMMAND = [sys.executable, "-c", "import sys; from complete_fn.cli import main; sys.exit(main())", "run"]
+COMMAND = [sys.executable, "-c", "import sys; from complete_fn.cli.main import main; sys.exit(main())", "run"]
 ROWS, DELAY_S, CONCURRENCY = 320, 0.08, 5  # about 5 s, a commit every 2 s
 
 

@@ -17,8 +17,8 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from complete_fn.store import Store
-from complete_fn.tables import attempts
+from complete_fn.store.store import Store
+from complete_fn.store.tables import attempts
 
 MODELS = "[models.echo]\nengine = 'echo'\ncheckpoint = 'echo'\nprices = { input = 1, output = 2 }\n"
 

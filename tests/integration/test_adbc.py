@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 import sqlalchemy as sa
 
-from complete_fn import row_databases
 from complete_fn.errors import InputError
-from complete_fn.row_databases import Query, SqlDatabase, open_database
+from complete_fn.rows import databases as row_databases
+from complete_fn.rows.databases import Query, SqlDatabase, open_database
 
 MAKE = """
 CREATE TABLE kinds AS SELECT i AS id, i::smallint AS small, i::bigint * 5000000000 AS big, i % 3 = 0 AS flag,
@@ -136,7 +136,7 @@ def test_settings_of_the_url_and_a_time_limit_count(database: SqlDatabase) -> No
 
 WAITING = """
 import sys
-from complete_fn.row_databases import Query, open_database
+from complete_fn.rows.databases import Query, open_database
 print("ready", flush=True)
 try:
     list(open_database(sys.argv[1]).batches(Query(sys.argv[2])))

@@ -11,7 +11,7 @@ import redis
 from celery.exceptions import WorkerShutdown
 from celery.worker import state
 
-from complete_fn.queue import Bell, CeleryQueue
+from complete_fn.jobs.queue import Bell, CeleryQueue
 from complete_fn_workers import celery_internals
 from complete_fn_workers.messages import STOP_SECONDS, Messages
 from deploy.servers import Redis, running

@@ -16,7 +16,7 @@ import pytest
 MODELS = '[models.echo]\ncheckpoint = "echo"\nengine = "echo"\nprices = { input = 1, output = 1 }\n'
 WORDS = 90
 TOKENS = 2 * (WORDS + 3)  # of a row: EchoEngine's prompt and answer
-CLI = f"{shlex.quote(sys.executable)} -c 'import sys; from complete_fn.cli import main; sys.exit(main())'"
+CLI = f"{shlex.quote(sys.executable)} -c 'import sys; from complete_fn.cli.main import main; sys.exit(main())'"
 
 COUNT = """
 import json, sqlite3, sys

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from complete_fn.catalogue import find_model
+from complete_fn.engines.catalogue import find_model
 
 pytestmark = pytest.mark.engine
 CONFIG = json.loads((find_model("demo-llama").local_folder or Path()).joinpath("config.json").read_text())

@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 USER = f"""
 import json
 from pathlib import Path
-from complete_fn.catalogue import Model
+from complete_fn.engines.catalogue import Model
 from complete_fn.settings import load_settings
 from complete_fn.types import CompletionRequest, SamplingParams
 from complete_fn_workers.embedded import open_engine

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from complete_fn.catalogue import Model, find_model
+from complete_fn.engines.catalogue import Model, find_model
 from complete_fn.settings import Settings
 from complete_fn.types import Completion, CompletionRequest
 from complete_fn_workers.embedded import open_engine

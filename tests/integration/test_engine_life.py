@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from complete_fn.catalogue import Model
+from complete_fn.engines.catalogue import Model
 from complete_fn.errors import EngineError, EngineMissingError, UnknownModelError
 from complete_fn.settings import Settings
 from complete_fn.types import CompletionRequest, SamplingParams
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engine
 PARENT = """
 import itertools, os, sys, time
 from pathlib import Path
-from complete_fn.catalogue import Model
+from complete_fn.engines.catalogue import Model
 from complete_fn.settings import Settings
 from complete_fn.types import CompletionRequest, SamplingParams
 from complete_fn_workers.embedded import open_engine

@@ -156,7 +156,7 @@ def test_count_tokens_is_what_the_prompt_costs(engine: Any) -> None:
 def test_model_without_chat_template_gets_the_bare_prompt(
     needs_vllm: None, tmp_path: Any, make_tiny_model: Any
 ) -> None:
-    from complete_fn.catalogue import Model
+    from complete_fn.engines.catalogue import Model
     from complete_fn.settings import Settings
     from complete_fn_workers.embedded import open_engine
 
@@ -198,12 +198,12 @@ def test_all_device_time_of_an_engine_is_in_the_ledger(engine: Any, tiny_entry: 
     """Answered rows, a stream that is dropped half-way, an idle second: the lines add up to what the child metered."""
     import sqlalchemy as sa
 
-    from complete_fn.device_time import note_device_time
-    from complete_fn.keys import Call
-    from complete_fn.prompts import text_column
-    from complete_fn.runner import Tools, run
-    from complete_fn.store import Store
-    from complete_fn.tables import ledger
+    from complete_fn.engines.call import Call
+    from complete_fn.execution.runner import Tools, run
+    from complete_fn.history.device_time import note_device_time
+    from complete_fn.prompts.templates import text_column
+    from complete_fn.store.store import Store
+    from complete_fn.store.tables import ledger
     from complete_fn.types import Asker
 
     ask(engine, "warm up", max_tokens=1)

@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
-from complete_fn import http_chat
-from complete_fn.catalogue import Model
+from complete_fn.engines import openai_chat as http_chat
+from complete_fn.engines.catalogue import Model
+from complete_fn.engines.http_engine import HttpEngine, open_engine
 from complete_fn.errors import EngineBusyError, EngineError, RequestError
-from complete_fn.http_engine import HttpEngine, open_engine
 from complete_fn.settings import Settings
 from complete_fn.types import Completion, CompletionRequest, Message, SamplingParams, Usage
 

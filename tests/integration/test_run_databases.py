@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from complete_fn import EchoEngine
 from complete_fn.errors import InputError
-from complete_fn.row_databases import Query, open_database
+from complete_fn.rows.databases import Query, open_database
 from deploy.servers import Postgres
 
 MODELS = '[models.echo]\ncheckpoint = "echo"\nengine = "echo"\nmax_model_len = 40\nprices = { input = 1, output = 1 }\n'
@@ -218,7 +218,7 @@ def test_passwords_are_not_told(
 
 
 def test_values_of_every_kind_come_through(tmp_path: Path) -> None:
-    from complete_fn.row_databases import batch_of, plain
+    from complete_fn.rows.databases import batch_of, plain
 
     values = [Decimal("1.5"), datetime(2026, 1, 2), date(2026, 1, 2), {"a": 1}, [1], b"x", memoryview(b"y"), None]
     assert [plain(v) for v in values] == [*values[:3], '{"a": 1}', "[1]", b"x", b"y", None]
@@ -230,7 +230,7 @@ def test_values_of_every_kind_come_through(tmp_path: Path) -> None:
 def test_a_write_does_not_wait_for_ever_behind_a_lock(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("complete_fn.row_databases.LOCK_SECONDS", 1)
+    monkeypatch.setattr("complete_fn.rows.databases.LOCK_SECONDS", 1)
     opened = contextmanager(mariadb)() if kind == "mariadb" else request.getfixturevalue("postgres").database()
     with opened as url:
         database = open_database(url)

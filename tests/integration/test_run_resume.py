@@ -14,10 +14,10 @@ import pytest
 import sqlalchemy as sa
 
 from complete_fn import EchoEngine
-from complete_fn.catalogue import Model
-from complete_fn.prompt_bound import PromptBound
-from complete_fn.store import Store
-from complete_fn.tables import ledger
+from complete_fn.engines.catalogue import Model
+from complete_fn.spending.token_bound import PromptBound
+from complete_fn.store.store import Store
+from complete_fn.store.tables import ledger
 from complete_fn.types import Completion
 
 MODELS = '[models.echo]\ncheckpoint = "echo"\nengine = "echo"\nmax_model_len = 60\nprices = { input = 1, output = 1 }\n'
@@ -28,8 +28,8 @@ Shell = Callable[..., int]
 @pytest.fixture
 def shell(open_shell: Callable[..., Shell], monkeypatch: pytest.MonkeyPatch) -> Shell:
     """`complete-fn` with windows of 10 rows, in a folder of its own."""
-    monkeypatch.setattr("complete_fn.windows.BATCH_ROWS", 5)
-    monkeypatch.setattr("complete_fn.row_databases.BATCH_ROWS", 5)
+    monkeypatch.setattr("complete_fn.rows.readers.BATCH_ROWS", 5)
+    monkeypatch.setattr("complete_fn.rows.databases.BATCH_ROWS", 5)
     return open_shell(MODELS, 10)
 
 
@@ -203,7 +203,7 @@ def test_rows_that_the_budget_refused_are_asked_when_there_is_more(
         kept.append(place)
         raise KeyboardInterrupt
 
-    from complete_fn import windowed
+    from complete_fn.cli import run_windows as windowed
 
     real = windowed.keep
     monkeypatch.setattr(windowed, "keep", interrupted)

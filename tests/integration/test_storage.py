@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from complete_fn.errors import InvalidOptionError, NotFoundError, StoreError
-from complete_fn.storage import Storage
+from complete_fn.rows.object_storage import Storage
 from tests.objects import SETTINGS, object_server
 
 MODELS = '[models.echo]\ncheckpoint = "echo"\nengine = "echo"\nmax_model_len = 40\nprices = { input = 1, output = 1 }\n'

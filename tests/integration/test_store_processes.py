@@ -10,14 +10,14 @@ import pytest
 import sqlalchemy as sa
 
 from complete_fn.errors import StoreBusyError
-from complete_fn.store import Store
-from complete_fn.tables import answers, attempts, ledger
+from complete_fn.store.store import Store
+from complete_fn.store.tables import answers, attempts, ledger
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from complete_fn.ledger import LedgerLine
-from complete_fn.store import Store, Stored
+from complete_fn.ledger.ledger import LedgerLine
+from complete_fn.store.store import Store, Stored
 from complete_fn.types import Asker, Completion, Usage
 path, worker, start = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 while time.time() < start:
@@ -34,7 +34,7 @@ store.finish(attempt, "done")
 HOLDER = """
 import sys
 from pathlib import Path
-from complete_fn.store import Store
+from complete_fn.store.store import Store
 with Store(Path(sys.argv[1])).write():
     print("held", flush=True)
     sys.stdin.read()
@@ -43,7 +43,7 @@ with Store(Path(sys.argv[1])).write():
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from complete_fn.store import Store
+from complete_fn.store.store import Store
 from complete_fn.types import Asker
 store = Store(Path(sys.argv[1]))
 store.admit(store.begin(Asker(job="j"), "m", "USD", "example"), 9, 90)
@@ -76,7 +76,7 @@ def test_processes_that_open_a_new_state_at_once(tmp_path: Path, attempt: int) -
 
 
 def test_a_process_that_holds_the_state_too_long_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.databases.BUSY_SECONDS", 0.3)
+    monkeypatch.setattr("complete_fn.store.backends.BUSY_SECONDS", 0.3)
     Store(tmp_path / "s").close()
     holder = start(HOLDER, tmp_path / "s")
     assert holder.stdout is not None

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from complete_fn.catalogue import Model
-from complete_fn.engine import EchoEngine
+from complete_fn.engines.base import EchoEngine
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model
 from complete_fn.errors import StoreError, StoreLostError
-from complete_fn.job_store import JobStore, worker_name
-from complete_fn.keys import Call
-from complete_fn.ledger import LedgerLine
-from complete_fn.prompts import text_column
-from complete_fn.runner import Tools, run
-from complete_fn.store import Store, Stored
-from complete_fn.tables import answers, attempts, ledger
+from complete_fn.execution.runner import Tools, run
+from complete_fn.jobs.job_store import JobStore, worker_name
+from complete_fn.ledger.ledger import LedgerLine
+from complete_fn.prompts.templates import text_column
+from complete_fn.store.store import Store, Stored
+from complete_fn.store.tables import answers, attempts, ledger
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 from deploy.servers import Postgres, running
 from tests.unit.test_jobs import PIECE, job
@@ -103,7 +103,7 @@ class Slow(EchoEngine):
 
 
 def test_a_run_outlives_restarts_of_its_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.slices.SLICE_SECONDS", 0.1)
+    monkeypatch.setattr("complete_fn.execution.commits.SLICE_SECONDS", 0.1)
     prompts = text_column([f"prompt {n}" for n in range(3000)])
     with running(Postgres) as server, server.database() as url:
         store, over = Store(url), threading.Event()

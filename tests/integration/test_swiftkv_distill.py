@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
 
-from complete_fn.catalogue import Model
-from complete_fn.engine import EchoEngine
+from complete_fn.engines.base import EchoEngine
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.keys import Call
 from complete_fn.types import SamplingParams
 from complete_fn_workers.demo_model.tokenizer import save_tokenizer, train_tokenizer
 from complete_fn_workers.swiftkv import distill as distilling

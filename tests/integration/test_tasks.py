@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from complete_fn import Completion, CompletionRequest
-from complete_fn.cli import main
+from complete_fn.cli.main import main
 from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn_connectors import polars as llm
 from complete_fn_connectors.duckdb import register, sql
@@ -147,7 +147,7 @@ def test_choices_on_complete(con: duckdb.DuckDBPyConnection) -> None:
 
 
 def test_an_answer_that_is_no_label_is_a_row_error(tmp_path: Path) -> None:
-    from complete_fn.structured import checked
+    from complete_fn.engines.structured_output import checked
 
     request = CompletionRequest("m", "p", choices=("red", "green"))
     assert checked(Completion(" red\n"), request).text == "red"

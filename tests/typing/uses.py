@@ -8,7 +8,7 @@ import duckdb
 import polars as pl
 
 from complete_fn import CompleteError, Completion, EchoEngine, Engine, Session, Usage
-from complete_fn.answers import Answers
+from complete_fn.execution.answers import Answers
 from complete_fn_connectors.duckdb import register
 from complete_fn_connectors.polars import complete
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.prompts import pack_messages, unpack
+from complete_fn.prompts.templates import pack_messages, unpack
 from complete_fn.types import Message
 from complete_fn_connectors.arrow import Group, by_group, groups, option_mapping, plain, prompt_column, prompt_structs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from complete_fn.catalogue import Model, find_model, load_catalogue
+from complete_fn.engines.catalogue import Model, find_model, load_catalogue
 from complete_fn.errors import InputError, UnknownModelError
 
 

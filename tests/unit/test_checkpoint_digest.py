@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from complete_fn import keys
-from complete_fn.catalogue import Model
+from complete_fn.engines import call as keys
+from complete_fn.engines.call import checkpoint_digest
+from complete_fn.engines.catalogue import Model
 from complete_fn.errors import EngineError
-from complete_fn.keys import checkpoint_digest
 
 
 @pytest.fixture(autouse=True)

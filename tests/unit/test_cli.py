@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import complete_fn
-from complete_fn import cli, wiring
-from complete_fn.answers import DETAILS
-from complete_fn.cli_state import moment
-from complete_fn.files import place_of
-from complete_fn.inputs import file_source
+from complete_fn import registry as wiring
+from complete_fn.cli import main as cli
+from complete_fn.cli.local_state import moment
+from complete_fn.cli.run_input import file_source
+from complete_fn.execution.answers import DETAILS
+from complete_fn.rows.formats import place_of
 
 MODELS = """
 [models.echo]
@@ -37,7 +38,7 @@ default_max_tokens = 24
 prices = { input = 1.0, output = 4.0 }
 """
 
-COMMAND = [sys.executable, "-c", "import sys; from complete_fn.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from complete_fn.cli.main import main; sys.exit(main())"]
 Run = Callable[..., int]
 
 
@@ -72,7 +73,7 @@ def test_every_verb_has_a_line(shell: Run, capsys: pytest.CaptureFixture[str]) -
 
 def test_help_loads_nothing_heavy() -> None:
     script = (
-        "import sys; from complete_fn.cli import main; main([]);"
+        "import sys; from complete_fn.cli.main import main; main([]);"
         "heavy = {'pyarrow', 'numpy', 'sqlalchemy', 'httpx', 'vllm', 'torch', 'tokenizers', 'tqdm'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from complete_fn.budget import Budget
-from complete_fn.catalogue import Model, Prices
-from complete_fn.engine import EchoEngine
-from complete_fn.estimate import TokenCount, count_cached, count_tokens, estimate, ratio_estimate
-from complete_fn.estimate_report import report
-from complete_fn.keys import Call
-from complete_fn.plan import make_plan
-from complete_fn.prompts import pack_messages, text_column
-from complete_fn.runner import Tools, run
-from complete_fn.store import Store
-from complete_fn.token_counts import count_with, template_tokens, token_sizes, tokenizer_file
+from complete_fn.engines.base import EchoEngine
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model, Prices
+from complete_fn.engines.tokenizer import count_with, template_tokens, token_sizes, tokenizer_file
+from complete_fn.estimates.estimate import TokenCount, count_cached, count_tokens, estimate, ratio_estimate
+from complete_fn.estimates.estimate_report import report
+from complete_fn.execution.run_state import Work
+from complete_fn.execution.runner import Tools, run
+from complete_fn.planning import make_plan
+from complete_fn.prompts.templates import pack_messages, text_column
+from complete_fn.spending.budget import Budget
+from complete_fn.store.store import Store
 from complete_fn.types import Asker, SamplingParams
-from complete_fn.work import Work
 
 PRICES = Prices(Decimal(2), Decimal(1), Decimal(8), "EUR", "yours")
 WORDS = ["package", "manager", "the", "installs", "a", "text", "editor", "zebra", "12345", "éè", "quick", "brown"]
@@ -128,7 +128,7 @@ def test_conversations_are_counted_by_what_they_say(tiny_entry: Model) -> None:
 
 def test_the_cached_share_is_that_of_whole_blocks(tiny_entry: Model) -> None:
     """By hand: every prompt is tokenised with its template and compared with the one before it in byte order."""
-    from complete_fn.token_counts import ids_with, template_around
+    from complete_fn.engines.tokenizer import ids_with, template_around
 
     texts = ["package " * 40 + " ".join(random.Random(n).choices(WORDS, k=20)) for n in range(60)]
     work = work_of(tiny_entry, text_column(texts))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from complete_fn import settings
-from complete_fn.wiring import VERBS
+from complete_fn.registry import VERBS
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import complete_fn_workers
-from complete_fn.token_counts import count_with
+from complete_fn.engines.tokenizer import count_with
 
 DEMO = Path(complete_fn_workers.__path__[0]) / "models" / "demo-llama" / "tokenizer.json"
 

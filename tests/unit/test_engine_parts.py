@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from complete_fn.engines.structured_output import checked
+from complete_fn.engines.tokenizer import encodable
 from complete_fn.settings import Settings
-from complete_fn.structured import checked
-from complete_fn.token_counts import encodable
 from complete_fn.types import Completion, CompletionRequest, Message
 from complete_fn_workers import engine_launch
 from complete_fn_workers.allocator import KEEP_MEMORY, allocator_environment, find_tcmalloc

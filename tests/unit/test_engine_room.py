@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from complete_fn import engine_room
-from complete_fn.engine_room import EngineRoom
-from complete_fn.stoppable import Stopped
+from complete_fn.engines import slots as engine_room
+from complete_fn.engines.slots import EngineRoom
+from complete_fn.engines.stoppable import Stopped
 
 NEVER = threading.Event()
 

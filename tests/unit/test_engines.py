@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from complete_fn import EchoEngine, Session, engines
-from complete_fn.catalogue import Model
-from complete_fn.engines import at_engine, close_engines, engine_for
+from complete_fn import EchoEngine, Session
+from complete_fn.engines import pool as engines
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model
+from complete_fn.engines.http_engine import HttpEngine
+from complete_fn.engines.pool import at_engine, close_engines, engine_for
 from complete_fn.errors import RequestError
-from complete_fn.http_engine import HttpEngine
-from complete_fn.keys import Call
 from complete_fn.settings import Settings, load_settings
 from complete_fn_workers.embedded import EmbeddedEngine, Link
 

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from complete_fn.field_prompts import FieldPrompt
-from complete_fn.plan.fields import arrange_prompts, best_fixed, cells_of
-from complete_fn.plan.recursion import Cells, Near, expected_hits, field_orders, row_order
-from complete_fn.plan.sizes import TokenSizes
+from complete_fn.planning.field_order import arrange_prompts, best_fixed, cells_of
+from complete_fn.planning.field_search import Cells, Near, expected_hits, field_orders, row_order
+from complete_fn.prompts.fields import FieldPrompt
+from complete_fn.tokens import TokenSizes
 
 SAMPLE = Path(__file__).parents[2] / "sql" / "examples" / "packages.parquet"
 FIELDS = ("source", "section", "maintainer", "description")
@@ -102,7 +102,7 @@ def test_each_row_has_each_field_once_and_no_fixed_order_is_better(rows: list[li
 
 
 def test_a_table_larger_than_a_window_is_ordered_in_windows(monkeypatch: object) -> None:
-    import complete_fn.plan.fields as fields
+    import complete_fn.planning.field_order as fields
 
     monkeypatch.setattr(fields, "WINDOW", 16)  # type: ignore[attr-defined]
     rows = [(f"source {n // 4} " * 8, f"maintainer {n % 5} " * 8, str(n)) for n in range(200)]

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from complete_fn.catalogue import Model
-from complete_fn.engine import EchoEngine
+from complete_fn.engines.base import EchoEngine
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.field_prompts import unpack_fields
-from complete_fn.keys import Call
-from complete_fn.prompts import render_column, text_column, unpack
-from complete_fn.runner import Tools, run
-from complete_fn.store import Store
+from complete_fn.execution.runner import Tools, run
+from complete_fn.prompts.fields import unpack_fields
+from complete_fn.prompts.templates import render_column, text_column, unpack
+from complete_fn.store.store import Store
 from complete_fn.types import Asker
 
 MODEL = Model("m", "m", engine="echo")
@@ -112,7 +112,7 @@ def test_the_details_say_in_which_order_the_model_saw_the_fields(rows: list[list
 
 
 def test_a_users_text_cannot_pose_as_packed_fields() -> None:
-    from complete_fn.prompts import escaped
+    from complete_fn.prompts.templates import escaped
 
     text = packed("{a}", a=["1"])[0].as_py()
     assert unpack(escaped(pa.array([text], pa.large_string()))[0].as_py()) == text

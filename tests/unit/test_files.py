@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from complete_fn.cli.run_input import file_source
 from complete_fn.errors import InputError
-from complete_fn.files import LineRows, Place, Rows, TableRows, place_of
-from complete_fn.inputs import file_source
-from complete_fn.json_line import json_line
-from complete_fn.outputs import refuse_output, writing
-from complete_fn.plan.batch import to_texts
+from complete_fn.planning.plan import to_texts
+from complete_fn.rows.formats import LineRows, Place, Rows, TableRows, place_of
+from complete_fn.rows.json_values import json_line
+from complete_fn.rows.writers import refuse_output, writing
 
 TABLE = pa.table(
     {
@@ -320,7 +320,7 @@ def test_bytes_that_are_no_utf8_are_escapes_that_every_reader_takes(tmp_path: Pa
 
 
 def test_text_that_is_utf8_is_not_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.outputs.to_texts", None)
+    monkeypatch.setattr("complete_fn.rows.writers.to_texts", None)
     texts = pa.chunked_array([pa.array(["é", None]), pa.array(["\U0001f980"])])
     table = pa.table({"text": texts, "large": texts.cast(pa.large_string()), "n": [1, 2, 3]}, metadata={"origin": "a"})
     place = place_of(str(tmp_path / "out.arrow"))

@@ -13,17 +13,17 @@ import pyarrow.compute as pc
 import pytest
 from pyarrow import csv, parquet
 
-from complete_fn.catalogue import Model, Prices
-from complete_fn.cli import main
-from complete_fn.device_time import DeviceTime
-from complete_fn.engine import EchoEngine
+from complete_fn.cli.main import main
+from complete_fn.engines.base import EchoEngine
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model, Prices
 from complete_fn.errors import InputError
-from complete_fn.focus import SCHEMA, charges, export
-from complete_fn.keys import Call
-from complete_fn.prompts import text_column
-from complete_fn.reports import usage
-from complete_fn.runner import Tools, run
-from complete_fn.store import Store
+from complete_fn.execution.runner import Tools, run
+from complete_fn.history.device_time import DeviceTime
+from complete_fn.ledger.focus_export import SCHEMA, charges, export
+from complete_fn.ledger.usage import usage
+from complete_fn.prompts.templates import text_column
+from complete_fn.store.store import Store
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 from complete_fn_workers.swiftkv.flops import skipped_share
 
@@ -133,7 +133,7 @@ def test_the_export_has_focus_columns_and_the_ledgers_sums(store: Store, tmp_pat
 
 
 def test_a_month_ends_where_the_next_begins(store: Store) -> None:
-    from complete_fn.focus import charge
+    from complete_fn.ledger.focus_export import charge
 
     class Row:
         hour = datetime(2026, 12, 31, 23, tzinfo=UTC).timestamp()

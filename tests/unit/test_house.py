@@ -13,7 +13,7 @@ import pytest
 
 import complete_fn
 from complete_fn.errors import EngineMissingError
-from complete_fn.wiring import DIALECTS, ENGINES, VERBS, resolve
+from complete_fn.registry import DIALECTS, ENGINES, VERBS, resolve
 
 ROOT = Path(__file__).parents[2]
 HEAVY = "vllm torch transformers pyarrow duckdb polars celery fastapi sqlalchemy numpy httpx"
@@ -47,7 +47,7 @@ def test_every_entry_of_the_wiring_table_resolves(target: str) -> None:
 def test_a_missing_library_names_the_command_that_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needs_vllm.py").write_text("import vllm_absent_for_test\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(__import__("complete_fn.wiring", fromlist=["x"]).REMEDIES, "vllm_absent_for_test", "do this")
+    monkeypatch.setitem(__import__("complete_fn.registry", fromlist=["x"]).REMEDIES, "vllm_absent_for_test", "do this")
     with pytest.raises(EngineMissingError, match=r"'vllm_absent_for_test' is not installed. Bring it with: do this"):
         resolve("needs_vllm:thing")
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from complete_fn.errors import JobError, NotFoundError, StoreError
-from complete_fn.job_store import DEATHS, JobStore, worker_name
-from complete_fn.jobs import JOB_MOVES, PART_MOVES, TRIES, Job
-from complete_fn.ledger import LedgerLine
-from complete_fn.store import Store
+from complete_fn.jobs.job import JOB_MOVES, PART_MOVES, TRIES, Job
+from complete_fn.jobs.job_store import DEATHS, JobStore, worker_name
+from complete_fn.ledger.ledger import LedgerLine
+from complete_fn.store.store import Store
 from complete_fn.types import Asker
 
 PIECE = {"model": "m", "options": "{}", "rows": 10, "tokens": 100}

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from complete_fn.errors import InputError
-from complete_fn.result_tables import KeysSeen
+from complete_fn.rows.result_tables import KeysSeen
 
 
 @pytest.mark.parametrize(

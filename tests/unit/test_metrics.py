@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from complete_fn.engine import EchoEngine
+from complete_fn.engines.base import EchoEngine
 from complete_fn_workers.metrics import common_subsequence, exact_match, macro_f1, rouge_l
 from complete_fn_workers.swiftkv.evaluate import compare_answers, table
 from complete_fn_workers.swiftkv.examples import Row

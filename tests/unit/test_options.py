@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from complete_fn.errors import InvalidOptionError
-from complete_fn.options import SCHEMA_DEPTH, canonical_schema, parse_options
+from complete_fn.prompts.options import SCHEMA_DEPTH, canonical_schema, parse_options
 from complete_fn.types import SamplingParams
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}

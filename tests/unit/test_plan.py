@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from complete_fn.plan import BatchPlan, make_plan
-from complete_fn.plan.parts import cut_parts
-from complete_fn.prompts import escape
+from complete_fn.planning import BatchPlan, make_plan
+from complete_fn.planning.parts import cut_parts
+from complete_fn.prompts.templates import escape
 
 # What reaches the planner is escaped: a leading NUL is the mark of packed messages and fields.
 prompt_lists = st.lists(st.none() | st.text(max_size=12).map(escape), max_size=40)
@@ -57,7 +57,7 @@ def test_any_string_type_and_any_chunks_plan_alike(kind: pa.DataType) -> None:
 
 
 def test_duplicates_are_found_across_the_comparison_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    import complete_fn.plan.duplicates as duplicates
+    import complete_fn.planning.duplicates as duplicates
 
     monkeypatch.setattr(duplicates, "WINDOW", 3)
     plan = make_plan(pa.array([str(n // 4) for n in range(40)]))
@@ -66,7 +66,7 @@ def test_duplicates_are_found_across_the_comparison_windows(monkeypatch: pytest.
 
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=60), st.integers(1, 50))
 def test_parts_cover_the_work_and_keep_their_bound(prompts: list[str], bound: int) -> None:
-    from complete_fn.plan.parts import estimated_tokens
+    from complete_fn.planning.parts import estimated_tokens
 
     plan = cut_parts(make_plan(pa.array(prompts)), part_tokens=bound)
     parts, tokens = plan.parts.tolist(), estimated_tokens(plan)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from complete_fn.plan import BatchPlan, TokenSizes, make_plan
-from complete_fn.plan.fields import rendered
-from complete_fn.plan.parts import cut_parts
-from complete_fn.plan.prefix_tree import common_tokens
-from complete_fn.prompts import render_column
+from complete_fn.planning import BatchPlan, TokenSizes, make_plan
+from complete_fn.planning.field_order import rendered
+from complete_fn.planning.parts import cut_parts
+from complete_fn.planning.prefix_tree import common_tokens
+from complete_fn.prompts.templates import render_column
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEAM = "Debian Perl Group, who maintain several thousand packages of modules together"

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.prompts import escape, escaped, pack_messages, parse_template, render_column, template_fields, unpack
+from complete_fn.prompts.templates import (
+    escape,
+    escaped,
+    pack_messages,
+    parse_template,
+    render_column,
+    template_fields,
+    unpack,
+)
 from complete_fn.types import Message
 
 

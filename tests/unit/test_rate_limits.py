@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from complete_fn.errors import RateLimitError
-from complete_fn.key_store import Principal
+from complete_fn.jobs.api_keys import Principal
 from complete_fn.server.rate_limits import RateLimits
-from complete_fn.store import Store
+from complete_fn.store.store import Store
 
 
 class Clock:

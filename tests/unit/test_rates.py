@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from complete_fn.catalogue import Model
-from complete_fn.engine import EchoEngine
-from complete_fn.keys import Call
-from complete_fn.plan import make_plan
-from complete_fn.prompts import text_column
-from complete_fn.rates import Meter, Run, amounts, instruction, kind_of, lengths, past, rates
-from complete_fn.runner import Tools, run
-from complete_fn.store import Store
+from complete_fn.engines.base import EchoEngine
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model
+from complete_fn.execution.runner import Tools, run
+from complete_fn.history.run_history import Meter, Run, amounts, instruction, kind_of, lengths, past, rates
+from complete_fn.planning import make_plan
+from complete_fn.prompts.templates import text_column
+from complete_fn.store.store import Store
 from complete_fn.types import Asker, Usage
 
 MODEL = Model("m", "m", engine="echo")

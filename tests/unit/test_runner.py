@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from complete_fn import CompletionWarning, EchoEngine, Session
-from complete_fn.budget import Budget
+from complete_fn.engines.call import Call
+from complete_fn.engines.stoppable import StoppableEngine, Stopped
 from complete_fn.errors import EngineError, InvalidOptionError, RowFailedError, UnknownModelError
-from complete_fn.keys import Call
-from complete_fn.options import parse_options
-from complete_fn.prompts import text_column
-from complete_fn.runner import Tools, run
-from complete_fn.stoppable import StoppableEngine, Stopped
-from complete_fn.tables import ledger
+from complete_fn.execution.runner import Tools, run
+from complete_fn.prompts.options import parse_options
+from complete_fn.prompts.templates import text_column
+from complete_fn.spending.budget import Budget
+from complete_fn.store.tables import ledger
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 
 
@@ -224,7 +224,7 @@ def test_what_was_finished_before_a_fault_is_kept_and_not_paid_again(
 def test_a_slice_is_committed_by_time_even_when_the_engine_is_slow(
     tmp_path: Path, priced: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("complete_fn.slices.SLICE_SECONDS", 0.1)
+    monkeypatch.setattr("complete_fn.execution.commits.SLICE_SECONDS", 0.1)
     s = session(tmp_path, priced, Slow(0.3))
     worker = threading.Thread(target=lambda: s.complete("echo", [f"p {n}" for n in range(20)]))
     worker.start()

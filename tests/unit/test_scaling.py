@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from complete_fn.devices import device_shares, visible_devices, within_devices
 from complete_fn.errors import InvalidOptionError
-from complete_fn.fleet import Fleet, worker_starter
-from complete_fn.scaling import desired_workers, parse_workers
+from complete_fn.jobs.worker_store import Beat, ModelState, WorkerStore, own_id
 from complete_fn.settings import Settings
-from complete_fn.store import Store
-from complete_fn.worker_store import Beat, ModelState, WorkerStore, own_id
+from complete_fn.store.store import Store
+from complete_fn.worker.devices import device_shares, visible_devices, within_devices
+from complete_fn.worker.fleet import Fleet, worker_starter
+from complete_fn.worker.scaling import desired_workers, parse_workers
 
 models = st.sampled_from(["a", "b", "c"])
 queues = st.dictionaries(models, st.integers(0, 10**9))
@@ -102,7 +102,7 @@ class Crew:
 
 @pytest.fixture
 def crew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Crew:
-    monkeypatch.setattr("complete_fn.worker_store.process_gone", lambda beat: False)
+    monkeypatch.setattr("complete_fn.jobs.worker_store.process_gone", lambda beat: False)
     return Crew(tmp_path, 0, 2)
 
 
@@ -185,7 +185,7 @@ def test_accelerators_are_those_that_the_environment_leaves(
 ) -> None:
     for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(nodes))):
         (tmp_path / name).touch()
-    monkeypatch.setattr("complete_fn.devices.NODES", tmp_path)
+    monkeypatch.setattr("complete_fn.worker.devices.NODES", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)

@@ -12,17 +12,17 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from complete_fn import service_tables
-from complete_fn.databases import masked
 from complete_fn.errors import StoreError, StoreLostError
-from complete_fn.schema import HEAD, configuration
 from complete_fn.settings import load_settings
-from complete_fn.store import Store
-from complete_fn.tables import metadata
+from complete_fn.store import job_tables as service_tables
+from complete_fn.store.backends import masked
+from complete_fn.store.schema import HEAD, configuration
+from complete_fn.store.store import Store
+from complete_fn.store.tables import metadata
 
 OPENER = """
 import sys, time
-from complete_fn.store import Store
+from complete_fn.store.store import Store
 from complete_fn.types import Asker
 while time.time() < float(sys.argv[2]):
     pass
@@ -53,7 +53,7 @@ def test_processes_that_open_a_new_store_at_once(store_url: str) -> None:
 
 def test_a_current_store_is_opened_without_alembic(store_url: str) -> None:
     Store(store_url).close()
-    code = "import sys; from complete_fn.store import Store; Store(sys.argv[1]); assert 'alembic' not in sys.modules"
+    code = "import sys; from complete_fn.store.store import Store; Store(sys.argv[1]); assert 'alembic' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, store_url], check=True, timeout=120)
 
 

@@ -18,18 +18,18 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from complete_fn.catalogue import Model, Prices
-from complete_fn.databases import refuse_network
-from complete_fn.engine import EchoEngine, prompt_text
+from complete_fn.engines.base import EchoEngine, prompt_text
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model, Prices
 from complete_fn.errors import StoreError
-from complete_fn.keys import Call
-from complete_fn.ledger import LedgerLine, money
-from complete_fn.options import CacheMode
-from complete_fn.prompts import text_column
-from complete_fn.runner import Tools, run
-from complete_fn.slices import Slices
-from complete_fn.store import Store, Stored
-from complete_fn.tables import answers, attempts, ledger
+from complete_fn.execution.commits import Slices
+from complete_fn.execution.runner import Tools, run
+from complete_fn.ledger.ledger import LedgerLine, money
+from complete_fn.prompts.options import CacheMode
+from complete_fn.prompts.templates import text_column
+from complete_fn.store.backends import refuse_network
+from complete_fn.store.store import Store, Stored
+from complete_fn.store.tables import answers, attempts, ledger
 from complete_fn.types import Asker, Completion, CompletionRequest, SamplingParams, Usage
 
 PRICES = Prices(Decimal("1.25"), Decimal("0.3"), Decimal("4.5"), "EUR", "yours")
@@ -387,7 +387,7 @@ def test_rounding_stays_below_a_nano_unit_a_line(store: Store) -> None:
 
 
 def test_slices_are_committed_by_time_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.slices.SLICE_SECONDS", 0.05)
+    monkeypatch.setattr("complete_fn.execution.commits.SLICE_SECONDS", 0.05)
     seen = threading.Event()
     original = Slices.commit
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from complete_fn.bounds import DAY, GIB, HOUR, clear, prune, used_bytes
-from complete_fn.databases import Sqlite
-from complete_fn.engine import EchoEngine
+from complete_fn.engines.base import EchoEngine
 from complete_fn.errors import InvalidOptionError
-from complete_fn.ledger import LedgerLine
+from complete_fn.ledger.ledger import LedgerLine
+from complete_fn.ledger.pruning import DAY, GIB, HOUR, clear, prune, used_bytes
 from complete_fn.session import Session
 from complete_fn.settings import load_settings
-from complete_fn.store import Store, Stored
-from complete_fn.tables import answers, attempts, ledger
+from complete_fn.store.backends import Sqlite
+from complete_fn.store.store import Store, Stored
+from complete_fn.store.tables import answers, attempts, ledger
 from complete_fn.types import Asker, Completion
 
 NOW = time.time()

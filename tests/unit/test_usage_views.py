@@ -12,11 +12,11 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from complete_fn.cli import main
-from complete_fn.keys import Call
-from complete_fn.prompts import text_column
-from complete_fn.runner import Tools, run
-from complete_fn.store import Store
+from complete_fn.cli.main import main
+from complete_fn.engines.call import Call
+from complete_fn.execution.runner import Tools, run
+from complete_fn.prompts.templates import text_column
+from complete_fn.store.store import Store
 from complete_fn.types import Asker
 from tests.unit.test_focus import MODEL, Metered
 

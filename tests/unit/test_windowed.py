@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from complete_fn import EchoEngine
+from complete_fn.cli.run_input import file_source
 from complete_fn.errors import InputError
-from complete_fn.files import Place, common_schema, json_column, place_of
-from complete_fn.inputs import file_source
-from complete_fn.row_databases import Query
-from complete_fn.sources import one_select
-from complete_fn.windows import FileSource
+from complete_fn.rows.databases import Query
+from complete_fn.rows.formats import Place, common_schema, json_column, place_of
+from complete_fn.rows.readers import FileSource
+from complete_fn.service.sources import one_select
 
 MODELS = '[models.echo]\ncheckpoint = "echo"\nengine = "echo"\nmax_model_len = 40\nprices = { input = 1, output = 1 }\n'
 ROWS = 130
@@ -89,8 +89,8 @@ def test_a_broken_run_passes_by_the_windows_it_has(
 
 def test_a_changed_input_is_not_answered_by_old_windows(shell: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("complete_fn.windowed.end", lambda _: None)
-        patch.setattr("complete_fn.cli_run.end", lambda _: None)
+        patch.setattr("complete_fn.cli.run_windows.end", lambda _: None)
+        patch.setattr("complete_fn.cli.run.end", lambda _: None)
         assert shell(*RUN, "in.parquet", "-o", "b.parquet", "--quiet") == 0
     table = pq.read_table("in.parquet")
     pq.write_table(table.set_column(1, "text", pa.array([f"new {n}" for n in range(ROWS)])), "in.parquet")
@@ -167,7 +167,7 @@ def test_an_empty_table_is_one_empty_window(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.windows.LINE_BYTES", 1000)
+    monkeypatch.setattr("complete_fn.rows.readers.LINE_BYTES", 1000)
     (tmp_path / "x.jsonl").write_text('{"a": "' + "x" * 2000)
     source: FileSource = file_source(Place(str(tmp_path / "x.jsonl"), "jsonl"))[0]
     with pytest.raises(InputError, match="more than 1,000 bytes"):

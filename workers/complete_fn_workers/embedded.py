@@ -22,13 +22,13 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from complete_fn.catalogue import Model
-from complete_fn.device_time import DeviceTime
-from complete_fn.disk import here
+from complete_fn.engines.catalogue import Model
+from complete_fn.engines.structured_output import checked
+from complete_fn.engines.tokenizer import count_with, encodable, tokenizer_file
 from complete_fn.errors import EngineError
+from complete_fn.history.device_time import DeviceTime
+from complete_fn.host import here
 from complete_fn.settings import Settings
-from complete_fn.structured import checked
-from complete_fn.token_counts import count_with, encodable, tokenizer_file
 from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 from complete_fn_workers.engine_launch import EnginePlace, engine_place, engine_spec, join_engine, knock, log_tail
 from complete_fn_workers.engine_wire import RECEIVE_BYTES, Frames, pack

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-from complete_fn.queue import TASK, Bell, celery_app
+from complete_fn.jobs.queue import TASK, Bell, celery_app
 from complete_fn_workers.celery_internals import make_worker, stop_workers
 
 LOG = logging.getLogger("complete_fn.worker")

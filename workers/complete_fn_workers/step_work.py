@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from complete_fn.least_squares import nonnegative
+from complete_fn.history.least_squares import nonnegative
 from complete_fn_workers.swiftkv.flops import head_size, layer_flops, skipped_share
 
 BALANCE = 50.0  # FLOPs that a device does while it reads a byte, before anything is measured

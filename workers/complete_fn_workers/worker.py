@@ -20,15 +20,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from complete_fn.cli import OK, Parser, add_home
-from complete_fn.disk import here
+from complete_fn.cli.main import OK, Parser, add_home
 from complete_fn.errors import InvalidOptionError, StoreError
-from complete_fn.queue import CeleryQueue
-from complete_fn.server.internal import internal_secret, serve_internal
-from complete_fn.service import Service
+from complete_fn.host import here
+from complete_fn.jobs.queue import CeleryQueue
+from complete_fn.jobs.worker_store import Beat, own_id
+from complete_fn.server.worker_api import internal_secret, serve_internal
+from complete_fn.service.service import Service
 from complete_fn.settings import load_settings
-from complete_fn.worker_loop import AT_ONCE, TAILS, WorkerLoop
-from complete_fn.worker_store import Beat, own_id
+from complete_fn.worker.loop import AT_ONCE, TAILS, WorkerLoop
 from complete_fn_workers.messages import Messages
 
 LOG = logging.getLogger("complete_fn.worker")

@@ -20,9 +20,9 @@ import pytest
 import uvicorn
 
 from complete_fn import EchoEngine
-from complete_fn.rounds import Rounds
 from complete_fn.server.app import make_app
-from complete_fn.service import Service
+from complete_fn.service.service import Service
+from complete_fn.worker.maintenance import Rounds
 from deploy.servers import binary
 
 SQL = Path(__file__).parents[3] / "sql" / "complete_fn_sql"

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from complete_fn.catalogue import find_model
 from complete_fn.client import Client
-from complete_fn.service import Service
+from complete_fn.engines.catalogue import find_model
+from complete_fn.service.service import Service
 from complete_fn_connectors.duckdb import register
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.polars import complete

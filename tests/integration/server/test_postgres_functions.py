@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from complete_fn import EchoEngine
-from complete_fn.tables import attempts
+from complete_fn.store.tables import attempts
 from deploy.servers import Postgres
 
 from .conftest import Install, Running, psql

@@ -12,9 +12,9 @@ import pytest
 
 from complete_fn import EchoEngine
 from complete_fn.errors import EngineError
-from complete_fn.reports import usage
+from complete_fn.ledger.usage import usage
 from complete_fn.settings import load_settings
-from complete_fn.store import Store
+from complete_fn.store.store import Store
 from complete_fn_connectors.duckdb import register
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.polars import complete

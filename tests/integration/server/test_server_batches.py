@@ -14,8 +14,8 @@ import pytest
 
 from complete_fn import EchoEngine
 from complete_fn.server.batch_lines import Line, read_line
-from complete_fn.server.routes_batches import OUTPUTS, REQUESTS
-from complete_fn.service import Limits, Service
+from complete_fn.server.routes.openai.batches import OUTPUTS, REQUESTS
+from complete_fn.service.service import Limits, Service
 from complete_fn.types import Completion, CompletionRequest
 
 CHAT = "/v1/chat/completions"

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from complete_fn.cli import main
+from complete_fn.cli.main import main
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from complete_fn import Client, Session
-from complete_fn.cli import main
+from complete_fn.cli.main import main
 from complete_fn.errors import (
     EngineBusyError,
     EngineError,
@@ -25,7 +25,7 @@ from complete_fn.errors import (
     KeyRefusedError,
     UnknownModelError,
 )
-from complete_fn.reports import usage
+from complete_fn.ledger.usage import usage
 
 TABLE = pa.table({"id": [1, 2, 3], "text": ["a", None, "c c"]})
 
@@ -64,7 +64,7 @@ def test_what_the_service_refuses_is_raised_as_what_it_is(running: Any) -> None:
 
 
 def test_a_busy_service_is_asked_again(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.server.refusals.RETRY_SECONDS", 1)
+    monkeypatch.setattr("complete_fn.server.error_replies.RETRY_SECONDS", 1)
     monkeypatch.setattr("complete_fn.server.table_slots.MOST", 0)
     with pytest.raises(EngineBusyError, match="read or write tables already"):
         Client(running.url, timeout=0.5).submit(TABLE, "echo", "Say: {text}")

@@ -21,13 +21,13 @@ import pytest
 import sqlalchemy as sa
 
 from complete_fn import Completion, CompletionRequest, EchoEngine
-from complete_fn.callouts import Name
-from complete_fn.disk import here, process_started
 from complete_fn.errors import EngineError
-from complete_fn.retention import expire
-from complete_fn.server.dialect_replies import dialect_of
-from complete_fn.service_tables import call_outs
-from complete_fn.tables import ledger
+from complete_fn.host import here, process_started
+from complete_fn.server.call_out_replies import dialect_of
+from complete_fn.service.call_out_batches import Name
+from complete_fn.service.retention import expire
+from complete_fn.store.job_tables import call_outs
+from complete_fn.store.tables import ledger
 
 from .conftest import Running
 
@@ -224,7 +224,7 @@ def test_who_asks_for_a_batch_of_another_process_is_not_sent_away_at_once(
 def test_who_asks_for_a_batch_of_another_process_gets_its_values(
     elsewhere: tuple[Running, subprocess.Popen[bytes], Name], monkeypatch: pytest.MonkeyPatch, how: str, value: str
 ) -> None:
-    monkeypatch.setattr("complete_fn.server.routes_dialects.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("complete_fn.server.routes.call_outs.LOOK_SECONDS", 0.1)
     running, other, name = elsewhere
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(post, running, "redshift", [["echo", "x"]])
@@ -399,7 +399,7 @@ def test_a_crowd_is_sent_away_early(
     serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, warehouse: str, status: int
 ) -> None:
     running = serve()
-    monkeypatch.setattr("complete_fn.merging.WAITING", 0)
+    monkeypatch.setattr("complete_fn.service.call_out_merging.WAITING", 0)
     reply = post(running, warehouse, [["echo", "x"]])
     assert reply.status_code == status
     if warehouse != "redshift":

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from complete_fn import engines
-from complete_fn.catalogue import Model
-from complete_fn.keys import Call
-from complete_fn.prompts import text_column
-from complete_fn.reports import usage
-from complete_fn.service import Service
+from complete_fn.engines import pool as engines
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model
+from complete_fn.ledger.usage import usage
+from complete_fn.prompts.templates import text_column
+from complete_fn.service.service import Service
 from complete_fn.types import Asker
 
 

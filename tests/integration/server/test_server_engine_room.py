@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from complete_fn import EchoEngine
-from complete_fn.catalogue import Model
-from complete_fn.service import Service
+from complete_fn.engines.catalogue import Model
+from complete_fn.service.service import Service
 from complete_fn.settings import Settings
 from complete_fn.types import Completion, CompletionRequest
 from tests.integration.server.conftest import Running, at_service
@@ -50,9 +50,9 @@ class Engines:
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
     found = Engines()
-    monkeypatch.setattr("complete_fn.engine.open_engine", found)
+    monkeypatch.setattr("complete_fn.engines.base.open_engine", found)
     monkeypatch.setenv("COMPLETE_FN_ENGINES", "1")
-    monkeypatch.setattr("complete_fn.submit.PART_ROWS", 20)
+    monkeypatch.setattr("complete_fn.service.submit.PART_ROWS", 20)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from complete_fn.sources import open_source
+from complete_fn.service.sources import open_source
 from tests.integration.server.conftest import Running
 from tests.integration.server.test_server_jobs import ROWS, parquet_bytes, submit, upload, wait
 
@@ -43,7 +43,7 @@ def test_one_tenants_tables_keep_nobody_waiting(running: Running, monkeypatch: p
         gate.wait(60)
         return open_source(*given)
 
-    monkeypatch.setattr("complete_fn.server.routes_estimate.open_source", slow)
+    monkeypatch.setattr("complete_fn.server.routes.jobs.estimate.open_source", slow)
     busy, other = (running.service.keys.create(tenant, "ann") for tenant in ("busy", "other"))
     with running.http(busy) as client:
         body = asked(upload(client, parquet_bytes(ROWS)))

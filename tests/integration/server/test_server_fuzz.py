@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
 from complete_fn import EchoEngine
-from complete_fn.server.live import AT_ONCE
-from complete_fn.service import Service
+from complete_fn.server.live_chat import AT_ONCE
+from complete_fn.service.service import Service
 from tests.integration.server.conftest import at_service, write_models
 
 QUICK, THOROUGH = 40, 4000  # requests

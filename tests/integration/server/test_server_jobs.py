@@ -19,8 +19,8 @@ from pyarrow import parquet
 
 from complete_fn import EchoEngine
 from complete_fn.errors import EngineError
-from complete_fn.service import Limits
-from complete_fn.tables import answers, ledger
+from complete_fn.service.service import Limits
+from complete_fn.store.tables import answers, ledger
 from complete_fn.types import Completion, CompletionRequest
 
 ROWS = [{"id": n, "text": f"word {n % 7}" if n % 10 else None} for n in range(100)]
@@ -214,7 +214,7 @@ def test_a_service_that_ends_gives_its_parts_back_and_the_next_goes_on(serve: Ca
 def test_rows_that_are_done_can_be_fetched_before_the_job_is_over(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("complete_fn.submit.PART_TOKENS", 400)
+    monkeypatch.setattr("complete_fn.service.submit.PART_TOKENS", 400)
     engine = Slow(0.05)
     with serve(engine).http() as client:
         job = submit(client, upload(client, parquet_bytes([{"n": n, "text": f"row {n}"} for n in range(400)])))["id"]
@@ -256,8 +256,8 @@ def test_an_engine_that_cannot_work_fails_the_job_after_three_tries(serve: Calla
 
     running = serve(Dead())
     with pytest.MonkeyPatch.context() as patch, running.http() as client:
-        patch.setattr("complete_fn.worker_loop.RETRY_SECONDS", 0.0)
-        patch.setattr("complete_fn.worker_loop.IDLE_SECONDS", 0.05)
+        patch.setattr("complete_fn.worker.loop.RETRY_SECONDS", 0.0)
+        patch.setattr("complete_fn.worker.loop.IDLE_SECONDS", 0.05)
         job = wait(client, submit(client, upload(client, parquet_bytes(ROWS)))["id"], ("failed",))
     assert Dead.tries == 3
     assert job["error"] == "No memory left."

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from complete_fn.service import Limits
+from complete_fn.service.service import Limits
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 

@@ -13,24 +13,25 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from complete_fn import EchoEngine, windows
-from complete_fn.deliveries import LeaseLost, claim, move
-from complete_fn.disk import here
+from complete_fn import EchoEngine
+from complete_fn.engines.prices import nano
+from complete_fn.engines.throughput import Watch
 from complete_fn.errors import EngineError, InputError, StoreError, StoreLostError
-from complete_fn.job_results import result_windows
-from complete_fn.job_store import worker_name
-from complete_fn.jobs import Job, Part
-from complete_fn.key_store import Principal
-from complete_fn.pace import Watch
-from complete_fn.prices import nano
-from complete_fn.rerun import rerun
-from complete_fn.service import Service
-from complete_fn.service_tables import parts
-from complete_fn.sinks import promise
-from complete_fn.submit import TableSpec, submit_table
-from complete_fn.tables import attempts
+from complete_fn.host import here
+from complete_fn.jobs.api_keys import Principal
+from complete_fn.jobs.job import Job, Part
+from complete_fn.jobs.job_store import worker_name
+from complete_fn.rows import readers as windows
+from complete_fn.service.delivery import LeaseLost, claim, move
+from complete_fn.service.rerun import rerun
+from complete_fn.service.results import result_windows
+from complete_fn.service.service import Service
+from complete_fn.service.sinks import promise
+from complete_fn.service.submit import TableSpec, submit_table
+from complete_fn.store.job_tables import parts
+from complete_fn.store.tables import attempts
 from complete_fn.types import Asker, Completion, CompletionRequest
-from complete_fn.worker_loop import Hand, WorkerLoop
+from complete_fn.worker.loop import Hand, WorkerLoop
 from tests.integration.server.conftest import write_models
 from tests.integration.server.test_server_jobs import parquet_bytes
 
@@ -199,7 +200,7 @@ def rows_of(service: Service, job: Job) -> list[dict[str, Any]]:
 def test_a_job_that_fails_keeps_what_was_paid_and_a_rerun_pays_for_the_rest(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("complete_fn.worker_loop.RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("complete_fn.worker.loop.RETRY_SECONDS", 0.02)
     engine = Dying(150)
     service.engine = engine
     job = submit(service, 200, options={"temperature": 0.7})  # no answer is shared with other jobs
@@ -229,7 +230,7 @@ def test_the_rows_costs_add_up_to_the_bill_of_a_job_that_changed_hands(service: 
 
 
 def test_a_storage_that_is_away_for_seconds_costs_no_job(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.worker_loop.RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("complete_fn.worker.loop.RETRY_SECONDS", 0.02)
     job = submit(service, 20)
     real, refused = service.storage.writing, []
 
@@ -267,9 +268,9 @@ def test_a_slow_storage_holds_up_no_lease_and_no_heartbeat(service: Service, mon
         cleaning.set()
         end.wait(30)
 
-    monkeypatch.setattr("complete_fn.worker_loop.expire", slow)
-    monkeypatch.setattr("complete_fn.worker_loop.RENEW_SECONDS", 0.1)
-    monkeypatch.setattr("complete_fn.worker_loop.BEAT_SECONDS", 0.1)
+    monkeypatch.setattr("complete_fn.worker.loop.expire", slow)
+    monkeypatch.setattr("complete_fn.worker.loop.RENEW_SECONDS", 0.1)
+    monkeypatch.setattr("complete_fn.worker.loop.BEAT_SECONDS", 0.1)
     service.engine = EchoEngine(row_seconds=0.02)
     submit(service, 200)
     loop = WorkerLoop(service, 1, tell=beats.append)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from complete_fn import totals
+from complete_fn.ledger import totals
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:

@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from complete_fn import EchoEngine
-from complete_fn.reports import usage
-from complete_fn.service import Limits
+from complete_fn.ledger.usage import usage
+from complete_fn.service.service import Limits
 from complete_fn.types import Completion, CompletionRequest, SamplingParams, Usage
 
 

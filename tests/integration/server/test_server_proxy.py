@@ -16,13 +16,13 @@ import openai
 import pytest
 
 from complete_fn import EchoEngine
-from complete_fn.fleet import Fleet
-from complete_fn.reports import usage
-from complete_fn.rounds import Rounds
-from complete_fn.server.internal import Internal, internal_secret, serve_internal
-from complete_fn.server.proxy import Proxy
-from complete_fn.service import Service
-from complete_fn.worker_store import Beat, ModelState, own_id
+from complete_fn.jobs.worker_store import Beat, ModelState, own_id
+from complete_fn.ledger.usage import usage
+from complete_fn.server.worker_api import Internal, internal_secret, serve_internal
+from complete_fn.server.worker_proxy import Proxy
+from complete_fn.service.service import Service
+from complete_fn.worker.fleet import Fleet
+from complete_fn.worker.maintenance import Rounds
 from tests.integration.server.conftest import Running, at_service
 from tests.integration.server.test_server_streams import Steps, user
 

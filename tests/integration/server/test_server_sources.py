@@ -19,10 +19,10 @@ import pytest
 from pyarrow import parquet
 
 from complete_fn import EchoEngine
-from complete_fn.deliveries import deliver_next
-from complete_fn.retention import expire
-from complete_fn.service import Limits
-from complete_fn.storage import Storage
+from complete_fn.rows.object_storage import Storage
+from complete_fn.service.delivery import deliver_next
+from complete_fn.service.retention import expire
+from complete_fn.service.service import Limits
 from complete_fn.types import Completion, CompletionRequest
 from tests.objects import object_server
 
@@ -33,7 +33,7 @@ SAID = [t and f"Say: {t}" for t in TEXTS]
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.windows.WINDOW_ROWS", 50)
+    monkeypatch.setattr("complete_fn.rows.readers.WINDOW_ROWS", 50)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_link_in_a_sink_is_not_followed(roots: Path, serve: Callable[..., Any]
         source = {"uri": f"{roots}/in/local/t.parquet"}
         first = wait(client, ask(client, source, sink={"uri": f"{roots}/out/local/x.jsonl"}))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("complete_fn.deliveries.RETRY_SECONDS", 0.0)
+            patch.setattr("complete_fn.service.delivery.RETRY_SECONDS", 0.0)
             second = wait(client, ask(client, source, sink={"uri": f"{roots}/out/local/away/y.jsonl"}))
     assert (first["sink"]["status"], second["sink"]["status"]) == ("written", "failed")
     assert (roots / "secret.csv").read_text() == "text\nsecret\n"  # the link itself was replaced
@@ -279,7 +279,7 @@ def test_sinks_that_cannot_be_written(connection: str, serve: Callable[..., Any]
     running.service.connections.add("local", "docs", "DOCS_URL", writable=True)
     source = {"connection": "docs", "sql": "SELECT id, text, 1 AS same FROM docs"}
     with pytest.MonkeyPatch.context() as patch, running.http() as client:
-        patch.setattr("complete_fn.deliveries.RETRY_SECONDS", 0.0)
+        patch.setattr("complete_fn.service.delivery.RETRY_SECONDS", 0.0)
         for sink, words in BAD_SINKS:
             reply = ask(client, source, sink=sink)
             assert (reply.status_code, words in reply.json()["error"]["message"]) == (400, True), reply.text
@@ -294,7 +294,7 @@ def test_sinks_that_cannot_be_written(connection: str, serve: Callable[..., Any]
 def test_a_writer_that_died_half_way_is_followed_by_another(
     connection: str, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, small_windows: None
 ) -> None:
-    monkeypatch.setattr("complete_fn.deliveries.deliver_next", lambda _: False)
+    monkeypatch.setattr("complete_fn.service.delivery.deliver_next", lambda _: False)
     running = serve()
     running.service.connections.add("local", "docs", "DOCS_URL", writable=True)
     source = {"connection": "docs", "sql": "SELECT id, text FROM docs"}
@@ -309,14 +309,14 @@ def test_a_writer_that_died_half_way_is_followed_by_another(
         half = client.get(f"/v1/jobs/{reply.json()['id']}").json()["sink"]
         assert half["status"] == "writing"
         assert not deliver_next(running.service)  # leased
-        monkeypatch.setattr("complete_fn.deliveries.time.time", lambda now=time.time: now() + 120)
+        monkeypatch.setattr("complete_fn.service.delivery.time.time", lambda now=time.time: now() + 120)
         assert deliver_next(running.service)
         assert client.get(f"/v1/jobs/{reply.json()['id']}").json()["sink"]["status"] == "written"
     assert len(execute(connection, "SELECT id FROM answers")) == ROWS
 
 
 def dying(patch: pytest.MonkeyPatch) -> None:
-    from complete_fn import deliveries
+    from complete_fn.service import delivery as deliveries
 
     move, moves = deliveries.move, []
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from complete_fn import EchoEngine
-from complete_fn.reports import usage
+from complete_fn.ledger.usage import usage
 from complete_fn.types import INTERACTIVE, Completion, CompletionRequest, Usage
 
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from complete_fn import EchoEngine
-from complete_fn.reports import usage
+from complete_fn.ledger.usage import usage
 
 
 def ask(client: openai.OpenAI, text: str, **more: Any) -> str | None:

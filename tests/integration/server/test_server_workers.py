@@ -19,12 +19,12 @@ import httpx
 import pytest
 import redis
 
-from complete_fn.cli import main
-from complete_fn.fleet import Fleet, worker_starter
-from complete_fn.queue import CeleryQueue, queue_name, without_password
-from complete_fn.rounds import Rounds
-from complete_fn.service import Service
-from complete_fn.worker_store import Beat
+from complete_fn.cli.main import main
+from complete_fn.jobs.queue import CeleryQueue, queue_name, without_password
+from complete_fn.jobs.worker_store import Beat
+from complete_fn.service.service import Service
+from complete_fn.worker.fleet import Fleet, worker_starter
+from complete_fn.worker.maintenance import Rounds
 from deploy.servers import Redis, running
 from tests.integration.server.conftest import at_service
 
@@ -111,7 +111,7 @@ def site(home: Path, broker: str, models: str = MODELS, workers: tuple[int, int]
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.submit.PART_ROWS", 40)
+    monkeypatch.setattr("complete_fn.service.submit.PART_ROWS", 40)
 
 
 def whole(found: Site, job: str, rows: int, name: str = "row") -> None:

@@ -55,7 +55,7 @@ def test_redshift_gets_the_recorded_reply_and_its_errors(service: Running, monke
 def test_redshift_is_asked_for_until_its_rows_are_there(
     service: Running, serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from complete_fn.server.dialect_replies import dialect_of
+    from complete_fn.server.call_out_replies import dialect_of
 
     monkeypatch.setattr(dialect_of("redshift"), "patience", 0.1)
     gate = threading.Event()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from complete_fn.cli import Parser
+from complete_fn.cli.main import Parser
 from complete_fn.errors import InvalidOptionError
 from complete_fn_workers.swiftkv import verbs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from complete_fn.engine import Engine
+from complete_fn.engines.base import Engine
 from complete_fn.types import Completion, CompletionRequest, SamplingParams
 from complete_fn_workers.metrics import exact_match, is_json_object, mean, rouge_l
 from complete_fn_workers.swiftkv.examples import Row

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from complete_fn.engine import Engine
+from complete_fn.engines.base import Engine
+from complete_fn.engines.call import Call
 from complete_fn.errors import InputError
-from complete_fn.keys import Call
-from complete_fn.prompts import render_column, template_fields, unpack
+from complete_fn.prompts.templates import render_column, template_fields, unpack
 from complete_fn.types import CompletionRequest
 
 # Few, because a compiled model is compiled once for each.

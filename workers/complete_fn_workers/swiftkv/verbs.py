@@ -9,10 +9,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from complete_fn.catalogue import Model, find_model
-from complete_fn.engine import Engine
+from complete_fn.engines.base import Engine
+from complete_fn.engines.call import Call
+from complete_fn.engines.catalogue import Model, find_model
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.keys import Call
 from complete_fn.types import SamplingParams
 from complete_fn_workers.swiftkv.checkpoint import load_pair, read_config, refuse_as_teacher, swiftkv_of
 from complete_fn_workers.swiftkv.convert import convert, licence_of, refuse_layers, refuse_name, write_student
@@ -204,7 +204,7 @@ def teacher_of(name: str) -> Model:
 
 
 def engine_of(model: str) -> Engine:
-    from complete_fn.engines import engine_for
+    from complete_fn.engines.pool import engine_for
     from complete_fn.settings import load_settings
 
     settings = load_settings()

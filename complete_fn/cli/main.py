@@ -1,0 +1,109 @@
+"""The command `complete-fn`. Verbs are looked up in `wiring.VERBS` and imported when they are used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn, TextIO
+
+from complete_fn import __version__
+from complete_fn.errors import CompleteError, InvalidOptionError
+from complete_fn.registry import VERBS, resolve
+
+OK, FAULT, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
+
+WHAT = {
+    "run": "complete a column of prompts made from a Parquet, CSV, JSONL or Arrow file",
+    "models": "list the models of the catalogue: checkpoint, licence, context, prices, where tried",
+    "usage": "sum the ledger: rows, tokens and cost by day and model",
+    "cache": "show or clear the stored answers",
+    "serve": "serve OpenAI's API and jobs for tables from this machine",
+    "worker": "run the jobs of a service that was started with a broker",
+    "jobs": "submit, watch and fetch jobs of a service",
+    "keys": "make, list and revoke API keys of the service; bound a tenant's spending",
+    "connections": "register databases that a tenant's jobs may read and write",
+    "setup-engine": "install the embedded engine (vLLM) into this Python environment",
+    "swiftkv": "make SwiftKV checkpoints: convert, distill, eval",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are query faults: one line, exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidOptionError(f"{message} (`{self.prog} --help` shows what there is).")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0: all rows have answers. 3: some rows failed. 1: a query fault, told on stderr. 130: interrupted.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = show_warning
+    try:
+        refuse_bytes(given)
+        return run_verb(given)
+    except CompleteError as error:
+        print(f"complete-fn: {error}", file=sys.stderr)
+        return FAULT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's flush at exit finds a taker
+        return FAULT
+
+
+def refuse_bytes(given: list[str]) -> None:
+    """Raises InvalidOptionError: an argument has bytes that are not UTF-8, which no state, model or file name takes."""
+    for text in given:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidOptionError(
+                f"The argument {text!r} has bytes that are not UTF-8. Write it in UTF-8."
+            ) from error
+
+
+def run_verb(given: list[str]) -> int:
+    verbs = "\n".join(f"  {name:14}{WHAT[name]}" for name in VERBS)
+    parser = Parser(
+        prog="complete-fn",
+        usage="complete-fn VERB ...",
+        description="COMPLETE(model, prompt) for tables.",
+        epilog=f"verbs:\n{verbs}\n\n`complete-fn VERB --help` explains one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"complete-fn {__version__}")
+    parser.add_argument("verb", nargs="?", choices=list(VERBS), metavar="VERB", help=argparse.SUPPRESS)
+    try:
+        verb = parser.parse_args(given[:1]).verb
+        if verb is None:
+            parser.print_help()
+            return OK
+        return int(resolve(VERBS[verb])(given[1:]) or OK)
+    except SystemExit as leaving:  # argparse's: 0 after --help, 2 after an error
+        return FAULT if leaving.code else OK
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings as one line; those of libraries are for their authors."""
+    if category.__module__.startswith("complete_fn"):
+        print(f"complete-fn: warning: {message}", file=sys.stderr)
+
+
+def add_home(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--home", metavar="DIR", help="folder of answers and ledger (default: COMPLETE_FN_HOME, else the user's data)"
+    )

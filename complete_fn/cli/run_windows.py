@@ -1,0 +1,296 @@
+"""`complete-fn run` over an input of any size, a window at a time; each is kept once done, to be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import parquet
+
+from complete_fn.cli.run_input import Survey, prompt_digest
+from complete_fn.engines.catalogue import Model
+from complete_fn.errors import InputError
+from complete_fn.execution.answers import DETAILS, Answers, Summary
+from complete_fn.execution.run_state import ASKED_AGAIN
+from complete_fn.interrupts import off_main
+from complete_fn.progress import Bar, Progress, progress_for
+from complete_fn.prompts.options import Options
+from complete_fn.prompts.templates import render_column
+from complete_fn.rows.databases import Database, QuerySource
+from complete_fn.rows.formats import Rows
+from complete_fn.rows.readers import Source
+from complete_fn.rows.result_tables import KeysSeen, result_columns, result_names
+from complete_fn.session import Session
+from complete_fn.types import Usage
+
+KEPT_DAYS = 30.0  # what an unfinished run has left, as long as its answers
+DAY = 86_400.0
+
+
+@dataclass
+class Work:
+    """One run: what is asked of each row, and where its windows are kept meanwhile."""
+
+    session: RunSession
+    model: str
+    options: Options
+    template: str
+    fields: list[str]
+    job: str
+    column: str
+    details: bool
+    summary: Summary = field(default_factory=Summary)
+    begun: int = 1  # windows
+
+    @property
+    def folder(self) -> Path:
+        return self.session.settings.home / "runs" / self.job
+
+    def jobs(self) -> list[str]:
+        """The names of the windows that were begun, by an earlier attempt too."""
+        return [self.window_job(number) for number in range(max(self.begun, *noted(self.folder), 1))]
+
+    def window_job(self, number: int) -> str:
+        """Under which name the store knows a window; the first has the run's own."""
+        return self.job if number == 0 else hashlib.sha256(f"{self.job}/{number}".encode()).hexdigest()
+
+
+class Target(Protocol):
+    """What takes rows with their new columns: a file's `Writer`, or a table."""
+
+    def write(self, rows: Rows, new: Any) -> None: ...
+
+
+@dataclass
+class TableTarget:
+    """A table of answers in a database."""
+
+    database: Database
+    table: str
+    key: str
+    column: str
+    details: bool
+    seen: KeysSeen = field(default_factory=KeysSeen)
+
+    def refuse(self, rows: Rows) -> None:
+        """What cannot be written, before it is paid for.
+
+        Raises:
+            InputError: the key is no column of the rows, is one of the answers', or does not tell the rows apart; there
+                is such a table and it is none for these answers; the database does not take them.
+        """
+        if self.key not in rows.names:
+            raise InputError(f"--key {self.key!r} is no column of the input. Columns: {', '.join(rows.names)}.")
+        if self.key in result_names(self.column, self.details):
+            raise InputError(f"--key {self.key!r} is a column of the answers too. Name those with --column NAME.")
+        first = not len(self.seen.seen)
+        self.seen.add(rows.column(self.key), self.key)
+        if first:
+            none = {self.column: pa.array([], pa.large_string()), f"{self.column}_details": pa.array([], DETAILS)}
+            self.put(rows.column(self.key)[:0], none)
+
+    def write(self, rows: Rows, new: Any) -> None:
+        self.put(rows.column(self.key), new)
+
+    def put(self, keys: Any, new: Any) -> None:
+        columns = {self.key: keys, **result_columns(self.column, new, self.details)}
+        self.database.upsert(self.table, self.key, pa.table(columns))
+
+
+def run_whole(work: Work, rows: Rows, target: Target) -> None:
+    """An input of one window: all its prompts are one plan."""
+    if isinstance(target, TableTarget):
+        target.refuse(rows)
+    answers = complete(work, rows, prompts_of(work, rows), 0)
+    target.write(rows, new_columns(work, answers.text, answers.details if work.details else None))
+
+
+def run_windows(work: Work, survey: Survey, target: Target) -> None:
+    """An input of several windows: each is planned by itself, and kept, so that a resumed run passes it by."""
+    forget_old(work.folder.parent)
+    work.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    work.session.charge(work.model, work.jobs())
+    mark = Mark(work.folder / "mark.json", survey.source, target, work.options.strict)
+    work.summary = mark.passed + work.summary
+    for number, rows in enumerate(mark.windows(), mark.number):
+        if isinstance(target, TableTarget):
+            target.refuse(rows)
+        prompts = prompts_of(work, rows)
+        place = work.folder / f"window-{number:06}-{prompt_digest(prompts)}.parquet"
+        details = parquet.read_table(place).column("details").combine_chunks() if place.exists() else None
+        if details is not None and not asked_again(details, work.options.strict):
+            work.summary = resumed(details) + work.summary
+        else:
+            details = complete(work, rows, prompts, number).details
+            if not mark.kept:
+                keep(place, details)
+        target.write(rows, new_columns(work, text_of(details), details if work.details else None))
+        mark.move(number + 1, rows, details)
+
+
+class Mark:
+    """How far a run from a query into a table is, by the query's key: what lies before it is not even read again.
+
+    Other runs write all rows at their end; they keep each window's answers instead.
+
+    Attributes:
+        number: windows before the mark, whose rows are `passed`; `begun` windows were written, some perhaps behind it.
+        held: whether rows of a window failed that are to be asked again, so that the mark stays before them.
+    """
+
+    def __init__(self, path: Path, source: Source, target: Target, strict: bool) -> None:
+        self.path, self.source, self.strict = path, source, strict
+        self.kept = isinstance(source, QuerySource) and source.query.key is not None and isinstance(target, TableTarget)
+        self.number = self.begun = 0
+        self.after: int | str | None = None
+        self.passed = Summary()
+        self.held = False
+        if self.kept and isinstance(target, TableTarget) and path.exists():
+            self.read(target)
+
+    def read(self, target: TableTarget) -> None:
+        self.begun, *found = json.loads(self.path.read_text())
+        if len(found) != 5:  # of a version that did not count what it passed
+            return
+        number, after, rows, nulls, failed = found
+        there = after is not None and target.database.has(target.table, target.key, after)  # nobody has dropped it
+        if there and not (failed and self.strict):
+            self.number, self.after = number, after
+            self.passed = Summary(rows, nulls, resumed=rows - nulls, failed=Counter(failed))
+
+    def windows(self) -> Iterator[Rows]:
+        if isinstance(self.source, QuerySource) and self.after is not None:
+            return self.source.behind(self.after).windows()
+        return self.source.windows()
+
+    def move(self, number: int, rows: Rows, details: Any) -> None:
+        if not self.kept or not isinstance(self.source, QuerySource) or not rows.count:
+            return
+        self.held = self.held or asked_again(details, self.strict)
+        self.begun = max(self.begun, number)
+        last = rows.column(str(self.source.query.key))[-1].as_py()
+        if isinstance(last, int | str):
+            if not self.held:
+                self.number, self.after, self.passed = number, last, self.passed + resumed(details)
+            counts = (self.passed.rows, self.passed.nulls, self.passed.failed)
+            beside = self.path.with_suffix(".writing")
+            beside.write_text(json.dumps([self.begun, self.number, self.after, *counts]))
+            beside.replace(self.path)
+
+
+def noted(folder: Path) -> list[int]:
+    """How many windows the folder knows of."""
+    kept = [int(path.name.split("-")[1]) + 2 for path in folder.glob("window-*.parquet")]  # the next was under way
+    mark = folder / "mark.json"
+    return [*kept, json.loads(mark.read_text())[0] + 1] if mark.exists() else kept
+
+
+def keep(place: Path, details: Any) -> None:
+    """A window's answers, under a name that tells its prompts too: one of a changed input is not taken for it."""
+    beside = place.with_suffix(".writing")
+    parquet.write_table(pa.table({"details": details}), beside)
+    beside.replace(place)
+
+
+def resumed(details: Any) -> Summary:
+    """The summary of a window that an earlier attempt has finished."""
+    codes = pc.struct_field(details, [1, 0]).drop_null().to_pylist()
+    answered = len(details) - details.null_count
+    return Summary(len(details), details.null_count, resumed=answered, failed=Counter(codes))
+
+
+def asked_again(details: Any, strict: bool) -> bool:
+    """Whether rows failed that may find their answer now; to a strict run every failure counts."""
+    codes = pc.struct_field(details, [1, 0])
+    return bool(pc.any(codes.is_valid() if strict else pc.is_in(codes, pa.array(ASKED_AGAIN))).as_py())
+
+
+def forget_old(folder: Path) -> None:
+    for left in folder.glob("*"):
+        if left.stat().st_mtime < time.time() - KEPT_DAYS * DAY:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def end(work: Work) -> None:
+    """The results are safe: what was kept for a resume goes."""
+    for job in work.jobs():
+        work.session.end_job(job)
+    shutil.rmtree(work.folder, ignore_errors=True)
+
+
+def complete(work: Work, rows: Rows, prompts: Any, number: int) -> Answers:
+    work.begun = max(work.begun, number + 1)  # first: what it commits counts, however it ends
+    answers = work.session.complete(work.model, prompts, work.options, work.window_job(number), planned=True)
+    work.summary = work.summary + answers.summary if work.summary.rows else answers.summary
+    return answers
+
+
+def prompts_of(work: Work, rows: Rows) -> Any:
+    columns = {name: rows.column(name) for name in work.fields}
+    return render_column(work.template, columns, rows.count, work.options.reorder_fields)
+
+
+def new_columns(work: Work, text: Any, details: Any) -> dict[str, Any]:
+    found = {work.column: text}
+    return found if details is None else {**found, f"{work.column}_details": details}
+
+
+def text_of(details: Any) -> Any:
+    return pc.if_else(pc.is_valid(pc.struct_field(details, [1])), None, pc.struct_field(details, [0]))
+
+
+class OneBar:
+    """One bar for all windows of a run; it grows where nobody counted the rows before."""
+
+    def __init__(self, inner: Progress, rows: int | None) -> None:
+        self.inner, self.rows, self.begun = inner, rows, False
+
+    def start(self, rows: int) -> None:
+        if not self.begun:
+            self.inner.start(rows if self.rows is None else self.rows)
+            self.begun = True
+        elif self.rows is None and isinstance(self.inner, Bar):
+            self.inner.grow(rows)
+
+    def advance(self, rows: int, usage: Usage, cost: Decimal, currency: str) -> None:
+        self.inner.advance(rows, usage, cost, currency)
+
+    def stop(self) -> None:
+        """A window's end; the bar stays."""
+
+    def close(self) -> None:
+        self.inner.stop()
+
+
+class RunSession(Session):
+    """A session whose runs share one bar, once there is one."""
+
+    one: OneBar | None = None
+
+    def bar(self, model: Model, rows: int) -> Progress:
+        return super().bar(model, rows) if self.one is None else self.one
+
+    @off_main
+    def charge(self, model: str, jobs: list[str]) -> None:
+        """Count what earlier attempts have spent on all windows before the first of them is begun again."""
+        for job in jobs:
+            self.budget_of(self.model(model), job)
+            self.tokens_of(job)
+
+    def share_bar(self, model: str, rows: int | None) -> None:
+        self.one = OneBar(progress_for(model, self.progress), rows)
+
+    def close(self) -> None:
+        if self.one is not None:
+            self.one.close()
+        super().close()

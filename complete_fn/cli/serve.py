@@ -1,0 +1,242 @@
+"""`complete-fn serve` and `complete-fn keys`: the service on one machine, and who may use it."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from complete_fn.cli.local_state import open_store, print_table
+from complete_fn.cli.main import OK, Parser, add_home
+from complete_fn.errors import InvalidOptionError
+from complete_fn.jobs.queue import CeleryQueue
+from complete_fn.registry import resolve
+from complete_fn.settings import load_settings
+from complete_fn.spending.budget import parse_cap
+from complete_fn.worker.devices import device_shares, visible_devices, within_devices
+from complete_fn.worker.scaling import parse_workers
+
+DESCRIPTION = """\
+Serve OpenAI's API and jobs for tables from this machine: `base_url` http://127.0.0.1:8000/v1, any key.
+
+Models load on demand and go when idle. Needs `pip install 'complete-fn[service]'`.
+
+Alone, this process runs the jobs too. With a broker, worker processes do: those that --workers starts and stops here,
+and any `complete-fn worker` with the same broker and state. Needs `pip install 'complete-fn[fleet]'`."""
+MOST_A_MINUTE = 10**12  # tokens; what the store keeps is a 64-bit number
+NO_BROKER = (
+    "--workers {workers} needs a Redis, over which they learn of work: give --broker redis://127.0.0.1:6379/0 or set "
+    "COMPLETE_FN_BROKER. Without --workers this process runs the jobs itself."
+)
+NO_KEYS = (
+    "--host {host} can be reached from other machines and no API key exists. "
+    "Make one with `complete-fn keys create --tenant NAME`, or serve on 127.0.0.1."
+)
+
+
+def serve_main(argv: list[str]) -> int:
+    parser = Parser("complete-fn serve", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; others need API keys)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    add("--idle-seconds", type=float, default=300.0, metavar="S", help="let idle engines go after (default: 300)")
+    add("--broker", metavar="URL", help="Redis that tells worker processes of work (default: COMPLETE_FN_BROKER)")
+    add(
+        "--workers",
+        metavar="N|MIN..MAX",
+        help="worker processes to keep here: 0..2 starts up to 2 when there is work, 0 none",
+    )
+    add_home(parser)
+    asked = parser.parse_args(argv)
+    is_loopback, make_app, service_type, uvicorn = (
+        resolve(name)
+        for name in (
+            "complete_fn.server.auth:is_loopback",
+            "complete_fn.server.app:make_app",
+            "complete_fn.service.service:Service",
+            "uvicorn:Server",
+        )
+    )
+    settings = load_settings(asked.home)
+    home, broker = settings.home, asked.broker or settings.broker
+    workers = parse_workers(asked.workers) if asked.workers else None
+    if workers and not broker:
+        raise InvalidOptionError(NO_BROKER.format(workers=asked.workers))
+    queue = CeleryQueue(broker) if broker else None
+    with alone(home) if settings.database is None else nullcontext(), listening(asked.host, asked.port) as listener:
+        service = service_type(home=home, idle_seconds=asked.idle_seconds, queue=queue)
+        loopback = is_loopback(listener.getsockname()[0])
+        if not loopback and not service.keys.any():
+            raise InvalidOptionError(NO_KEYS.format(host=asked.host))
+        where = f"http://{asked.host}:{listener.getsockname()[1]}"
+        print(
+            f"complete-fn serves {where}/v1 (API: {where}/docs; state: {service.store.place}). Ctrl-C ends it.",
+            file=sys.stderr,
+        )
+        app = make_app(service, loopback, rounds=rounds_of(service, broker, workers))
+        config = resolve("uvicorn:Config")(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+        uvicorn(config).run(sockets=[listener])
+    return OK
+
+
+def rounds_of(service: Any, broker: str | None, workers: tuple[int, int] | None) -> Any:
+    """What this process does for its worker processes; None where it runs the jobs itself."""
+    if broker is None:
+        return None
+    rounds, fleet, worker_starter = (
+        resolve(name)
+        for name in ("complete_fn.worker.maintenance:Rounds", "complete_fn.worker.fleet:Fleet", "complete_fn.worker.fleet:worker_starter")
+    )
+    if workers is None or not workers[1]:
+        return rounds(service)
+    devices = visible_devices()
+    least, most = within_devices(*workers, devices)
+    start = worker_starter(service.settings, broker, service.idle_seconds, device_shares(devices, most))
+    return rounds(service, fleet(service.workers, start, least, most, service.idle_seconds))
+
+
+@contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """One API per SQLite file; several may share a PostgreSQL.
+
+    Raises:
+        InvalidOptionError: another one runs there.
+    """
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (home / "serve.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InvalidOptionError(f"Another complete-fn serves from {home}. Name another --home.") from error
+        yield
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Raises:
+    InvalidOptionError: the address is taken or not ours.
+    """
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(kind, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(256)
+    except (OSError, OverflowError) as error:
+        raise InvalidOptionError(f"--host {host} --port {port} cannot be listened on: {error}.") from error
+    with listener:
+        yield listener
+
+
+def keys_main(argv: list[str]) -> int:
+    from complete_fn.jobs.api_keys import SCOPES, USUAL
+
+    parser = Parser("complete-fn keys", description="Make, list and revoke the service's API keys.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(KEY_VERBS), parser_class=Parser)
+    create = verbs.add_parser("create", help="make a key; it is shown this once")
+    create.add_argument("--tenant", required=True, help="answers, ledger and budget are kept by tenant")
+    create.add_argument("--user", default="service", help="whose ledger lines they are (default: service)")
+    create.add_argument(
+        "--scopes", default=",".join(USUAL), help=f"of {', '.join(SCOPES)} (default: {', '.join(USUAL)})"
+    )
+    listed = verbs.add_parser("list", help="all keys, without their secrets")
+    revoke = verbs.add_parser("revoke", help="a key's use ends at once")
+    revoke.add_argument("id", help="as `complete-fn keys list` shows it")
+    budget = verbs.add_parser("budget", help="bound what a tenant may spend in a day (UTC)")
+    budget.add_argument("tenant")
+    budget.add_argument("amount", help="in the currency of the models' prices, or 'none'")
+    limit = verbs.add_parser("limit", help="bound the tokens a minute that a tenant or one key may use in chats")
+    limit.add_argument("name", metavar="TENANT|ID", help="a tenant, or a key's id as `complete-fn keys list` shows it")
+    limit.add_argument("tokens", metavar="TOKENS_PER_MINUTE", help="prompt and answer, or 'none'")
+    weight = verbs.add_parser("weight", help="a tenant's share of the workers, as a multiple of others'")
+    weight.add_argument("tenant")
+    weight.add_argument("weight", type=float, help="above 0; without one it is 1")
+    for each in (create, listed, revoke, budget, limit, weight):
+        add_home(each)
+    asked = parser.parse_args(argv)
+    return KEY_VERBS[asked.verb](asked)
+
+
+def key_store(asked: argparse.Namespace) -> Any:
+    from complete_fn.jobs.api_keys import KeyStore
+
+    return KeyStore(open_store(asked.home))
+
+
+def create_key(asked: argparse.Namespace) -> int:
+    key = key_store(asked).create(asked.tenant, asked.user, asked.scopes.split(","))
+    print(key)
+    print("Keep it: it cannot be shown again.", file=sys.stderr)
+    return OK
+
+
+def list_keys(asked: argparse.Namespace) -> int:
+    lines = [
+        (k.id, k.tenant, k.user, k.scopes, moment(k.created_at), str(k.tokens_per_minute or ""), state(k))
+        for k in key_store(asked).list()
+    ]
+    print_table([("ID", "TENANT", "USER", "SCOPES", "CREATED", "TOKENS/MIN", "STATE"), *lines])
+    return OK
+
+
+def state(key: Any) -> str:
+    return "revoked" if key.revoked_at else "valid"
+
+
+def revoke_key(asked: argparse.Namespace) -> int:
+    if not key_store(asked).revoke(asked.id):
+        raise InvalidOptionError(f"There is no valid key {asked.id!r}. `complete-fn keys list` shows all.")
+    print(f"Key {asked.id} is revoked.")
+    return OK
+
+
+def set_budget(asked: argparse.Namespace) -> int:
+    limit = None if asked.amount == "none" else parse_cap(asked.amount)
+    key_store(asked).set_daily_budget(asked.tenant, limit)
+    print(f"{asked.tenant}: {'no bound' if limit is None else f'at most {limit} a day'}.")
+    return OK
+
+
+def set_limit(asked: argparse.Namespace) -> int:
+    given = asked.tokens if asked.tokens.isdecimal() and len(asked.tokens) <= len(str(MOST_A_MINUTE)) else "0"
+    per_minute = None if asked.tokens == "none" else int(given)
+    if per_minute is not None and not 0 < per_minute <= MOST_A_MINUTE:
+        raise InvalidOptionError(
+            f"TOKENS_PER_MINUTE = {asked.tokens!r} must be a whole number from 1 to {MOST_A_MINUTE:,}, or 'none'."
+        )
+    store = key_store(asked)
+    lines = store.list()
+    if any(line.id == asked.name for line in lines):
+        store.limit_key(asked.name, per_minute)
+    elif any(line.tenant == asked.name for line in lines):
+        store.limit_tenant(asked.name, per_minute)
+    else:
+        raise InvalidOptionError(f"No key and no tenant is named {asked.name!r}. `complete-fn keys list` shows all.")
+    print(f"{asked.name}: {'no limit' if per_minute is None else f'at most {per_minute:,} tokens a minute'}.")
+    return OK
+
+
+def set_weight(asked: argparse.Namespace) -> int:
+    key_store(asked).set_weight(asked.tenant, asked.weight)
+    print(f"{asked.tenant}: {asked.weight:g} times the share of a tenant without a weight.")
+    return OK
+
+
+def moment(at: float) -> str:
+    return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M")
+
+
+KEY_VERBS = {
+    "create": create_key,
+    "list": list_keys,
+    "revoke": revoke_key,
+    "budget": set_budget,
+    "limit": set_limit,
+    "weight": set_weight,
+}

@@ -1,0 +1,326 @@
+"""One chat completion over HTTP: the request's body, what the reply means, and whom to wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import math
+import random
+import re
+import time
+from typing import Any
+
+import httpx
+
+from complete_fn.engines.catalogue import Model
+from complete_fn.engines.structured_output import choice_schema
+from complete_fn.errors import EngineBusyError, EngineError, RequestError
+from complete_fn.tokens import BYTES_PER_TOKEN
+from complete_fn.types import Completion, CompletionRequest, RowError, Usage
+
+BUSY = (429, 503)  # the endpoint says itself that it did nothing
+BROKEN = (502, 504)
+WHOLE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")  # finish reasons, in lower case
+CUT = ("length", "model_length", "max_tokens")
+WAIT_S, FIRST_WAIT_S = 120.0, 1.0
+SPREAD_S = 1.0  # rows that wait for the same moment wake up within so long after it, or within the wait again
+TOO_LONG = re.compile(
+    r"context.{0,12}(length|window|size)|maximum (context|input|prompt)|max_model_len|too (long|many tokens)"
+    r"|input length|longer than the (maximum )?model|max_(completion_)?tokens.{0,30}too large",
+    re.IGNORECASE,
+)
+
+
+class Endpoint:
+    """The endpoint of one model.
+
+    Attributes:
+        quiet_until: when a busy endpoint wants to be asked again, by any row; `pause` seconds after it said so.
+        served_at: when it last gave any row a reply that was not busy.
+    """
+
+    def __init__(self, model: Model, url: str, client: httpx.AsyncClient) -> None:
+        self.model = model
+        self.url = url
+        self.client = client
+        self.quiet_until = self.pause = self.served_at = 0.0
+        self.asked = asyncio.Lock()
+        self.ours: bool | None = None
+
+    @property
+    def served_name(self) -> str:
+        given = self.model.engine_args.get("served_name")
+        by_name = self.ours or self.model.local_folder is not None
+        return str(given or (self.model.name if by_name else self.model.checkpoint))
+
+    async def learn(self) -> None:
+        """Ask once whether this is a complete-fn service: it names models as the catalogue does."""
+        async with self.asked:
+            if self.ours is None:
+                try:
+                    entries = (await self.client.get(self.url + "/models", timeout=10.0)).json()["data"]
+                    self.ours = any(m["owned_by"] == "complete-fn" and m["id"] == self.model.name for m in entries)
+                except (httpx.HTTPError, ValueError, KeyError, TypeError):
+                    self.ours = False
+
+    async def complete(self, request: CompletionRequest, tenant: str) -> Completion:
+        """The completion, or the row's error.
+
+        Raises:
+            EngineError: what concerns every row: no answer at the URL, key or model refused.
+            EngineBusyError: busy for longer than is waited.
+        """
+        await self.learn()
+        body = self.body(request, tenant)
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return Completion.failed("invalid_request", "The prompt has a lone surrogate and cannot be encoded.")
+        if not body["messages"]:
+            return Completion.failed("invalid_request", "The prompt has no messages.")
+        try:
+            reply = await self.ask(body)
+            if reply.status_code == 400 and too_long(reply):
+                # Prompt and answer together may be too much: let the endpoint give the answer what room there is.
+                body.pop(self.max_tokens_field, None)
+                return await self.outcome(await self.ask(body), request, limited=False)
+            return await self.outcome(reply, request, limited=request.sampling.max_tokens is not None)
+        except httpx.TimeoutException:
+            return Completion.failed("timeout", f"{self.url} did not answer within {self.client.timeout.read:g} s.")
+
+    @property
+    def max_tokens_field(self) -> str:
+        return str(self.model.engine_args.get("max_tokens_field", "max_tokens"))
+
+    def body(self, request: CompletionRequest, tenant: str) -> dict[str, Any]:
+        prompt, sampling = request.prompt, request.sampling
+        turns = [("user", prompt)] if isinstance(prompt, str) else [(m.role, m.content) for m in prompt]
+        body: dict[str, Any] = {
+            "model": self.served_name,
+            "messages": [{"role": role, "content": content} for role, content in turns],
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            self.max_tokens_field: sampling.max_tokens or self.model.default_max_tokens,
+        }
+        if self.ours and sampling.max_tokens is None:
+            del body[self.max_tokens_field]
+            body["default_max_tokens"] = True  # the same question as in a job there: its answer is paid once
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
+        if sampling.seed is not None:
+            body["seed"] = sampling.seed
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        if request.response_format is not None:
+            schema = {"name": "answer", "schema": json.loads(request.response_format), "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if self.ours and request.priority >= 0:
+            body["service_tier"] = "flex"  # rows of a table need not overtake its jobs
+        if request.choices:
+            body |= self.one_of(request.choices)
+        if self.model.engine_args.get("cache_salt") and tenant:
+            body["cache_salt"] = tenant
+        return body | dict(self.model.engine_args.get("extra_body", {}))
+
+    def one_of(self, choices: tuple[str, ...]) -> dict[str, Any]:
+        """The fields that hold an answer to the labels.
+
+        Raises:
+            RequestError: engine_args.choices is no way to ask for them.
+        """
+        how = self.model.engine_args.get("choices", "json_schema")
+        if how == "structured_outputs":
+            return {"structured_outputs": {"choice": list(choices)}}
+        if how != "json_schema":
+            raise RequestError(f"engine_args.choices is {how!r}; it must be 'json_schema' or 'structured_outputs'.")
+        schema = {"name": "answer", "schema": choice_schema(choices), "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+    async def ask(self, body: dict[str, Any]) -> httpx.Response:
+        """The reply, after the waits that a busy endpoint asks for; each twice as long as the last where it names none.
+
+        Raises:
+            EngineBusyError: it has served no row for `WAIT_S` seconds, or will not.
+        """
+        began = time.monotonic()
+        while True:
+            await self.quiet()
+            reply = await self.post("/chat/completions", body)
+            now = time.monotonic()
+            if reply.status_code not in BUSY:
+                self.served_at = now
+                return reply
+            idle = now - max(began, self.served_at)
+            pause = retry_after(reply) or max(FIRST_WAIT_S, min(idle, WAIT_S - idle))
+            if idle + pause > WAIT_S:
+                raise EngineBusyError(
+                    f"{self.url} stays busy ({reply.status_code}) since {idle:.0f} s: {complaint(reply)} "
+                    "Try later, or lower engine_args.concurrency."
+                )
+            self.quiet_until, self.pause = max(self.quiet_until, now + pause), pause
+
+    async def quiet(self) -> None:
+        """Wait until the endpoint may be asked, which another row's reply may put off meanwhile."""
+        while (left := self.quiet_until - time.monotonic()) > 0:
+            await asyncio.sleep(left + random.uniform(0, min(self.pause, SPREAD_S)))
+
+    async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        try:
+            return await self.client.post(self.url + path, json=body)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise EngineError(
+                f"Nobody answers at {self.url} ({error}). Start the endpoint, for example with `vllm serve` or "
+                f"`ollama serve`, or set the url of model {self.model.name!r}."
+            ) from error
+        except httpx.TimeoutException:
+            raise
+        except httpx.TransportError as error:
+            raise EngineError(f"{self.url} broke the connection: {type(error).__name__}: {error}") from error
+
+    async def outcome(self, reply: httpx.Response, request: CompletionRequest, limited: bool) -> Completion:
+        """What a reply means; `limited` is whether the caller's max_tokens bounds it."""
+        status, why = reply.status_code, complaint(reply)
+        if status == 200 and not failed(reply):
+            room = request.sampling.max_tokens or self.model.default_max_tokens
+            return completion(reply, request, room, limited)
+        if status in (401, 403):
+            source = f"the environment variable {self.model.api_key_env}" if self.model.api_key_env else "api_key_env"
+            raise EngineError(f"{self.url} refuses the key ({status}): {why} Check {source}.")
+        if status == 404:
+            raise EngineError(f"{self.url} does not serve {self.served_name!r} (404): {why} {await self.served()}")
+        if 300 <= status < 400:
+            raise EngineError(f"{self.url} points elsewhere ({status}); set the url to where it really is.")
+        if status in BROKEN:  # the row may have been paid for: it is not sent again behind the caller's back
+            return Completion.failed("timeout", f"A gateway gave up on the row ({status}): {why}")
+        if status == 413 or too_long(reply):
+            return Completion.failed("prompt_too_long", why)
+        if "content_filter" in reply.text or "content_policy" in reply.text:
+            return Completion.failed("blocked", why)
+        return Completion.failed("invalid_request", f"The endpoint refuses the row ({status}): {why}")
+
+    async def served(self) -> str:
+        try:
+            names = [m["id"] for m in (await self.client.get(self.url + "/models", timeout=10.0)).json()["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return "Check the url: it ends with /v1."
+        return f"It serves {', '.join(map(repr, names)) or 'no model'}; set engine_args.served_name."
+
+    async def count_tokens(self, texts: list[str]) -> list[int]:
+        root = self.url.removesuffix("/v1")
+        counts = []
+        for text in texts:
+            body = {"model": self.served_name, "prompt": text, "add_special_tokens": False}
+            reply = await self.client.post(f"{root}/tokenize", json=body)
+            if reply.status_code != 200:
+                raise EngineError(f"{root} has no /tokenize ({reply.status_code}); tokens cannot be counted there.")
+            counts.append(int(reply.json()["count"]))
+        return counts
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+
+def completion(reply: httpx.Response, request: CompletionRequest, room: int, limited: bool) -> Completion:
+    """The answer of a 200. Only one that is known to be whole has no error: it would be cached for all.
+
+    Args:
+        room: the tokens that an answer may have, and a cap has reserved.
+        limited: whether they are the caller's max_tokens, so that an answer cut there is whole.
+    """
+    try:
+        found = reply.json()
+        choice, usage = found["choices"][0], found.get("usage")
+        text, refusal = text_of(choice["message"].get("content")), choice["message"].get("refusal")
+        reason = choice.get("finish_reason")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise EngineError(f"{reply.url} is no OpenAI-compatible endpoint; it says: {reply.text[:200]}") from error
+    used = reported(usage) or guessed(request, text, room)
+    ended = str(reason or "stop").lower()
+    if ended == "content_filter":
+        return Completion(None, reason, RowError("blocked", "The endpoint's content filter stopped the answer."), used)
+    if refusal and not text:
+        return Completion(None, reason, RowError("blocked", f"The model refuses: {refusal}"[:500]), used)
+    if ended in CUT:
+        if limited and used.completion_tokens >= room:
+            return Completion(text, "length", None, used)
+        why = f"The answer was cut after {used.completion_tokens} tokens by a limit that was not asked for."
+        return Completion(text, "length", RowError("truncated", why), used)
+    if ended not in WHOLE:
+        why = f"The endpoint ended the answer with finish_reason {reason!r}; it may not be whole. Ask the row again."
+        return Completion(text, str(reason), RowError("invalid_request", why), used)
+    return Completion(text, reason, None, used)
+
+
+def failed(reply: httpx.Response) -> bool:
+    """Whether a reply is an error whatever its status: some gateways pass on a row's failure as a 200."""
+    try:
+        return bool(reply.json().get("error"))
+    except (ValueError, AttributeError):
+        return False
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: itself, or of its parts.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"content is {content!r}")
+    return content or ""
+
+
+def reported(usage: Any) -> Usage | None:
+    """What the endpoint counted; None where it tells nothing that can be read."""
+    try:
+        details = usage.get("prompt_tokens_details") or {}
+        prompt = max(0, int(usage.get("prompt_tokens") or 0))
+        cached = max(0, int(details.get("cached_tokens") or 0))
+        completion = max(0, int(usage.get("completion_tokens") or 0))
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return None
+    return Usage(prompt, min(cached, prompt), completion) if usage else None
+
+
+def guessed(request: CompletionRequest, answer: str, room: int) -> Usage:
+    """Where an endpoint reports no usage, a row is billed by its bytes rather than not at all."""
+    prompt = request.prompt
+    asked = prompt if isinstance(prompt, str) else "".join(m.content for m in prompt)
+    return Usage(
+        prompt_tokens=math.ceil(len(asked.encode()) / BYTES_PER_TOKEN),
+        completion_tokens=min(room, math.ceil(len(answer.encode("utf-8", "replace")) / BYTES_PER_TOKEN)),
+    )
+
+
+def too_long(reply: httpx.Response) -> bool:
+    return "context_length_exceeded" in reply.text or bool(TOO_LONG.search(complaint(reply)))
+
+
+def complaint(reply: httpx.Response) -> str:
+    """The endpoint's own words, at most 500 characters."""
+    try:
+        found = reply.json()
+        error = found.get("error", found)
+        message = error.get("message") if isinstance(error, dict) else error
+        text = str(message or found.get("detail") or reply.text)
+    except (ValueError, AttributeError):
+        text = reply.text
+    return text.strip()[:500]
+
+
+def retry_after(reply: httpx.Response) -> float | None:
+    """Seconds that a Retry-After asks for: a number, or a date (RFC 9110, 10.2.3)."""
+    value = reply.headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None

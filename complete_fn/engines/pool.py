@@ -1,0 +1,109 @@
+"""The engines of this process: one per model, opened on first use, shared by all sessions, closed at exit."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import uuid
+import weakref
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+from complete_fn.engines.base import Engine
+from complete_fn.engines.call import checkpoint_digest
+from complete_fn.engines.catalogue import Model, Prices
+from complete_fn.errors import RequestError
+from complete_fn.registry import ENGINES, resolve
+from complete_fn.settings import Settings, secret
+
+OPEN: dict[tuple[str, str, str], Engine] = {}  # by checkpoint, entry, and whose place it takes
+IDENTITIES: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
+LOCK = threading.Lock()
+
+
+def engine_for(model: Model, settings: Settings) -> Engine:
+    """The running engine of the model; starting it is left to its first use.
+
+    One that the same settings had for an older form of the entry or its checkpoint is let go: its streams end by
+    themselves, and who still holds it can go on. An endpoint takes no memory here and stays.
+
+    Raises:
+        EngineMissingError: a library of that engine is not installed; the message has the command that brings it.
+        RequestError: the catalogue names an engine kind that does not exist.
+    """
+    if model.engine not in ENGINES:
+        raise RequestError(f"Model {model.name!r} asks for engine {model.engine!r}; there are {', '.join(ENGINES)}.")
+    place = repr((model.name, model.engine, settings))
+    key = (checkpoint_digest(model), repr((replace(model, prices=Prices(), note="", tried=""), settings)), place)
+    with LOCK:
+        older = []
+        if key not in OPEN:
+            opened = resolve(ENGINES[model.engine])(model, settings)
+            older = [] if model.engine == "http" else [OPEN.pop(k) for k in list(OPEN) if k[2] == place]
+            OPEN[key] = opened
+        engine = OPEN[key]
+    for left in older:
+        left.close()
+    return engine
+
+
+def at_engine(model: Model, engine: Engine | str | None) -> Model:
+    """The model as answered by another engine: a URL, or an object that implements `Engine`.
+
+    The service that COMPLETE_FN_URL names gets the key COMPLETE_FN_KEY. It bills; what is noted here has the price
+    basis `service`, so that no sum adds both.
+    """
+    if engine is None:
+        return model
+    if isinstance(engine, str):
+        if not engine.startswith(("http://", "https://")):
+            raise RequestError(f"engine = {engine!r} is not an http:// or https:// URL.")
+        if of_service(engine):
+            key = "COMPLETE_FN_KEY" if secret("COMPLETE_FN_KEY") else None
+            prices = replace(model.prices, basis="service")
+            return replace(model, engine="http", url=engine, api_key_env=key, prices=prices)
+        same_host = model.url is not None and urlsplit(model.url).netloc == urlsplit(engine).netloc
+        return replace(model, engine="http", url=engine, api_key_env=model.api_key_env if same_host else None)
+    return replace(model, engine=f"object:{type(engine).__module__}.{type(engine).__qualname__}:{identity(engine)}")
+
+
+def of_service(url: str) -> bool:
+    """Whether this is the address that COMPLETE_FN_URL names."""
+    named = secret("COMPLETE_FN_URL")
+    return bool(named) and urlsplit(named)[:2] == urlsplit(url)[:2]
+
+
+def identity(engine: Engine) -> str:
+    """What tells this engine's answers from another's: its own `identity`, else something no other object has."""
+    own = getattr(engine, "identity", None)
+    if isinstance(own, str):
+        return own
+    return IDENTITIES.setdefault(engine, uuid.uuid4().hex)
+
+
+def after_fork() -> None:
+    """A forked child may have been born while another thread held the lock."""
+    global LOCK
+    LOCK = threading.Lock()
+
+
+def let_go(engine: Engine) -> None:
+    """Close one engine; its model's next use opens another."""
+    with LOCK:
+        for key in [key for key, opened in OPEN.items() if opened is engine]:
+            del OPEN[key]
+    engine.close()
+
+
+def close_engines() -> None:
+    with LOCK:
+        engines = list(OPEN.values())
+        OPEN.clear()
+    for engine in engines:
+        engine.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)
+atexit.register(close_engines)

@@ -1,0 +1,173 @@
+"""Room for engines: which models have one in this process, and whose turn it is where not all of them fit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from complete_fn.engines.stoppable import Stop, Stopped
+
+TURN_SECONDS = 60.0  # a model that has work keeps its place so long though others wait
+TURN_STARTS = 10.0  # or so many times as long as its engine took to start, so that starts are a small part of it all
+GRACE_SECONDS = 1.0  # between two pieces of its work a model is not without any
+LOOK_SECONDS = 0.1
+ACCELERATORS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"))  # of NVIDIA, of AMD
+
+
+def usual_engines() -> int | None:
+    """On an accelerator vLLM takes most of the memory for one engine; on CPUs each takes what it was given."""
+    return 1 if any(path.exists() for path in ACCELERATORS) else None
+
+
+@dataclass
+class Seat:
+    """A model's place: `running` rows' runs are on its engine."""
+
+    since: float
+    last_used: float
+    bounded: bool
+    running: int = 0
+    leaving: bool = False
+
+
+class EngineRoom:
+    """Lets runs at their models' engines. Safe to use from several threads.
+
+    Args:
+        most: engines at once; None sets no bound.
+        unload: closes a model's engine; nothing runs on it, and nothing will until it returns.
+        started: seconds that a model's engine took to start, as far as is known.
+    """
+
+    def __init__(
+        self,
+        most: int | None,
+        unload: Callable[[str], None],
+        started: Callable[[str], float | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.most, self.unload, self.started, self.clock = most, unload, started, clock
+        self.changed = threading.Condition()
+        self.seats: dict[str, Seat] = {}
+        self.waiting: dict[str, list[float]] = {}  # since when, of each run that waits
+
+    @contextmanager
+    def place(self, model: str, stop: Stop, bounded: bool = True) -> Iterator[None]:
+        """A place for one run. Without room for its engine it waits until another model's has no work, or had its turn.
+
+        Args:
+            bounded: whether its engine counts; one elsewhere does not.
+
+        Raises:
+            Stopped: `stop` was set meanwhile.
+        """
+        self.enter(model, stop, bounded)
+        try:
+            yield
+        finally:
+            with self.changed:
+                seat = self.seats[model]
+                seat.running, seat.last_used = seat.running - 1, self.clock()
+                self.changed.notify_all()
+
+    def enter(self, model: str, stop: Stop, bounded: bool) -> None:
+        came = self.clock()
+        try:
+            while True:
+                with self.changed:
+                    if self.seated(model, bounded):
+                        return
+                    if came not in self.waiting.setdefault(model, []):
+                        self.waiting[model].append(came)
+                    idle = self.idle() if self.first() == model else None
+                    if idle is None:
+                        self.changed.wait(LOOK_SECONDS)
+                if idle is not None:
+                    self.vacate(idle)
+                if stop.is_set():
+                    raise Stopped
+        finally:
+            with self.changed:
+                if came in self.waiting.get(model, ()):
+                    self.waiting[model].remove(came)
+                self.waiting = {name: since for name, since in self.waiting.items() if since}
+                self.changed.notify_all()
+
+    def seated(self, model: str, bounded: bool) -> bool:
+        """Whether the run may go on; it counts as running then. The lock is held, as in what follows."""
+        seat = self.seats.get(model)
+        if seat is None:
+            if bounded and (self.full() or self.first() not in (None, model)):
+                return False
+            seat = self.seats[model] = Seat(self.clock(), self.clock(), bounded)
+        elif seat.leaving or (seat.bounded and self.first() is not None and self.turn_is_over(model)):
+            return False
+        seat.running += 1
+        return True
+
+    def full(self) -> bool:
+        return self.most is not None and sum(seat.bounded for seat in self.seats.values()) >= self.most
+
+    def outside(self) -> list[str]:
+        """Models that wait for a place, the one that waits longest first."""
+        return sorted((m for m in self.waiting if m not in self.seats), key=lambda m: self.waiting[m][0])
+
+    def first(self) -> str | None:
+        return next(iter(self.outside()), None)
+
+    def turn_is_over(self, model: str) -> bool:
+        turn = max(TURN_SECONDS, TURN_STARTS * (self.started(model) or 0.0))
+        return self.clock() - self.seats[model].since > turn
+
+    def idle(self, seconds: float | None = None) -> str | None:
+        """The model that had no work for longest, and for `seconds`; it takes on nothing more. None given: one whose
+        place another model can have."""
+        before = self.clock() - (GRACE_SECONDS if seconds is None else seconds)
+        still = {
+            model: seat.last_used
+            for model, seat in self.seats.items()
+            if not seat.running and not seat.leaving and seat.last_used <= before
+            if seconds is not None or seat.bounded
+        }
+        if not still:
+            return None
+        model = min(still, key=lambda m: still[m])
+        self.seats[model].leaving = True
+        return model
+
+    def vacate(self, model: str) -> None:
+        try:
+            self.unload(model)
+        finally:
+            with self.changed:
+                del self.seats[model]
+                self.changed.notify_all()
+
+    def vacate_idle(self, seconds: float) -> None:
+        """Close the engines that have had no work for so long."""
+        while True:
+            with self.changed:
+                model = self.idle(seconds)
+            if model is None:
+                return
+            self.vacate(model)
+
+    def next_models(self, deserted: Callable[[], bool]) -> list[str | None]:
+        """Of which models to take on work, the first first; None: of any.
+
+        A model that has a place goes on until its turn is over, lest two models change places with every part; then
+        what waits for a place comes first, or, if work is `deserted` by all workers, whoever's turn it is by right.
+        """
+        with self.changed:
+            if not self.full():
+                return [None]
+            seated = [model for model, seat in self.seats.items() if seat.bounded and not seat.leaving]
+            in_turn: list[str | None] = [model for model in seated if not self.turn_is_over(model)]
+            waiting = self.first()
+        if waiting is not None:
+            return in_turn or [waiting]
+        return [*in_turn, None] if len(in_turn) < len(seated) and deserted() else [*seated, None]

@@ -1,0 +1,162 @@
+"""An engine whose streams end when somebody says so, also while they wait for a row."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Protocol
+
+from complete_fn.engines.base import Engine
+from complete_fn.execution.runner import close
+from complete_fn.interrupts import POLL_SECONDS
+from complete_fn.types import Completion, CompletionRequest
+
+AHEAD = 256  # outcomes that wait for a slow disk
+Outcome = tuple[int, Completion] | BaseException | None
+
+
+class Stopped(BaseException):
+    """The run was told to stop. Like KeyboardInterrupt no `Exception`: its attempt counts as cancelled."""
+
+
+class Stop(Protocol):
+    """Says whether to stop: a threading.Event, or an `interrupts.NextInterrupt`."""
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, seconds: float, /) -> bool: ...
+
+
+class EitherStop:
+    """Set once one of two is."""
+
+    def __init__(self, one: Stop, other: Stop) -> None:
+        self.one, self.other = one, other
+
+    def is_set(self) -> bool:
+        return self.one.is_set() or self.other.is_set()
+
+    def wait(self, seconds: float, /) -> bool:
+        """Whether one was set within so many seconds."""
+        end = time.monotonic() + seconds
+        while not self.is_set() and (left := end - time.monotonic()) > 0:
+            self.one.wait(min(left, POLL_SECONDS))
+        return self.is_set()
+
+
+class StoppableEngine:
+    """`engine`, whose streams raise `error` within a moment of `stop` being set. What is in flight is aborted.
+
+    The engine runs on a thread of its own, so that nothing it is blocked in can hold the stop up.
+    """
+
+    def __init__(self, engine: Engine, stop: Stop, error: type[BaseException] = Stopped, why: str = "") -> None:
+        self.engine, self.stop = engine, stop
+        self.error, self.why = error, why
+
+    def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+        gate = Gate(requests, self.stop)
+        outcomes: queue.Queue[Outcome] = queue.Queue(AHEAD)
+        Pump(self.engine, gate, tenant, outcomes).start()
+        try:
+            while (outcome := self.wait_for(outcomes)) is not None:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                yield outcome
+            self.check()
+        finally:
+            gate.close()
+
+    def wait_for(self, outcomes: queue.Queue[Outcome]) -> Outcome:
+        """The next outcome; what is done already is given out before the stop is raised."""
+        while True:
+            with suppress(queue.Empty):
+                return outcomes.get(timeout=POLL_SECONDS)
+            self.check()
+
+    def check(self) -> None:
+        if self.stop.is_set():
+            raise self.error(self.why)
+
+    def pause(self, seconds: float) -> None:
+        """For `Tools.pause`: wait so long, or raise the stop."""
+        if self.stop.wait(seconds):
+            raise self.error(self.why)
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        return self.engine.count_tokens(texts)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Gate:
+    """Hands requests on until it is closed. Once `close` has returned, the caller's iterable is not drawn from."""
+
+    def __init__(self, requests: Iterable[CompletionRequest], stop: Stop) -> None:
+        self.requests = iter(requests)
+        self.stop = stop
+        self.lock = threading.Lock()
+        self.closed = False
+
+    def __iter__(self) -> Iterator[CompletionRequest]:
+        return self
+
+    def __next__(self) -> CompletionRequest:
+        with self.lock:
+            if self.abandoned:
+                raise StopIteration
+            return next(self.requests)
+
+    @property
+    def abandoned(self) -> bool:
+        """As in `Engine.stream`: nobody wants the rows that are still in flight."""
+        return self.closed or self.stop.is_set()
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+
+
+PUMPS: weakref.WeakSet[Pump] = weakref.WeakSet()
+
+
+class Pump(threading.Thread):
+    """Runs the engine's stream on a thread of its own: a generator can only be closed where it runs."""
+
+    def __init__(self, engine: Engine, gate: Gate, tenant: str, outcomes: queue.Queue[Outcome]) -> None:
+        super().__init__(daemon=True, name="complete-fn-pump")
+        self.engine, self.gate, self.tenant, self.outcomes = engine, gate, tenant, outcomes
+        PUMPS.add(self)
+
+    def run(self) -> None:
+        last: Outcome = None
+        try:
+            stream = self.engine.stream(self.gate, self.tenant)
+            for outcome in stream:
+                if not self.put(outcome) or self.gate.stop.is_set():
+                    break
+            close(stream)
+        except BaseException as error:
+            last = error
+        self.put(last)
+
+    def put(self, outcome: Outcome) -> bool:
+        """Whether the outcome could be put: False once nobody takes any more."""
+        while not self.gate.closed:
+            with suppress(queue.Full):
+                self.outcomes.put(outcome, timeout=POLL_SECONDS)
+                return True
+        return False
+
+
+def let_finish(seconds: float) -> None:
+    """Wait, at most so long, until the engines' threads have noticed that nobody listens any more."""
+    end = time.monotonic() + seconds
+    for pump in list(PUMPS):
+        if pump.gate.closed:
+            pump.join(max(0.0, end - time.monotonic()))

@@ -1,0 +1,122 @@
+"""Counting tokens with a model's own tokenizer.json, without an engine."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from complete_fn.engines.catalogue import Model
+from complete_fn.tokens import TokenSizes, tokens_by_bytes
+
+BLOCK = 32  # tokens of a KV block: ours on a CPU; what is whole in it is whole in a GPU's blocks of 16 too
+
+
+def tokenizer_file(model: Model) -> Path | None:
+    """The model's tokenizer.json: in its folder, or in the Hub's cache on this machine; else None. No network."""
+    folder = model.local_folder
+    if folder is not None:
+        found = folder / "tokenizer.json"
+        return found if found.exists() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model.checkpoint, "tokenizer.json", revision=model.revision)
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def count_with(file: Path, texts: list[str]) -> list[int]:
+    """Tokens of each bare text, no special tokens.
+
+    One text at a time: the library's own threads would warn on the terminal of a user who forks later.
+    """
+    tokenizer = read(file, file.stat().st_mtime_ns)
+    return [len(tokenizer.encode(encodable(text), add_special_tokens=False)) for text in texts]
+
+
+def ids_with(file: Path, texts: list[str]) -> list[list[int]]:
+    """Token ids of each bare text, no special tokens."""
+    tokenizer = read(file, file.stat().st_mtime_ns)
+    return [tokenizer.encode(encodable(text), add_special_tokens=False).ids for text in texts]
+
+
+def token_sizes(model: Model) -> TokenSizes:
+    """How the planner counts for this model: by its tokenizer where it is on this machine, and its engine's blocks."""
+
+    def count(texts: list[str]) -> list[int]:
+        file = tokenizer_file(model)
+        return tokens_by_bytes(texts) if file is None else count_with(file, texts)
+
+    return TokenSizes(count, int(model.engine_args.get("block_size") or BLOCK))
+
+
+def encodable(text: str) -> str:
+    """The text with lone surrogates replaced, as nothing else can be tokenised."""
+    return text.encode("utf-8", "replace").decode() if not text.isascii() else text
+
+
+@lru_cache(maxsize=8)
+def read(file: Path, written_ns: int) -> Any:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def template_tokens(model: Model) -> int | None:
+    """Tokens that the chat template puts around one user message; None without a tokenizer or Jinja to render it."""
+    file, around = tokenizer_file(model), template_around(model)
+    if file is None or around is None or not any(around):
+        return None
+    together, alone = count_with(file, ["x".join(around), "x"])
+    return together - alone
+
+
+def template_around(model: Model) -> tuple[str, str] | None:
+    """What the chat template puts before and behind one user message, empty without a template; None as above."""
+    file = tokenizer_file(model)
+    if file is None:
+        return None
+    template = chat_template(file.parent)
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ModuleNotFoundError:
+        return None
+    config = read_json(file.parent / "tokenizer_config.json")
+    special = {k: v if isinstance(v, str) else "" for k, v in config.items() if k.endswith("_token")}
+    try:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        text = environment.from_string(template).render(
+            messages=[{"role": "user", "content": MARK}], add_generation_prompt=True, **special
+        )
+    except TemplateError:
+        return None
+    before, mark, behind = text.partition(MARK)
+    return (before, behind) if mark else ("", "")
+
+
+MARK = "-the-message-"
+
+
+def chat_template(folder: Any) -> str:
+    """The folder's chat template: a file of its own, or a field of tokenizer_config.json; empty if there is none."""
+    own = folder / "chat_template.jinja"
+    if own.exists():
+        return str(own.read_text("utf-8"))
+    found = read_json(folder / "tokenizer_config.json").get("chat_template")
+    return found if isinstance(found, str) else ""
+
+
+def read_json(path: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,125 @@
+"""The state of one run: which distinct prompts have answers, and under which keys new answers are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from complete_fn.engines.call import Call, answer_keys
+from complete_fn.planning import BatchPlan
+from complete_fn.planning.field_order import rendered
+from complete_fn.planning.plan import to_texts
+from complete_fn.prompts.fields import has_fields
+from complete_fn.prompts.options import CacheMode
+from complete_fn.prompts.templates import unpack
+from complete_fn.store.store import Store, Stored
+from complete_fn.types import Asker, Completion, Prompt
+
+ASKED_AGAIN = (
+    "budget_exceeded",
+    "cancelled",
+    "invalid_request",
+    "timeout",
+)  # row errors that a resumed job may find gone
+
+
+@dataclass
+class Work:
+    """m distinct prompts on their way to answers.
+
+    Attributes:
+        keys: [m] keys of reusable answers.
+        job_keys: [m] keys that only this job can read, for answers that may not be reused; empty without a job.
+        shared: whether answers are reusable at all (greedy, cache not off).
+        claimable: whether an answer that another run is computing will do (shared, cache not refreshed).
+        found: [m] the answer, None while missing.
+        reused: numbers answered by the store; `resumed` those among them that this job had computed itself.
+    """
+
+    plan: BatchPlan
+    who: Asker
+    shared: bool
+    keys: list[bytes]
+    job_keys: list[bytes]
+    since: float = 0.0
+    found: list[Completion | None] = field(default_factory=list)
+    reused: set[int] = field(default_factory=set)
+    resumed: set[int] = field(default_factory=set)
+
+    @property
+    def claimable(self) -> bool:
+        return self.shared and not self.since
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [c for c in self.found if c is not None]
+
+    def missing(self) -> list[int]:
+        return [n for n, c in enumerate(self.found) if c is None]
+
+    def texts(self, numbers: list[int]) -> Iterator[tuple[int, str]]:
+        """(number, prompt) of some distinct prompts."""
+        rows = self.plan.first[numbers]
+        return zip(numbers, to_texts(self.plan.gather.take(rows)), strict=True)
+
+    def prompt(self, number: int, text: str) -> Prompt:
+        """What the model is asked for a planned text, its fields in the plan's order."""
+        return rendered(self.plan, number, text) if has_fields(text) else unpack(text)
+
+    def stored(self, number: int, completion: Completion) -> Stored | None:
+        """How this answer is to be kept: for all, for this job's resume, or not at all."""
+        if self.shared and completion.error is None:
+            return Stored(self.keys[number], completion)
+        if completion.error is not None and completion.error.code in ASKED_AGAIN:
+            return None
+        return Stored(self.job_keys[number], completion, self.who.job) if self.job_keys else None
+
+    def look_again(self, numbers: Any, store: Store) -> set[int]:
+        """Take what another run has committed meanwhile; the numbers of what was found."""
+        wanted = {self.keys[n]: n for n in numbers}
+        known = store.look_up(self.who.tenant, list(wanted), self.since)
+        found = {wanted[key] for key in known}
+        for key, (completion, _) in known.items():
+            self.found[wanted[key]] = completion
+        self.reused |= found
+        return found
+
+
+def known_answers(call: Call, plan: BatchPlan, store: Store, who: Asker, cache: CacheMode) -> Work:
+    """The work of a run, with every answer filled in that the store has and may give."""
+    shared = call.sampling.greedy and cache != "off"
+    keys: list[bytes] = []
+    job_keys: list[bytes] = []
+    if shared or who.job:
+        fingerprint = call.fingerprint
+        for low, texts in plan.texts():
+            plain = answer_keys(fingerprint, texts)
+            keys.extend(plain)
+            if who.job:
+                rows = plan.first[low : low + len(texts)].tolist()
+                job_keys.extend(answer_keys(k, [f"{who.job}|{r}"])[0] for k, r in zip(plain, rows, strict=True))
+    work = Work(plan, who, shared, keys, job_keys, found=[None] * len(plan.first))
+    mine, began = store.unfinished(who.tenant, who.job) if who.job else (set(), None)
+    if cache == "refresh":
+        work.since = began if began is not None else float("inf")
+    if store.has_answers(who.tenant):
+        fill(work, store, keys if shared else [], work.since, mine)
+        fill(work, store, job_keys if mine else [], 0.0, mine)
+    return work
+
+
+def fill(work: Work, store: Store, keys: list[bytes], since: float, mine: set[int]) -> None:
+    """Take the stored answers of `keys`; those made by the attempts `mine` are this job's own, resumed."""
+    step = 50_000
+    for low in range(0, len(keys), step):
+        chosen = keys[low : low + step]
+        known = store.look_up(work.who.tenant, chosen, since)
+        for number, key in enumerate(chosen, low):
+            if key in known and work.found[number] is None:
+                completion, attempt = known[key]
+                work.reused.add(number)
+                if attempt in mine:  # this job paid for it
+                    work.resumed.add(number)
+                    completion = replace(completion, source="computed")
+                work.found[number] = completion

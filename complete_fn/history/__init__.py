@@ -1,0 +1,1 @@
+"""What runs took: the device's time, by model and kind of prompt."""

@@ -1,0 +1,172 @@
+"""API keys: made, listed, revoked and checked. Only a hash of the secret half is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+import sqlalchemy as sa
+
+from complete_fn.engines.prices import nano
+from complete_fn.errors import InvalidOptionError, KeyRefusedError, ScopeError
+from complete_fn.store.job_tables import api_keys, tenants
+from complete_fn.store.store import Store, retried, upsert
+
+SCOPES = {
+    "complete": "chat completions and completions",
+    "jobs": "files, jobs and batches",
+    "usage": "the tenant's lines of the ledger",
+    "metrics": "/metrics, sums over all tenants",
+}
+USUAL = ("complete", "jobs", "usage")
+KEY = re.compile(r"cfn-([0-9a-f]{12})-([0-9a-f]{64})")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+NOBODY = hashlib.sha256(b"").digest()
+REFUSED = (
+    "The API key is missing, unknown or revoked. Send `Authorization: Bearer KEY`; `complete-fn keys create` makes one."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a request comes from, by which key, and the tokens that its tenant and key may use in a minute."""
+
+    tenant: str = "local"
+    user: str = "local"
+    scopes: frozenset[str] = frozenset(SCOPES)
+    key: str = ""
+    tenant_tokens: int | None = None
+    key_tokens: int | None = None
+
+    def require(self, scope: str) -> None:
+        """Raises:
+        ScopeError: the key was made without this scope.
+        """
+        if scope not in self.scopes:
+            raise ScopeError(f"This API key has not the scope {scope!r} ({SCOPES[scope]}). Make one that has it.")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLine:
+    """A key as it is listed: everything but its secret."""
+
+    id: str
+    tenant: str
+    user: str
+    scopes: str
+    created_at: float
+    revoked_at: float | None
+    tokens_per_minute: int | None
+
+
+class KeyStore:
+    """The keys and tenants of one state file."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def create(self, tenant: str, user: str, scopes: Sequence[str] = USUAL) -> str:
+        """A new key; this is the only time that it can be read.
+
+        Raises:
+            InvalidOptionError: a name or scope that cannot be used.
+        """
+        if unknown := [s for s in scopes if s not in SCOPES]:
+            raise InvalidOptionError(f"Scope {unknown[0]!r} is not one of {', '.join(SCOPES)}.")
+        if bad := [n for n in (tenant, user) if not NAME.fullmatch(n)]:
+            raise InvalidOptionError(f"Name {bad[0]!r} must be 1 to 64 letters, digits, dots, dashes, underscores.")
+        name, secret = secrets.token_hex(6), secrets.token_hex(32)
+        row = {
+            "id": name,
+            "tenant": tenant,
+            "user": user,
+            "digest": digest(secret),
+            "scopes": ",".join(sorted(set(scopes))),
+            "created_at": time.time(),
+        }
+        with self.store.write() as connection:
+            connection.execute(api_keys.insert().values(row))
+        return f"cfn-{name}-{secret}"
+
+    @retried
+    def list(self) -> list[KeyLine]:
+        columns = [api_keys.c[name] for name in KeyLine.__slots__]
+        with self.store.read() as connection:
+            return [KeyLine(*row) for row in connection.execute(sa.select(*columns).order_by(api_keys.c.created_at))]
+
+    def revoke(self, name: str) -> bool:
+        """Whether there was such a key, not yet revoked."""
+        mine = (api_keys.c.id == name) & api_keys.c.revoked_at.is_(None)
+        with self.store.write() as connection:
+            return connection.execute(api_keys.update().where(mine).values(revoked_at=time.time())).rowcount > 0
+
+    @retried
+    def any(self) -> bool:
+        """Whether a key was ever made, revoked ones too: from then on nobody gets in without one."""
+        with self.store.read() as connection:
+            return connection.execute(sa.select(api_keys.c.id).limit(1)).first() is not None
+
+    @retried
+    def check(self, key: str) -> Principal:
+        """The owner of a key. An unknown id takes the same comparison as a wrong secret.
+
+        Raises:
+            KeyRefusedError: no such key.
+        """
+        match = KEY.fullmatch(key)
+        name, secret = match.groups() if match else ("", "")
+        valid = (api_keys.c.id == name) & api_keys.c.revoked_at.is_(None)
+        limit = sa.select(tenants.c.tokens_per_minute).where(tenants.c.name == api_keys.c.tenant).scalar_subquery()
+        with self.store.read() as connection:
+            row = connection.execute(sa.select(api_keys, limit.label("tenant_tokens")).where(valid)).first()
+        expected = NOBODY if row is None else row.digest
+        if not hmac.compare_digest(expected, digest(secret)) or row is None:
+            raise KeyRefusedError(REFUSED)
+        scopes = frozenset(row.scopes.split(","))
+        return Principal(row.tenant, row.user, scopes, row.id, row.tenant_tokens, row.tokens_per_minute)
+
+    @retried
+    def limit_key(self, name: str, per_minute: int | None) -> bool:
+        """Bound the tokens that a key may use in a minute; whether there is such a key."""
+        change = api_keys.update().where(api_keys.c.id == name).values(tokens_per_minute=per_minute)
+        with self.store.write() as connection:
+            return connection.execute(change).rowcount > 0
+
+    @retried
+    def limit_tenant(self, tenant: str, per_minute: int | None) -> None:
+        self.set_of_tenant(tenant, tokens_per_minute=per_minute)
+
+    def set_daily_budget(self, tenant: str, limit: Decimal | None) -> None:
+        """None sets no bound."""
+        self.set_of_tenant(tenant, daily_nano=None if limit is None else nano(limit))
+
+    def set_weight(self, tenant: str, weight: float) -> None:
+        """The tenant's share of the workers, as a multiple of other tenants'.
+
+        Raises:
+            InvalidOptionError: not a number above 0.
+        """
+        if not 0 < weight < math.inf:
+            raise InvalidOptionError(f"Weight {weight!r} must be a number above 0; others have 1.")
+        self.set_of_tenant(tenant, weight=weight)
+
+    @retried
+    def set_of_tenant(self, tenant: str, /, **values: float | None) -> None:
+        with self.store.write() as connection:
+            upsert(connection, tenants, ("name",), [{"name": tenant, **values}])
+
+    @retried
+    def daily_nano(self, tenant: str) -> int | None:
+        with self.store.read() as connection:
+            return connection.execute(sa.select(tenants.c.daily_nano).where(tenants.c.name == tenant)).scalar()
+
+
+def digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()

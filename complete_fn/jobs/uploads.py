@@ -1,0 +1,152 @@
+"""Uploaded files: in the service's storage under ids of our own, listed in the store by tenant."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import sqlalchemy as sa
+
+from complete_fn.errors import InputError, NotFoundError, TooLargeError
+from complete_fn.rows.formats import SUFFIXES
+from complete_fn.rows.object_storage import Storage
+from complete_fn.rows.readers import FileSource
+from complete_fn.store.job_tables import files
+from complete_fn.store.store import Store
+
+TABLE_FORMATS = ("parquet", "csv", "jsonl")
+CHUNK = 1 << 20
+DAY = 86_400.0
+MOST_AT_ONCE = 1_000  # files that go in one round of upkeep
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A file of a tenant; `name` is what the tenant called it, and says its format."""
+
+    id: str
+    tenant: str
+    name: str
+    purpose: str
+    bytes: int
+    created_at: float
+    expires_at: float | None
+
+    @property
+    def format(self) -> str:
+        """Raises:
+        InputError: the name does not end in a format that is taken.
+        """
+        found = SUFFIXES.get(Path(self.name).suffix.lower(), "")
+        if found not in TABLE_FORMATS:
+            raise InputError(f"The file {self.name!r} must be one of .parquet, .csv, .jsonl, by its name's end.")
+        return found
+
+
+class Uploads:
+    """The files of one service, in its storage.
+
+    Args:
+        limit: bytes of one file.
+        days: they are deleted after so long, unless they say themselves.
+    """
+
+    def __init__(self, store: Store, storage: Storage, limit: int, days: float) -> None:
+        self.store, self.storage, self.limit, self.days = store, storage, limit, days
+
+    def key(self, upload: Upload) -> str:
+        return f"files/{upload.id}"
+
+    def source(self, upload: Upload, most_rows: int, most_bytes: int) -> FileSource:
+        """The rows of an uploaded table."""
+        return FileSource(
+            repr(upload.name),
+            upload.format,
+            lambda: self.storage.reading(self.key(upload)),
+            most_rows=most_rows,
+            most_bytes=most_bytes,
+        )
+
+    def content(self, upload: Upload) -> bytes:
+        with self.storage.reading(self.key(upload)) as source:
+            return source.read()
+
+    def save(self, tenant: str, name: str, purpose: str, source: BinaryIO, seconds: float | None = None) -> Upload:
+        """Args:
+            seconds: it is deleted after so long.
+
+        Raises:
+            TooLargeError: more bytes than the limit; nothing of them is kept.
+        """
+        with self.writing(tenant, name, purpose, seconds=seconds) as (sink, made):
+            written = 0
+            while chunk := source.read(CHUNK):
+                written += len(chunk)
+                if written > self.limit:
+                    raise TooLargeError(f"The file is larger than this service takes ({self.limit:,} bytes).")
+                sink.write(chunk)
+        return made[0]
+
+    @contextmanager
+    def writing(
+        self, tenant: str, name: str, purpose: str, file_id: str | None = None, seconds: float | None = None
+    ) -> Iterator[tuple[IO[bytes], list[Upload]]]:
+        """A new file to write to; once it is whole, its `Upload` is in the list, else nothing of it is left."""
+        file_id, now = file_id or f"file-{secrets.token_hex(12)}", time.time()
+        expires = now + (self.days * DAY if seconds is None else seconds)
+        made: list[Upload] = []
+        with self.storage.writing(f"files/{file_id}") as sink:
+            yield sink, made
+            size = sink.tell()
+        made.append(Upload(file_id, tenant, name[-255:], purpose, size, now, expires))
+        with self.store.write() as connection:
+            connection.execute(files.delete().where(files.c.id == file_id))
+            connection.execute(files.insert().values(asdict(made[0])))
+
+    def get(self, tenant: str, file_id: str) -> Upload:
+        """Raises:
+        NotFoundError: the tenant has no such file.
+        """
+        return self.chosen((files.c.tenant == tenant) & (files.c.id == file_id) & kept(time.time()), 1, file_id)[0]
+
+    def newest(self, tenant: str, limit: int, after: str | None, purpose: str | None) -> list[Upload]:
+        """The tenant's files, newest first, from behind the file `after` on."""
+        which = (files.c.tenant == tenant) & kept(time.time())
+        if purpose is not None:
+            which = which & (files.c.purpose == purpose)
+        if after is not None:
+            last = self.get(tenant, after)
+            which = which & (sa.tuple_(files.c.created_at, files.c.id) < sa.tuple_(last.created_at, last.id))
+        return self.chosen(which, limit)
+
+    def chosen(self, which: Any, limit: int, wanted: str | None = None) -> list[Upload]:
+        columns = [files.c[f.name] for f in fields(Upload)]
+        last_first = (
+            sa.select(*columns).where(which).order_by(files.c.created_at.desc(), files.c.id.desc()).limit(limit)
+        )
+        with self.store.read() as connection:
+            found = [Upload(*row) for row in connection.execute(last_first)]
+        if wanted is not None and not found:
+            raise NotFoundError(f"There is no file {wanted!r}.")
+        return found
+
+    def delete(self, upload: Upload) -> None:
+        with self.store.write() as connection:
+            connection.execute(files.delete().where(files.c.id == upload.id))
+        self.storage.delete(self.key(upload))
+
+    def expire(self, now: float | None = None) -> int:
+        """Delete the files whose time is over; returns how many."""
+        late = self.chosen(~kept(time.time() if now is None else now), MOST_AT_ONCE)
+        for upload in late:
+            self.delete(upload)
+        return len(late)
+
+
+def kept(now: float) -> sa.ColumnElement[bool]:
+    return files.c.expires_at.is_(None) | (files.c.expires_at > now)

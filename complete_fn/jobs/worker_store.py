@@ -1,0 +1,160 @@
+"""Worker processes in the store: heartbeats, how fast each model is answered, and how much work waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+import sqlalchemy as sa
+
+from complete_fn.engines.throughput import Measured
+from complete_fn.host import here, process_started
+from complete_fn.jobs.job import JOB_OPEN, Job
+from complete_fn.store.job_tables import jobs, paces, parts, workers
+from complete_fn.store.store import Store, gone
+from complete_fn.store.tables import summed
+
+BEAT_SECONDS = 2.0
+SILENT_SECONDS = 15.0  # a worker not heard of for so long takes no part in any decision
+FORGET_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model at a worker. `tokens_per_second` and `cold_seconds` (to the first answer) as last measured there."""
+
+    warm: bool
+    tokens_per_second: float | None = None
+    cold_seconds: float | None = None
+    engine_pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A worker's heartbeat. Times in seconds of the epoch.
+
+    Attributes:
+        id: `host|pid|start of the process`, with which the names of its claims begin.
+        address: where it serves the OpenAI routes to the API, None if nowhere.
+        busy_at: when it last had work in hand.
+        in_flight: parts in hand.
+    """
+
+    id: str
+    host: str
+    pid: int
+    began: float
+    seen_at: float
+    busy_at: float
+    address: str | None = None
+    draining: bool = False
+    in_flight: int = 0
+    models: Mapping[str, ModelState] = field(default_factory=dict)
+
+    def warm(self, model: str) -> bool:
+        return model in self.models and self.models[model].warm
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Work on one model: parts that wait, and estimated tokens of those that wait or run."""
+
+    queued_parts: int
+    tokens: int
+
+
+def own_id() -> str:
+    """Names this process so that others on its machine can tell when it is gone."""
+    pid = os.getpid()
+    return f"{here()}|{pid}|{process_started(pid) or 0.0}"
+
+
+BEAT = [workers.c[f.name] for f in fields(Beat)]
+
+
+class WorkerStore:
+    """The worker processes that share one store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def beat(self, beat: Beat) -> None:
+        values = {f.name: getattr(beat, f.name) for f in fields(Beat)}
+        values["models"] = json.dumps({name: asdict(state) for name, state in beat.models.items()})
+        with self.store.write() as connection:
+            if connection.execute(workers.update().where(workers.c.id == beat.id).values(values)).rowcount == 0:
+                connection.execute(workers.insert().values(values))
+
+    def leave(self, worker: str) -> None:
+        with self.store.write() as connection:
+            connection.execute(workers.delete().where(workers.c.id == worker))
+
+    def alive(self, now: float | None = None) -> list[Beat]:
+        """Those heard of lately, oldest first; draining ones too."""
+        since = (time.time() if now is None else now) - SILENT_SECONDS
+        with self.store.read() as connection:
+            rows = connection.execute(sa.select(*BEAT).where(workers.c.seen_at > since).order_by(workers.c.began)).all()
+        return [beat for row in rows if not process_gone(beat := beat_of(row))]
+
+    def forget_gone(self, now: float | None = None) -> list[str]:
+        """Remove workers whose process is gone, or that were silent for minutes; returns their ids."""
+        before = (time.time() if now is None else now) - FORGET_SECONDS
+        with self.store.read() as connection:
+            beats = [beat_of(row) for row in connection.execute(sa.select(*BEAT))]
+        dead = [b.id for b in beats if b.seen_at < before or process_gone(b)]
+        if dead:
+            with self.store.write() as connection:
+                connection.execute(workers.delete().where(workers.c.id.in_(dead)))
+        return dead
+
+    # -- work and pace -------------------------------------------------------------------------------------------
+
+    def load(self) -> dict[str, Load]:
+        """By model, of the jobs that are not told to stop."""
+        waits = sa.case((parts.c.status == "queued", 1), else_=0)
+        chosen = (
+            sa.select(parts.c.model, summed(waits).label("queued"), summed(parts.c.tokens).label("tokens"))
+            .join(jobs, jobs.c.id == parts.c.job)
+            .where(parts.c.status.in_(("queued", "running")), jobs.c.status.in_(JOB_OPEN))
+            .group_by(parts.c.model)
+        )
+        with self.store.read() as connection:
+            return {r.model: Load(int(r.queued), int(r.tokens)) for r in connection.execute(chosen)}
+
+    def tokens_before(self, job: Job) -> int:
+        """Estimated tokens until the job is done: its own, and while it waits those of the model's other jobs too."""
+        mine = parts.c.model == job.model if job.started_at is None else parts.c.job == job.id
+        left = sa.select(summed(parts.c.tokens)).where(mine, parts.c.status.in_(("queued", "running")))
+        with self.store.read() as connection:
+            return int(connection.execute(left).scalar() or 0)
+
+    def learn(self, measured: Mapping[str, Measured]) -> None:
+        """Note what this process measured; what it does not know of a model stays as it was."""
+        with self.store.write() as connection:
+            for model, pace in measured.items():
+                known = {k: v for k, v in asdict(pace).items() if v is not None}
+                if not known:
+                    continue
+                values = {**known, "at": time.time()}
+                if connection.execute(paces.update().where(paces.c.model == model).values(values)).rowcount == 0:
+                    connection.execute(paces.insert().values(model=model, **values))
+
+    def paces(self, models: Iterable[str] | None = None) -> dict[str, Measured]:
+        chosen = sa.select(paces.c.model, paces.c.tokens_per_second, paces.c.cold_seconds)
+        if models is not None:
+            chosen = chosen.where(paces.c.model.in_(list(models)))
+        with self.store.read() as connection:
+            return {r.model: Measured(r.tokens_per_second, r.cold_seconds) for r in connection.execute(chosen)}
+
+
+def beat_of(row: sa.Row[tuple[object, ...]]) -> Beat:
+    values = dict(row._mapping)
+    values["models"] = {name: ModelState(**state) for name, state in json.loads(values["models"]).items()}
+    return Beat(**values)
+
+
+def process_gone(beat: Beat) -> bool:
+    return beat.host == here() and gone(beat.pid, float(beat.id.rpartition("|")[2]))

@@ -1,0 +1,96 @@
+"""Ledger lines of one slice, by price class. Pure: the store writes what this returns, in the slice's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from decimal import Decimal
+
+from complete_fn.engines.catalogue import Prices
+from complete_fn.engines.prices import amount, nano
+from complete_fn.types import Usage
+
+OF_ENGINE = ("idle", "aborted")  # price classes of an engine's own device time
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerLine:
+    """`cost_nano` is billed, `saved_nano` is what a free line would have cost; both in 1e-9 of the currency.
+
+    `device_us`: microseconds of the engine's devices, of all tokens of a slice, on its `input` line. `saved_us`: those
+    that a free line spared. `engine`: which one, HOST/PID, where it meters its devices.
+    """
+
+    price_class: str
+    rows: int
+    tokens: int
+    cost_nano: int = 0
+    saved_nano: int = 0
+    device_us: int = 0
+    saved_us: int = 0
+    engine: str | None = None
+
+
+def billed(
+    prices: Prices, rows: int, usage: Usage, skipped: float = 0.0, engine: str | None = None
+) -> list[LedgerLine]:
+    """Lines for computed rows: uncached input (always, as it has their number), cached input, output.
+
+    `prefix_cache` is free and says what the cached tokens would have cost uncached, beyond what was paid for them.
+    Device time saved is at the slice's own measured rate, device-seconds per computed token of its prompts:
+    `prefix_cache` that of the cached tokens. `swiftkv`, for a model whose prompt tokens skip the share `skipped` of
+    their FLOPs, is t * skipped / (1 - skipped) of the prompts' measured time t: what the skipped layers would have
+    taken. It saves no list price, which is by token whatever the layers.
+    """
+    fresh = Usage(prompt_tokens=usage.prompt_tokens - usage.cached_tokens)
+    cached = Usage(prompt_tokens=usage.cached_tokens, cached_tokens=usage.cached_tokens)
+    output = Usage(completion_tokens=usage.completion_tokens)
+    uncached = Usage(prompt_tokens=usage.cached_tokens)
+    spared = nano(amount(prices, uncached)) - nano(amount(prices, cached))
+    device = round(usage.device_seconds * 1e6)
+    prompts = usage.prompt_seconds * 1e6
+    rate = prompts / max(1, fresh.prompt_tokens)
+    unskipped = prompts * skipped / (1 - skipped)
+    lines = [
+        LedgerLine("input", rows, fresh.prompt_tokens, nano(amount(prices, fresh)), 0, device),
+        LedgerLine("cached_input", rows, cached.cached_tokens, nano(amount(prices, cached))),
+        LedgerLine("output", rows, output.completion_tokens, nano(amount(prices, output))),
+        LedgerLine("prefix_cache", 0, cached.cached_tokens, 0, spared, 0, round(cached.cached_tokens * rate)),
+    ]
+    if skipped and device:
+        lines.append(LedgerLine("swiftkv", 0, fresh.prompt_tokens, saved_us=round(unskipped)))
+    return [replace(x, engine=engine) for x in lines if x.tokens or (rows and x.price_class == "input")]
+
+
+def free(prices: Prices, price_class: str, rows: int, usage: Usage) -> list[LedgerLine]:
+    """The line of rows that were not computed; empty if there are none.
+
+    `usage.device_seconds`, which it saves, is what computing the rows they are copies of took.
+    """
+    if not rows:
+        return []
+    tokens = usage.prompt_tokens + usage.completion_tokens
+    saved_us = round(usage.device_seconds * 1e6)
+    return [LedgerLine(price_class, rows, tokens, 0, nano(amount(prices, usage)), 0, saved_us)]
+
+
+def total(usages: Iterable[Usage]) -> Usage:
+    prompt = cached = completion = 0
+    device = prompts = 0.0
+    for u in usages:
+        prompt += u.prompt_tokens
+        cached += u.cached_tokens
+        completion += u.completion_tokens
+        device += u.device_seconds
+        prompts += u.prompt_seconds
+    return Usage(prompt, cached, completion, device, prompts)
+
+
+def times(usage: Usage, copies: int) -> Usage:
+    u = usage
+    tokens = u.prompt_tokens * copies, u.cached_tokens * copies, u.completion_tokens * copies
+    return Usage(*tokens, u.device_seconds * copies, u.prompt_seconds * copies)
+
+
+def money(nano_units: int) -> Decimal:
+    return Decimal(nano_units).scaleb(-9)

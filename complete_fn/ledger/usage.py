@@ -1,0 +1,220 @@
+"""What the state tells a person: use by day and model, how a job stopped, what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from complete_fn.ledger.ledger import money
+from complete_fn.ledger.pruning import used_bytes
+from complete_fn.store.store import Store
+from complete_fn.store.tables import answers, attempts, ledger, of_class, summed
+
+
+class utc_day(FunctionElement[str]):
+    """The UTC day, "2026-01-31", of a column of seconds of the epoch."""
+
+    inherit_cache = True
+    type = sa.String()
+
+
+@compiles(utc_day)
+def day_in_sqlite(element: utc_day, compiler: Any, **options: Any) -> str:
+    return f"strftime('%Y-%m-%d', {compiler.process(element.clauses, **options)}, 'unixepoch')"
+
+
+@compiles(utc_day, "postgresql")
+def day_in_postgresql(element: utc_day, compiler: Any, **options: Any) -> str:
+    seconds = compiler.process(element.clauses, **options)
+    return f"to_char(to_timestamp({seconds}) AT TIME ZONE 'UTC', 'YYYY-MM-DD')"
+
+
+GROUPS: dict[str, sa.ColumnElement[Any]] = {
+    "day": utc_day(ledger.c.at),
+    "model": ledger.c.model,
+    "query_tag": ledger.c.query_tag,
+    "job": ledger.c.job,
+    "user": ledger.c.user,
+    "tenant": ledger.c.tenant,
+    "engine": ledger.c.engine,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class UsageLine:
+    """One group of the ledger.
+
+    `rows` have answers: computed, copied from an equal row, or reused. `cost` is billed; `saved` is what copied and
+    reused rows would have cost; `lost_rows` and `lost_tokens` (estimated) are work of stopped attempts, not billed.
+    `cache_saved` is what the prefix cache saved, `device_seconds` the rows' part of the engines' time where they meter
+    it. `idle_seconds` and `aborted_seconds` are the rest of it, of no tenant; `saved_seconds` is what copied and reused
+    rows, cached tokens and SwiftKV's skipped layers would have taken.
+    """
+
+    group: tuple[str, ...]
+    rows: int
+    input: int
+    cached: int
+    output: int
+    cost: Decimal
+    saved: Decimal
+    currency: str
+    basis: str
+    lost_rows: int
+    lost_tokens: int
+    cache_saved: Decimal
+    device_seconds: float
+    idle_seconds: float
+    aborted_seconds: float
+    saved_seconds: float
+
+
+def usage(
+    store: Store, by: Sequence[str] = ("day", "model"), since: float = 0.0, tenant: str | None = None
+) -> list[UsageLine]:
+    """The ledger from `since` (seconds of the epoch) on, one line per group, currency and price basis.
+
+    Args:
+        tenant: only its lines; None takes all.
+    """
+    groups = [GROUPS[name] for name in by]
+    split = [*groups, ledger.c.currency, ledger.c.basis]
+    sums = sa.select(
+        *split,
+        of_class(ledger.c.rows, "input", "duplicate", "reused"),
+        of_class(ledger.c.tokens, "input", "cached_input"),
+        of_class(ledger.c.tokens, "cached_input"),
+        of_class(ledger.c.tokens, "output"),
+        summed(ledger.c.cost_nano),
+        of_class(ledger.c.saved_nano, "duplicate", "reused"),
+        of_class(ledger.c.rows, "lost"),
+        of_class(ledger.c.tokens, "lost"),
+        of_class(ledger.c.saved_nano, "prefix_cache"),
+        of_class(ledger.c.device_us, "input"),
+        of_class(ledger.c.device_us, "idle"),
+        of_class(ledger.c.device_us, "aborted"),
+        of_class(ledger.c.saved_us, "duplicate", "reused", "prefix_cache", "swiftkv"),
+    )
+    chosen = ledger.c.at >= since
+    if tenant is not None:
+        chosen = chosen & (ledger.c.tenant == tenant)
+    with store.read() as connection:
+        rows = connection.execute(sums.where(chosen).group_by(*split).order_by(*split)).all()
+    return [usage_line(row, len(groups)) for row in rows]
+
+
+def usage_line(row: Sequence[Any], groups: int) -> UsageLine:
+    currency, basis, rows, prompt, cached, output, cost, saved, lost_rows, lost_tokens, spared, *times = row[groups:]
+    device, idle, aborted, spared_time = (int(time) / 1e6 for time in times)
+    return UsageLine(
+        group=tuple(str(value) if value is not None else "-" for value in row[:groups]),
+        rows=rows,
+        input=prompt,
+        cached=cached,
+        output=output,
+        cost=money(cost),
+        saved=money(saved),
+        currency=currency,
+        basis=basis,
+        lost_rows=lost_rows,
+        lost_tokens=lost_tokens,
+        cache_saved=money(spared),
+        device_seconds=device,
+        idle_seconds=idle,
+        aborted_seconds=aborted,
+        saved_seconds=spared_time,
+    )
+
+
+STOPS = {"lost": "killed", "cancelled": "interrupted", "failed": "stopped by an error"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """How the last attempt of an unfinished job ended, with what it had admitted and not committed."""
+
+    status: str
+    rows: int
+    tokens: int
+
+    def line(self) -> str:
+        how = f"The last attempt was {STOPS[self.status]}"
+        if not self.rows:
+            return f"{how} with nothing uncommitted."
+        return f"{how} with at most {self.rows:,} rows, about {self.tokens:,} tokens, uncommitted: not billed."
+
+
+def last_stop(store: Store, tenant: str, job: str) -> Stop | None:
+    """None if the job has no unfinished attempt, or its last one came to its end."""
+    of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job) & attempts.c.status.notin_(("ended", "running"))
+    last = sa.select(attempts.c.id, attempts.c.status).where(of_job).order_by(attempts.c.id.desc()).limit(1)
+    with store.read() as connection:
+        found = connection.execute(last).first()
+        if found is None or found.status not in STOPS:
+            return None
+        lost = sa.select(summed(ledger.c.rows), summed(ledger.c.tokens)).where(
+            ledger.c.attempt == found.id, ledger.c.price_class == "lost"
+        )
+        rows, tokens = connection.execute(lost).one()
+    return Stop(found.status, rows or 0, tokens or 0)
+
+
+def committed_rows(store: Store, tenant: str, job: str) -> int:
+    """Rows that the unfinished attempts of a job have computed, copies of equal rows included."""
+    mine, _ = store.unfinished(tenant, job)
+    lines = sa.select(summed(ledger.c.rows)).where(
+        ledger.c.attempt.in_(list(mine)), ledger.c.price_class.in_(("input", "duplicate"))
+    )
+    with store.read() as connection:
+        return connection.execute(lines).scalar() or 0
+
+
+def tokens_used(store: Store, tenant: str, job: str) -> int:
+    """Billed tokens, those of prompts and answers, of the unfinished attempts of a job."""
+    mine, _ = store.unfinished(tenant, job)
+    billed = ledger.c.price_class.in_(("input", "cached_input", "output"))
+    tokens = sa.select(summed(ledger.c.tokens)).where(ledger.c.attempt.in_(list(mine)), billed)
+    with store.read() as connection:
+        return int(connection.execute(tokens).scalar() or 0)
+
+
+def mean_output(store: Store, model: str) -> float | None:
+    """Output tokens per computed row of the model so far; None if the ledger has fewer than 20 rows of it."""
+    sums = sa.select(of_class(ledger.c.rows, "input"), of_class(ledger.c.tokens, "output")).where(
+        ledger.c.model == model
+    )
+    with store.read() as connection:
+        rows, tokens = connection.execute(sums).one()
+    return tokens / rows if rows and rows >= 20 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The answers of the state: `bytes` is what the file holds, `for_jobs` those kept for an unfinished job only."""
+
+    count: int
+    for_jobs: int
+    bytes: int
+    oldest: float | None
+    newest: float | None
+    models: dict[str, int] = field(default_factory=dict)
+
+
+def stored(store: Store) -> Stored:
+    sums = sa.select(
+        sa.func.count(),
+        sa.func.count(answers.c.job),
+        sa.func.min(answers.c.created_at),
+        sa.func.max(answers.c.created_at),
+    )
+    by_model = sa.select(answers.c.model, sa.func.count()).group_by(answers.c.model).order_by(answers.c.model)
+    with store.read() as connection:
+        count, for_jobs, oldest, newest = connection.execute(sums).one()
+        models = {row[0]: row[1] for row in connection.execute(by_model)}
+    return Stored(count, for_jobs, used_bytes(store), oldest, newest, models)

@@ -1,0 +1,70 @@
+"""The prefix tree of prompts in execution order, as the tokens that each shares with the one before it.
+
+In an order in which common beginnings are neighbours (byte order, or the planner's order of fields), the longest
+beginning that a prompt shares with any earlier one is the one it shares with its neighbour, so that one number a prompt
+is the whole tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from complete_fn.planning.field_order import common, rendered
+from complete_fn.planning.plan import BatchPlan
+from complete_fn.prompts.fields import has_fields
+from complete_fn.tokens import BYTES_PER_TOKEN
+
+SLACK = 0.25  # how far a part may be from its size, for a cut that costs less
+Ints = npt.NDArray[np.int64]
+
+
+def common_tokens(before: Sequence[int], tokens: Sequence[int]) -> int:
+    """Leading token ids that two prompts have in common."""
+    for at, (a, b) in enumerate(zip(before, tokens, strict=False)):
+        if a != b:
+            return at
+    return min(len(before), len(tokens))
+
+
+def hits(shared: int, length: int, block: int) -> int:
+    """Tokens that vLLM's prefix cache gives back: whole blocks, and never the last token of a prompt."""
+    return max(0, min(shared, length - 1)) // block * block
+
+
+def cut_tree(shared: Ints, tokens: Ints, part_tokens: int, slack: float = SLACK) -> Ints:
+    """Where to cut m prompts into parts of about `part_tokens`: [parts + 1] numbers, 0 and m included.
+
+    Each cut is made where the least is shared with the prompt before, from `slack` below the size to `slack` above it;
+    among equals at the later place. What a part shares across its cut is computed again by its worker.
+
+    Args:
+        shared: [m] tokens of each prompt that are in the cache from the one before it; `tokens`: [m] its tokens.
+    """
+    m, cuts = len(tokens), [0]
+    ends = np.cumsum(tokens)
+    while cuts[-1] < m:
+        begun = int(ends[cuts[-1] - 1]) if cuts[-1] else 0
+        sizes = [begun + part_tokens * (1 - slack), begun + part_tokens * (1 + slack)]
+        ends_at = np.searchsorted(ends, sizes, "right")
+        low, high = (max(int(at), cuts[-1] + 1) for at in ends_at)
+        if high >= m:
+            cuts.append(m)
+            break
+        window = shared[low : high + 1]
+        cuts.append(high - int(np.argmin(window[::-1])))
+    return np.array(cuts if m else [0], np.int64)
+
+
+def shared_beginnings(plan: BatchPlan) -> Ints:
+    """[m] tokens that each distinct prompt shares with the one before it, from the bytes they begin with in common."""
+    shared = np.zeros(len(plan.first), np.int64)
+    before = b""
+    for low, texts in plan.texts():
+        for number, text in enumerate(texts, low):
+            now = (rendered(plan, number, text) if has_fields(text) else text).encode("utf-8", "surrogatepass")
+            shared[number] = int(common(before, now) / BYTES_PER_TOKEN)
+            before = now
+    return shared

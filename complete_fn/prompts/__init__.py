@@ -1,0 +1,1 @@
+"""Columns and options become prompt texts."""

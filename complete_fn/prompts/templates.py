@@ -1,0 +1,164 @@
+"""Templates: `{name}` is replaced by a field, `{{` and `}}` are braces, and nothing else is possible."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.prompts.fields import FIELDS_MARK, pack_fields, unpack_fields
+from complete_fn.types import Message
+
+TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+NAME = re.compile(r"[^\W\d][\w ]*", re.UNICODE)
+
+
+def parse_template(template: str) -> list[tuple[str, str | None]]:
+    """(text, field that follows or None) pairs.
+
+    Raises:
+        InvalidOptionError: a lone brace, or a field that is more than a name.
+    """
+    pieces: list[tuple[str, str | None]] = []
+    text, end = "", 0
+    for match in TOKEN.finditer(template):
+        text += template[end : match.start()]
+        end = match.end()
+        found = match.group(0)
+        if found in ("{{", "}}"):
+            text += found[0]
+        elif match.group(1) is not None and NAME.fullmatch(match.group(1)):
+            pieces.append((text, match.group(1)))
+            text = ""
+        else:
+            raise InvalidOptionError(
+                f"The template has {found!r} at character {match.start()}: only {{name}} is replaced. "
+                "Write {{ and }} for braces."
+            )
+    return [*pieces, (text + template[end:], None)]
+
+
+def template_fields(template: str) -> list[str]:
+    return [name for _, name in parse_template(template) if name is not None]
+
+
+def render_column(
+    template: str, columns: Mapping[str, Any], length: int, reorder_fields: bool = False
+) -> pa.ChunkedArray:
+    """One planned prompt (see `escaped`) per row, large_string; a row with a NULL field is NULL.
+
+    Args:
+        columns: arrays of `length` values by field name; what is no string is cast as SQL casts it.
+        reorder_fields: keep the fields apart, so that the planner may order them row by row (see `field_prompts`).
+
+    Raises:
+        InvalidOptionError: the template cannot be used.
+        InputError: a field is no column.
+    """
+    if reorder_fields:
+        texts = {n: as_text(columns[n], n) for n in template_fields(template) if n in columns}
+        return pack_fields(parse_template(template), texts, length)
+    parts: list[Any] = []
+    for text, name in parse_template(template):
+        if text:
+            parts.append(pa.scalar(text, pa.large_string()))
+        if name is not None:
+            if name not in columns:
+                raise InputError(f"The template names {{{name}}}, which is no column. Columns: {', '.join(columns)}.")
+            parts.append(as_text(columns[name], name))
+    if not any(isinstance(p, pa.ChunkedArray | pa.Array) for p in parts):
+        whole = "".join(p.as_py() for p in parts)
+        return pa.chunked_array([pa.repeat(pa.scalar(escape(whole), pa.large_string()), length)])
+    joined = escaped(pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string())))
+    return joined if isinstance(joined, pa.ChunkedArray) else pa.chunked_array([joined])
+
+
+def as_text(column: Any, name: str) -> Any:
+    """The column as large_string.
+
+    Raises:
+        InputError: its type has no text form (binary, nested).
+    """
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = pc.cast(column, kind.value_type)
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_nested(kind):
+        raise InputError(f"Column {name!r} is {kind}; a prompt needs text. Cast or select a text column.")
+    try:
+        return pc.cast(column, pa.large_string())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise InputError(f"Column {name!r} is {kind}, which has no text form: {error}") from error
+
+
+def plain_column(prompts: Any) -> Any:
+    """Texts in any Arrow string type or as a Python sequence -> large_string.
+
+    Raises:
+        InputError: the values are no text.
+    """
+    if not isinstance(prompts, pa.Array | pa.ChunkedArray):
+        return text_column(prompts)
+    kind = prompts.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        whole = prompts.combine_chunks() if isinstance(prompts, pa.ChunkedArray) else prompts
+        return whole.cast(pa.large_binary()).view(pa.large_string())
+    return as_text(prompts, "prompt")
+
+
+def text_column(texts: Sequence[str | None]) -> pa.Array:
+    """Python strings as large_string; lone surrogates are kept as bytes that are not UTF-8: their rows will fail.
+
+    Raises:
+        InputError: a value is neither a string nor None.
+    """
+    try:
+        return pa.array(texts, pa.large_string())
+    except UnicodeEncodeError:
+        raw = [None if t is None else t.encode("utf-8", "surrogatepass") for t in texts]
+        return pa.array(raw, pa.large_binary()).view(pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise InputError(f"The prompts are not all text: {error}") from error
+
+
+MESSAGES_MARK = "\x00messages:"  # no text of a user's begins like this once it is escaped
+
+
+def escape(text: str) -> str:
+    """A user's text as a planned prompt: a NUL in front is doubled, so that no data can pose as packed messages."""
+    return "\x00" + text if text.startswith("\x00") else text
+
+
+def escaped(column: Any) -> Any:
+    """`escape` for a column of texts."""
+    marked = pc.starts_with(column, "\x00")
+    if not pc.any(marked).as_py():
+        return column
+    nul = pa.scalar("\x00", pa.large_string())
+    return pc.if_else(marked, pc.binary_join_element_wise(nul, column, pa.scalar("", pa.large_string())), column)
+
+
+def pack_messages(messages: list[Mapping[str, str]]) -> str:
+    """Messages as one canonical text, so that a conversation is planned, merged and stored like a string.
+
+    One message of a user is the bare prompt: engines make the same of both, so both are one and the same question.
+    """
+    if len(messages) == 1 and messages[0].get("role") == "user":
+        return escape(str(messages[0].get("content", "")))
+    pairs = [[str(m.get("role", "")), str(m.get("content", ""))] for m in messages]
+    return MESSAGES_MARK + json.dumps(pairs, ensure_ascii=False, separators=(",", ":"))
+
+
+def unpack(text: str) -> str | tuple[Message, ...]:
+    """What a planned text stands for: itself, or the messages packed in it."""
+    if not text.startswith("\x00"):
+        return text
+    if text.startswith(FIELDS_MARK):
+        return unpack_fields(text).render()
+    if not text.startswith(MESSAGES_MARK):
+        return text[1:]
+    return tuple(Message(role, content) for role, content in json.loads(text[len(MESSAGES_MARK) :]))

@@ -1,0 +1,320 @@
+"""Rows from databases and answers into them: PostgreSQL, MariaDB, MySQL and SQLite; DuckDB by its connector."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any, Protocol
+
+import pyarrow as pa
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from complete_fn.errors import InputError, TooLargeError
+from complete_fn.registry import DATABASES, resolve
+from complete_fn.rows.formats import Rows
+from complete_fn.rows.postgres_adbc import postgres_batches
+from complete_fn.rows.readers import BATCH_ROWS, table_windows
+from complete_fn.rows.result_tables import is_mariadb, refuse_keys, result_table, upserting
+
+CONNECT_SECONDS = 10
+LOCK_SECONDS = 30  # that a write waits for others' locks; who writes has more to do
+DRIVERS = {
+    "postgresql": "postgresql+psycopg",
+    "mysql": "mysql+pymysql",
+    "mariadb": "mariadb+pymysql",
+    "sqlite": "sqlite",
+}
+SCHEMES = (*DRIVERS, *DATABASES)
+# What a column of NULLs holds by its driver's type code: PostgreSQL's oids, then the wire codes of MySQL.
+KINDS: dict[str, dict[int, Any]] = {
+    "postgresql": {
+        16: pa.bool_(), 17: pa.binary(), 20: pa.int64(), 21: pa.int64(), 23: pa.int64(), 700: pa.float64(),
+        701: pa.float64(), 1082: pa.date32(), 1114: pa.timestamp("us"), 1184: pa.timestamp("us", "UTC"),
+    },
+    "mysql": {
+        1: pa.int64(), 2: pa.int64(), 3: pa.int64(), 4: pa.float64(), 5: pa.float64(), 7: pa.timestamp("us"),
+        8: pa.int64(), 9: pa.int64(), 10: pa.date32(), 12: pa.timestamp("us"),
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One SELECT. With a `key`, its rows come in that column's order, from behind the value `after` on, or `at` it."""
+
+    sql: str
+    key: str | None = None
+    after: Any = None
+    at: bool = False
+
+
+class Database(Protocol):
+    """A database that rows are read from or answers written to."""
+
+    def batches(self, query: Query) -> Iterator[Any]:
+        """Record batches of one schema, streamed; at least one, maybe empty.
+
+        Raises:
+            InputError: the database refuses it.
+        """
+        ...
+
+    def has(self, table: str, key: str, value: Any) -> bool:
+        """Whether there is such a table, with a row of that key."""
+        ...
+
+    def upsert(self, table: str, key: str, rows: Any) -> None:
+        """Write rows (an Arrow table), each over the one that has its key, in one transaction; the table is made.
+
+        Raises:
+            InputError: there is such a table and it is no result table, or a key is NULL or there twice.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class QuerySource:
+    """The rows of a query, as windows."""
+
+    database: Database
+    query: Query
+    most_rows: int | None = None
+
+    def windows(self) -> Iterator[Rows]:
+        count = 0
+        batches = self.database.batches(self.query)
+        first = next(batches)
+        for rows in table_windows(first.schema, chain(first, batches)):
+            count += rows.count
+            if self.most_rows is not None and count > self.most_rows:
+                raise TooLargeError(f"The query has more rows than the {self.most_rows:,} that are taken.")
+            yield rows
+
+    def behind(self, after: Any) -> QuerySource:
+        """The rows from behind the one of that key.
+
+        Raises:
+            InputError: several have it, as the database compares them.
+        """
+        there = self.database.batches(replace(self.query, after=after, at=True))
+        if sum(batch.num_rows for batch in there) > 1:
+            raise InputError(f"The key {self.query.key!r} has the value {after!r} more than once.")
+        return replace(self, query=replace(self.query, after=after))
+
+
+def chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def open_database(url: str, *, read_only: bool = False, seconds: float | None = None) -> Database:
+    """Args:
+        read_only: for one SELECT of somebody we do not know: nothing can be written, `seconds` are all it may take.
+
+    Raises:
+        InputError: the URL is none of a database that is taken; it is not repeated, as it may have a password.
+        EngineMissingError: the database's library is not installed.
+    """
+    scheme = url.partition(":")[0].partition("+")[0]
+    if scheme in DATABASES:
+        found: Database = resolve(DATABASES[scheme])(url, read_only, seconds)
+        return found
+    if scheme not in DRIVERS:
+        raise InputError(f"{scheme!r} is no database that is taken. Take one of {', '.join(SCHEMES)}.")
+    try:
+        return SqlDatabase(sa.make_url(url), read_only, seconds)
+    except ArgumentError as error:
+        raise InputError("The database's URL cannot be read; it is like postgresql://user@host/name.") from error
+
+
+class SqlDatabase:
+    """A database that SQLAlchemy talks to."""
+
+    def __init__(self, url: sa.URL, read_only: bool, seconds: float | None) -> None:
+        self.kind = url.get_backend_name()
+        self.family = "mysql" if self.kind == "mariadb" else self.kind
+        self.read_only, self.seconds = read_only, seconds
+        name = url.drivername if "+" in url.drivername else DRIVERS[self.kind]
+        self.where = f"{self.kind} database {url.database!r}"
+        with self.named_errors():
+            self.engine = sa.create_engine(
+                url.set(drivername=name), poolclass=sa.NullPool, connect_args=self.connect_arguments()
+            )
+
+    def connect_arguments(self) -> dict[str, Any]:
+        if self.family == "postgresql":
+            return {"connect_timeout": CONNECT_SECONDS}
+        if self.family == "mysql":
+            limits = {} if self.seconds is None else dict.fromkeys(("read_timeout", "write_timeout"), self.seconds + 10)
+            return {"connect_timeout": CONNECT_SECONDS, "charset": "utf8mb4", "local_infile": False, **limits}
+        return {"timeout": LOCK_SECONDS}
+
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """A database's refusal in its own words; never the URL, nor the statement with its values."""
+        try:
+            yield
+        except DBAPIError as error:
+            text = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
+            raise InputError(f"The {self.where} refuses: {text[0]}") from error
+        except SQLAlchemyError as error:
+            raise InputError(f"The {self.where} cannot be used: {str(error).splitlines()[0]}") from error
+
+    def batches(self, query: Query) -> Iterator[Any]:
+        deadline = None if self.seconds is None else time.monotonic() + self.seconds
+        if self.family == "postgresql" and (arrow := self.arrow_batches(query)) is not None:
+            with closing(arrow):
+                for batch in arrow:
+                    if batch.num_rows:
+                        refuse_late(deadline, self.seconds)
+                    yield batch
+            return
+        mark = "?" if self.family == "sqlite" else "%s"
+        given = query.sql if mark == "?" else query.sql.replace("%", "%%")  # the drivers fill in %s, always
+        sql, values = self.statement(given, query, mark), None if query.after is None else (query.after,)
+        with self.named_errors(), self.engine.connect() as connection:
+            if self.read_only:
+                self.make_read_only(connection, deadline)
+            streaming = connection.execution_options(stream_results=True, max_row_buffer=BATCH_ROWS)
+            result = streaming.exec_driver_sql(sql, values)
+            names = list(result.keys())
+            codes = [column[1] for column in result.cursor.description] if result.cursor is not None else []
+            kinds: list[Any] | None = None
+            while found := result.fetchmany(BATCH_ROWS):
+                refuse_late(deadline, self.seconds)
+                columns = [[plain(v) for v in column] for column in zip(*found, strict=True)]
+                kinds = kinds or [self.kind_of(v, c) for v, c in zip(columns, codes, strict=True)]
+                yield batch_of(names, columns, kinds)
+            if kinds is None:
+                nothing: list[list[Any]] = [[] for _ in names]
+                yield batch_of(names, nothing, [self.kind_of([], c) for c in codes])
+
+    def arrow_batches(self, query: Query) -> Generator[Any] | None:
+        """By ADBC, where it is installed and reads the columns alike."""
+        if self.engine.dialect.driver != "psycopg":
+            return None
+        from psycopg.conninfo import make_conninfo
+        from psycopg.sql import Literal
+
+        # A literal, because the driver holds the whole result of a statement with parameters in memory.
+        sql = self.statement(query.sql, query, "" if query.after is None else Literal(query.after).as_string(None))
+        given = dict(self.engine.dialect.create_connect_args(self.engine.url)[1])
+        given.pop("context", None)  # psycopg's own
+        conninfo = make_conninfo(**{"connect_timeout": CONNECT_SECONDS} | given | {"client_encoding": "utf8"})
+        return postgres_batches(conninfo, sql, self.read_only_statements(), self.where)
+
+    def statement(self, sql: str, query: Query, after: str) -> str:
+        """The SQL of the query; `after` is how the value is written that rows come behind."""
+        if query.key is None:
+            return sql
+        name = self.engine.dialect.identifier_preparer.quote_identifier(query.key)
+        where = "" if query.after is None else f"WHERE {name} {'=' if query.at else '>'} {after} "
+        return f"SELECT * FROM ({sql}\n) AS q {where}ORDER BY {name}"
+
+    def read_only_statements(self) -> list[str]:
+        """For the beginning of a transaction of PostgreSQL."""
+        limit = f"SET LOCAL statement_timeout = {int((self.seconds or 0.0) * 1000)}"
+        return ["SET TRANSACTION READ ONLY", limit] if self.read_only else []
+
+    def make_read_only(self, connection: sa.Connection, deadline: float | None) -> None:
+        seconds = self.seconds or 0.0
+        if self.family == "postgresql":
+            for statement in self.read_only_statements():
+                connection.exec_driver_sql(statement)
+        elif self.family == "mysql":
+            limit = f"max_statement_time = {seconds}" if is_mariadb(connection.dialect) else ""
+            limit = limit or f"max_execution_time = {int(seconds * 1000)}"
+            connection.exec_driver_sql(f"SET SESSION {limit}, sql_mode = CONCAT(@@sql_mode, ',NO_BACKSLASH_ESCAPES')")
+            connection.exec_driver_sql("SET SESSION TRANSACTION READ ONLY")
+            connection.commit()
+        else:
+            connection.exec_driver_sql("PRAGMA query_only = ON")
+            inner: Any = connection.connection.driver_connection
+            inner.set_progress_handler(lambda: int(deadline is not None and time.monotonic() > deadline), 10_000)
+
+    def limit_waiting(self, connection: sa.Connection) -> None:
+        """Of a transaction that writes."""
+        if self.family == "postgresql":
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
+            if self.seconds is not None:
+                connection.exec_driver_sql(f"SET LOCAL statement_timeout = {int(self.seconds * 1000)}")
+        elif self.family == "mysql":
+            limits = f"innodb_lock_wait_timeout = {LOCK_SECONDS}, lock_wait_timeout = {LOCK_SECONDS}"
+            connection.exec_driver_sql(f"SET SESSION {limits}")
+
+    def kind_of(self, values: Sequence[Any], code: Any) -> Any:
+        """The Arrow type of a column, from its first values; a column of NULLs by what the driver says of it."""
+        if all(v is None for v in values):
+            return KINDS.get(self.family, {}).get(code, pa.large_string())
+        if any(isinstance(v, Decimal) for v in values):
+            scale = max(max(0, -int(v.as_tuple().exponent)) for v in values if isinstance(v, Decimal) and v.is_finite())
+            return pa.decimal128(38, scale)
+        try:
+            found = pa.array(values).type
+        except (pa.ArrowException, OverflowError):
+            return pa.large_string()
+        return pa.large_string() if pa.types.is_string(found) else found
+
+    def has(self, table: str, key: str, value: Any) -> bool:
+        schema, _, name = table.rpartition(".")
+        found = sa.table(name, sa.column(key), schema=schema or None)
+        with self.named_errors(), self.engine.connect() as connection:
+            if not sa.inspect(connection).has_table(name, schema or None):
+                return False
+            one = sa.select(sa.literal(1)).select_from(found).where(found.c[key] == value).limit(1)
+            return connection.execute(one).first() is not None
+
+    def upsert(self, table: str, key: str, rows: Any) -> None:
+        refuse_keys(rows.column(key), key, 255 if self.family == "mysql" else None)
+        with self.named_errors(), self.engine.begin() as connection:
+            self.limit_waiting(connection)
+            made = result_table(connection, table, key, rows.schema)
+            statement = upserting(made, key, connection.dialect.name)
+            for batch in rows.to_batches(BATCH_ROWS):
+                if batch.num_rows:
+                    connection.execute(statement, batch.to_pylist())
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def refuse_late(deadline: float | None, seconds: float | None) -> None:
+    if deadline is not None and time.monotonic() > deadline:
+        raise InputError(f"The query takes longer than the {seconds:g} s that it may.")
+
+
+def plain(value: Any) -> Any:
+    """A driver's value as one that Arrow knows; what has no type of its own is text, JSON where it is nested."""
+    if value is None or isinstance(value, str | bool | int | float | Decimal | datetime | date | bytes):
+        return value
+    if isinstance(value, memoryview | bytearray):
+        return bytes(value)
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+def batch_of(names: Sequence[str], columns: Sequence[list[Any]], kinds: Sequence[Any]) -> Any:
+    """Raises:
+    InputError: a value is of another type than those before it.
+    """
+    arrays = []
+    for name, values, kind in zip(names, columns, kinds, strict=True):
+        text = pa.types.is_large_string(kind)
+        try:
+            arrays.append(
+                pa.array([v if v is None or isinstance(v, str) else str(v) for v in values] if text else values, kind)
+            )
+        except (pa.ArrowException, OverflowError, UnicodeError) as error:
+            raise InputError(
+                f"Column {name!r} has values of several types ({kind} first). CAST it in the SQL."
+            ) from error
+    return pa.record_batch(arrays, list(names))

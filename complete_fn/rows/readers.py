@@ -1,0 +1,292 @@
+"""Tables of any size in windows of bounded memory: Parquet, CSV, JSONL and Arrow IPC, compressed or not."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from complete_fn.errors import InputError, TooLargeError
+from complete_fn.rows.formats import LineRows, Rows, TableRows, clean
+
+WINDOW_ROWS, WINDOW_BYTES = 200_000, 256 * 1024 * 1024  # a window ends at whichever comes first
+BATCH_ROWS = 8_192
+CSV_BLOCK = 32 * 1024 * 1024  # bytes; the longest row that a CSV may have
+LINE_BYTES = 64 * 1024 * 1024  # of a JSONL
+
+
+class Source(Protocol):
+    """Rows that can be read again and again, a window at a time; there is always a first one, maybe empty."""
+
+    def windows(self) -> Iterator[Rows]: ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A file in one of `files.FORMATS`.
+
+    Attributes:
+        name: what messages call it.
+        open: opens it from its beginning; seekable unless it is compressed.
+        most_rows, most_bytes: bounds of what it holds once it is decoded; None for no bound.
+        kept: what must live as long as the source.
+    """
+
+    name: str
+    format: str
+    open: Callable[[], Any]
+    compression: str | None = None
+    most_rows: int | None = None
+    most_bytes: int | None = None
+    kept: Any = None
+
+    def windows(self) -> Iterator[Rows]:
+        """Raises:
+        InputError: it is not there, not whole, or not of its format; the message says where.
+        TooLargeError: it holds more than it may.
+        """
+        count = 0
+        try:
+            with self.opened() as source:
+                for rows in STREAMS[self.format](source, self):
+                    count += rows.count
+                    if self.most_rows is not None and count > self.most_rows:
+                        raise TooLargeError(f"{self.name} has more rows than the {self.most_rows:,} that are taken.")
+                    yield rows
+        except (pa.ArrowException, OSError, EOFError) as error:
+            first = (str(error).splitlines() or [""])[0].rstrip(".")
+            hint = (
+                "" if self.format == "csv" else " It may be damaged, still be being written, or its writer was killed."
+            )
+            raise InputError(f"{self.name} cannot be read as {self.format}: {first}.{hint}") from error
+        except RecursionError as error:
+            raise InputError(f"{self.name} has a value that is nested too deep.") from error
+
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        with ExitStack() as stack:
+            try:
+                raw = stack.enter_context(self.open())
+            except OSError as error:
+                raise InputError(f"{self.name} cannot be read: {error.strerror or error}.") from error
+            if self.compression is None:
+                yield raw
+                return
+            plain = pa.CompressedInputStream(pa.PythonFile(raw, "r"), self.compression)
+            if self.format in ("csv", "jsonl"):
+                yield io.BufferedReader(Counted(plain, self))
+                return
+            whole = stack.enter_context(tempfile.TemporaryFile())  # Parquet is read from its end
+            shutil.copyfileobj(io.BufferedReader(Counted(plain, self)), whole)
+            whole.seek(0)
+            yield whole
+
+
+class Counted(io.RawIOBase):
+    """A decompressed stream that ends in an error where it grows beyond its bound."""
+
+    def __init__(self, plain: Any, source: FileSource) -> None:
+        self.plain, self.source, self.count = plain, source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.plain.read(len(buffer))
+        buffer[: len(found)] = found
+        self.count += len(found)
+        refuse_bytes(self.count, self.source)
+        return len(found)
+
+
+def refuse_bytes(count: int, source: FileSource) -> None:
+    if source.most_bytes is not None and count > source.most_bytes:
+        raise TooLargeError(f"{source.name} decodes to more than the {source.most_bytes:,} bytes that are taken.")
+
+
+# -- columns -------------------------------------------------------------------------------------------------------
+
+
+def table_windows(schema: Any, batches: Iterable[Any]) -> Iterator[TableRows]:
+    """Batches gathered to windows. A table of several windows has its dictionaries decoded: they may differ."""
+    held: list[Any] = []
+    rows = size = 0
+    step = min(BATCH_ROWS, WINDOW_ROWS)
+    several = False
+    for whole in batches:
+        for low in range(0, whole.num_rows, step):
+            batch = whole.slice(low, step)
+            taken = slice_size(batch, whole)
+            if held and (rows + batch.num_rows > WINDOW_ROWS or size + taken > WINDOW_BYTES):
+                several = True
+                yield table_rows(held, schema, several)
+                held, rows, size = [], 0, 0
+            held.append(batch)
+            rows, size = rows + batch.num_rows, size + taken
+    if held or not several:
+        yield table_rows(held, schema, several)
+
+
+def slice_size(batch: Any, whole: Any) -> int:
+    """Bytes of a slice. Before pyarrow 24, string views have no such number: then its share of the buffers."""
+    try:
+        return int(batch.nbytes)
+    except pa.ArrowTypeError:
+        return int(whole.get_total_buffer_size() * batch.num_rows // whole.num_rows)
+
+
+def table_rows(batches: list[Any], schema: Any, decode: bool) -> TableRows:
+    table = pa.Table.from_batches(batches, schema)
+    if decode:
+        for number, field in enumerate(schema):
+            if pa.types.is_dictionary(field.type):
+                table = table.set_column(number, field.name, pc.cast(table.column(number), field.type.value_type))
+    return TableRows(table)
+
+
+def stream_parquet(source: Any, asked: FileSource) -> Iterator[Rows]:
+    from pyarrow import parquet
+
+    if asked.most_rows is not None:
+        refuse_bomb(source, asked)
+    with parquet.ParquetFile(source) as file:
+        width = max(1, len(file.schema))
+        batches = file.iter_batches(batch_size=max(1, min(BATCH_ROWS, 1_000_000 // width)))
+        yield from table_windows(file.schema_arrow, batches)
+
+
+def refuse_bomb(source: Any, asked: FileSource) -> None:
+    """A small Parquet file can decode to any size, whatever its footer says: weigh it with its texts left encoded."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(source) as file:
+        leaves = [file.schema.column(n) for n in range(len(file.schema))]
+        if asked.most_rows is not None and file.metadata.num_rows > asked.most_rows:
+            raise TooLargeError(f"{asked.name} has more rows than the {asked.most_rows:,} that are taken.")
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    step = max(1, min(BATCH_ROWS, 1_000_000 // max(1, len(leaves))))
+    source.seek(0)
+    with parquet.ParquetFile(source, read_dictionary=texts) as file:
+        size = 0
+        for batch in file.iter_batches(batch_size=step):
+            size += sum(weight(column) for column in batch.columns)
+            refuse_bytes(size, asked)
+    source.seek(0)
+
+
+def weight(column: Any) -> int:
+    """Bytes of an array once its dictionaries are decoded."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.binary_length(column.dictionary.cast(pa.large_binary()))
+        return int(pc.sum(lengths.take(column.indices)).as_py() or 0) + 8 * len(column)
+    if pa.types.is_struct(kind):
+        return sum(weight(child) for child in column.flatten())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_map(kind):
+        values = pa.StructArray.from_arrays([column.keys, column.items], ["k", "v"]) if pa.types.is_map(kind) else None
+        return weight(column.flatten() if values is None else values) + 8 * len(column)
+    return int(column.nbytes)
+
+
+def stream_arrow(source: Any, asked: FileSource) -> Iterator[Rows]:
+    """The IPC file format or, without its mark, the stream format."""
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    if is_file:
+        with pa.ipc.open_file(source) as file:
+            yield from table_windows(file.schema, (file.get_batch(n) for n in range(file.num_record_batches)))
+    else:
+        with pa.ipc.open_stream(source) as stream:
+            yield from table_windows(stream.schema, stream)
+
+
+def stream_csv(source: Any, asked: FileSource) -> Iterator[Rows]:
+    """Every column as text, so that it is written back as it was. An empty field is NULL, a quoted empty one is not."""
+    from pyarrow import csv as arrow_csv
+
+    names = header(asked)
+    parse = arrow_csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=len(names) > 1)
+    convert = arrow_csv.ConvertOptions(
+        check_utf8=False,
+        column_types=dict.fromkeys(names, pa.large_string()),
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+        null_values=[""],
+    )
+    options = arrow_csv.ReadOptions(block_size=CSV_BLOCK, use_threads=False)
+    stream = arrow_csv.open_csv(source, options, parse, convert)
+    yield from table_windows(stream.schema, stream)
+
+
+def header(asked: FileSource) -> list[str]:
+    """Raises:
+    InputError: there is none, or it cannot name columns.
+    """
+    with asked.opened() as source:
+        text = io.TextIOWrapper(source, "utf-8-sig", errors="surrogateescape", newline="")
+        try:
+            names = next(csv.reader(text), [])
+        except csv.Error as error:
+            raise InputError(f"The CSV's header cannot be read: {error}.") from error
+        finally:
+            text.detach()
+    if not names:
+        raise InputError("The CSV is empty: not even a header line.")
+    if bad := [n for n in names if clean(n) != n]:
+        raise InputError(f"The CSV's header has a name that is not UTF-8: {clean(bad[0])}.")
+    if again := [n for n in names if names.count(n) > 1]:
+        raise InputError(f"The CSV's header names {again[0]!r} {len(again)} times; rename one.")
+    return names
+
+
+# -- lines ---------------------------------------------------------------------------------------------------------
+
+
+def stream_jsonl(source: Any, asked: FileSource) -> Iterator[Rows]:
+    held: list[bytes] = []
+    size = count = 0
+    for number, raw in enumerate(bounded_lines(source), 1):
+        line = (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).strip()
+        if not line:
+            continue
+        refuse_no_object(line, number)
+        if held and (len(held) >= WINDOW_ROWS or size + len(line) > WINDOW_BYTES):
+            yield LineRows(held)
+            held, size = [], 0
+        held.append(line)
+        size, count = size + len(line), count + 1
+    if held or not count:
+        yield LineRows(held)
+
+
+def bounded_lines(source: IO[bytes]) -> Iterator[bytes]:
+    while line := source.readline(LINE_BYTES):
+        if len(line) == LINE_BYTES:
+            raise InputError(f"The JSONL has a line of more than {LINE_BYTES:,} bytes.")
+        yield line
+
+
+def refuse_no_object(line: bytes, number: int) -> None:
+    try:
+        found = json.loads(line.decode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise InputError(f"Line {number} of the JSONL is not JSON: {error}. Nothing was run.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"Line {number} of the JSONL is no object but {type(found).__name__}. Nothing was run.")
+
+
+STREAMS: dict[str, Callable[[Any, FileSource], Iterator[Rows]]] = {
+    "parquet": stream_parquet,
+    "csv": stream_csv,
+    "jsonl": stream_jsonl,
+    "arrow": stream_arrow,
+}

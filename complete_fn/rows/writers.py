@@ -1,0 +1,405 @@
+"""Writing rows with new columns, window by window: whole or not at all, next to its place and then renamed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import IO, Any
+from uuid import UUID
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from complete_fn.errors import InputError
+from complete_fn.planning.plan import to_texts
+from complete_fn.rows.formats import LineRows, Place, Rows, clean
+from complete_fn.rows.json_values import json_line
+from complete_fn.rows.object_storage import Storage, remote
+
+BATCH_ROWS = 8_192
+UNITS = ("s", "ms", "us", "ns")
+
+
+def refuse_output(place: Place, overwrite: bool) -> None:
+    """Everything about the output that can be known before work is paid for.
+
+    Raises:
+        InputError: it exists and may not be overwritten, or cannot be written.
+    """
+    if place.piped:
+        if sys.stdout.isatty() and place.format in ("parquet", "arrow"):
+            raise InputError(f"{place.format} is nothing for a terminal: write to a file with -o, or --format jsonl.")
+        return
+    if remote(place.name):
+        storage, name = object_of(place)
+        if not overwrite and storage.exists(name):
+            raise InputError(f"The output {place.name!r} exists. Say --overwrite, or name another file.")
+        return
+    if is_device(Path(place.name)):
+        return
+    path = Path(place.name).resolve()
+    if path.is_dir():
+        raise InputError(f"The output {place.name!r} is a folder.")
+    refuse_existing(place, overwrite)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"The output {place.name!r} cannot be written: {error.strerror}.") from error
+
+
+def refuse_existing(place: Place, overwrite: bool) -> None:
+    if not overwrite and Path(place.name).exists():
+        raise InputError(f"The output {place.name!r} exists. Say --overwrite, or name another file.")
+
+
+def object_of(place: Place) -> tuple[Storage, str]:
+    """(storage, key) of an s3:// or gs:// URL."""
+    folder, _, name = place.name.rpartition("/")
+    return Storage(folder), name
+
+
+def is_device(path: Path) -> bool:
+    """A pipe, terminal or /dev/null: written straight into, as there is nothing to replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+@contextmanager
+def writing(place: Place, overwrite: bool, schema: Any = None) -> Iterator[Writer]:
+    """A writer of rows with new columns behind them; what it wrote is in place when the block ends well.
+
+    Args:
+        schema: of a JSONL that comes in several windows, as `Writer` takes it.
+
+    Raises:
+        InputError: the output cannot be written; nothing of it is left behind.
+    """
+    path = Path(place.name)
+    try:
+        if place.piped:
+            sys.stdout.flush()
+            # A buffer of our own: with PYTHONUNBUFFERED sys.stdout.buffer is raw and writes only a part.
+            with open(sys.stdout.fileno(), "wb", closefd=False) as out, written_to(out, place, schema) as writer:
+                yield writer
+        elif remote(place.name):
+            storage, name = object_of(place)
+            with storage.writing(name) as sink, written_to(sink, place, schema) as writer:
+                yield writer
+        elif is_device(path):
+            with path.open("wb") as device, written_to(device, place, schema) as writer:
+                yield writer
+        else:
+            with whole_file(path.resolve(), place, overwrite) as sink, written_to(sink, place, schema) as writer:
+                yield writer
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        remedy = "The answers are kept: the same command writes them without computing any again."
+        raise InputError(f"The output {place.name!r} cannot be written: {error.strerror or error}. {remedy}") from error
+
+
+@contextmanager
+def whole_file(path: Path, place: Place, overwrite: bool) -> Iterator[IO[bytes]]:
+    # Not by the process's id: in containers that share a volume all may be 1.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    opened = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(opened, "wb") as sink:
+            yield sink
+            sink.flush()
+            os.fsync(sink.fileno())
+        refuse_existing(place, overwrite)
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the rename itself outlive a power failure, where folders can be opened."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+@contextmanager
+def written_to(sink: IO[bytes], place: Place, schema: Any = None) -> Iterator[Writer]:
+    """A writer of the place's format into an open file, which it leaves open."""
+    with ExitStack() as stack:
+        target: Any = sink
+        if place.compression is not None:
+            own = os.fdopen(os.dup(sink.fileno()), "wb")  # Arrow closes what it is given
+            target = stack.enter_context(pa.CompressedOutputStream(pa.PythonFile(own, "w"), place.compression))
+        writer = WRITERS[place.format](target, place, schema)
+        try:
+            yield writer
+        except BaseException:
+            with suppress(Exception):  # else Arrow's writer closes itself once its file is gone
+                writer.close()
+            raise
+        writer.close()
+
+
+class Writer:
+    """Takes windows of rows, each with its new columns.
+
+    Args:
+        schema: the columns of rows of a JSONL, where they come in several windows; None takes those of the first.
+    """
+
+    def __init__(self, sink: Any, place: Place, schema: Any = None) -> None:
+        self.sink, self.place, self.schema = sink, place, schema
+
+    def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        """Raises:
+        InputError: the format, or the columns of earlier windows, cannot hold a value.
+        """
+        try:
+            self.put(rows, new)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise InputError(
+                f"The rows cannot be written as {self.place.format}: {str(error).strip()[:500]} "
+                "Choose an output of another format: stored answers are not computed again."
+            ) from error
+
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Write what the format has at its end."""
+
+    def joined(self, rows: Rows, new: Mapping[str, Any]) -> pa.Table:
+        table = rows.table(self.schema)
+        for name, column in new.items():
+            table = table.append_column(name, column)
+        return table
+
+
+class ArrowWriter(Writer):
+    """The file format; on stdout, which cannot seek, the stream format. Text is UTF-8, other bytes as escapes."""
+
+    inner: Any = None
+
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        table = self.joined(rows, new)
+        for number, field in enumerate(table.schema):
+            column = table.column(number)
+            if not is_utf8(column):
+                escaped = pa.array([clean(text) for text in to_texts(column)], field.type)
+                table = table.set_column(number, field, escaped)
+        if self.inner is None:
+            self.inner = self.opened(table.schema)
+        self.inner.write_table(table)
+
+    def opened(self, schema: Any) -> Any:
+        return (pa.ipc.new_stream if self.place.piped else pa.ipc.new_file)(self.sink, schema)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def is_utf8(column: Any) -> bool:
+    """Whether all text of a column is UTF-8, as the files' other readers want it. Copies nothing."""
+    raw = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
+    try:
+        return raw is None or column.cast(raw).cast(column.type) is not None
+    except pa.ArrowInvalid:
+        return False
+
+
+class ParquetWriter(ArrowWriter):
+    def opened(self, schema: Any) -> Any:
+        from pyarrow import parquet
+
+        return parquet.ParquetWriter(self.sink, schema)
+
+
+class CsvWriter(Writer):
+    """NULL is an empty field and an empty text a quoted one; what has no text form is JSON."""
+
+    begun = False
+
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        table = self.joined(rows, new)
+        if not self.begun:
+            self.sink.write((",".join(csv_field(n) for n in table.column_names) + "\n").encode())
+            self.begun = True
+        for batch in table.to_batches(BATCH_ROWS):
+            columns = [csv_texts(column) for column in batch.columns]
+            text = "".join(",".join(map(csv_field, row)) + "\n" for row in zip(*columns, strict=True))
+            self.sink.write(text.encode("utf-8", "surrogateescape"))
+
+
+class JsonlWriter(Writer):
+    """Lines of JSONL stay as they are; of other rows NaN and the infinities, which JSON has not, are null."""
+
+    def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
+        low = 0
+        for batch in pa.table(dict(new)).to_batches(BATCH_ROWS):
+            chunk = io.BytesIO()
+            new_values = batch.to_pylist(maps_as_pydicts="lossy")
+            for line, added in zip(json_lines(rows, low, batch.num_rows), new_values, strict=True):
+                chunk.write(spliced(line, as_json(added).encode()))
+            self.sink.write(chunk.getvalue())
+            low += batch.num_rows
+
+
+def csv_texts(column: Any) -> list[str | None]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not has_text(column.type):
+        return [None if v is None else str(v) if isinstance(v, str | UUID) else as_json(v) for v in values_of(column)]
+    return list(to_texts(pc.cast(column, pa.large_string())))
+
+
+def has_text(kind: Any) -> bool:
+    """Whether Arrow casts the type to text, whatever its values are."""
+    kinds = pa.types
+    raw = kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_fixed_size_binary(kind)
+    other = kinds.is_binary_view(kind) or kinds.is_interval(kind) or isinstance(kind, pa.BaseExtensionType)
+    return not (kinds.is_nested(kind) or raw or other)
+
+
+def csv_field(text: str | None) -> str:
+    if text is None:
+        return ""
+    quoted = not text or any(c in text for c in ',"\r\n') or text != text.strip()
+    return '"' + text.replace('"', '""') + '"' if quoted else text
+
+
+def json_lines(rows: Rows, low: int, count: int) -> Iterator[bytes]:
+    if isinstance(rows, LineRows):
+        yield from rows.lines[low : low + count]
+        return
+    for batch in rows.table().slice(low, count).to_batches():
+        columns = [(json_line(n), json_values(c)) for n, c in zip(rows.names, batch, strict=True)]
+        for number in range(batch.num_rows):
+            yield ("{" + ", ".join(f"{name}: {values[number]}" for name, values in columns) + "}").encode()
+
+
+def json_values(column: Any) -> list[str]:
+    """Each value as JSON; text that is not UTF-8 keeps its bytes as escaped lone surrogates."""
+    text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    return [as_json(v) for v in (to_texts(column) if text else values_of(column))]
+
+
+def values_of(column: Any) -> list[Any]:
+    """Python's values; times that its types cannot hold as ISO 8601, durations as seconds."""
+    try:
+        return list(column.to_pylist(maps_as_pydicts="lossy"))
+    except (ValueError, OverflowError):
+        return [value_of(scalar) for scalar in column]
+
+
+def value_of(scalar: Any) -> Any:
+    kind = scalar.type
+    if not scalar.is_valid:
+        return None
+    if pa.types.is_dictionary(kind):
+        return value_of(scalar.value)
+    if pa.types.is_map(kind):
+        return {value_of(entry["key"]): value_of(entry["value"]) for entry in scalar.values}
+    if pa.types.is_struct(kind):
+        return {name: value_of(member) for name, member in scalar.items()}
+    if isinstance(scalar, pa.ListScalar):
+        return [value_of(member) for member in scalar.values]
+    if pa.types.is_duration(kind):
+        return Decimal(scalar.value).scaleb(-3 * UNITS.index(kind.unit))
+    if pa.types.is_date(kind):
+        return str(scalar.cast(pa.string()))
+    if (pa.types.is_timestamp(kind) or pa.types.is_time64(kind)) and kind.unit == "ns":
+        return nanoseconds(scalar)
+    return scalar.as_py()
+
+
+def nanoseconds(scalar: Any) -> str:
+    """A time of day or a timestamp as ISO 8601, with nanoseconds where it has some."""
+    kind = pa.time64("us") if pa.types.is_time64(scalar.type) else pa.timestamp("us", scalar.type.tz)
+    micros, nanos = divmod(scalar.value, 1000)
+    rounded = pa.scalar(micros, kind).as_py()
+    if not nanos:
+        return str(rounded.isoformat())
+    text = rounded.isoformat(timespec="microseconds")
+    end = text.index(".") + 7
+    return f"{text[:end]}{nanos:03}{text[end:]}"
+
+
+def spliced(line: bytes, added: bytes) -> bytes:
+    """The object of a JSONL line with the members of another behind its own."""
+    head = line.rstrip()[:-1].rstrip()
+    return head + (b"" if head.endswith(b"{") else b", ") + added[1:] + b"\n"
+
+
+class Inexact(Exception):
+    """A Decimal is no float: `digits` write it."""
+
+
+def as_json(value: Any) -> str:
+    try:
+        text = json_line(value, json_form, allow_nan=False)
+    except (Inexact, ValueError):
+        return digits(value)
+    return text if text.isascii() or encodable(text) else json.dumps(value, default=json_form)
+
+
+def digits(value: Any) -> str:
+    """JSON with every digit of its decimals, of which `json` makes floats, and null for what JSON has no number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "null"
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, dict):
+        names = [as_json(name if isinstance(name, str) else as_json(name)) for name in value]
+        return "{" + ", ".join(f"{n}: {digits(v)}" for n, v in zip(names, value.values(), strict=True)) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(digits, value)) + "]"
+    return as_json(value)
+
+
+def encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def json_form(value: Any) -> Any:
+    """JSON for the Arrow values that have none of their own: dates as ISO 8601, bytes as base64.
+
+    Raises:
+        Inexact: a Decimal has more digits than a float.
+    """
+    if isinstance(value, Decimal):
+        if Decimal(repr(float(value))) != value:
+            raise Inexact
+        return float(value)
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.total_seconds() if isinstance(value, timedelta) else str(value)
+
+
+WRITERS: dict[str, type[Writer]] = {
+    "parquet": ParquetWriter,
+    "csv": CsvWriter,
+    "jsonl": JsonlWriter,
+    "arrow": ArrowWriter,
+}

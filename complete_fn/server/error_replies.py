@@ -1,0 +1,139 @@
+"""Errors in OpenAI's form for every route: {"error": {"message", "type", "param", "code"}}. No insides in a 5xx."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from complete_fn.errors import CompleteError, EngineError, RateLimitError, TooLargeError
+from complete_fn.server.call_out_replies import refused_at
+
+LOG = logging.getLogger("complete_fn.server")
+RETRY_SECONDS = 5
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refusal(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
+    body = error_body(status, message, code, param)
+    headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status, headers)
+
+
+def told(request: Request, error: Exception) -> tuple[int, str, str]:
+    """(status, message, code) of an error. What concerns the operator (paths, log tails) stays in the log.
+
+    An exception's message may quote a prompt, so only the type and place of those we do not know are logged.
+    """
+    where = f"{request.method} {request.url.path}"
+    if not isinstance(error, CompleteError):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        LOG.error("%s: %s at %s:%s", where, type(error).__name__, last.name, last.lineno)
+        return 500, "The service failed; its log says where.", "internal_error"
+    message = str(error)
+    if error.status >= 500:
+        LOG.error("%s: %s", where, message.splitlines()[0])
+        shown = message.splitlines()[0] if isinstance(error, EngineError) else ""
+        message = shown or "The service cannot do this now; its log says why."
+    return error.status, message, error.code
+
+
+async def of_complete_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, CompleteError) and error.status < 500:
+        own = refused_at(request.url.path, error)
+        if own is not None:
+            return own
+    response = refusal(*told(request, error))
+    if isinstance(error, RateLimitError):
+        response.headers.update(error.headers)
+    return response
+
+
+async def of_validation(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first: dict[str, Any] = dict(error.errors()[0])
+    place = ".".join(str(step) for step in first["loc"][1:])
+    if first["type"] == "extra_forbidden":
+        return refusal(400, f"{place!r} is not supported by this service. Leave it out.", "unsupported_field", place)
+    return refusal(400, f"{place or 'The body'}: {first['msg']}.", "invalid_request", place or None)
+
+
+async def of_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 413:
+        return too_large(request.url.path, f"{error.detail}.")
+    return refusal(error.status_code, f"{error.detail}.", "not_found" if error.status_code == 404 else None)
+
+
+async def of_half_character(_: Request, error: Exception) -> JSONResponse:
+    return refusal(400, "A text has half of a character (a lone surrogate), which cannot be stored.", "invalid_request")
+
+
+def too_large(path: str, message: str) -> Response:
+    return refused_at(path, TooLargeError(message)) or refusal(413, message, "too_large")
+
+
+def add_refusals(app: FastAPI) -> None:
+    app.add_exception_handler(UnicodeEncodeError, of_half_character)
+    app.add_exception_handler(CompleteError, of_complete_error)
+    app.add_exception_handler(RequestValidationError, of_validation)
+    app.add_exception_handler(HTTPException, of_http)
+
+
+class Bounds:
+    """Refuses bodies above the limits, also those that do not say their length, and answers what nobody caught."""
+
+    def __init__(self, app: ASGIApp, upload_bytes: int, body_bytes: int) -> None:
+        self.app = app
+        self.upload_bytes = upload_bytes
+        self.body_bytes = body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # A multipart body is a little longer than the file in it.
+        limit = self.upload_bytes + 65_536 if scope["path"] == "/v1/files" else self.body_bytes
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > limit:
+            await too_large(scope["path"], above(limit))(scope, receive, send)
+            return
+        started, received = False, 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise HTTPException(413, above(limit).rstrip("."))
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, counted, noted)
+        except Exception as error:
+            why = told(Request(scope), error)
+            if started:
+                raise ConnectionAbortedError("The response broke off.") from None
+            await refusal(*why)(scope, receive, send)
+
+
+def above(limit: int) -> str:
+    return f"The body is larger than this service takes ({limit:,} bytes)."

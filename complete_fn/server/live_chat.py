@@ -1,0 +1,146 @@
+"""A request's rows while they are computed: pieces of text as they come, then the rows, or why there are none."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from contextlib import suppress
+
+import anyio
+from anyio import to_thread
+from fastapi import Request
+
+from complete_fn.engines.call import Call
+from complete_fn.engines.stoppable import Stopped
+from complete_fn.errors import EngineBusyError
+from complete_fn.prompts.templates import text_column
+from complete_fn.server.rate_limits import Grant
+from complete_fn.server.replies import Detail
+from complete_fn.service.service import Service
+from complete_fn.tokens import tokens_by_bytes
+from complete_fn.types import Asker, Usage
+
+AT_ONCE, WAITING = 64, 256  # requests
+GONE_SECONDS = 0.25
+Piece = tuple[int, str]  # row, new text
+
+
+class Live:
+    """Runs prompts on a thread of its own, for a client that may go away: what it leaves behind stops.
+
+    A row that the client has read something of is billed as far as it got, any other that it leaves is not.
+    """
+
+    def __init__(self, request: Request, service: Service, call: Call, prompts: list[str], who: Asker) -> None:
+        self.request, self.service = request, service
+        self.call, self.prompts, self.who = call, prompts, who
+        self.stop = threading.Event()
+        self.loop = asyncio.get_running_loop()
+        self.pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: there are no more
+        self.rows: list[Detail] = []
+        self.told: dict[int, int] = {}  # row: tokens, up to what was told of it
+        self.failure: BaseException | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    def start(self, grant: Grant, priority: int, streaming: bool) -> None:
+        """Run the prompts; the grant is settled when they end. An answer that nobody waited for counts its prompt."""
+        lanes = self.request.app.state.lanes
+
+        def work() -> None:
+            column, tell = text_column(self.prompts), self.tell if streaming else None
+            answers = self.service.complete(self.call, column, self.who, self.stop, priority=priority, tell=tell)
+            self.rows.extend(answers.details.to_pylist())
+
+        async def run() -> None:
+            try:
+                await to_thread.run_sync(work, limiter=lanes, abandon_on_cancel=True)
+            except BaseException as error:
+                self.stop.set()
+                self.failure = error
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+            finally:
+                try:
+                    await grant.settled(self.used)
+                finally:
+                    self.pieces.put_nowait(None)
+
+        self.task = asyncio.create_task(run())
+
+    def refuse_crowd(self) -> None:
+        """Raises:
+        EngineBusyError: too many requests wait already.
+        """
+        if self.request.app.state.lanes.statistics().tasks_waiting >= WAITING:
+            raise EngineBusyError(f"{AT_ONCE} requests run and {WAITING} wait. Try again in a moment, or use a job.")
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(tokens_by_bytes(self.prompts))
+
+    @property
+    def most_tokens(self) -> int:
+        """What the request may use, about: its prompts and the longest answers."""
+        answer = min(self.call.sampling.max_tokens or math.inf, self.call.model.default_max_tokens)
+        return self.prompt_tokens + int(answer) * len(self.prompts)
+
+    @property
+    def used(self) -> int:
+        """Tokens that count against a rate limit; of a row that nobody waited for, its prompt."""
+        if self.failure is None:
+            return sum(map(computed_tokens, self.rows))
+        prompts = tokens_by_bytes(self.prompts)
+        return sum(max(prompt, self.told.get(row, 0)) for row, prompt in enumerate(prompts))
+
+    def tell(self, row: int, piece: str, usage: Usage) -> None:
+        """Called by the engine's thread."""
+        self.told[row] = usage.prompt_tokens + usage.completion_tokens
+        with suppress(RuntimeError):  # the loop is closed: the service ends
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, (row, piece))
+
+    async def first(self) -> Piece | None:
+        """The first piece; None if the rows, or what went wrong, come first. A client that leaves stops its rows."""
+        watcher = asyncio.create_task(self.watch())
+        began = time.monotonic()
+        try:
+            piece = await self.pieces.get()
+            if self.failure is None:
+                self.waited(time.monotonic() - began)
+            return piece
+        except asyncio.CancelledError:
+            self.stop.set()
+            raise
+        finally:
+            watcher.cancel()
+
+    async def watch(self) -> None:
+        while not await self.request.is_disconnected():
+            await anyio.sleep(GONE_SECONDS)
+        self.stop.set()
+
+    def waited(self, seconds: float) -> None:
+        metrics = getattr(self.request.app.state, "metrics", None)
+        if metrics is not None:
+            metrics.first_token.labels(self.call.model.name).observe(seconds)
+
+    @property
+    def left(self) -> bool:
+        return isinstance(self.failure, Stopped)
+
+    def outcome(self) -> list[Detail]:
+        """The rows, once there are no more pieces.
+
+        Raises:
+            CompleteError, Exception: what went wrong.
+        """
+        if self.failure is not None:
+            raise self.failure
+        return self.rows
+
+
+def computed_tokens(row: Detail) -> int:
+    """Tokens that an engine worked on for this row."""
+    usage = row["usage"]
+    return int(usage["prompt_tokens"] + usage["completion_tokens"]) if row["source"] == "computed" else 0

@@ -1,0 +1,1 @@
+"""Routes of jobs: submit, status, results, estimates, usage."""

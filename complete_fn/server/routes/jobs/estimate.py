@@ -1,0 +1,67 @@
+"""`/v1/estimate`: what a job would take, before it is submitted. Nothing is kept and no engine is started."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import pyarrow as pa
+from fastapi import APIRouter
+from pydantic import ConfigDict, Field
+
+from complete_fn.engines.call import Call
+from complete_fn.estimates.estimate import estimate
+from complete_fn.estimates.estimate_report import as_values, report
+from complete_fn.prompts.options import parse_options
+from complete_fn.prompts.schema_rules import refuse_patterns
+from complete_fn.prompts.templates import template_fields
+from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.request_bodies import Body
+from complete_fn.server.routes.jobs.jobs import SourceBody
+from complete_fn.server.table_slots import Tables
+from complete_fn.service.sources import open_source
+from complete_fn.service.submit import prompts_of, refuse_missing
+from complete_fn.types import Asker
+
+router = APIRouter(tags=["jobs"])
+
+
+class EstimateBody(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "demo-llama-swiftkv",
+                    "prompt": "Name the section: {description}",
+                    "source": {"file_id": "file-0123456789abcdef01234567"},
+                    "options": {"max_tokens": 16},
+                }
+            ]
+        }
+    )
+    model: str
+    prompt: Annotated[str, Field(description="as in `/v1/jobs`")]
+    source: SourceBody
+    options: dict[str, Any] = Field(default_factory=dict, description="as in `/v1/jobs`")
+
+
+@router.post("/v1/estimate", summary="What a job over a table would take")
+async def post_estimate(body: EstimateBody, service: ServiceOf, caller: Caller, tables: Tables) -> dict[str, Any]:
+    """Rows, tokens, cached share, price and device-seconds; `report` is the same as text. Refuses what a job would."""
+    caller.require("jobs")
+    options = parse_options(body.options)
+    refuse_patterns(options.response_format)
+    call = Call.of(service.model(body.model), options)
+
+    def work() -> dict[str, Any]:
+        source, chunks = open_source(service, caller.tenant, body.source.chosen()), []
+        names: set[str] = set()
+        for rows in source.windows():
+            prompts, there = prompts_of(rows, body.prompt, options)
+            chunks += prompts.chunks
+            names.update(there)
+        refuse_missing(template_fields(body.prompt), sorted(names))
+        prompts = pa.chunked_array(chunks, pa.large_string())
+        found = estimate(call, prompts, service.store, Asker(caller.tenant, caller.user), options.cache)
+        return {"object": "estimate", **as_values(found), "report": report(found)}
+
+    return await tables.run(caller.tenant, work)

@@ -1,0 +1,226 @@
+"""`/v1/jobs`: bulk work on tables. Submit an uploaded table, watch it, fetch its rows with their answers."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from typing import IO, Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query
+from fastapi.responses import StreamingResponse
+from pydantic import ConfigDict, Field
+
+from complete_fn.errors import InputError
+from complete_fn.jobs.job import Job
+from complete_fn.ledger.ledger import money
+from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.request_bodies import Body
+from complete_fn.server.routes.openai.files import Limit, chunks, page
+from complete_fn.server.table_slots import Tables
+from complete_fn.service.eta import eta_seconds
+from complete_fn.service.rerun import rerun
+from complete_fn.service.results import FORMATS, write_results
+from complete_fn.service.retention import delete_job
+from complete_fn.service.service import Service
+from complete_fn.service.sinks import delivery_of
+from complete_fn.service.sources import LONGEST_SQL
+from complete_fn.service.submit import RESULT_COLUMN, TableSpec, submit_table
+
+router = APIRouter(tags=["jobs"])
+
+
+class SourceBody(Body):
+    """The rows: `file_id` of an upload, or `uri` under a root that is allowed, or `connection` with one SELECT."""
+
+    file_id: str | None = None
+    uri: Annotated[str, Field(max_length=1024)] | None = None
+    connection: Annotated[str, Field(max_length=64)] | None = None
+    sql: Annotated[str, Field(max_length=LONGEST_SQL)] | None = None
+
+    def chosen(self) -> dict[str, str]:
+        given: dict[str, str] = self.model_dump(exclude_none=True)
+        if set(given) not in ({"file_id"}, {"uri"}, {"connection", "sql"}):
+            raise InputError("'source' takes file_id, or uri, or connection together with sql.")
+        return given
+
+
+class SinkBody(Body):
+    """Where the results go: `uri` of a file under a root that is allowed, or `table` of a registered `connection`.
+
+    A table is made if missing; each row is written over the one with the same `key` (a column of the source; without
+    one the row's number, as `row`).
+    """
+
+    uri: Annotated[str, Field(max_length=1024)] | None = None
+    connection: Annotated[str, Field(max_length=64)] | None = None
+    table: Annotated[str, Field(max_length=127)] | None = None
+    key: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+
+    def chosen(self) -> dict[str, str]:
+        given: dict[str, str] = self.model_dump(exclude_none=True)
+        if set(given) - {"key"} not in ({"uri"}, {"connection", "table"}) or {"uri", "key"} <= set(given):
+            raise InputError("'sink' takes uri, or connection together with table (and key).")
+        return given
+
+
+class RerunBody(Body):
+    """`max_cost`: another cap for the whole job, what it has spent included."""
+
+    max_cost: str | float | None = None
+
+
+class JobBody(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "demo-llama-swiftkv",
+                    "prompt": "Name the section: {description}",
+                    "source": {"file_id": "file-0123456789abcdef01234567"},
+                    "options": {"max_tokens": 16},
+                    "max_cost": "0.50",
+                }
+            ]
+        }
+    )
+    model: str
+    prompt: Annotated[str, Field(description="{column} is replaced; {{ and }} are braces")]
+    source: SourceBody
+    sink: SinkBody | None = None
+    options: dict[str, Any] = Field(default_factory=dict, description="as in `complete`: temperature 0 if not given")
+    column: Annotated[str, Field(min_length=1, max_length=255, description="name of the answers")] = RESULT_COLUMN
+    max_cost: Annotated[str | float | None, Field(description="never spend more, in the prices' currency")] = None
+    priority: Annotated[int, Field(ge=-100, le=100, description="among the tenant's own jobs")] = 0
+    query_tag: Annotated[str, Field(max_length=255)] | None = None
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+
+
+def job_body(service: Service, job: Job) -> dict[str, Any]:
+    c = service.jobs.counts(job)
+    usage = {
+        "prompt_tokens": c.prompt_tokens,
+        "cached_tokens": c.cached_tokens,
+        "completion_tokens": c.completion_tokens,
+    }
+    cap = None if job.max_cost_nano is None else f"{money(job.max_cost_nano):f}"
+    return {
+        "id": job.id,
+        "object": "job",
+        "status": job.status,
+        "model": job.model,
+        "rows": {"total": job.rows, "done": c.done, "failed": c.failed, "null": job.nulls},
+        "usage": usage,
+        "cost": {"amount": f"{money(c.cost_nano):f}", "currency": job.currency, "basis": job.basis, "max_cost": cap},
+        "parts": {"total": c.parts, "recomputed_tokens": c.recomputed_tokens},
+        "eta_seconds": eta_seconds(service, job, c),
+        "priority": job.priority,
+        "query_tag": job.query_tag,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "ended_at": job.ended_at,
+        "error": job.error,
+        "sink": sink_body(service, job),
+    }
+
+
+def sink_body(service: Service, job: Job) -> dict[str, Any] | None:
+    found = delivery_of(service, job)
+    return None if found is None else {"status": found.status, "rows": found.rows, "error": found.error}
+
+
+@router.post("/v1/jobs", summary="Submit a job over a table", status_code=201)
+async def create_job(
+    body: JobBody,
+    service: ServiceOf,
+    caller: Caller,
+    tables: Tables,
+    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+) -> dict[str, Any]:
+    """A wrong model, option, template or file is refused here, before anything is paid for."""
+    caller.require("jobs")
+    spec = TableSpec(
+        model=body.model,
+        prompt=body.prompt,
+        source=body.source.chosen(),
+        sink=None if body.sink is None else body.sink.chosen(),
+        options=body.options,
+        column=body.column,
+        max_cost=body.max_cost,
+        priority=body.priority,
+        idempotency_key=body.idempotency_key or idempotency_key or None,
+        query_tag=body.query_tag,
+    )
+    return await tables.run(caller.tenant, lambda: job_body(service, submit_table(service, caller, spec)))
+
+
+@router.get("/v1/jobs", summary="The tenant's jobs, newest first")
+def list_jobs(service: ServiceOf, caller: Caller, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+    caller.require("jobs")
+    found = service.jobs.newest(caller.tenant, "table", limit + 1, after)
+    return page([job_body(service, job) for job in found], limit)
+
+
+@router.get("/v1/jobs/{job_id}", summary="How far a job is")
+def get_job(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    return job_body(service, service.jobs.get(caller.tenant, job_id, "table"))
+
+
+@router.post("/v1/jobs/{job_id}/cancel", summary="Stop a job; the rows that are done stay")
+def cancel_job(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    job = service.jobs.get(caller.tenant, job_id, "table")
+    return job_body(service, service.jobs.stop(job, "cancelled"))
+
+
+@router.post("/v1/jobs/{job_id}/rerun", summary="Run the rows again that failed, or that the job never came to")
+async def rerun_job(
+    job_id: str, service: ServiceOf, caller: Caller, tables: Tables, body: RerunBody | None = None
+) -> dict[str, Any]:
+    """For a job that is over. Answers that are there stay and cost nothing more."""
+    caller.require("jobs")
+
+    def work() -> dict[str, Any]:
+        job = service.jobs.get(caller.tenant, job_id, "table")
+        return job_body(service, rerun(service, job, body.max_cost if body else None))
+
+    return await tables.run(caller.tenant, work)
+
+
+@router.delete("/v1/jobs/{job_id}", summary="Delete a job's input, results and stored answers; its ledger lines stay")
+def delete_one(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    job = service.jobs.get(caller.tenant, job_id, "table")
+    delete_job(service, job)
+    return {"id": job.id, "object": "job", "deleted": True}
+
+
+@router.get("/v1/jobs/{job_id}/results", summary="The rows with their answers")
+async def get_results(
+    job_id: str,
+    service: ServiceOf,
+    caller: Caller,
+    tables: Tables,
+    format: Literal["parquet", "jsonl", "arrow", "csv"] = "parquet",
+    details: Annotated[bool, Query(description="add error, usage, cost and source of each row")] = False,
+    partial: Annotated[
+        bool, Query(description="rows that are done, also before the end; all of a completed job")
+    ] = False,
+) -> StreamingResponse:
+    caller.require("jobs")
+
+    def work() -> IO[bytes]:
+        job = service.jobs.get(caller.tenant, job_id, "table")
+        sink = tempfile.TemporaryFile(dir=service.folder)  # noqa: SIM115  closed when it has been sent
+        try:
+            write_results(service, job, format, details, partial, sink)
+            sink.seek(0)
+        except BaseException:
+            sink.close()
+            raise
+        return sink
+
+    sink = await tables.run(caller.tenant, work)
+    opened = ExitStack()
+    opened.callback(sink.close)
+    return StreamingResponse(chunks(sink, opened), media_type=FORMATS[format])

@@ -1,0 +1,52 @@
+"""`/v1/usage`: the tenant's lines of the ledger, summed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from complete_fn.errors import InvalidOptionError
+from complete_fn.ledger.usage import GROUPS, UsageLine, usage
+from complete_fn.server.auth import Caller, ServiceOf
+
+router = APIRouter(tags=["usage"])
+
+
+@router.get("/v1/usage", summary="Rows, tokens and cost of the tenant, by day and model")
+def get_usage(
+    service: ServiceOf,
+    caller: Caller,
+    by: Annotated[str, Query(description=f"one or more of {', '.join(GROUPS)}, with commas")] = "day,model",
+    since: Annotated[
+        datetime | None, Query(description="ISO 8601, UTC if it names no zone; all time if not given")
+    ] = None,
+) -> dict[str, Any]:
+    caller.require("usage")
+    names = by.split(",")
+    if wrong := [name for name in names if name not in GROUPS]:
+        raise InvalidOptionError(f"by = {wrong[0]!r} is not one of {', '.join(GROUPS)}.")
+    if since is not None and since.tzinfo is None:
+        since = since.replace(tzinfo=UTC)
+    lines = usage(service.store, names, since.timestamp() if since else 0.0, caller.tenant)
+    return {"object": "list", "data": [line_body(names, line) for line in lines]}
+
+
+def line_body(names: list[str], line: UsageLine) -> dict[str, Any]:
+    return {
+        **dict(zip(names, line.group, strict=True)),
+        "rows": line.rows,
+        "input_tokens": line.input,
+        "cached_tokens": line.cached,
+        "output_tokens": line.output,
+        "cost": f"{line.cost:f}",
+        "saved": f"{line.saved:f}",
+        "currency": line.currency,
+        "basis": line.basis,
+        "lost_rows": line.lost_rows,
+        "lost_tokens": line.lost_tokens,
+        "cache_saved": f"{line.cache_saved:f}",
+        "device_seconds": line.device_seconds,
+        "saved_seconds": line.saved_seconds,
+    }

@@ -1,0 +1,185 @@
+"""`/v1/batches`, as OpenAI has them: a job whose rows are requests, and whose results are files."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import ConfigDict, Field
+
+from complete_fn.errors import InputError
+from complete_fn.jobs.api_keys import Principal
+from complete_fn.jobs.job import Job
+from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.batch_lines import answer_lines, groups, read_lines
+from complete_fn.server.error_replies import told
+from complete_fn.server.request_bodies import Body
+from complete_fn.server.routes.openai.files import Limit, page
+from complete_fn.server.table_slots import Tables
+from complete_fn.service.results import details_of, windows_of
+from complete_fn.service.retention import delete_job
+from complete_fn.service.service import Service
+from complete_fn.service.submit import drafted, new_job
+
+DAY = 86_400
+STATUS = {"queued": "in_progress", "running": "in_progress", "stopping": "finalizing"}
+REQUESTS, OUTPUTS = "requests.jsonl", "outputs.json"
+Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+
+router = APIRouter(tags=["batches"])
+
+
+class BatchBody(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "input_file_id": "file-0123456789abcdef01234567",
+                    "endpoint": "/v1/chat/completions",
+                    "completion_window": "24h",
+                }
+            ]
+        }
+    )
+    input_file_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    completion_window: Literal["24h"]
+    metadata: Metadata | None = None
+
+
+@router.post("/v1/batches", summary="Run an uploaded file of requests")
+async def create_batch(body: BatchBody, service: ServiceOf, caller: Caller, tables: Tables) -> dict[str, Any]:
+    """A line that cannot be run, or a custom_id used twice, is refused here, before anything is paid for."""
+    caller.require("jobs")
+    return await tables.run(caller.tenant, lambda: batch_body(service, submit_batch(service, caller, body)))
+
+
+def submit_batch(service: Service, caller: Principal, body: BatchBody) -> Job:
+    """Raises:
+    RequestError: the file or one of its lines cannot be run; nothing was kept.
+    """
+    upload = service.uploads.get(caller.tenant, body.input_file_id)
+    if upload.purpose != "batch":
+        raise InputError(f"File {upload.id} has purpose {upload.purpose!r}; upload it with purpose 'batch'.")
+    content = service.uploads.content(upload)
+    lines = read_lines(service, content, body.endpoint)
+    job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
+    with drafted(service, job) as draft:
+        with service.storage.writing(service.job_key(job.id, REQUESTS)) as sink:
+            sink.write(content)
+        draft.add_window(len(lines), groups(lines))
+        return draft.keep()
+
+
+@router.get("/v1/batches", summary="The tenant's batches, newest first")
+def list_batches(
+    request: Request, service: ServiceOf, caller: Caller, limit: Limit = 20, after: str | None = None
+) -> dict[str, Any]:
+    """A batch whose files cannot be read says so in `errors`."""
+    caller.require("jobs")
+    found = service.jobs.newest(caller.tenant, "batch", limit + 1, after)
+    return page([listed(request, service, job) for job in found], limit)
+
+
+def listed(request: Request, service: Service, job: Job) -> dict[str, Any]:
+    """The batch; one whose files cannot be read fails by itself, not the page."""
+    try:
+        return batch_body(service, job)
+    except Exception as error:
+        _, message, code = told(request, error)
+        return batch_body(service, job, (code, message))
+
+
+@router.get("/v1/batches/{batch_id}", summary="How far a batch is")
+def get_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    return batch_body(service, service.jobs.get(caller.tenant, batch_id, "batch"))
+
+
+@router.post("/v1/batches/{batch_id}/cancel", summary="Stop a batch; the answers that are done stay")
+def cancel_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    job = service.jobs.get(caller.tenant, batch_id, "batch")
+    return batch_body(service, service.jobs.stop(job, "cancelled"))
+
+
+@router.delete(
+    "/v1/batches/{batch_id}", summary="Delete a batch and its stored answers; files are deleted by themselves"
+)
+def delete_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
+    caller.require("jobs")
+    job = service.jobs.get(caller.tenant, batch_id, "batch")
+    delete_job(service, job)
+    return {"id": job.id, "object": "batch", "deleted": True}
+
+
+def batch_body(service: Service, job: Job, unreadable: tuple[str, str] | None = None) -> dict[str, Any]:
+    """The batch with the files of its answers; `unreadable`: without them, and why (code, message)."""
+    asked = json.loads(job.request)
+    counts = service.jobs.counts(job)
+    outputs = outputs_of(service, job) if job.over and unreadable is None else {"output": None, "errors": None}
+    status = STATUS.get(job.status, job.status)
+    if job.status == "stopping" and job.ends_as == "cancelled":
+        status = "cancelling"
+    code, message = unreadable or ("batch_failed", job.error)
+    errors = {"object": "list", "data": [{"code": code, "message": message, "line": None, "param": None}]}
+    return {
+        "id": job.id,
+        "object": "batch",
+        "endpoint": asked["endpoint"],
+        "errors": errors if message else None,
+        "input_file_id": asked["input_file_id"],
+        "completion_window": asked["completion_window"],
+        "status": status,
+        "output_file_id": outputs["output"],
+        "error_file_id": outputs["errors"],
+        "created_at": int(job.created_at),
+        "in_progress_at": second(job.started_at),
+        "expires_at": second(job.deadline),
+        **{f"{end}_at": ended(job, end) for end in ("completed", "failed", "expired", "cancelled")},
+        "request_counts": {"total": job.rows, "completed": counts.done - counts.failed, "failed": counts.failed},
+        "metadata": asked["metadata"],
+    }
+
+
+def second(at: float | None) -> int | None:
+    return None if at is None else int(at)
+
+
+def ended(job: Job, status: str) -> int | None:
+    return second(job.ended_at) if job.status == status else None
+
+
+def outputs_of(service: Service, job: Job) -> dict[str, str | None]:
+    """Ids of the files of answers and of errors, written when they are first asked for; None for an empty one."""
+    note = service.job_key(job.id, OUTPUTS)
+    with service.outputs_lock:
+        if not service.storage.exists(note):
+            made = write_outputs(service, job)
+            with service.storage.writing(note) as sink:
+                sink.write(json.dumps(made).encode())
+            return made
+    with service.storage.reading(note) as source:
+        found: dict[str, str | None] = json.loads(source.read())
+    return found
+
+
+def write_outputs(service: Service, job: Job) -> dict[str, str | None]:
+    with service.storage.reading(service.job_key(job.id, REQUESTS)) as source:
+        requests = source.read()
+    (window,) = windows_of(service, job)
+    details = details_of(service, job, window, service.jobs.parts(job.id)).to_pylist()
+    stem = f"file-{job.id.removeprefix('batch_')}"
+    made: dict[str, str | None] = {"output": None, "errors": None}
+    lines = list(answer_lines(job, requests, details))
+    for good, kind in ((True, "output"), (False, "errors")):
+        chosen = [line for is_good, line in lines if is_good == good]
+        if not chosen:
+            continue
+        made[kind] = f"{stem}-{kind[:3]}"
+        name = f"{job.id}_{kind}.jsonl"
+        with service.uploads.writing(job.tenant, name, "batch_output", made[kind]) as (sink, _):
+            sink.writelines(chosen)
+    return made

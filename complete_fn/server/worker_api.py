@@ -1,0 +1,131 @@
+"""The OpenAI routes of a worker, for the API alone: an address of its own, and a secret that both know.
+
+The API says on whose behalf it asks. It has checked key and scope and counted the tokens a minute; budget, answers and
+ledger are the worker's, in the store that both share.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import anyio
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from complete_fn.errors import EngineError
+from complete_fn.jobs.api_keys import NAME, Principal
+from complete_fn.server import live_chat as live
+from complete_fn.server.error_replies import Bounds, add_refusals, refusal
+from complete_fn.server.rate_limits import RateLimits
+from complete_fn.server.routes.openai import completions as routes_completions
+from complete_fn.server.worker_proxy import TENANT, USER
+from complete_fn.service.service import Service
+
+START_SECONDS = 30.0
+
+
+class InternalDoor:
+    """Lets in who knows the secret, on behalf of whom it says."""
+
+    def __init__(self, app: ASGIApp, secret: str) -> None:
+        self.app = app
+        self.expected = f"Bearer {secret}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            request = Request(scope)
+            given = request.headers.get("authorization", "").encode("latin-1", "replace")
+            tenant, user = request.headers.get(TENANT, ""), request.headers.get(USER, "")
+            if not hmac.compare_digest(given, self.expected) or not (NAME.fullmatch(tenant) and NAME.fullmatch(user)):
+                await refusal(401, "This address is the service's own. Ask its API.", "invalid_api_key")(
+                    scope, receive, send
+                )
+                return
+            request.state.principal = Principal(tenant, user)
+        await self.app(scope, receive, send)
+
+
+def internal_app(service: Service, secret: str) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.lanes = anyio.CapacityLimiter(live.AT_ONCE)
+        yield
+
+    app = FastAPI(title="complete-fn worker", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service, app.state.rates, app.state.remote, app.state.internal = (
+        service,
+        RateLimits(service.store),
+        None,
+        True,
+    )
+    add_refusals(app)
+    app.add_middleware(InternalDoor, secret=secret)
+    app.add_middleware(Bounds, upload_bytes=0, body_bytes=service.limits.body_bytes)
+    app.include_router(routes_completions.router)
+    return app
+
+
+class Internal:
+    """A server in a thread of this process. `address` is what the heartbeat announces: of a worker that listens on all
+    interfaces, the machine's name."""
+
+    def __init__(self, service: Service, host: str, secret: str) -> None:
+        kind, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(kind, socket.SOCK_STREAM)
+        listener.bind(place)
+        listener.listen(256)
+        everywhere = host in ("0.0.0.0", "::")
+        shown = socket.gethostname() if everywhere else f"[{host}]" if ":" in host else host
+        self.address = f"http://{shown}:{listener.getsockname()[1]}"
+        config = uvicorn.Config(
+            internal_app(service, secret), log_level="warning", access_log=False, timeout_graceful_shutdown=10
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, args=([listener],), name="internal", daemon=True)
+        self.thread.start()
+        until = time.monotonic() + START_SECONDS
+        while not self.server.started:
+            if not self.thread.is_alive() or time.monotonic() > until:
+                raise EngineError(f"The worker cannot serve on {self.address}. Give another --internal-host.")
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """What is being answered has some seconds to end."""
+        self.server.should_exit = True
+        self.thread.join(START_SECONDS)
+
+
+def serve_internal(service: Service, host: str, secret: str) -> Internal:
+    """Serve the OpenAI routes on a free port of `host`, to those who know the secret.
+
+    Raises:
+        EngineError, OSError: the address cannot be served on.
+    """
+    return Internal(service, host, secret)
+
+
+def internal_secret(given: str | None, home: Path) -> str:
+    """The secret of API and workers: what was given, else one in a file that all with this state folder read."""
+    if given:
+        return given
+    file = home / "internal.secret"
+    with suppress(FileExistsError):
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        new = home / f"internal.{secrets.token_hex(4)}"
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as out:
+            out.write(secrets.token_hex(32))
+        try:
+            os.link(new, file)  # whole, or not at all
+        finally:
+            new.unlink()
+    return file.read_text().strip()

@@ -1,0 +1,214 @@
+"""What a warehouse's call-out asks and gets, whatever its dialect: rows of arguments in, one value a row out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from complete_fn.engines.call import Call
+from complete_fn.errors import CompleteError, InputError, InvalidOptionError, UnknownModelError
+from complete_fn.prompts.options import CacheMode, parse_options
+from complete_fn.prompts.schema_rules import refuse_patterns
+from complete_fn.prompts.templates import escape, pack_messages
+from complete_fn.service.service import Service
+
+ARGUMENTS = "complete(model, prompt [, options])"
+FUNCTIONS = ("complete", "complete_details")  # the answer as text; everything about the row, as JSON
+ROLES = ("system", "user", "assistant")
+Detail = dict[str, Any]  # one row of `Answers.details`
+
+
+@dataclass(frozen=True, slots=True)
+class CallOut:
+    """One request of a warehouse.
+
+    Attributes:
+        batch: what the warehouse calls it, the same each time it sends it.
+        rows: [n] the arguments of each row.
+        numbers: [n] the warehouse's own row numbers, which go back with the values; empty where it has none.
+        query_tag: the warehouse's query, for the ledger.
+    """
+
+    batch: str
+    rows: Sequence[Sequence[Any]]
+    numbers: Sequence[Any] = ()
+    query_tag: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A body with its status and headers."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Dialect(Protocol):
+    """Translates between a warehouse's requests and `CallOut`; does nothing else.
+
+    Attributes:
+        seconds: how long the warehouse waits for a batch in all; its rows end before that.
+        patience: how long one request may stay open; after it the answer is 202 and the caller asks again with GET.
+    """
+
+    seconds: float
+    patience: float
+
+    def batch(self, headers: Mapping[str, str]) -> str:
+        """Which batch a GET or DELETE is about. Raises InputError: it does not say, or there are no such requests."""
+        ...
+
+    def read(self, body: bytes, headers: Mapping[str, str]) -> CallOut:
+        """Raises InputError: the body is not of this dialect; the message says where."""
+        ...
+
+    def write(self, asked: CallOut, values: Sequence[Any]) -> Reply:
+        """[n] values, JSON forms of text, NULL or details, as the warehouse takes them."""
+        ...
+
+    def refuse(self, error: CompleteError) -> Reply:
+        """Why there are no values, with a status by which the warehouse tries again exactly if that can help."""
+        ...
+
+    def busy(self, batch: str) -> Reply:
+        """The batch is not done yet."""
+        ...
+
+
+@dataclass
+class Share:
+    """Rows of a call-out that one run can answer."""
+
+    model: str
+    options: str
+    call: Call
+    cache: CacheMode
+    rows: list[int] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+
+
+def shares(service: Service, rows: Sequence[Sequence[Any]]) -> list[Share]:
+    """The rows by model and options; rows whose model or prompt is NULL are in none.
+
+    Raises:
+        InputError: a row has not two or three arguments, or one of a wrong type.
+        UnknownModelError, InvalidOptionError: as in `complete`; nothing was run.
+    """
+    found: dict[tuple[str, str], Share] = {}
+    for number, row in enumerate(rows):
+        if not isinstance(row, list) or not 2 <= len(row) <= 3:
+            count = len(row) if isinstance(row, list) else "no list of"
+            raise InputError(f"Row {number} has {count} arguments. Write {ARGUMENTS}.")
+        model, prompt = row[:2]
+        if model is None or prompt is None:
+            continue
+        if not isinstance(model, str):
+            raise InputError(f"Row {number}: the model is {kind(model)}, not text. Write {ARGUMENTS}.")
+        options = option_text(row[2] if len(row) == 3 else None, number)
+        share = found.get((model, options))
+        if share is None:
+            share = found[model, options] = new_share(service, model, options)
+        share.rows.append(number)
+        share.prompts.append(prompt_text(prompt, number))
+    return list(found.values())
+
+
+def new_share(service: Service, model: str, options: str) -> Share:
+    given = json.loads(options)
+    if "strict" in given:
+        raise InvalidOptionError("'strict' is no option here: a row that fails is NULL, and complete_details says why.")
+    parsed = parse_options(given)
+    refuse_patterns(parsed.response_format)
+    return Share(model, options, Call.of(service.model(model), parsed), parsed.cache)
+
+
+def option_text(given: Any, number: int) -> str:
+    """Options as canonical JSON; warehouses without objects send them as text."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given) if given.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise InvalidOptionError(f"Row {number}: the options are no JSON object: {error}.") from error
+    if given is None:
+        return "{}"
+    if not isinstance(given, dict):
+        raise InvalidOptionError(f"Row {number}: the options are {kind(given)}, not an object.")
+    return json.dumps(given, sort_keys=True)
+
+
+def prompt_text(given: Any, number: int) -> str:
+    """A prompt as `run` takes it: text, a scalar as its text, or a list of messages."""
+    if isinstance(given, str):
+        return escape(given)
+    if isinstance(given, bool | int | float):
+        return json.dumps(given)
+    if isinstance(given, list) and given and all(is_message(m) for m in given):
+        return pack_messages(given)
+    raise InputError(
+        f"Row {number}: the prompt is {kind(given)}; it must be text or an array of objects with role "
+        f"({', '.join(ROLES)}) and content."
+    )
+
+
+def is_message(given: Any) -> bool:
+    return isinstance(given, dict) and given.get("role") in ROLES and isinstance(given.get("content"), str)
+
+
+def kind(value: Any) -> str:
+    return {dict: "an object", list: "an array", str: "text", bool: "a boolean"}.get(type(value), "a number")
+
+
+def value_of(row: Detail | None, detailed: bool) -> Any:
+    """What the warehouse gets for a row: its text, NULL if it failed, or all of it as an object."""
+    if row is None:
+        return None
+    if not detailed:
+        return None if row["error"] else row["value"]
+    return {**row, "cost": f"{row['cost']:.9f}"}
+
+
+def body_object(body: bytes, what: str) -> dict[str, Any]:
+    """The body's JSON object.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"The body is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"The body is {kind(found)}; {what}.")
+    return found
+
+
+def rows_of(found: dict[str, Any], name: str) -> list[Any]:
+    rows = found.get(name)
+    if not isinstance(rows, list):
+        raise InputError(f"The body has no array {name!r}.")
+    return rows
+
+
+def for_good(error: CompleteError) -> int:
+    """The status of an error: 400 for whatever the same request would meet again, but for a refused key.
+
+    A 404 is taken for a service that is not there yet, and tried again, by service functions and Cloud Run alike.
+    """
+    return 400 if isinstance(error, UnknownModelError) or error.status in (404, 409, 501) else error.status
+
+
+def batch_name(given: Any) -> str:
+    """Raises:
+    InputError: it is no name that can be kept.
+    """
+    if not isinstance(given, str) or not 0 < len(given) <= 255 or not given.isprintable():
+        raise InputError("The batch has no name of 1 to 255 printable characters.")
+    return given
+
+
+def json_reply(status: int, content: Any, headers: Mapping[str, str] | None = None) -> Reply:
+    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return Reply(status, body, {"Content-Type": "application/json", **(headers or {})})

@@ -1,0 +1,143 @@
+"""Small requests that arrive close together become one run, so that the engine sees more than a few rows at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from complete_fn.engines.stoppable import Stopped
+from complete_fn.errors import EngineBusyError
+from complete_fn.execution.answers import Answers
+from complete_fn.execution.run_state import known_answers
+from complete_fn.execution.summary import summarise
+from complete_fn.planning import make_plan
+from complete_fn.prompts.templates import text_column
+from complete_fn.service.call_out import Detail, Share
+from complete_fn.service.service import Service
+from complete_fn.types import Asker, Completion
+
+WINDOW = 0.05  # seconds that a run waits for company; while all lanes are taken it goes on gathering
+LANES = 16  # runs at the same time
+WAITING, WAITING_ROWS = 512, 100_000  # requests and rows that may wait; half of each for one tenant
+LATE = "The engine did not finish the row within the {0:.0f} s that the caller waits."
+
+Key = tuple[str, str, str, Asker]
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Rows of one request that wait for their answers. Leaving is allowed at any time."""
+
+    share: Share
+    who: Asker
+    until: float
+    done: Future[list[Detail]] = field(default_factory=Future)
+    gone: threading.Event = field(default_factory=threading.Event)
+    left: Callable[[], None] = lambda: None
+
+    @property
+    def key(self) -> Key:
+        return self.share.model, self.share.options, self.share.cache, self.who
+
+    def leave(self) -> None:
+        """Nobody waits for these rows any more; a run that only they are part of stops."""
+        self.gone.set()
+        self.left()
+
+
+class Merger:
+    """Merges requests of the same tenant, user, query, model and options. Safe from several threads."""
+
+    def __init__(self, service: Service, window: float = WINDOW, lanes: int = LANES) -> None:
+        self.service, self.window = service, window
+        self.lock = threading.Lock()
+        self.lanes = threading.BoundedSemaphore(lanes)
+        self.waiting: dict[Key, list[Ticket]] = {}
+        self.runs = 0
+
+    def submit(self, wanted: Sequence[tuple[Share, Asker]], seconds: float) -> list[Ticket]:
+        """Raises:
+        EngineBusyError: too much is waiting already.
+        """
+        until = time.monotonic() + seconds
+        tickets = [Ticket(share, who, until) for share, who in wanted]
+        with self.lock:
+            for tenant in {who.tenant for _, who in wanted}:
+                self.refuse_crowd(tenant, sum(len(share.rows) for share, _ in wanted))
+            begun = [t.key for t in tickets if t.key not in self.waiting]
+            for ticket in tickets:
+                self.waiting.setdefault(ticket.key, []).append(ticket)
+        for key in begun:
+            threading.Thread(target=self.gather, args=(key,), name="call-outs", daemon=True).start()
+        return tickets
+
+    def refuse_crowd(self, tenant: str, rows: int) -> None:
+        everyone = [t for tickets in self.waiting.values() for t in tickets]
+        mine = [t for t in everyone if t.who.tenant == tenant]
+        for waiting, share in ((everyone, 1), (mine, 2)):
+            count = sum(len(t.share.rows) for t in waiting)
+            if len(waiting) >= WAITING // share or (waiting and count + rows > WAITING_ROWS // share):
+                raise EngineBusyError(f"{len(waiting):,} requests with {count:,} rows wait already. Try again later.")
+
+    def gather(self, key: Key) -> None:
+        time.sleep(self.window)
+        with self.lanes:
+            with self.lock:
+                tickets = [t for t in self.waiting.pop(key) if not t.gone.is_set()]
+                self.runs += bool(tickets)
+            if tickets:
+                self.run(tickets)
+
+    def run(self, tickets: list[Ticket]) -> None:
+        """Answer them together; an error is everybody's."""
+        stop = threading.Event()
+
+        def left() -> None:
+            if all(t.gone.is_set() for t in tickets):
+                stop.set()
+
+        for ticket in tickets:
+            ticket.left = left
+        left()
+        prompts = [p for t in tickets for p in t.share.prompts]
+        seconds = min(t.until for t in tickets) - time.monotonic()
+        alarm = threading.Timer(max(seconds, 0), stop.set)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            rows = self.answer(tickets, text_column(prompts), stop, seconds)
+        except BaseException as error:
+            for ticket in tickets:
+                ticket.done.set_exception(error)
+            return
+        finally:
+            alarm.cancel()
+        for ticket in tickets:
+            count = len(ticket.share.rows)
+            ticket.done.set_result(rows[:count])
+            rows = rows[count:]
+
+    def answer(self, tickets: list[Ticket], prompts: Any, stop: threading.Event, seconds: float) -> list[Detail]:
+        """Raises Stopped if all have left."""
+        first = tickets[0]
+        try:
+            answers = self.service.complete(first.share.call, prompts, first.who, stop, first.share.cache)
+        except Stopped:
+            if all(t.gone.is_set() for t in tickets):
+                raise
+            answers = self.known(first, prompts, LATE.format(seconds))
+        rows: list[Detail] = answers.details.to_pylist()
+        return rows
+
+    def known(self, first: Ticket, prompts: Any, why: str) -> Answers:
+        """What a stopped run had committed; the other rows are `timeout`."""
+        call = first.share.call
+        plan = make_plan(prompts, mergeable=call.sampling.greedy)
+        work = known_answers(call, plan, self.service.store, first.who, first.share.cache)
+        for number in work.missing():
+            work.found[number] = Completion.failed("timeout", why)
+        return Answers(plan, work.completions, call.model.prices, summarise(call, work, 0.0))

@@ -1,0 +1,37 @@
+"""How long a job will still take."""
+
+from __future__ import annotations
+
+import time
+
+from complete_fn.engines.throughput import Measured
+from complete_fn.jobs.job import Counts, Job
+from complete_fn.service.service import Service
+
+OWN_PACE = 0.05  # of its rows done: from there on a job's own pace tells more than other jobs'
+
+
+def eta_seconds(service: Service, job: Job, counts: Counts) -> float | None:
+    """Seconds left, the start of a cold engine included; None when it is over or nothing was ever measured."""
+    if job.over:
+        return None
+    worked = counts.done - job.nulls
+    if job.started_at is not None and worked > OWN_PACE * (job.rows - job.nulls):
+        return at_own_pace(time.time() - job.started_at, worked, job.rows - counts.done)
+    warm = sum(beat.warm(job.model) for beat in service.workers.alive())
+    if job.model in service.paces:
+        warm += service.paces[job.model].warm
+    pace = service.workers.paces([job.model]).get(job.model, Measured())
+    return at_measured_pace(service.workers.tokens_before(job), pace, warm)
+
+
+def at_own_pace(seconds: float, worked: int, left: int) -> float:
+    return round(seconds / worked * left, 1)
+
+
+def at_measured_pace(tokens: int, pace: Measured, warm: int) -> float | None:
+    """What `tokens` take on the `warm` workers; with none, on one that is to start."""
+    if not pace.tokens_per_second:
+        return None
+    start = 0.0 if warm else pace.cold_seconds or 0.0
+    return round(start + tokens / pace.tokens_per_second / max(1, warm), 1)

@@ -1,0 +1,124 @@
+"""The rows of a job that have no answer, run again: parts of their own in the same job; later answers count."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import sqlalchemy as sa
+from pyarrow import parquet
+
+from complete_fn.engines.prices import nano
+from complete_fn.errors import InvalidOptionError, JobError
+from complete_fn.jobs.job import Job, Part
+from complete_fn.service.results import Window, details_of, windows_of
+from complete_fn.service.service import Service
+from complete_fn.service.sinks import promise
+from complete_fn.service.submit import Group, part_file, write_parts, write_windows
+from complete_fn.spending.budget import parse_cap
+from complete_fn.store.job_tables import jobs, parts
+
+
+@dataclass
+class Again:
+    """What is to be run again: new parts, the windows with them, and how many rows each old part still answers for."""
+
+    pieces: list[dict[str, Any]] = field(default_factory=list)
+    windows: list[dict[str, Any]] = field(default_factory=list)
+    left: dict[int, int] = field(default_factory=dict)
+
+
+def rerun(service: Service, job: Job, max_cost: Any = None) -> Job:
+    """Queue the failed rows of a job that is over, and those it never came to.
+
+    Args:
+        max_cost: another cap for the whole job, what it has spent included; None keeps the one it has.
+
+    Raises:
+        JobError: it is not over, or every row has an answer.
+    """
+    if not job.over:
+        raise JobError(f"Job {job.id} is {job.status}. Wait until it is over, or cancel it.")
+    cap = job.max_cost_nano if max_cost is None else nano(parse_cap(max_cost))
+    if job.max_cost_nano is not None and cap is not None and cap < job.max_cost_nano:
+        raise InvalidOptionError(f"max_cost = {max_cost} is below what the job has. Leave it out, or name more.")
+    known = service.jobs.parts(job.id)
+    again, first = Again(), max((p.number for p in known), default=-1) + 1
+    for window in windows_of(service, job):
+        collect(service, job, window, known, again, first)
+    if not again.pieces:
+        raise JobError(f"Every row of job {job.id} has its answer: there is nothing to run again.")
+    # The note first: numbers of parts that never come do no harm, parts that no window names would.
+    write_windows(service, job.id, again.windows)
+    record(service, job, again, first, cap)
+    service.queue.announce(Counter(p["model"] for p in again.pieces))
+    return service.jobs.get(job.tenant, job.id)
+
+
+def collect(service: Service, job: Job, window: Window, known: list[Part], again: Again, first: int) -> None:
+    """Add the rows of a window that have no answer, by the model and options they were asked with."""
+    details = details_of(service, job, window, known)
+    failed = pc.is_valid(pc.struct_field(details, [1]))
+    missing = pc.or_(pc.is_null(details), pc.fill_null(failed, False)).to_numpy(zero_copy_only=False)
+    owner = np.full(window.rows, -1, np.int64)
+    asked: dict[int, tuple[Any, Any]] = {}
+    here = [part for part in known if part.number in window.parts]
+    for part in here:
+        with service.storage.reading(service.job_key(job.id, part_file(part.number))) as source:
+            table = parquet.read_table(source)
+        rows = table.column("row").to_numpy() - window.first
+        owner[rows] = part.number
+        asked[part.number] = rows, table.column("prompt")
+    numbers = list(window.parts)
+    for part in here:
+        rows, prompts = asked[part.number]
+        mine = owner[rows] == part.number
+        chosen = mine & missing[rows]
+        again.left[part.id] = int((mine & ~missing[rows]).sum())
+        if chosen.any():
+            model = service.model(part.model)
+            group = Group(
+                model, json.loads(part.options), rows[chosen] + window.first, prompts.filter(pa.array(chosen))
+            )
+            low = first + len(again.pieces)
+            made = write_parts(service, job.id, low, [group])
+            again.pieces += made
+            numbers += range(low, low + len(made))
+    again.windows.append({"rows": window.rows, "parts": numbers})
+
+
+def record(service: Service, job: Job, again: Again, first: int, cap: int | None) -> None:
+    """One transaction: the job is queued again, its new parts are there, the old ones answer for what they have.
+
+    Raises:
+        JobError: somebody else has run it again or deleted it meanwhile.
+    """
+    over = (jobs.c.id == job.id) & (jobs.c.status == job.status)
+    fresh = {
+        "status": "queued",
+        "ends_as": None,
+        "error": None,
+        "ended_at": None,
+        "deadline": None,
+        "max_cost_nano": cap,
+    }
+    rows = [
+        {"job": job.id, "tenant": job.tenant, "number": first + n, "status": "queued", **piece}
+        for n, piece in enumerate(again.pieces)
+    ]
+    newest = sa.select(sa.func.max(parts.c.number)).where(parts.c.job == job.id)
+    with service.store.write() as connection:
+        if connection.execute(jobs.update().where(over).values(fresh)).rowcount == 0 or (
+            connection.execute(newest).scalar() != first - 1
+        ):
+            raise JobError(f"Job {job.id} has changed meanwhile. Look at it again.")
+        for part, left in again.left.items():
+            connection.execute(parts.update().where(parts.c.id == part).values(rows=left, failed=0))
+        connection.execute(parts.insert(), rows)
+        if json.loads(job.request).get("sink"):
+            promise(connection, job)

@@ -1,0 +1,136 @@
+"""A job's answers: result files of its parts, put back in the order of its rows, a window at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import parquet
+
+from complete_fn.errors import JobError
+from complete_fn.execution.answers import DETAILS, Answers
+from complete_fn.jobs.job import Job, Part
+from complete_fn.rows.formats import LineRows, Place, Rows, TableRows, common_schema
+from complete_fn.rows.writers import written_to
+from complete_fn.service.service import Service
+from complete_fn.service.submit import LINES, WINDOWS, window_file
+
+RESULT = pa.schema([("row", pa.int64()), ("details", DETAILS)])
+FORMATS = {
+    "parquet": "application/vnd.apache.parquet",
+    "jsonl": "application/x-ndjson",
+    "arrow": "application/vnd.apache.arrow.stream",
+    "csv": "text/csv",
+}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Neighbouring rows of a job: `rows` of them from row `first` on, answered by the parts of these numbers."""
+
+    number: int
+    first: int
+    rows: int
+    parts: Sequence[int]
+
+
+def write_part(service: Service, key: str, rows: Any, answers: Answers) -> int:
+    """Write a part's answers; returns how many rows have none."""
+    with service.storage.writing(key) as sink:
+        parquet.write_table(pa.table([rows, answers.details], schema=RESULT), sink)
+    return answers.summary.failed.total()
+
+
+def windows_of(service: Service, job: Job) -> list[Window]:
+    with service.storage.reading(service.job_key(job.id, WINDOWS)) as source:
+        noted = json.loads(source.read())
+    found, first = [], 0
+    for number, window in enumerate(noted):
+        found.append(Window(number, first, window["rows"], window["parts"]))
+        first += window["rows"]
+    return found
+
+
+def rows_of(service: Service, job: Job, window: Window) -> Rows:
+    """The window's rows as they were submitted."""
+    with service.storage.reading(service.job_key(job.id, window_file(window.number))) as source:
+        table = parquet.read_table(source)
+    if (table.schema.metadata or {}).get(b"complete_fn") == LINES.metadata[b"complete_fn"]:
+        return LineRows(table.column("line").to_pylist())
+    return TableRows(table)
+
+
+def details_of(service: Service, job: Job, window: Window, parts: Sequence[Part]) -> Any:
+    """[rows] DETAILS in the window's row order; NULL where the prompt was NULL, or the row has not been done yet.
+
+    Of a row that was run again the later part counts.
+    """
+    done = [RESULT.empty_table()]
+    for part in parts:
+        if part.number in window.parts and part.result:
+            with service.storage.reading(service.job_key(job.id, part.result)) as source:
+                done.append(parquet.read_table(source, schema=RESULT))
+    joined = pa.concat_tables(done).combine_chunks()
+    at = np.full(window.rows, -1, np.int64)
+    at[joined.column("row").to_numpy() - window.first] = np.arange(joined.num_rows)
+    return joined.column("details").take(pa.array(at, mask=at < 0)).combine_chunks()
+
+
+def result_windows(service: Service, job: Job, with_details: bool, partial: bool) -> Iterator[tuple[Rows, Any, Any]]:
+    """(rows, their new columns, their numbers) of each window.
+
+    Args:
+        partial: only the rows that are done; of a completed job all, those without a prompt too.
+    """
+    column = json.loads(job.request)["column"]
+    parts = service.jobs.parts(job.id)
+    for window in windows_of(service, job):
+        rows, details = rows_of(service, job, window), details_of(service, job, window, parts)
+        numbers = pa.array(np.arange(window.rows) + window.first)
+        if partial and job.status != "completed":
+            done = pc.indices_nonzero(pc.is_valid(details))
+            rows, details, numbers = taken(rows, done), details.take(done), numbers.take(done)
+        failed = pc.is_valid(pc.struct_field(details, [1]))
+        new = {column: pc.if_else(failed, None, pc.struct_field(details, [0]))}
+        if with_details:
+            new[f"{column}_details"] = details
+        yield rows, new, numbers
+
+
+def taken(rows: Rows, numbers: Any) -> Rows:
+    if isinstance(rows, LineRows):
+        return LineRows([rows.lines[n] for n in numbers.to_pylist()])
+    return TableRows(rows.table().take(numbers))
+
+
+def write_results(service: Service, job: Job, kind: str, with_details: bool, partial: bool, sink: Any) -> None:
+    """The source's rows with the answers behind them, as `complete-fn run` writes them.
+
+    Args:
+        partial: only the rows that are done; else all rows of a job that is over.
+
+    Raises:
+        JobError: the job is not over, and `partial` is not set.
+    """
+    if not job.over and not partial:
+        raise JobError(f"Job {job.id} is {job.status}. Wait, or ask with partial=true for the rows that are done.")
+    with written_to(sink, Place("-", kind), None if kind == "jsonl" else lines_schema(service, job)) as writer:
+        for rows, new, _ in result_windows(service, job, with_details, partial):
+            writer.write(rows, new)
+
+
+def lines_schema(service: Service, job: Job) -> Any:
+    """The columns of a JSONL of several windows, which may differ in each; None where one window says all."""
+    windows = windows_of(service, job)
+    schema = None
+    for window in windows if len(windows) > 1 else []:
+        rows = rows_of(service, job, window)
+        if not isinstance(rows, LineRows):
+            return None
+        schema = common_schema(schema, rows.schema())
+    return schema

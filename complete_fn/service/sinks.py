@@ -1,0 +1,85 @@
+"""Where a job's results are to be written: a table of a registered connection, or a file under an allowed root."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import sqlalchemy as sa
+
+from complete_fn.errors import InputError
+from complete_fn.jobs.job import Job
+from complete_fn.rows.allowed_paths import Allowed, allowed
+from complete_fn.rows.formats import COMPRESSIONS, Place, Rows, place_of
+from complete_fn.rows.result_tables import KeysSeen, refuse_name
+from complete_fn.service.service import Service
+from complete_fn.store.job_tables import deliveries
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """`status`: waiting, writing, written or failed; `rows` are written so far."""
+
+    job: str
+    tenant: str
+    status: str
+    rows: int
+    error: str | None
+    fence: int
+    tries: int
+
+
+COLUMNS = [deliveries.c[f.name] for f in fields(Delivery)]
+
+
+def refuse_sink(service: Service, tenant: str, sink: Mapping[str, Any]) -> None:
+    """Raises:
+    RequestError: the tenant may not write there.
+    """
+    if "uri" in sink:
+        sink_place(service, tenant, sink)
+        return
+    service.connections.get(tenant, sink["connection"], writable=True)
+    refuse_name(sink["table"])
+
+
+def refuse_sink_keys(sink: Mapping[str, Any], rows: Rows, seen: KeysSeen) -> None:
+    """Raises:
+    InputError: the sink's key is no column, or does not tell the rows apart, those of windows before included.
+    """
+    key = sink.get("key")
+    if key is None:
+        return
+    if key not in rows.names:
+        raise InputError(f"The sink's key {key!r} is no column. Columns: {', '.join(rows.names)}.")
+    seen.add(rows.column(key), key)
+
+
+def sink_place(service: Service, tenant: str, sink: Mapping[str, Any]) -> tuple[Allowed, Place]:
+    found = allowed(sink["uri"], service.settings.sinks, tenant, "write")
+    place = place_of(sink["uri"])
+    if place.compression is not None:
+        raise InputError(f"A sink's file is not compressed as a whole ({', '.join(COMPRESSIONS)}); take .parquet.")
+    return found, place
+
+
+def promise(connection: sa.Connection, job: Job) -> None:
+    """Note that the job's results are to be delivered once it is over; again, if it is run again. Who is still writing
+    those of an earlier end loses its claim."""
+    c = deliveries.c
+    fresh = {"status": "waiting", "rows": 0, "error": None, "tries": 0, "lease_until": 0.0}
+    again = deliveries.update().where(c.job == job.id).values(**fresh, fence=c.fence + 1)
+    if connection.execute(again).rowcount == 0:
+        connection.execute(deliveries.insert().values(job=job.id, tenant=job.tenant, **fresh))
+
+
+def withdraw(service: Service, job: str) -> None:
+    with service.store.write() as connection:
+        connection.execute(deliveries.delete().where(deliveries.c.job == job))
+
+
+def delivery_of(service: Service, job: Job) -> Delivery | None:
+    with service.store.read() as connection:
+        row = connection.execute(sa.select(*COLUMNS).where(deliveries.c.job == job.id)).first()
+    return None if row is None else Delivery(*row)

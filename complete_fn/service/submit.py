@@ -1,0 +1,298 @@
+"""From a request to a job: its rows in windows, its prompts in execution order, cut into parts, all in the storage."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from complete_fn.engines.catalogue import Model
+from complete_fn.engines.prices import nano
+from complete_fn.engines.tokenizer import token_sizes
+from complete_fn.errors import InputError, InvalidOptionError, NotFoundError, StoreError
+from complete_fn.jobs.api_keys import Principal
+from complete_fn.jobs.job import Job
+from complete_fn.ledger.usage import mean_output
+from complete_fn.planning import BatchPlan, make_plan
+from complete_fn.planning.parts import estimated_tokens
+from complete_fn.planning.prefix_tree import SLACK, cut_tree, shared_beginnings
+from complete_fn.prompts.options import Options, parse_options
+from complete_fn.prompts.schema_rules import refuse_patterns
+from complete_fn.prompts.templates import render_column, template_fields
+from complete_fn.rows.formats import LineRows, Rows
+from complete_fn.rows.result_tables import KeysSeen
+from complete_fn.service.service import Service
+from complete_fn.service.sinks import promise, refuse_sink, refuse_sink_keys, withdraw
+from complete_fn.service.sources import open_source
+from complete_fn.spending.budget import parse_cap
+
+PART_TOKENS = 250_000  # prompts and answers: about a minute of a small engine
+PART_ROWS = 4_096
+LIKELY_OUTPUT = 64  # tokens of an answer of a model that has none in the ledger
+WINDOWS = "windows.json"
+LINES = pa.schema([("line", pa.large_binary())], {"complete_fn": "lines"})
+RESULT_COLUMN = "completion"
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpec:
+    """A job over a table. `source` as in `open_source`, `sink` as in `refuse_sink`, `options` as in `parse_options`.
+
+    `column` names the answers in the results.
+    """
+
+    model: str
+    prompt: str
+    source: Mapping[str, Any]
+    options: Mapping[str, Any]
+    column: str = RESULT_COLUMN
+    sink: Mapping[str, Any] | None = None
+    max_cost: Any = None
+    priority: int = 0
+    idempotency_key: str | None = None
+    query_tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are answered by one model with one set of options.
+
+    Attributes:
+        rows: [n] their numbers in the job.
+        prompts: [n] large_string, as `run` takes them.
+    """
+
+    model: Model
+    options: Mapping[str, Any]
+    rows: Any
+    prompts: Any
+
+
+def submit_table(service: Service, caller: Principal, spec: TableSpec) -> Job:
+    """Raises:
+    RequestError: model, options, template or source cannot be used; nothing was kept.
+    """
+    model = service.model(spec.model)
+    if "strict" in spec.options:
+        raise InvalidOptionError("'strict' is no option of a job: its results name the rows that failed.")
+    options = parse_options(spec.options)
+    refuse_patterns(options.response_format)
+    fields = template_fields(spec.prompt)
+    if not fields:
+        raise InvalidOptionError("The prompt names no {column}: every row would be asked the same.")
+    source = open_source(service, caller.tenant, spec.source)
+    if spec.sink is not None:
+        refuse_sink(service, caller.tenant, spec.sink)
+    request = {
+        "model": spec.model,
+        "prompt": spec.prompt,
+        "source": dict(spec.source),
+        "options": dict(spec.options),
+        "column": spec.column,
+        "sink": None if spec.sink is None else dict(spec.sink),
+        "max_cost": None if spec.max_cost is None else str(spec.max_cost),
+    }
+    job = new_job(caller, "table", model, 0, request, spec)
+    with drafted(service, job) as draft:
+        names: set[str] = set()
+        seen = KeysSeen()
+        for rows in source.windows():
+            names.update(rows.names)
+            if spec.sink is not None:
+                refuse_sink_keys(spec.sink, rows, seen)
+            refuse_clash(rows, spec.column)
+            prompts, _ = prompts_of(rows, spec.prompt, options)
+            numbers = np.arange(rows.count) + draft.rows
+            draft.add_window(rows.count, [Group(model, spec.options, numbers, prompts)], rows)
+        refuse_missing(fields, sorted(names))
+        return draft.keep()
+
+
+def prompts_of(rows: Rows, template: str, options: Options) -> tuple[pa.ChunkedArray, list[str]]:
+    """(prompts of a window's rows, the columns it has).
+
+    Raises:
+        InputError: the template names a column that is not there; a JSONL may have it in another window.
+    """
+    fields = template_fields(template)
+    if not isinstance(rows, LineRows):
+        refuse_missing(fields, rows.names)
+    columns = {name: rows.column(name) for name in fields}
+    return render_column(template, columns, rows.count, options.reorder_fields), rows.names
+
+
+def refuse_clash(rows: Rows, column: str) -> None:
+    if column in rows.names or f"{column}_details" in rows.names:
+        raise InputError(f"The source already has a column {column!r}. Name the new one with 'column'.")
+
+
+def refuse_missing(fields: Sequence[str], names: Sequence[str]) -> None:
+    if missing := [name for name in fields if name not in names]:
+        raise InputError(f"The prompt names {{{missing[0]}}}, which is no column. Columns: {', '.join(names)}.")
+
+
+def new_job(
+    caller: Principal,
+    kind: str,
+    model: Model,
+    rows: int,
+    request: Mapping[str, Any],
+    spec: TableSpec | None = None,
+    deadline: float | None = None,
+) -> Job:
+    return Job(
+        id=f"{'job' if kind == 'table' else 'batch'}_{secrets.token_hex(12)}",
+        tenant=caller.tenant,
+        user=caller.user,
+        kind=kind,
+        status="queued",
+        ends_as=None,
+        model=model.name,
+        rows=rows,
+        nulls=0,
+        max_cost_nano=None if spec is None or spec.max_cost is None else nano(parse_cap(spec.max_cost)),
+        currency=model.prices.currency,
+        basis=model.prices.basis,
+        priority=spec.priority if spec else 0,
+        idempotency_key=spec.idempotency_key if spec else None,
+        request=json.dumps(request, sort_keys=True),
+        query_tag=spec.query_tag if spec else None,
+        created_at=time.time(),
+        started_at=None,
+        ended_at=None,
+        deadline=deadline,
+        error=None,
+    )
+
+
+@contextmanager
+def drafted(service: Service, job: Job) -> Iterator[Draft]:
+    """A job that is being written; what it has in the storage goes again unless there is a record of it."""
+    draft = Draft(service, job)
+    try:
+        yield draft
+    finally:
+        if not draft.kept and not recorded(service, job):
+            service.storage.delete_folder(service.job_key(job.id))
+
+
+def recorded(service: Service, job: Job) -> bool:
+    """Whether the store has the job: the answer to its commit may have been lost. True if the store cannot tell."""
+    try:
+        service.jobs.get(job.tenant, job.id)
+    except NotFoundError:
+        return False
+    except StoreError:
+        return True
+    return True
+
+
+class Draft:
+    """A job and its objects, before there is a record of it."""
+
+    def __init__(self, service: Service, job: Job) -> None:
+        self.service, self.job = service, job
+        self.rows = 0
+        self.windows: list[dict[str, Any]] = []
+        self.pieces: list[dict[str, Any]] = []
+        self.kept = False
+
+    def add_window(self, count: int, groups: Sequence[Group], rows: Rows | None = None) -> None:
+        """The next `count` rows, as groups to answer; `rows` are kept, if given, to be written with their answers."""
+        if rows is not None:
+            write_window(self.service, self.job.id, len(self.windows), rows)
+        first = len(self.pieces)
+        self.pieces += write_parts(self.service, self.job.id, first, groups)
+        self.windows.append({"rows": count, "parts": list(range(first, len(self.pieces)))})
+        self.rows += count
+
+    def keep(self) -> Job:
+        """Record the job; one known by its idempotency key is returned as it is."""
+        write_windows(self.service, self.job.id, self.windows)
+        nulls = self.rows - sum(p["rows"] for p in self.pieces)
+        if json.loads(self.job.request).get("sink"):
+            with self.service.store.write() as connection:
+                promise(connection, self.job)  # first: one without a job does no harm
+        kept = self.service.jobs.create(replace(self.job, rows=self.rows, nulls=nulls), self.pieces)
+        self.kept = kept.id == self.job.id
+        if not self.kept:
+            withdraw(self.service, self.job.id)
+        self.service.queue.announce(Counter(p["model"] for p in self.pieces))
+        return kept
+
+
+def write_parts(service: Service, job: str, first: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Write parts numbered from `first` on; returns them as `JobStore.create` takes them."""
+    pieces: list[dict[str, Any]] = []
+    for group in groups:
+        for rows, prompts, tokens, shared in cut(group, likely_output(service, group)):
+            with service.storage.writing(service.job_key(job, part_file(first + len(pieces)))) as sink:
+                parquet.write_table(pa.table({"row": pa.array(rows), "prompt": prompts}), sink)
+            pieces.append(
+                {
+                    "model": group.model.name,
+                    "options": json.dumps(dict(group.options), sort_keys=True),
+                    "rows": len(rows),
+                    "tokens": tokens,
+                    "shared": shared,
+                }
+            )
+    return pieces
+
+
+def write_window(service: Service, job: str, number: int, rows: Rows) -> None:
+    table = pa.table([rows.lines], schema=LINES) if isinstance(rows, LineRows) else rows.table()
+    with service.storage.writing(service.job_key(job, window_file(number))) as sink:
+        parquet.write_table(table, sink)
+
+
+def write_windows(service: Service, job: str, windows: Sequence[Mapping[str, Any]]) -> None:
+    """Note how many rows each window has, and the numbers of its parts."""
+    with service.storage.writing(service.job_key(job, WINDOWS)) as sink:
+        sink.write(json.dumps(windows).encode())
+
+
+def window_file(number: int) -> str:
+    return f"rows-{number:05}.parquet"
+
+
+def part_file(number: int) -> str:
+    return f"part-{number:05}.parquet"
+
+
+def likely_output(service: Service, group: Group) -> int:
+    """Tokens of an answer, from the model's past rows."""
+    limit = parse_options(group.options).sampling.max_tokens or group.model.default_max_tokens
+    return min(limit, round(mean_output(service.store, group.model.name) or LIKELY_OUTPUT))
+
+
+def cut(group: Group, output: int) -> list[tuple[Any, Any, int, int]]:
+    """(row numbers, prompts, estimated tokens, tokens shared with the part before) of each part.
+
+    Equal prompts and shared prefixes stay together.
+    """
+    options = parse_options(group.options)
+    plan = make_plan(group.prompts, mergeable=options.sampling.greedy, sizes=token_sizes(group.model))
+    if not len(plan.order):
+        return []
+    tokens = estimated_tokens(plan) + output
+    weights = np.maximum(tokens, PART_TOKENS // PART_ROWS)
+    shared = shared_beginnings(plan)
+    starts = cut_tree(shared, weights, int(PART_TOKENS / (1 + SLACK)))
+    return [(*piece(group, plan, tokens, low, high), int(shared[low])) for low, high in pairwise(starts.tolist())]
+
+
+def piece(group: Group, plan: BatchPlan, tokens: Any, low: int, high: int) -> tuple[Any, Any, int]:
+    first, last = np.searchsorted(plan.distinct, [low, high])
+    inside = plan.order[first:last]
+    return np.asarray(group.rows)[inside], plan.gather.take(inside), int(tokens[low:high].sum())

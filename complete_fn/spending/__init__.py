@@ -1,0 +1,1 @@
+"""Money and tokens, before and while they are spent."""

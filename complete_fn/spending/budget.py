@@ -1,0 +1,168 @@
+"""Caps that are never passed: the worst case is reserved before a row is admitted, the rest returned after."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Any
+
+from complete_fn.engines.catalogue import Model, Prices
+from complete_fn.engines.prices import amount
+from complete_fn.errors import InvalidOptionError
+from complete_fn.types import Usage
+
+if TYPE_CHECKING:
+    from complete_fn.store.store import Attempt
+
+LARGEST_CAP = Decimal(9_000_000_000)  # in billionths it fits the store's 64 bits
+
+
+class Budget:
+    """`limit` of one currency, shared by any number of threads; spent + reserved never exceeds it.
+
+    `spent` counts from what was spent before, `name` is what a refused row is told.
+    """
+
+    def __init__(self, limit: Decimal, spent: Decimal = Decimal(0), name: str = "max_cost") -> None:
+        self.limit = limit
+        self.name = name
+        self.spent = spent
+        self.reserved = Decimal(0)
+        self.currency: str | None = None
+        self.lock = threading.Lock()
+
+    def count_in(self, model: Model) -> None:
+        """Count in the currency of the first model that is asked.
+
+        Raises:
+            InvalidOptionError: the model is priced in another one.
+        """
+        with self.lock:
+            self.currency = self.currency or model.prices.currency
+        if model.prices.currency != self.currency:
+            raise InvalidOptionError(
+                f"{self.name} counts {self.currency}, but {model.name!r} is priced in {model.prices.currency}. "
+                "Use one session for each currency."
+            )
+
+    def reserve(self, worst: Decimal) -> bool:
+        with self.lock:
+            if self.spent + self.reserved + worst > self.limit:
+                return False
+            self.reserved += worst
+            return True
+
+    def settle(self, worst: Decimal, actual: Decimal) -> None:
+        with self.lock:
+            self.reserved -= worst
+            self.spent += actual
+
+    def for_attempt(self, attempt: Attempt) -> Budget:
+        """What one attempt reserves from: this budget itself, as long as it is one process's."""
+        return self
+
+    def release(self) -> None:
+        """No row is under way: give back what is held."""
+
+    def hopeless(self, worst: Decimal) -> bool:
+        """Nothing is reserved and it still does not fit: no money will come back for it."""
+        with self.lock:
+            return self.reserved == 0 and self.spent + worst > self.limit
+
+
+@dataclass(frozen=True)
+class Brake:
+    """One query's own caps, beside those of its session."""
+
+    money: Budget | None = None
+    tokens: Budget | None = None
+
+    @classmethod
+    def of(cls, max_cost: Any, max_total_tokens: int | None) -> Brake:
+        """Raises:
+        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
+        """
+        return cls(
+            None if max_cost is None else Budget(parse_cap(max_cost), name="The query's max_cost"),
+            None
+            if max_total_tokens is None
+            else Budget(parse_token_cap(max_total_tokens), name="The query's max_total_tokens"),
+        )
+
+    def __bool__(self) -> bool:
+        return self.money is not None or self.tokens is not None
+
+
+NO_BRAKE = Brake()
+
+
+class Caps:
+    """The caps of one run, of money and of tokens. A row is admitted only if each covers its worst case."""
+
+    def __init__(
+        self, prices: Prices, money: Budget | None = None, tokens: Budget | None = None, brake: Brake = NO_BRAKE
+    ) -> None:
+        self.prices = prices
+        given = [(money, self.money), (tokens, whole_tokens), (brake.money, self.money), (brake.tokens, whole_tokens)]
+        self.budgets = [(budget, unit) for budget, unit in given if budget is not None]
+
+    def money(self, usage: Usage) -> Decimal:
+        return amount(self.prices, usage)
+
+    def __bool__(self) -> bool:
+        return bool(self.budgets)
+
+    def reserve(self, worst: Usage) -> bool:
+        for number, (budget, unit) in enumerate(self.budgets):
+            if not budget.reserve(unit(worst)):
+                for earlier, its_unit in self.budgets[:number]:
+                    earlier.settle(its_unit(worst), Decimal(0))
+                return False
+        return True
+
+    def settle(self, worst: Usage, actual: Usage) -> None:
+        for budget, unit in self.budgets:
+            budget.settle(unit(worst), unit(actual))
+
+    def refusal(self, worst: Usage) -> str | None:
+        """Why no return of what is reserved can make room for the row; None while one can."""
+        for budget, unit in self.budgets:
+            if budget.hopeless(unit(worst)):
+                left = budget.limit - budget.spent
+                if unit is whole_tokens:
+                    return f"{budget.name} {budget.limit:,} leaves {left:,}; the row may take {unit(worst):,} tokens."
+                money = f"leaves {left:.9f}; the row may cost {unit(worst):.9f} at list price."
+                return f"{budget.name} {budget.limit} {money}"
+        return None
+
+
+def whole_tokens(usage: Usage) -> Decimal:
+    """Tokens of prompt and answer."""
+    return Decimal(usage.prompt_tokens + usage.completion_tokens)
+
+
+def parse_token_cap(value: object) -> Decimal:
+    """`max_total_tokens` as a Decimal.
+
+    Raises:
+        InvalidOptionError: not a whole number, or below zero.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidOptionError(f"max_total_tokens = {value!r} must be a whole number, at least 0.")
+    return Decimal(value)
+
+
+def parse_cap(value: object) -> Decimal:
+    """`max_cost` as a Decimal.
+
+    Raises:
+        InvalidOptionError: not a number, not finite, below zero or above `LARGEST_CAP`.
+    """
+    try:
+        cap = Decimal(str(value))
+    except InvalidOperation as error:
+        raise InvalidOptionError(f"max_cost = {value!r} is not a number.") from error
+    if not cap.is_finite() or not 0 <= cap <= LARGEST_CAP or isinstance(value, bool):
+        raise InvalidOptionError(f"max_cost = {value!r} must be a number, at least 0 and at most {LARGEST_CAP:,}.")
+    return cap

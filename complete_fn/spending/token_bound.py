@@ -1,0 +1,46 @@
+"""How many tokens a row's prompt can have at most, for a budget that is never passed."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from complete_fn.engines.catalogue import Model
+from complete_fn.engines.tokenizer import template_tokens
+from complete_fn.prompts.templates import unpack
+from complete_fn.types import Usage
+
+
+class PromptBound:
+    """The most tokens that a row's prompt can have: its bytes, as a token has at least one, and the template's.
+
+    The template of a local tokenizer is counted. An endpoint's is not known: its tokens are at most those of the
+    shortest whole prompt seen. Until one is seen 1,024 are assumed, and rows are sent one at a time.
+    """
+
+    UNSEEN, MARGIN = 1024, 8
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.limit = None if model.engine == "http" else model.max_model_len  # an endpoint may have another
+
+    @cached_property
+    def template(self) -> int | None:
+        """Tokens of the template, None while they are not known. Counted only where a budget asks."""
+        return template_tokens(self.model) if self.model.engine == "embedded" else None
+
+    @property
+    def known(self) -> bool:
+        return self.template is not None
+
+    def of(self, text: str) -> int:
+        """Tokens at most, for a prompt as it is planned."""
+        prompt = unpack(text)
+        turns = 1 if isinstance(prompt, str) else max(1, len(prompt))
+        template = self.UNSEEN if self.template is None else self.template + self.MARGIN
+        said = prompt if isinstance(prompt, str) else text
+        tokens = len(said.encode("utf-8", "surrogatepass")) + turns * template
+        return tokens if self.limit is None else min(tokens, self.limit)
+
+    def learn(self, usage: Usage) -> None:
+        if usage.prompt_tokens and (self.template is None or usage.prompt_tokens < self.template):
+            self.template = usage.prompt_tokens

@@ -1,0 +1,1 @@
+"""Answers and attempts in SQLite or PostgreSQL."""

@@ -1,0 +1,500 @@
+"""Answers, ledger and attempts, in SQLite or PostgreSQL. A slice is committed in one transaction or it never happened.
+
+A database can go away while it answers a COMMIT. So what changes the state is made to be repeated: a change of an
+attempt has a number, and the repeat finds that number in the store and does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DatabaseError, InterfaceError
+
+from complete_fn.errors import StoreError, StoreLostError
+from complete_fn.host import here, process_started
+from complete_fn.ledger.ledger import OF_ENGINE, LedgerLine, money
+from complete_fn.store.backends import Sqlite, open_database
+from complete_fn.store.budget_holds import Refused, charge, draw, release
+from complete_fn.store.claims import claim, claimed, drop_claims, let_all_go, let_go, silent_holders, still_held
+from complete_fn.store.fork_gate import FORKS
+from complete_fn.store.schema import is_current, migrate
+from complete_fn.store.tables import answers, attempts, budgets, ledger, summed
+from complete_fn.types import Asker, Completion, RowError, Usage
+
+LOOK_UP = 500  # keys of one IN list; SQLite's oldest limit is 999
+AWAY_SECONDS = 90.0  # for so long a database may be away before what waits for it fails
+SEEN_SECONDS = 20.0  # how often a running attempt says that it lives
+SILENT_SECONDS = 180.0  # after so long a silence an attempt of another machine is lost
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class OfStore(Protocol):
+    @property
+    def store(self) -> Store: ...
+
+
+S = TypeVar("S", bound=OfStore)
+
+
+def retried(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """A method that is made again while the database is away. It must come to the same when it was made already."""
+
+    @functools.wraps(method)
+    def again(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        until, pause = time.monotonic() + AWAY_SECONDS, 0.02
+        while True:
+            try:
+                return method(self, *args, **kwargs)
+            except StoreLostError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2.0, pause * 2)
+
+    return again
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An answer to be written. `job` set: only that job may read it again (not greedy, an error, or cache off)."""
+
+    key: bytes
+    completion: Completion
+    job: str | None = None
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One execution of run(): who asked, for which model and job. `step` counts its changes in the store."""
+
+    id: int
+    tenant: str
+    user: str
+    model: str
+    job: str | None
+    query_tag: str | None
+    currency: str
+    basis: str
+    step: int = 0
+    budgets: tuple[str, ...] = ()
+    turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+
+STORES: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+class Store:
+    """The state of one machine's user or of one service, shared by any number of processes and threads.
+
+    Args:
+        url_or_path: a SQLite file, or postgresql://USER:PASSWORD@HOST:PORT/DATABASE.
+
+    Raises:
+        StoreError: it cannot be used (read-only, corrupt, full disk, network file system, a newer version's).
+        StoreBusyError: another process holds the SQLite file longer than 30 s.
+        StoreLostError: the database does not answer.
+    """
+
+    def __init__(self, url_or_path: str | Path) -> None:
+        self.database = open_database(url_or_path)
+        with self.read() as connection:
+            current = is_current(connection)
+        if not current:
+            with self.write() as connection:
+                migrate(connection, self.database)
+        STORES.add(self)
+        self.sweep()
+
+    @property
+    def store(self) -> Store:
+        return self
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people: a path, or a URL without its password."""
+        return self.database.place
+
+    @property
+    def path(self) -> Path:
+        """Of the SQLite file."""
+        if not isinstance(self.database, Sqlite):
+            raise StoreError(f"The store {self.place} is no file.")
+        return self.database.path
+
+    @property
+    def engine(self) -> sa.Engine:
+        return self.database.engine
+
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (DatabaseError, InterfaceError, OSError) as error:
+            raise self.database.fault(error) from error
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        options = {"begin": "BEGIN IMMEDIATE"}
+        with (
+            FORKS,
+            self.database.writing,
+            self.named_errors(),
+            self.connect(**options) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        with FORKS, self.named_errors(), self.connect() as connection, connection.begin():
+            yield connection
+
+    def connect(self, **options: Any) -> sa.Connection:
+        return self.engine.connect().execution_options(**options)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    @retried
+    def look_up(self, tenant: str, keys: list[bytes], since: float = 0.0) -> dict[bytes, tuple[Completion, int]]:
+        """(answer, attempt that made it) of the keys that have one made at or after `since` (seconds of the epoch)."""
+        found: dict[bytes, tuple[Completion, int]] = {}
+        with self.read() as connection:
+            for low in range(0, len(keys), LOOK_UP):
+                chosen = sa.select(answers).where(
+                    answers.c.tenant == tenant,
+                    answers.c.key.in_(keys[low : low + LOOK_UP]),
+                    answers.c.created_at >= since,
+                )
+                for row in connection.execute(chosen).mappings():
+                    found[row["key"]] = (completion_of(dict(row)), row["attempt"])
+        return found
+
+    @retried
+    def has_answers(self, tenant: str) -> bool:
+        any_answer = sa.select(answers.c.id).where(answers.c.tenant == tenant).limit(1)
+        with self.read() as connection:
+            return connection.execute(any_answer).first() is not None
+
+    # -- jobs ----------------------------------------------------------------------------------------------------
+
+    @retried
+    def unfinished(self, tenant: str, job: str) -> tuple[set[int], float | None]:
+        """(attempts of a job that has not ended, when the first of them began or None)."""
+        of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job) & (attempts.c.status != "ended")
+        with self.read() as connection:
+            rows = connection.execute(sa.select(attempts.c.id, attempts.c.began).where(of_job)).all()
+        return {row.id for row in rows}, min((row.began for row in rows), default=None)
+
+    @retried
+    def spent(self, tenant: str, job: str) -> Decimal:
+        """Money billed to the attempts of a job that has not ended."""
+        mine, _ = self.unfinished(tenant, job)
+        total = sa.select(summed(ledger.c.cost_nano)).where(ledger.c.attempt.in_(mine))
+        with self.read() as connection:
+            return money(connection.execute(total).scalar_one())
+
+    @retried
+    def end_job(self, tenant: str, job: str) -> None:
+        """The job's results are safe: the answers that were kept only for its resume go."""
+        mine = (attempts.c.tenant == tenant) & (attempts.c.job == job) & (attempts.c.status != "running")
+        with self.write() as connection:
+            connection.execute(answers.delete().where(answers.c.tenant == tenant, answers.c.job == job))
+            connection.execute(attempts.update().where(mine).values(status="ended"))
+
+    # -- attempts and slices -------------------------------------------------------------------------------------
+
+    def begin(self, who: Asker, model: str, currency: str, basis: str) -> Attempt:
+        """Raises:
+        StoreError: it is of a job's part that was given to somebody else.
+        """
+        self.sweep()
+        name = (time.time_ns() // 1000 << 10) + secrets.randbelow(1 << 10)  # ours, so that a repeat is seen
+        job, tag = who.job, who.query_tag
+        attempt = Attempt(name, who.tenant, who.user, model, job, tag, currency, basis)
+        self.insert_attempt(attempt, who.claim)
+        return attempt
+
+    @retried
+    def insert_attempt(self, attempt: Attempt, of_claim: tuple[int, int] | None) -> None:
+        now = time.time()
+        row = {f.name: getattr(attempt, f.name) for f in fields(Attempt) if f.name in attempts.c}
+        this = {"host": here(), "pid": os.getpid(), "pid_started": process_started(os.getpid()) or 0.0}
+        with self.write() as connection:
+            if of_claim is not None and not still_held(connection, *of_claim):
+                raise StoreError(GIVEN_UP)
+            if connection.execute(sa.select(attempts.c.id).where(attempts.c.id == attempt.id)).first() is None:
+                times = {"status": "running", "began": now, "seen_at": now}
+                connection.execute(attempts.insert().values(**row, **this, **times))
+
+    @retried
+    def claim(self, attempt: Attempt, keys: list[bytes]) -> set[bytes]:
+        """The keys that this attempt is to compute; the others have answers, or another attempt is at them."""
+        with self.write() as connection:
+            return claim(connection, attempt, keys)
+
+    @retried
+    def claimed(self, tenant: str, keys: list[bytes]) -> set[bytes]:
+        """The keys that some attempt is computing."""
+        with self.read() as connection:
+            return claimed(connection, tenant, keys)
+
+    @retried
+    def drop_claims(self) -> None:
+        """End the claims of attempts that are over, were killed, or say nothing: of a suspended process, say. The last
+        are lost with them, as others compute now what they held."""
+        self.sweep()
+        with self.write() as connection:
+            for row in connection.execute(silent_holders(time.time() - SILENT_SECONDS)).mappings().all():
+                self.close_attempt(connection, attempt_of(row), "lost")
+            drop_claims(connection)
+
+    def admit(self, attempt: Attempt, rows: int, tokens: int) -> None:
+        """Note work that is about to be handed to the engine, so that a killed attempt's loss can be told."""
+        self.change(attempt, rows, tokens)
+
+    def commit(
+        self,
+        attempt: Attempt,
+        done: list[Stored],
+        lines: list[LedgerLine],
+        rows: int,
+        tokens: int,
+        claims: Set[bytes] = frozenset(),
+    ) -> None:
+        """One slice: its answers, its ledger lines, and `claims` and the reservation of `rows` and `tokens` given back.
+
+        Raises:
+            StoreError: the slice cannot be written, or the attempt was given up as lost.
+        """
+        now = time.time()
+        values = [answer_row(attempt, s, now) for s in sorted(done, key=lambda s: s.key)]  # one order: no deadlock
+
+        def write(connection: sa.Connection) -> None:
+            if values:
+                upsert(connection, answers, ("tenant", "key"), values)
+            self.write_lines(connection, attempt, lines, now)
+            charge(connection, attempt, sum(line.cost_nano for line in lines), now)
+            let_go(connection, attempt, claims)
+
+        self.change(attempt, -rows, -tokens, write)
+
+    def touch(self, attempt: Attempt) -> None:
+        """Say that the attempt lives."""
+        self.change(attempt, 0, 0)
+
+    def change(
+        self, attempt: Attempt, rows: int, tokens: int, write: Callable[[sa.Connection], None] | None = None
+    ) -> None:
+        """One change of a running attempt: `rows` and `tokens` more are reserved, and what `write` does."""
+        with attempt.turn:
+            self.change_once(attempt, rows, tokens, write)
+            attempt.step += 1
+
+    @retried
+    def change_once(
+        self, attempt: Attempt, rows: int, tokens: int, write: Callable[[sa.Connection], None] | None
+    ) -> None:
+        mine = (attempts.c.id == attempt.id) & (attempts.c.status == "running")
+        values = {
+            "step": attempt.step + 1,
+            "reserved_rows": attempts.c.reserved_rows + rows,
+            "reserved_tokens": attempts.c.reserved_tokens + tokens,
+            "seen_at": time.time(),
+        }
+        with self.write() as connection:
+            if connection.execute(
+                attempts.update().where(mine, attempts.c.step == attempt.step).values(values)
+            ).rowcount:
+                if write is not None:
+                    write(connection)
+            elif connection.execute(sa.select(attempts.c.step).where(mine)).scalar() != attempt.step + 1:
+                raise StoreError(GIVEN_UP)
+
+    @retried
+    def finish(self, attempt: Attempt, status: str) -> bool:
+        """Close a running attempt; what it had admitted and not committed is lost, and not billed."""
+        with self.write() as connection:
+            return self.close_attempt(connection, attempt, status)
+
+    def close_attempt(self, connection: sa.Connection, attempt: Attempt, status: str) -> bool:
+        mine = (attempts.c.id == attempt.id) & (attempts.c.status == "running")
+        columns = attempts.c.reserved_rows, attempts.c.reserved_tokens
+        left = connection.execute(sa.select(*columns).where(mine).with_for_update()).first()
+        let_all_go(connection, attempt)
+        if left is None:
+            return False
+        connection.execute(attempts.update().where(mine).values(status=status, ended=time.time()))
+        release(connection, attempt)
+        if left.reserved_rows > 0:
+            lost = LedgerLine("lost", left.reserved_rows, left.reserved_tokens)
+            self.write_lines(connection, attempt, [lost], time.time())
+        return True
+
+    # -- budgets -------------------------------------------------------------------------------------------------
+
+    def draw(self, attempt: Attempt, nano: int) -> bool:
+        """Reserve so much of every budget of the attempt; False if one of them has not so much left."""
+        try:
+            self.change(attempt, 0, 0, lambda connection: draw(connection, attempt, nano))
+        except Refused:
+            return False
+        return True
+
+    def put_back(self, attempt: Attempt) -> None:
+        """What the attempt has drawn and not spent; no row of it is under way."""
+        self.change(attempt, 0, 0, lambda connection: release(connection, attempt))
+
+    @retried
+    def budgets_of(self, attempt: Attempt) -> list[tuple[str, int, int]]:
+        """(name, limit, spent) of the attempt's budgets, in 1e-9 of the currency."""
+        columns = budgets.c.name, budgets.c.limit_nano, budgets.c.spent_nano
+        mine = (budgets.c.tenant == attempt.tenant) & budgets.c.name.in_(attempt.budgets)
+        with self.read() as connection:
+            return [(r[0], r[1], r[2]) for r in connection.execute(sa.select(*columns).where(mine))]
+
+    @retried
+    def note(self, model: str, currency: str, basis: str, lines: list[LedgerLine]) -> None:
+        """Lines of an engine, outside of any attempt."""
+        with self.write() as connection:
+            self.write_lines(connection, Attempt(0, "-", "-", model, None, None, currency, basis), lines, time.time())
+
+    def write_lines(self, connection: sa.Connection, attempt: Attempt, lines: list[LedgerLine], at: float) -> None:
+        if lines:
+            connection.execute(ledger.insert(), [ledger_row(attempt, line, at) for line in lines])
+
+    @retried
+    def sweep(self) -> int:
+        """Close attempts whose process is gone or, on another machine, silent; returns how many."""
+        silent = attempts.c.seen_at < time.time() - SILENT_SECONDS
+        running = sa.select(attempts).where(attempts.c.status == "running", (attempts.c.host == here()) | silent)
+        with self.read() as connection:
+            rows = connection.execute(running).mappings().all()
+        dead = [attempt_of(r) for r in rows if r["host"] != here() or gone(r["pid"], r["pid_started"])]
+        return sum(self.finish(attempt, "lost") for attempt in dead)
+
+    def lose(self, connection: sa.Connection, tenant: str, job: str) -> None:
+        """Close what still runs of a job that is given to somebody else: it commits nothing from here on."""
+        of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job) & (attempts.c.status == "running")
+        for row in connection.execute(sa.select(attempts).where(of_job)).mappings().all():
+            self.close_attempt(connection, attempt_of(row), "lost")
+
+
+GIVEN_UP = "The run was given up as lost: it was silent for too long. What it committed is safe; run again."
+
+
+def upsert(
+    connection: sa.Connection,
+    table: sa.Table,
+    key: Sequence[str],
+    rows: list[dict[str, Any]],
+    only: Sequence[str] | None = None,
+) -> None:
+    """Insert the rows; a row of the same key gets the new values, or `only` these. All rows have the same columns."""
+    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+    fresh = {name: insert.excluded[name] for name in (rows[0] if only is None else only) if name not in key}
+    if fresh:
+        insert = insert.on_conflict_do_update(index_elements=list(key), set_=fresh)
+    else:
+        insert = insert.on_conflict_do_nothing(index_elements=list(key))
+    connection.execute(insert, rows)
+
+
+def gone(pid: int, started: float) -> bool:
+    now = process_started(pid)
+    return now is None or (bool(started) and now != started)
+
+
+def attempt_of(row: Mapping[Any, Any]) -> Attempt:
+    return Attempt(**{f.name: row[f.name] for f in fields(Attempt) if f.name in attempts.c})
+
+
+def answer_row(attempt: Attempt, stored: Stored, now: float) -> dict[str, Any]:
+    c = stored.completion
+    return {
+        "tenant": attempt.tenant,
+        "key": stored.key,
+        "job": stored.job,
+        "attempt": attempt.id,
+        "model": attempt.model,
+        "text": c.text,
+        "scores": None if c.scores is None else json.dumps(dict(c.scores), ensure_ascii=False),
+        "finish_reason": c.finish_reason,
+        "error_code": c.error.code if c.error else None,
+        "error_message": c.error.message if c.error else None,
+        "prompt_tokens": c.usage.prompt_tokens,
+        "cached_tokens": c.usage.cached_tokens,
+        "completion_tokens": c.usage.completion_tokens,
+        "device_us": round(c.usage.device_seconds * 1e6),
+        "bytes": 200 + len((c.text or "").encode()) + 24 * len(c.scores or ()),
+        "created_at": now,
+    }
+
+
+def ledger_row(attempt: Attempt, line: LedgerLine, at: float) -> dict[str, Any]:
+    of_engine = line.price_class in OF_ENGINE  # nobody's: whichever attempt happened to hear of it
+    return {
+        "at": at,
+        "tenant": "-" if of_engine else attempt.tenant,
+        "user": "-" if of_engine else attempt.user,
+        "attempt": 0 if of_engine else attempt.id,
+        "job": None if of_engine else job_of(attempt.job),
+        "query_tag": None if of_engine else attempt.query_tag,
+        "model": attempt.model,
+        "price_class": line.price_class,
+        "rows": line.rows,
+        "tokens": line.tokens,
+        "cost_nano": line.cost_nano,
+        "saved_nano": line.saved_nano,
+        "device_us": line.device_us,
+        "saved_us": line.saved_us,
+        "engine": line.engine,
+        "currency": attempt.currency,
+        "basis": attempt.basis,
+    }
+
+
+def job_of(name: str | None) -> str | None:
+    """The job of a part, which is named JOB/NUMBER."""
+    job, _, number = (name or "").rpartition("/")
+    return job if job and number.isdigit() else name
+
+
+def completion_of(row: Mapping[str, Any]) -> Completion:
+    error = RowError(row["error_code"], row["error_message"] or "") if row["error_code"] else None
+    return Completion(
+        text=row["text"],
+        finish_reason=row["finish_reason"],
+        error=error,
+        usage=Usage(row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"], row["device_us"] / 1e6),
+        source="cache",
+        scores=None if row["scores"] is None else json.loads(row["scores"]),
+    )
+
+
+def after_fork() -> None:
+    for store in STORES:
+        store.database.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)

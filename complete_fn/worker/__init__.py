@@ -1,0 +1,1 @@
+"""The loops and processes of a service."""

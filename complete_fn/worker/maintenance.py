@@ -1,0 +1,63 @@
+"""What an API process does beside answering when its workers are processes of their own: it computes nothing."""
+
+from __future__ import annotations
+
+import threading
+
+from complete_fn.jobs.job import LEASE_SECONDS
+from complete_fn.service.delivery import keep_delivering
+from complete_fn.service.service import Service
+from complete_fn.worker.fleet import Fleet
+from complete_fn.worker.loop import WorkerLoop
+from complete_fn.worker.periodic import Turn, take_turns
+
+LOOK_SECONDS, ANNOUNCE_SECONDS, FORGET_SECONDS = 1.0, 3.0, 5.0
+
+
+class Rounds:
+    """Announces work again (a broker may lose messages), scales, fills sinks, and cleans as a worker does.
+
+    Args:
+        fleet: worker processes to start and stop; None where others do.
+    """
+
+    def __init__(self, service: Service, fleet: Fleet | None = None) -> None:
+        self.service, self.fleet = service, fleet
+        self.loop = WorkerLoop(service)  # its parts are never run: only for what takes no engine
+        self.closing = threading.Event()
+        given = (service, self.closing)
+        self.threads = [
+            threading.Thread(target=self.go, name="rounds", daemon=True),
+            threading.Thread(target=self.loop.clean, name="rounds-cleaner", daemon=True),
+            threading.Thread(target=keep_delivering, args=given, name="rounds-writer", daemon=True),
+        ]
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+
+    def alive(self) -> bool:
+        return all(thread.is_alive() for thread in self.threads)
+
+    def close(self) -> None:
+        """The workers that were started here drain, and go."""
+        self.closing.set()
+        self.loop.closing.set()
+        for thread in self.threads:
+            thread.join(LEASE_SECONDS)
+        if self.fleet is not None:
+            self.fleet.close()
+
+    def go(self) -> None:
+        turns = [
+            Turn(ANNOUNCE_SECONDS, self.announce),
+            Turn(FORGET_SECONDS, self.service.workers.forget_gone),
+        ]
+        if self.fleet is not None:
+            turns.append(Turn(LOOK_SECONDS, self.fleet.adjust))
+        while not self.closing.wait(LOOK_SECONDS):
+            take_turns(turns)
+
+    def announce(self) -> None:
+        load = self.service.workers.load()
+        self.service.queue.announce({model: work.queued_parts for model, work in load.items()})
