@@ -31,7 +31,7 @@ from complete_fn import Session
 from complete_fn.engines.call import Call
 from complete_fn.estimates.estimate import Estimate, estimate
 from complete_fn.estimates.estimate_report import report
-from complete_fn.execution.answers import Summary
+from complete_fn.execution.summary import Summary
 from complete_fn.history.run_history import past
 from complete_fn.prompts.options import parse_options
 from complete_fn.prompts.templates import render_column

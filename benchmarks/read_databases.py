@@ -17,7 +17,7 @@ from importlib.metadata import version
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from complete_fn.rows import databases as row_databases
+from complete_fn.rows import databases
 from complete_fn.rows.databases import Query, SqlDatabase, open_database
 
 URL = "postgresql://postgres@127.0.0.1"
@@ -52,12 +52,12 @@ def docs(server: str, sql: str) -> Iterator[str]:
 
 
 def seconds(database: SqlDatabase, rows: int, arrow: bool) -> float:
-    kept = row_databases.postgres_batches
+    kept = databases.postgres_batches
     if not arrow:
-        row_databases.postgres_batches = lambda *_: None  # type: ignore[assignment]
+        databases.postgres_batches = lambda *_: None  # type: ignore[assignment]
     began = time.perf_counter()
     found = sum(batch.num_rows for batch in database.batches(Query("SELECT * FROM docs", "id")))
-    row_databases.postgres_batches = kept
+    databases.postgres_batches = kept
     assert found == rows
     return time.perf_counter() - began
 

@@ -24,9 +24,11 @@ from complete_fn.engines.pool import at_engine, engine_for
 from complete_fn.engines.stoppable import EitherStop, Stop, StoppableEngine
 from complete_fn.errors import RowFailedError
 from complete_fn.estimates.estimate import Estimate, estimate
-from complete_fn.execution.answers import Answers, Summary
+from complete_fn.execution.admission import Tools
+from complete_fn.execution.answers import Answers
 from complete_fn.execution.run_state import known_answers
-from complete_fn.execution.runner import Tools, run
+from complete_fn.execution.runner import run
+from complete_fn.execution.summary import Summary
 from complete_fn.interrupts import NextInterrupt, off_main
 from complete_fn.ledger.pruning import prune
 from complete_fn.ledger.usage import tokens_used

@@ -20,8 +20,9 @@ from pyarrow import parquet
 from complete_fn.cli.run_input import Survey, prompt_digest
 from complete_fn.engines.catalogue import Model
 from complete_fn.errors import InputError
-from complete_fn.execution.answers import DETAILS, Answers, Summary
+from complete_fn.execution.answers import DETAILS, Answers
 from complete_fn.execution.run_state import ASKED_AGAIN
+from complete_fn.execution.summary import Summary
 from complete_fn.interrupts import off_main
 from complete_fn.progress import Bar, Progress, progress_for
 from complete_fn.prompts.options import Options

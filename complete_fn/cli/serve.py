@@ -91,7 +91,11 @@ def rounds_of(service: Any, broker: str | None, workers: tuple[int, int] | None)
         return None
     rounds, fleet, worker_starter = (
         resolve(name)
-        for name in ("complete_fn.worker.maintenance:Rounds", "complete_fn.worker.fleet:Fleet", "complete_fn.worker.fleet:worker_starter")
+        for name in (
+            "complete_fn.worker.maintenance:Rounds",
+            "complete_fn.worker.fleet:Fleet",
+            "complete_fn.worker.fleet:worker_starter",
+        )
     )
     if workers is None or not workers[1]:
         return rounds(service)

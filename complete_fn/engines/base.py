@@ -106,3 +106,8 @@ class EchoEngine:
 
 def open_engine(model: Model, settings: Settings) -> EchoEngine:
     return EchoEngine(model.max_model_len or 4096, float(model.engine_args.get("row_seconds", 0.0)), remembers=False)
+
+
+def close(stream: Iterable[object]) -> None:
+    if isinstance(stream, Iterator) and hasattr(stream, "close"):
+        stream.close()

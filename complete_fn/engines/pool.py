@@ -11,8 +11,8 @@ from dataclasses import replace
 from urllib.parse import urlsplit
 
 from complete_fn.engines.base import Engine
-from complete_fn.engines.call import checkpoint_digest
 from complete_fn.engines.catalogue import Model, Prices
+from complete_fn.engines.checkpoint import checkpoint_digest
 from complete_fn.errors import RequestError
 from complete_fn.registry import ENGINES, resolve
 from complete_fn.settings import Settings, secret

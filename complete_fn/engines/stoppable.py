@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Protocol
 
-from complete_fn.engines.base import Engine
-from complete_fn.execution.runner import close
+from complete_fn.engines.base import Engine, close
 from complete_fn.interrupts import POLL_SECONDS
 from complete_fn.types import Completion, CompletionRequest
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 from typing import Any
@@ -13,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.engines.catalogue import Prices
-from complete_fn.engines.prices import amount, at_prices
+from complete_fn.engines.prices import amount
+from complete_fn.execution.summary import Summary
 from complete_fn.planning.field_order import names_in_order
 from complete_fn.planning.plan import BatchPlan
 from complete_fn.types import Completion, Usage
@@ -34,67 +34,6 @@ DETAILS = pa.struct(
         ("field_order", FIELD_ORDER),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Counts of one or several runs. `usage` and `cost` are what was billed; `saved` what free rows would have cost.
-
-    `reordered` rows had their fields in another order than the template; `reused` rows had stored answers; `resumed`
-    rows were done by an earlier attempt of the same job.
-    """
-
-    rows: int = 0
-    nulls: int = 0
-    distinct: int = 0
-    computed: int = 0
-    reused: int = 0
-    resumed: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
-    usage: Usage = Usage()
-    cost: Decimal = Decimal(0)
-    saved: Decimal = Decimal(0)
-    currency: str = "USD"
-    basis: str = "example"
-    seconds: float = 0.0
-    reordered: int = 0
-
-    def __add__(self, other: Summary) -> Summary:
-        return Summary(
-            self.rows + other.rows,
-            self.nulls + other.nulls,
-            self.distinct + other.distinct,
-            self.computed + other.computed,
-            self.reused + other.reused,
-            self.resumed + other.resumed,
-            self.failed + other.failed,
-            self.usage + other.usage,
-            self.cost + other.cost,
-            self.saved + other.saved,
-            other.currency,
-            other.basis,
-            self.seconds + other.seconds,
-            self.reordered + other.reordered,
-        )
-
-    def line(self) -> str:
-        """The summary as one line for a person."""
-        u = self.usage
-        share = f" ({u.cached_tokens / u.prompt_tokens:.0%} cached)" if u.prompt_tokens else ""
-        parts = [
-            f"{self.rows:,} rows",
-            f"{self.distinct:,} distinct",
-            *([f"{self.reused:,} known"] if self.reused else []),
-            *([f"{self.resumed:,} resumed"] if self.resumed else []),
-            *([f"{self.reordered:,} with their fields reordered"] if self.reordered else []),
-            f"{u.prompt_tokens:,} tokens in{share}",
-            f"{u.completion_tokens:,} out",
-            f"{self.currency} {self.cost:.6f} {at_prices(self.basis)} (saved {self.saved:.6f})",
-            f"{self.seconds:.1f} s",
-        ]
-        if self.failed:
-            parts.append(f"{self.failed.total():,} failed: " + ", ".join(f"{n} {c}" for c, n in self.failed.items()))
-        return " · ".join(parts)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from complete_fn.engines.call import Call
 from complete_fn.engines.prices import amount
 from complete_fn.execution.run_state import Work
 from complete_fn.history.device_time import DeviceTime
-from complete_fn.ledger.ledger import LedgerLine, billed, free, times, total
+from complete_fn.ledger.ledger import billed, free, times, total
 from complete_fn.planning.parts import estimated_tokens
 from complete_fn.progress import Progress
+from complete_fn.store.records import LedgerLine
 from complete_fn.store.store import SEEN_SECONDS, Store
 from complete_fn.types import Asker, Completion, Usage
 

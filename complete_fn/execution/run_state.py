@@ -9,11 +9,12 @@ from typing import Any
 from complete_fn.engines.call import Call, answer_keys
 from complete_fn.planning import BatchPlan
 from complete_fn.planning.field_order import rendered
-from complete_fn.planning.plan import to_texts
 from complete_fn.prompts.fields import has_fields
 from complete_fn.prompts.options import CacheMode
 from complete_fn.prompts.templates import unpack
-from complete_fn.store.store import Store, Stored
+from complete_fn.store.attempts import Stored
+from complete_fn.store.store import Store
+from complete_fn.text import to_texts
 from complete_fn.types import Asker, Completion, Prompt
 
 ASKED_AGAIN = (

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from complete_fn.engines.catalogue import Model
-from complete_fn.ledger.ledger import LedgerLine
+from complete_fn.store.records import LedgerLine
 from complete_fn.store.store import Store
 
 

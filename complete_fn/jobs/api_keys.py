@@ -17,7 +17,8 @@ import sqlalchemy as sa
 from complete_fn.engines.prices import nano
 from complete_fn.errors import InvalidOptionError, KeyRefusedError, ScopeError
 from complete_fn.store.job_tables import api_keys, tenants
-from complete_fn.store.store import Store, retried, upsert
+from complete_fn.store.store import Store
+from complete_fn.store.transactions import retried, upsert
 
 SCOPES = {
     "complete": "chat completions and completions",

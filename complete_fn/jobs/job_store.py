@@ -15,8 +15,9 @@ from complete_fn.errors import JobError, NotFoundError
 from complete_fn.host import here, process_started
 from complete_fn.jobs.job import JOB_OPEN, LEASE_SECONDS, TRIES, Counts, Job, Part, refuse_move
 from complete_fn.store.job_tables import jobs, parts, tenants
-from complete_fn.store.store import Store, gone, retried
+from complete_fn.store.store import Store, gone
 from complete_fn.store.tables import answers, attempts, budgets, ledger, of_class, summed
+from complete_fn.store.transactions import retried
 
 JOB = [jobs.c[f.name] for f in fields(Job)]
 PART = [parts.c[f.name] for f in fields(Part)]

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from pyarrow import parquet
 
 from complete_fn.errors import InputError
-from complete_fn.ledger.ledger import money
+from complete_fn.store.records import money
 from complete_fn.store.store import Store
 from complete_fn.store.tables import ledger, summed
 

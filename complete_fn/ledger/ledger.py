@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from decimal import Decimal
+from dataclasses import replace
 
 from complete_fn.engines.catalogue import Prices
 from complete_fn.engines.prices import amount, nano
+from complete_fn.store.records import LedgerLine
 from complete_fn.types import Usage
-
-OF_ENGINE = ("idle", "aborted")  # price classes of an engine's own device time
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerLine:
-    """`cost_nano` is billed, `saved_nano` is what a free line would have cost; both in 1e-9 of the currency.
-
-    `device_us`: microseconds of the engine's devices, of all tokens of a slice, on its `input` line. `saved_us`: those
-    that a free line spared. `engine`: which one, HOST/PID, where it meters its devices.
-    """
-
-    price_class: str
-    rows: int
-    tokens: int
-    cost_nano: int = 0
-    saved_nano: int = 0
-    device_us: int = 0
-    saved_us: int = 0
-    engine: str | None = None
 
 
 def billed(
@@ -90,7 +70,3 @@ def times(usage: Usage, copies: int) -> Usage:
     u = usage
     tokens = u.prompt_tokens * copies, u.cached_tokens * copies, u.completion_tokens * copies
     return Usage(*tokens, u.device_seconds * copies, u.prompt_seconds * copies)
-
-
-def money(nano_units: int) -> Decimal:
-    return Decimal(nano_units).scaleb(-9)

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.planning.field_search import Cells, Ints, Near, expected_hits, field_orders, row_order
-from complete_fn.planning.plan import BatchPlan, to_texts
+from complete_fn.planning.plan import BatchPlan
 from complete_fn.prompts.fields import FIELDS_MARK, FieldPrompt, has_fields, head, line, unpack_fields
+from complete_fn.text import to_texts
 from complete_fn.tokens import BYTES_PER_TOKEN, TokenSizes
 
 WINDOW = 50_000  # rows arranged at a time; a larger table is first sorted by its best fixed order

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.planning.row_gather import Gatherer
+from complete_fn.text import to_texts
 from complete_fn.tokens import TokenSizes
 
 Rows: TypeAlias = npt.NDArray[np.int64]
@@ -86,17 +87,6 @@ class BatchPlan:
         """Answers of the m distinct prompts (an Arrow array) -> n answers in the caller's order, NULL for NULL."""
         of_row = self.rows_of_distinct()
         return answers.take(pa.array(of_row, mask=of_row < 0))
-
-
-def to_texts(column: Any) -> list[str]:
-    """The strings of an Arrow column; bytes that are not UTF-8 become lone surrogates, so that their row can fail."""
-    try:
-        texts: list[str] = column.to_pylist()
-        return texts
-    except UnicodeDecodeError:
-        raw = column.cast(pa.large_binary()).to_pylist()
-        found: list[Any] = [b if b is None else b.decode("utf-8", "surrogateescape") for b in raw]
-        return found
 
 
 def with_first(plan: BatchPlan, starts: npt.NDArray[np.bool_]) -> BatchPlan:

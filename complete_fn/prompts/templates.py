@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn.prompts.fields import FIELDS_MARK, pack_fields, unpack_fields
+from complete_fn.text import as_text, text_column
 from complete_fn.types import Message
 
 TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -78,23 +79,6 @@ def render_column(
     return joined if isinstance(joined, pa.ChunkedArray) else pa.chunked_array([joined])
 
 
-def as_text(column: Any, name: str) -> Any:
-    """The column as large_string.
-
-    Raises:
-        InputError: its type has no text form (binary, nested).
-    """
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column = pc.cast(column, kind.value_type)
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_nested(kind):
-        raise InputError(f"Column {name!r} is {kind}; a prompt needs text. Cast or select a text column.")
-    try:
-        return pc.cast(column, pa.large_string())
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        raise InputError(f"Column {name!r} is {kind}, which has no text form: {error}") from error
-
-
 def plain_column(prompts: Any) -> Any:
     """Texts in any Arrow string type or as a Python sequence -> large_string.
 
@@ -108,21 +92,6 @@ def plain_column(prompts: Any) -> Any:
         whole = prompts.combine_chunks() if isinstance(prompts, pa.ChunkedArray) else prompts
         return whole.cast(pa.large_binary()).view(pa.large_string())
     return as_text(prompts, "prompt")
-
-
-def text_column(texts: Sequence[str | None]) -> pa.Array:
-    """Python strings as large_string; lone surrogates are kept as bytes that are not UTF-8: their rows will fail.
-
-    Raises:
-        InputError: a value is neither a string nor None.
-    """
-    try:
-        return pa.array(texts, pa.large_string())
-    except UnicodeEncodeError:
-        raw = [None if t is None else t.encode("utf-8", "surrogatepass") for t in texts]
-        return pa.array(raw, pa.large_binary()).view(pa.large_string())
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise InputError(f"The prompts are not all text: {error}") from error
 
 
 MESSAGES_MARK = "\x00messages:"  # no text of a user's begins like this once it is escaped

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
-from complete_fn.prompts.templates import text_column
+from complete_fn.text import text_column
 
 SUFFIXES = {
     ".parquet": "parquet",

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
-import math
 import os
 import secrets
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
@@ -22,13 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
-from complete_fn.planning.plan import to_texts
 from complete_fn.rows.formats import LineRows, Place, Rows, clean
-from complete_fn.rows.json_values import json_line
+from complete_fn.rows.json_values import as_json, json_line, json_values, values_of
 from complete_fn.rows.object_storage import Storage, remote
+from complete_fn.text import to_texts
 
 BATCH_ROWS = 8_192
-UNITS = ("s", "ms", "us", "ns")
 
 
 def refuse_output(place: Place, overwrite: bool) -> None:
@@ -293,108 +287,10 @@ def json_lines(rows: Rows, low: int, count: int) -> Iterator[bytes]:
             yield ("{" + ", ".join(f"{name}: {values[number]}" for name, values in columns) + "}").encode()
 
 
-def json_values(column: Any) -> list[str]:
-    """Each value as JSON; text that is not UTF-8 keeps its bytes as escaped lone surrogates."""
-    text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    return [as_json(v) for v in (to_texts(column) if text else values_of(column))]
-
-
-def values_of(column: Any) -> list[Any]:
-    """Python's values; times that its types cannot hold as ISO 8601, durations as seconds."""
-    try:
-        return list(column.to_pylist(maps_as_pydicts="lossy"))
-    except (ValueError, OverflowError):
-        return [value_of(scalar) for scalar in column]
-
-
-def value_of(scalar: Any) -> Any:
-    kind = scalar.type
-    if not scalar.is_valid:
-        return None
-    if pa.types.is_dictionary(kind):
-        return value_of(scalar.value)
-    if pa.types.is_map(kind):
-        return {value_of(entry["key"]): value_of(entry["value"]) for entry in scalar.values}
-    if pa.types.is_struct(kind):
-        return {name: value_of(member) for name, member in scalar.items()}
-    if isinstance(scalar, pa.ListScalar):
-        return [value_of(member) for member in scalar.values]
-    if pa.types.is_duration(kind):
-        return Decimal(scalar.value).scaleb(-3 * UNITS.index(kind.unit))
-    if pa.types.is_date(kind):
-        return str(scalar.cast(pa.string()))
-    if (pa.types.is_timestamp(kind) or pa.types.is_time64(kind)) and kind.unit == "ns":
-        return nanoseconds(scalar)
-    return scalar.as_py()
-
-
-def nanoseconds(scalar: Any) -> str:
-    """A time of day or a timestamp as ISO 8601, with nanoseconds where it has some."""
-    kind = pa.time64("us") if pa.types.is_time64(scalar.type) else pa.timestamp("us", scalar.type.tz)
-    micros, nanos = divmod(scalar.value, 1000)
-    rounded = pa.scalar(micros, kind).as_py()
-    if not nanos:
-        return str(rounded.isoformat())
-    text = rounded.isoformat(timespec="microseconds")
-    end = text.index(".") + 7
-    return f"{text[:end]}{nanos:03}{text[end:]}"
-
-
 def spliced(line: bytes, added: bytes) -> bytes:
     """The object of a JSONL line with the members of another behind its own."""
     head = line.rstrip()[:-1].rstrip()
     return head + (b"" if head.endswith(b"{") else b", ") + added[1:] + b"\n"
-
-
-class Inexact(Exception):
-    """A Decimal is no float: `digits` write it."""
-
-
-def as_json(value: Any) -> str:
-    try:
-        text = json_line(value, json_form, allow_nan=False)
-    except (Inexact, ValueError):
-        return digits(value)
-    return text if text.isascii() or encodable(text) else json.dumps(value, default=json_form)
-
-
-def digits(value: Any) -> str:
-    """JSON with every digit of its decimals, of which `json` makes floats, and null for what JSON has no number."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "null"
-    if isinstance(value, Decimal):
-        return format(value, "f")
-    if isinstance(value, dict):
-        names = [as_json(name if isinstance(name, str) else as_json(name)) for name in value]
-        return "{" + ", ".join(f"{n}: {digits(v)}" for n, v in zip(names, value.values(), strict=True)) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(digits, value)) + "]"
-    return as_json(value)
-
-
-def encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def json_form(value: Any) -> Any:
-    """JSON for the Arrow values that have none of their own: dates as ISO 8601, bytes as base64.
-
-    Raises:
-        Inexact: a Decimal has more digits than a float.
-    """
-    if isinstance(value, Decimal):
-        if Decimal(repr(float(value))) != value:
-            raise Inexact
-        return float(value)
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return value.total_seconds() if isinstance(value, timedelta) else str(value)
 
 
 WRITERS: dict[str, type[Writer]] = {

@@ -10,21 +10,14 @@ from anyio import to_thread
 from fastapi import FastAPI
 
 from complete_fn import __version__
-from complete_fn.server import (
-    live,
-    routes_batches,
-    routes_completions,
-    routes_dialects,
-    routes_estimate,
-    routes_files,
-    routes_health,
-    routes_jobs,
-    routes_usage,
-)
+from complete_fn.server import live_chat
 from complete_fn.server.auth import Door
 from complete_fn.server.error_replies import Bounds, add_refusals
 from complete_fn.server.metrics import Measured, Metrics
 from complete_fn.server.rate_limits import RateLimits
+from complete_fn.server.routes import call_outs, health
+from complete_fn.server.routes.jobs import estimate, jobs, usage
+from complete_fn.server.routes.openai import batches, completions, files
 from complete_fn.server.table_slots import TableSlots
 from complete_fn.server.worker_api import internal_secret
 from complete_fn.server.worker_proxy import Proxy
@@ -34,14 +27,14 @@ from complete_fn.worker.loop import AT_ONCE, WorkerLoop
 from complete_fn.worker.maintenance import Rounds
 
 ROUTERS = (
-    routes_health.router,
-    routes_completions.router,
-    routes_files.router,
-    routes_jobs.router,
-    routes_estimate.router,
-    routes_batches.router,
-    routes_usage.router,
-    routes_dialects.router,
+    health.router,
+    completions.router,
+    files.router,
+    jobs.router,
+    estimate.router,
+    batches.router,
+    usage.router,
+    call_outs.router,
 )
 DESCRIPTION = """\
 COMPLETE(model, prompt) over HTTP. Any OpenAI client works with `base_url` at `/v1`. Models are named as in the
@@ -60,7 +53,7 @@ def make_app(service: Service, loopback: bool = True, workers: int = AT_ONCE, ro
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.lanes = anyio.CapacityLimiter(live.AT_ONCE)
+        app.state.lanes = anyio.CapacityLimiter(live_chat.AT_ONCE)
         app.state.tables = TableSlots()
         app.state.loop = rounds or WorkerLoop(service, workers)
         app.state.loop.start()

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from complete_fn.engines.call import Call
 from complete_fn.errors import CompleteError, InputError, TooLargeError
 from complete_fn.jobs.job import Job
-from complete_fn.prompts.templates import text_column
 from complete_fn.rows.json_values import json_line
 from complete_fn.server.replies import Detail, chat_body, completion_body, refused
 from complete_fn.server.request_bodies import ChatBody, CompletionBody
+from complete_fn.service.job_files import Group
 from complete_fn.service.service import Service
-from complete_fn.service.submit import Group
+from complete_fn.text import text_column
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MOST_KINDS = 1_000  # different models and settings in one batch: each is a run of its own

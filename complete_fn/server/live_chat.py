@@ -15,10 +15,10 @@ from fastapi import Request
 from complete_fn.engines.call import Call
 from complete_fn.engines.stoppable import Stopped
 from complete_fn.errors import EngineBusyError
-from complete_fn.prompts.templates import text_column
 from complete_fn.server.rate_limits import Grant
 from complete_fn.server.replies import Detail
 from complete_fn.service.service import Service
+from complete_fn.text import text_column
 from complete_fn.tokens import tokens_by_bytes
 from complete_fn.types import Asker, Usage
 

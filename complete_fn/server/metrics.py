@@ -10,9 +10,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from complete_fn.ledger.ledger import money
-from complete_fn.ledger.totals import Totals
+from complete_fn.ledger.usage import Totals
 from complete_fn.service.service import Service
+from complete_fn.store.records import money
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 

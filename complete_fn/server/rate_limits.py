@@ -19,7 +19,8 @@ import sqlalchemy as sa
 from complete_fn.errors import RateLimitError, StoreError
 from complete_fn.jobs.api_keys import Principal
 from complete_fn.store.job_tables import token_buckets
-from complete_fn.store.store import Store, upsert
+from complete_fn.store.store import Store
+from complete_fn.store.transactions import upsert
 
 LOG = logging.getLogger("complete_fn.server")
 C = token_buckets.c

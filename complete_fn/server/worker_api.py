@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from complete_fn.errors import EngineError
 from complete_fn.jobs.api_keys import NAME, Principal
-from complete_fn.server import live_chat as live
+from complete_fn.server import live_chat
 from complete_fn.server.error_replies import Bounds, add_refusals, refusal
 from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.routes.openai import completions as routes_completions
@@ -57,7 +57,7 @@ class InternalDoor:
 def internal_app(service: Service, secret: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.lanes = anyio.CapacityLimiter(live.AT_ONCE)
+        app.state.lanes = anyio.CapacityLimiter(live_chat.AT_ONCE)
         yield
 
     app = FastAPI(title="complete-fn worker", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)

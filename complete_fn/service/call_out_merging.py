@@ -15,9 +15,9 @@ from complete_fn.execution.answers import Answers
 from complete_fn.execution.run_state import known_answers
 from complete_fn.execution.summary import summarise
 from complete_fn.planning import make_plan
-from complete_fn.prompts.templates import text_column
 from complete_fn.service.call_out import Detail, Share
 from complete_fn.service.service import Service
+from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion
 
 WINDOW = 0.05  # seconds that a run waits for company; while all lanes are taken it goes on gathering

@@ -17,13 +17,13 @@ import sqlalchemy as sa
 
 from complete_fn.errors import CompleteError, JobError, RequestError
 from complete_fn.jobs.job import JOB_OPEN, Job
+from complete_fn.logs import log
 from complete_fn.rows.result_tables import result_columns
 from complete_fn.rows.writers import written_to
 from complete_fn.service.results import lines_schema, result_windows
 from complete_fn.service.service import Service
 from complete_fn.service.sinks import COLUMNS, Delivery, sink_place
 from complete_fn.store.job_tables import deliveries, jobs
-from complete_fn.worker.periodic import log
 
 LEASE_SECONDS, RETRY_SECONDS, TRIES = 60.0, 10.0, 3
 LOOK_SECONDS, PAUSE_SECONDS = 0.5, 2.0

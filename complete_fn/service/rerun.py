@@ -16,10 +16,9 @@ from pyarrow import parquet
 from complete_fn.engines.prices import nano
 from complete_fn.errors import InvalidOptionError, JobError
 from complete_fn.jobs.job import Job, Part
-from complete_fn.service.results import Window, details_of, windows_of
+from complete_fn.service.job_files import Group, Window, details_of, part_file, windows_of, write_parts, write_windows
 from complete_fn.service.service import Service
 from complete_fn.service.sinks import promise
-from complete_fn.service.submit import Group, part_file, write_parts, write_windows
 from complete_fn.spending.budget import parse_cap
 from complete_fn.store.job_tables import jobs, parts
 

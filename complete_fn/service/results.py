@@ -3,82 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import parquet
 
 from complete_fn.errors import JobError
-from complete_fn.execution.answers import DETAILS, Answers
-from complete_fn.jobs.job import Job, Part
+from complete_fn.jobs.job import Job
 from complete_fn.rows.formats import LineRows, Place, Rows, TableRows, common_schema
 from complete_fn.rows.writers import written_to
+from complete_fn.service.job_files import details_of, rows_of, windows_of
 from complete_fn.service.service import Service
-from complete_fn.service.submit import LINES, WINDOWS, window_file
 
-RESULT = pa.schema([("row", pa.int64()), ("details", DETAILS)])
 FORMATS = {
     "parquet": "application/vnd.apache.parquet",
     "jsonl": "application/x-ndjson",
     "arrow": "application/vnd.apache.arrow.stream",
     "csv": "text/csv",
 }
-
-
-@dataclass(frozen=True)
-class Window:
-    """Neighbouring rows of a job: `rows` of them from row `first` on, answered by the parts of these numbers."""
-
-    number: int
-    first: int
-    rows: int
-    parts: Sequence[int]
-
-
-def write_part(service: Service, key: str, rows: Any, answers: Answers) -> int:
-    """Write a part's answers; returns how many rows have none."""
-    with service.storage.writing(key) as sink:
-        parquet.write_table(pa.table([rows, answers.details], schema=RESULT), sink)
-    return answers.summary.failed.total()
-
-
-def windows_of(service: Service, job: Job) -> list[Window]:
-    with service.storage.reading(service.job_key(job.id, WINDOWS)) as source:
-        noted = json.loads(source.read())
-    found, first = [], 0
-    for number, window in enumerate(noted):
-        found.append(Window(number, first, window["rows"], window["parts"]))
-        first += window["rows"]
-    return found
-
-
-def rows_of(service: Service, job: Job, window: Window) -> Rows:
-    """The window's rows as they were submitted."""
-    with service.storage.reading(service.job_key(job.id, window_file(window.number))) as source:
-        table = parquet.read_table(source)
-    if (table.schema.metadata or {}).get(b"complete_fn") == LINES.metadata[b"complete_fn"]:
-        return LineRows(table.column("line").to_pylist())
-    return TableRows(table)
-
-
-def details_of(service: Service, job: Job, window: Window, parts: Sequence[Part]) -> Any:
-    """[rows] DETAILS in the window's row order; NULL where the prompt was NULL, or the row has not been done yet.
-
-    Of a row that was run again the later part counts.
-    """
-    done = [RESULT.empty_table()]
-    for part in parts:
-        if part.number in window.parts and part.result:
-            with service.storage.reading(service.job_key(job.id, part.result)) as source:
-                done.append(parquet.read_table(source, schema=RESULT))
-    joined = pa.concat_tables(done).combine_chunks()
-    at = np.full(window.rows, -1, np.int64)
-    at[joined.column("row").to_numpy() - window.first] = np.arange(joined.num_rows)
-    return joined.column("details").take(pa.array(at, mask=at < 0)).combine_chunks()
 
 
 def result_windows(service: Service, job: Job, with_details: bool, partial: bool) -> Iterator[tuple[Rows, Any, Any]]:

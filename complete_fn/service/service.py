@@ -18,8 +18,9 @@ from complete_fn.engines.slots import EngineRoom, usual_engines
 from complete_fn.engines.stoppable import Stop, StoppableEngine
 from complete_fn.engines.throughput import Measured, Pace, PacedEngine, Watch
 from complete_fn.errors import StoreError, UnknownModelError
+from complete_fn.execution.admission import Tell, Tools
 from complete_fn.execution.answers import Answers
-from complete_fn.execution.runner import Tell, Tools, run
+from complete_fn.execution.runner import run
 from complete_fn.history.device_time import note_device_time
 from complete_fn.jobs.api_keys import KeyStore
 from complete_fn.jobs.connections import Connections
@@ -28,13 +29,13 @@ from complete_fn.jobs.queue import InlineQueue, JobQueue
 from complete_fn.jobs.uploads import Uploads
 from complete_fn.jobs.worker_store import ModelState, WorkerStore
 from complete_fn.ledger.pruning import prune
+from complete_fn.logs import log
 from complete_fn.prompts.options import CacheMode
 from complete_fn.rows.object_storage import Storage
 from complete_fn.settings import load_settings
 from complete_fn.spending.shared_budget import Cap, SharedBudget, day_cap
 from complete_fn.store.store import Store
 from complete_fn.types import Asker
-from complete_fn.worker.periodic import log
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,38 +9,27 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
 
 from complete_fn.engines.catalogue import Model
 from complete_fn.engines.prices import nano
-from complete_fn.engines.tokenizer import token_sizes
 from complete_fn.errors import InputError, InvalidOptionError, NotFoundError, StoreError
 from complete_fn.jobs.api_keys import Principal
 from complete_fn.jobs.job import Job
-from complete_fn.ledger.usage import mean_output
-from complete_fn.planning import BatchPlan, make_plan
-from complete_fn.planning.parts import estimated_tokens
-from complete_fn.planning.prefix_tree import SLACK, cut_tree, shared_beginnings
 from complete_fn.prompts.options import Options, parse_options
 from complete_fn.prompts.schema_rules import refuse_patterns
 from complete_fn.prompts.templates import render_column, template_fields
 from complete_fn.rows.formats import LineRows, Rows
 from complete_fn.rows.result_tables import KeysSeen
+from complete_fn.service.job_files import Group, write_parts, write_window, write_windows
 from complete_fn.service.service import Service
 from complete_fn.service.sinks import promise, refuse_sink, refuse_sink_keys, withdraw
 from complete_fn.service.sources import open_source
 from complete_fn.spending.budget import parse_cap
 
-PART_TOKENS = 250_000  # prompts and answers: about a minute of a small engine
-PART_ROWS = 4_096
-LIKELY_OUTPUT = 64  # tokens of an answer of a model that has none in the ledger
-WINDOWS = "windows.json"
-LINES = pa.schema([("line", pa.large_binary())], {"complete_fn": "lines"})
 RESULT_COLUMN = "completion"
 
 
@@ -61,21 +50,6 @@ class TableSpec:
     priority: int = 0
     idempotency_key: str | None = None
     query_tag: str | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that are answered by one model with one set of options.
-
-    Attributes:
-        rows: [n] their numbers in the job.
-        prompts: [n] large_string, as `run` takes them.
-    """
-
-    model: Model
-    options: Mapping[str, Any]
-    rows: Any
-    prompts: Any
 
 
 def submit_table(service: Service, caller: Principal, spec: TableSpec) -> Job:
@@ -229,70 +203,3 @@ class Draft:
             withdraw(self.service, self.job.id)
         self.service.queue.announce(Counter(p["model"] for p in self.pieces))
         return kept
-
-
-def write_parts(service: Service, job: str, first: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Write parts numbered from `first` on; returns them as `JobStore.create` takes them."""
-    pieces: list[dict[str, Any]] = []
-    for group in groups:
-        for rows, prompts, tokens, shared in cut(group, likely_output(service, group)):
-            with service.storage.writing(service.job_key(job, part_file(first + len(pieces)))) as sink:
-                parquet.write_table(pa.table({"row": pa.array(rows), "prompt": prompts}), sink)
-            pieces.append(
-                {
-                    "model": group.model.name,
-                    "options": json.dumps(dict(group.options), sort_keys=True),
-                    "rows": len(rows),
-                    "tokens": tokens,
-                    "shared": shared,
-                }
-            )
-    return pieces
-
-
-def write_window(service: Service, job: str, number: int, rows: Rows) -> None:
-    table = pa.table([rows.lines], schema=LINES) if isinstance(rows, LineRows) else rows.table()
-    with service.storage.writing(service.job_key(job, window_file(number))) as sink:
-        parquet.write_table(table, sink)
-
-
-def write_windows(service: Service, job: str, windows: Sequence[Mapping[str, Any]]) -> None:
-    """Note how many rows each window has, and the numbers of its parts."""
-    with service.storage.writing(service.job_key(job, WINDOWS)) as sink:
-        sink.write(json.dumps(windows).encode())
-
-
-def window_file(number: int) -> str:
-    return f"rows-{number:05}.parquet"
-
-
-def part_file(number: int) -> str:
-    return f"part-{number:05}.parquet"
-
-
-def likely_output(service: Service, group: Group) -> int:
-    """Tokens of an answer, from the model's past rows."""
-    limit = parse_options(group.options).sampling.max_tokens or group.model.default_max_tokens
-    return min(limit, round(mean_output(service.store, group.model.name) or LIKELY_OUTPUT))
-
-
-def cut(group: Group, output: int) -> list[tuple[Any, Any, int, int]]:
-    """(row numbers, prompts, estimated tokens, tokens shared with the part before) of each part.
-
-    Equal prompts and shared prefixes stay together.
-    """
-    options = parse_options(group.options)
-    plan = make_plan(group.prompts, mergeable=options.sampling.greedy, sizes=token_sizes(group.model))
-    if not len(plan.order):
-        return []
-    tokens = estimated_tokens(plan) + output
-    weights = np.maximum(tokens, PART_TOKENS // PART_ROWS)
-    shared = shared_beginnings(plan)
-    starts = cut_tree(shared, weights, int(PART_TOKENS / (1 + SLACK)))
-    return [(*piece(group, plan, tokens, low, high), int(shared[low])) for low, high in pairwise(starts.tolist())]
-
-
-def piece(group: Group, plan: BatchPlan, tokens: Any, low: int, high: int) -> tuple[Any, Any, int]:
-    first, last = np.searchsorted(plan.distinct, [low, high])
-    inside = plan.order[first:last]
-    return np.asarray(group.rows)[inside], plan.gather.take(inside), int(tokens[low:high].sum())

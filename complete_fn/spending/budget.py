@@ -13,7 +13,7 @@ from complete_fn.errors import InvalidOptionError
 from complete_fn.types import Usage
 
 if TYPE_CHECKING:
-    from complete_fn.store.store import Attempt
+    from complete_fn.store.attempts import Attempt
 
 LARGEST_CAP = Decimal(9_000_000_000)  # in billionths it fits the store's 64 bits
 

@@ -17,10 +17,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from complete_fn.engines.prices import nano
-from complete_fn.ledger.ledger import money
 from complete_fn.spending.budget import Budget
-from complete_fn.store.store import Attempt, Store, retried, upsert
+from complete_fn.store.attempts import Attempt
+from complete_fn.store.records import money
+from complete_fn.store.store import Store
 from complete_fn.store.tables import attempts, budgets, ledger, summed
+from complete_fn.store.transactions import retried, upsert
 
 AHEAD = 32  # rows that one draw covers, as long as there is enough
 ROUNDING = 2  # 1e-9 a row: the lines of a slice are rounded apart from its rows

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from complete_fn.store.tables import budgets, reservations
 
 if TYPE_CHECKING:
-    from complete_fn.store.store import Attempt
+    from complete_fn.store.attempts import Attempt
 
 
 class Refused(Exception):

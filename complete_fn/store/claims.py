@@ -17,7 +17,7 @@ from complete_fn.store.job_tables import parts
 from complete_fn.store.tables import answers, attempts, claims
 
 if TYPE_CHECKING:
-    from complete_fn.store.store import Attempt
+    from complete_fn.store.attempts import Attempt
 
 
 def claim(connection: sa.Connection, attempt: Attempt, keys: Sequence[bytes]) -> set[bytes]:

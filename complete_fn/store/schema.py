@@ -59,6 +59,6 @@ def configuration(connection: sa.Connection) -> Config:
     from alembic.config import Config
 
     config = Config()
-    config.set_main_option("script_location", "complete_fn:migrations")
+    config.set_main_option("script_location", "complete_fn.store:migrations")
     config.attributes["connection"] = connection
     return config

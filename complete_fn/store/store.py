@@ -6,95 +6,36 @@ attempt has a number, and the repeat finds that number in the store and does not
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-import random
 import secrets
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError, InterfaceError
 
-from complete_fn.errors import StoreError, StoreLostError
+from complete_fn.errors import StoreError
 from complete_fn.host import here, process_started
-from complete_fn.ledger.ledger import OF_ENGINE, LedgerLine, money
+from complete_fn.store.attempts import Attempt, Stored, attempt_of
 from complete_fn.store.backends import Sqlite, open_database
 from complete_fn.store.budget_holds import Refused, charge, draw, release
 from complete_fn.store.claims import claim, claimed, drop_claims, let_all_go, let_go, silent_holders, still_held
 from complete_fn.store.fork_gate import FORKS
+from complete_fn.store.records import LedgerLine, answer_row, completion_of, ledger_row, money
 from complete_fn.store.schema import is_current, migrate
 from complete_fn.store.tables import answers, attempts, budgets, ledger, summed
-from complete_fn.types import Asker, Completion, RowError, Usage
+from complete_fn.store.transactions import retried, upsert
+from complete_fn.types import Asker, Completion
 
 LOOK_UP = 500  # keys of one IN list; SQLite's oldest limit is 999
-AWAY_SECONDS = 90.0  # for so long a database may be away before what waits for it fails
 SEEN_SECONDS = 20.0  # how often a running attempt says that it lives
 SILENT_SECONDS = 180.0  # after so long a silence an attempt of another machine is lost
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class OfStore(Protocol):
-    @property
-    def store(self) -> Store: ...
-
-
-S = TypeVar("S", bound=OfStore)
-
-
-def retried(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-    """A method that is made again while the database is away. It must come to the same when it was made already."""
-
-    @functools.wraps(method)
-    def again(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        until, pause = time.monotonic() + AWAY_SECONDS, 0.02
-        while True:
-            try:
-                return method(self, *args, **kwargs)
-            except StoreLostError:
-                if time.monotonic() > until:
-                    raise
-            time.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(2.0, pause * 2)
-
-    return again
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """An answer to be written. `job` set: only that job may read it again (not greedy, an error, or cache off)."""
-
-    key: bytes
-    completion: Completion
-    job: str | None = None
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One execution of run(): who asked, for which model and job. `step` counts its changes in the store."""
-
-    id: int
-    tenant: str
-    user: str
-    model: str
-    job: str | None
-    query_tag: str | None
-    currency: str
-    basis: str
-    step: int = 0
-    budgets: tuple[str, ...] = ()
-    turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
 
 STORES: weakref.WeakSet[Store] = weakref.WeakSet()
@@ -402,93 +343,9 @@ class Store:
 GIVEN_UP = "The run was given up as lost: it was silent for too long. What it committed is safe; run again."
 
 
-def upsert(
-    connection: sa.Connection,
-    table: sa.Table,
-    key: Sequence[str],
-    rows: list[dict[str, Any]],
-    only: Sequence[str] | None = None,
-) -> None:
-    """Insert the rows; a row of the same key gets the new values, or `only` these. All rows have the same columns."""
-    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
-    fresh = {name: insert.excluded[name] for name in (rows[0] if only is None else only) if name not in key}
-    if fresh:
-        insert = insert.on_conflict_do_update(index_elements=list(key), set_=fresh)
-    else:
-        insert = insert.on_conflict_do_nothing(index_elements=list(key))
-    connection.execute(insert, rows)
-
-
 def gone(pid: int, started: float) -> bool:
     now = process_started(pid)
     return now is None or (bool(started) and now != started)
-
-
-def attempt_of(row: Mapping[Any, Any]) -> Attempt:
-    return Attempt(**{f.name: row[f.name] for f in fields(Attempt) if f.name in attempts.c})
-
-
-def answer_row(attempt: Attempt, stored: Stored, now: float) -> dict[str, Any]:
-    c = stored.completion
-    return {
-        "tenant": attempt.tenant,
-        "key": stored.key,
-        "job": stored.job,
-        "attempt": attempt.id,
-        "model": attempt.model,
-        "text": c.text,
-        "scores": None if c.scores is None else json.dumps(dict(c.scores), ensure_ascii=False),
-        "finish_reason": c.finish_reason,
-        "error_code": c.error.code if c.error else None,
-        "error_message": c.error.message if c.error else None,
-        "prompt_tokens": c.usage.prompt_tokens,
-        "cached_tokens": c.usage.cached_tokens,
-        "completion_tokens": c.usage.completion_tokens,
-        "device_us": round(c.usage.device_seconds * 1e6),
-        "bytes": 200 + len((c.text or "").encode()) + 24 * len(c.scores or ()),
-        "created_at": now,
-    }
-
-
-def ledger_row(attempt: Attempt, line: LedgerLine, at: float) -> dict[str, Any]:
-    of_engine = line.price_class in OF_ENGINE  # nobody's: whichever attempt happened to hear of it
-    return {
-        "at": at,
-        "tenant": "-" if of_engine else attempt.tenant,
-        "user": "-" if of_engine else attempt.user,
-        "attempt": 0 if of_engine else attempt.id,
-        "job": None if of_engine else job_of(attempt.job),
-        "query_tag": None if of_engine else attempt.query_tag,
-        "model": attempt.model,
-        "price_class": line.price_class,
-        "rows": line.rows,
-        "tokens": line.tokens,
-        "cost_nano": line.cost_nano,
-        "saved_nano": line.saved_nano,
-        "device_us": line.device_us,
-        "saved_us": line.saved_us,
-        "engine": line.engine,
-        "currency": attempt.currency,
-        "basis": attempt.basis,
-    }
-
-
-def job_of(name: str | None) -> str | None:
-    """The job of a part, which is named JOB/NUMBER."""
-    job, _, number = (name or "").rpartition("/")
-    return job if job and number.isdigit() else name
-
-
-def completion_of(row: Mapping[str, Any]) -> Completion:
-    error = RowError(row["error_code"], row["error_message"] or "") if row["error_code"] else None
-    return Completion(
-        text=row["text"],
-        finish_reason=row["finish_reason"],
-        error=error,
-        usage=Usage(row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"], row["device_us"] / 1e6),
-        source="cache",
-        scores=None if row["scores"] is None else json.loads(row["scores"]),
-    )
 
 
 def after_fork() -> None:

@@ -22,16 +22,16 @@ from complete_fn.execution.summary import summarise
 from complete_fn.jobs.job import LEASE_SECONDS, STORE_TRIES, Job, Part
 from complete_fn.jobs.job_store import worker_name
 from complete_fn.jobs.worker_store import BEAT_SECONDS
+from complete_fn.logs import log
 from complete_fn.planning import make_plan
 from complete_fn.prompts.options import Options, parse_options
 from complete_fn.service.delivery import keep_delivering
-from complete_fn.service.results import write_part
+from complete_fn.service.job_files import part_file, write_part
 from complete_fn.service.retention import expire
 from complete_fn.service.service import Service
-from complete_fn.service.submit import part_file
 from complete_fn.spending.shared_budget import Cap, job_cap
 from complete_fn.types import Asker, Completion
-from complete_fn.worker.periodic import Turn, log, take_turns
+from complete_fn.worker.periodic import Turn, take_turns
 
 AT_ONCE = 2  # parts being fed into the engine
 TAILS = 2  # more parts whose last rows are being answered, so that the engine does not fall dry between two

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-LOG = logging.getLogger("complete_fn.service")
+from complete_fn.logs import log
 
 
 @dataclass
@@ -30,9 +28,3 @@ def take_turns(turns: Iterable[Turn]) -> None:
                 turn.what()
             except Exception as error:
                 log("upkeep", error)
-
-
-def log(what: str, error: Exception) -> None:
-    """The type and place of an error; its message may quote a prompt."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    LOG.error("%s: %s at %s:%s", what, type(error).__name__, last.name, last.lineno)

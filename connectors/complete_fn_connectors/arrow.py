@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.prompts.templates import as_text, escaped, pack_messages, render_column, template_fields
+from complete_fn.prompts.templates import escaped, pack_messages, render_column, template_fields
+from complete_fn.text import as_text
 
 PROMPT = pa.struct([("template", pa.string()), ("fields", pa.map_(pa.string(), pa.string()))])
 POSITION = re.compile(r"(?<!\{)\{(\d+)\}(?!\})")

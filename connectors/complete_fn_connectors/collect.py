@@ -11,7 +11,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from complete_fn.errors import CompleteError
-from complete_fn.execution.answers import Answers, Summary
+from complete_fn.execution.answers import Answers
+from complete_fn.execution.summary import Summary
 from complete_fn.planning import BatchPlan, make_plan
 from complete_fn.prompts.options import Options, parse_options
 from complete_fn.types import Completion

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn.execution.answers import DETAILS, Answers
-from complete_fn.prompts.templates import as_text, template_fields
+from complete_fn.prompts.templates import template_fields
 from complete_fn.session import Session
+from complete_fn.text import as_text
 from complete_fn_connectors.arrow import is_constant, is_list, is_text, option_mapping, python_values, whole
 from complete_fn_connectors.functions import answered
 

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from complete_fn.errors import InputError
-from complete_fn.rows import databases as row_databases
+from complete_fn.rows import databases
 from complete_fn.rows.databases import Query, SqlDatabase, open_database
 
 MAKE = """
@@ -52,7 +52,7 @@ def both(database: SqlDatabase, query: Query, monkeypatch: pytest.MonkeyPatch) -
     assert arrow is not None
     fast = pa.Table.from_batches(list(arrow))
     with monkeypatch.context() as patch:
-        patch.setattr(row_databases, "postgres_batches", lambda *_: None)
+        patch.setattr(databases, "postgres_batches", lambda *_: None)
         return fast, pa.Table.from_batches(list(database.batches(query)))
 
 
@@ -99,8 +99,8 @@ def test_types_that_they_read_otherwise_go_the_other_way(column: str, database: 
 def test_refusals_are_the_same(sql: str, database: SqlDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     guarded = SqlDatabase(database.engine.url, read_only=True, seconds=1.0)
     told = []
-    for way in (row_databases.postgres_batches, lambda *_: None):
-        monkeypatch.setattr(row_databases, "postgres_batches", way)
+    for way in (databases.postgres_batches, lambda *_: None):
+        monkeypatch.setattr(databases, "postgres_batches", way)
         with pytest.raises(InputError) as caught:
             list(guarded.batches(Query(sql)))
         told.append(str(caught.value))

@@ -18,10 +18,11 @@ from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model
 from complete_fn.engines.stoppable import StoppableEngine, Stopped
 from complete_fn.errors import StoreError
-from complete_fn.execution.runner import Tools, run
-from complete_fn.prompts.templates import text_column
+from complete_fn.execution.admission import Tools
+from complete_fn.execution.runner import run
 from complete_fn.store.store import Store
 from complete_fn.store.tables import attempts, claims, ledger
+from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion, CompletionRequest, RowError, SamplingParams
 
 CALL = Call(Model("m", "m", engine="echo"), SamplingParams(max_tokens=20))

@@ -199,11 +199,12 @@ def test_all_device_time_of_an_engine_is_in_the_ledger(engine: Any, tiny_entry: 
     import sqlalchemy as sa
 
     from complete_fn.engines.call import Call
-    from complete_fn.execution.runner import Tools, run
+    from complete_fn.execution.admission import Tools
+    from complete_fn.execution.runner import run
     from complete_fn.history.device_time import note_device_time
-    from complete_fn.prompts.templates import text_column
     from complete_fn.store.store import Store
     from complete_fn.store.tables import ledger
+    from complete_fn.text import text_column
     from complete_fn.types import Asker
 
     ask(engine, "warm up", max_tokens=1)

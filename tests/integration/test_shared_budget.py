@@ -21,11 +21,12 @@ from complete_fn.engines.base import EchoEngine
 from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model, Prices
 from complete_fn.engines.prices import amount, nano
-from complete_fn.execution.runner import Tools, run
-from complete_fn.prompts.templates import text_column
+from complete_fn.execution.admission import Tools
+from complete_fn.execution.runner import run
 from complete_fn.spending.shared_budget import SharedBudget, day_cap, job_cap
 from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, budgets, ledger, reservations
+from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion, CompletionRequest, SamplingParams, Usage
 
 PRICES = Prices(Decimal("1"), Decimal("0.5"), Decimal("10"))

@@ -17,12 +17,14 @@ from complete_fn.engines.base import EchoEngine
 from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model
 from complete_fn.errors import StoreError, StoreLostError
-from complete_fn.execution.runner import Tools, run
+from complete_fn.execution.admission import Tools
+from complete_fn.execution.runner import run
 from complete_fn.jobs.job_store import JobStore, worker_name
-from complete_fn.ledger.ledger import LedgerLine
-from complete_fn.prompts.templates import text_column
-from complete_fn.store.store import Store, Stored
+from complete_fn.store.attempts import Stored
+from complete_fn.store.records import LedgerLine
+from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, ledger
+from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 from deploy.servers import Postgres, running
 from tests.unit.test_jobs import PIECE, job

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from complete_fn.engines import call as keys
-from complete_fn.engines.call import checkpoint_digest
 from complete_fn.engines.catalogue import Model
+from complete_fn.engines.checkpoint import checkpoint_digest
 from complete_fn.errors import EngineError
 
 

@@ -18,12 +18,14 @@ from complete_fn.engines.catalogue import Model, Prices
 from complete_fn.engines.tokenizer import count_with, template_tokens, token_sizes, tokenizer_file
 from complete_fn.estimates.estimate import TokenCount, count_cached, count_tokens, estimate, ratio_estimate
 from complete_fn.estimates.estimate_report import report
+from complete_fn.execution.admission import Tools
 from complete_fn.execution.run_state import Work
-from complete_fn.execution.runner import Tools, run
+from complete_fn.execution.runner import run
 from complete_fn.planning import make_plan
-from complete_fn.prompts.templates import pack_messages, text_column
+from complete_fn.prompts.templates import pack_messages
 from complete_fn.spending.budget import Budget
 from complete_fn.store.store import Store
+from complete_fn.text import text_column
 from complete_fn.types import Asker, SamplingParams
 
 PRICES = Prices(Decimal(2), Decimal(1), Decimal(8), "EUR", "yours")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from complete_fn.engines import slots as engine_room
+from complete_fn.engines import slots
 from complete_fn.engines.slots import EngineRoom
 from complete_fn.engines.stoppable import Stopped
 
@@ -47,9 +47,9 @@ class Building:
 
 @pytest.fixture
 def turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    monkeypatch.setattr(engine_room, "LOOK_SECONDS", 0.005)
-    monkeypatch.setattr(engine_room, "GRACE_SECONDS", 0.05)
-    return lambda seconds: monkeypatch.setattr(engine_room, "TURN_SECONDS", seconds)
+    monkeypatch.setattr(slots, "LOOK_SECONDS", 0.005)
+    monkeypatch.setattr(slots, "GRACE_SECONDS", 0.05)
+    return lambda seconds: monkeypatch.setattr(slots, "TURN_SECONDS", seconds)
 
 
 @pytest.mark.parametrize("most", [1, 2])

@@ -13,10 +13,12 @@ from complete_fn.engines.base import EchoEngine
 from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model
 from complete_fn.errors import InputError, InvalidOptionError
-from complete_fn.execution.runner import Tools, run
+from complete_fn.execution.admission import Tools
+from complete_fn.execution.runner import run
 from complete_fn.prompts.fields import unpack_fields
-from complete_fn.prompts.templates import render_column, text_column, unpack
+from complete_fn.prompts.templates import render_column, unpack
 from complete_fn.store.store import Store
+from complete_fn.text import text_column
 from complete_fn.types import Asker
 
 MODEL = Model("m", "m", engine="echo")

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from complete_fn.cli.run_input import file_source
 from complete_fn.errors import InputError
-from complete_fn.planning.plan import to_texts
 from complete_fn.rows.formats import LineRows, Place, Rows, TableRows, place_of
 from complete_fn.rows.json_values import json_line
 from complete_fn.rows.writers import refuse_output, writing
+from complete_fn.text import to_texts
 
 TABLE = pa.table(
     {

@@ -18,12 +18,13 @@ from complete_fn.engines.base import EchoEngine
 from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model, Prices
 from complete_fn.errors import InputError
-from complete_fn.execution.runner import Tools, run
+from complete_fn.execution.admission import Tools
+from complete_fn.execution.runner import run
 from complete_fn.history.device_time import DeviceTime
 from complete_fn.ledger.focus_export import SCHEMA, charges, export
 from complete_fn.ledger.usage import usage
-from complete_fn.prompts.templates import text_column
 from complete_fn.store.store import Store
+from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 from complete_fn_workers.swiftkv.flops import skipped_share
 

@@ -13,7 +13,7 @@ import pytest
 from complete_fn.errors import JobError, NotFoundError, StoreError
 from complete_fn.jobs.job import JOB_MOVES, PART_MOVES, TRIES, Job
 from complete_fn.jobs.job_store import DEATHS, JobStore, worker_name
-from complete_fn.ledger.ledger import LedgerLine
+from complete_fn.store.records import LedgerLine
 from complete_fn.store.store import Store
 from complete_fn.types import Asker
 

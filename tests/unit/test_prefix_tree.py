@@ -44,7 +44,7 @@ def test_hits_are_whole_blocks_without_the_last_token() -> None:
 def test_shared_beginnings_are_those_of_what_the_model_sees() -> None:
     from complete_fn.planning import make_plan
     from complete_fn.planning.prefix_tree import shared_beginnings
-    from complete_fn.prompts.templates import text_column
+    from complete_fn.text import text_column
 
     plan = make_plan(text_column(["a" * 70 + "x", "a" * 70 + "y", "b"]))
     assert shared_beginnings(plan).tolist() == [0, 20, 0]

@@ -12,11 +12,12 @@ import pytest
 from complete_fn.engines.base import EchoEngine
 from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model
-from complete_fn.execution.runner import Tools, run
+from complete_fn.execution.admission import Tools
+from complete_fn.execution.runner import run
 from complete_fn.history.run_history import Meter, Run, amounts, instruction, kind_of, lengths, past, rates
 from complete_fn.planning import make_plan
-from complete_fn.prompts.templates import text_column
 from complete_fn.store.store import Store
+from complete_fn.text import text_column
 from complete_fn.types import Asker, Usage
 
 MODEL = Model("m", "m", engine="echo")

@@ -22,11 +22,12 @@ from complete_fn import CompletionWarning, EchoEngine, Session
 from complete_fn.engines.call import Call
 from complete_fn.engines.stoppable import StoppableEngine, Stopped
 from complete_fn.errors import EngineError, InvalidOptionError, RowFailedError, UnknownModelError
-from complete_fn.execution.runner import Tools, run
+from complete_fn.execution.admission import Tools
+from complete_fn.execution.runner import run
 from complete_fn.prompts.options import parse_options
-from complete_fn.prompts.templates import text_column
 from complete_fn.spending.budget import Budget
 from complete_fn.store.tables import ledger
+from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 
 

@@ -14,7 +14,7 @@ from alembic.script import ScriptDirectory
 
 from complete_fn.errors import StoreError, StoreLostError
 from complete_fn.settings import load_settings
-from complete_fn.store import job_tables as service_tables
+from complete_fn.store import job_tables
 from complete_fn.store.backends import masked
 from complete_fn.store.schema import HEAD, configuration
 from complete_fn.store.store import Store
@@ -33,7 +33,7 @@ store.finish(store.begin(Asker(), "m", "USD", "example"), "done")
 
 def test_migrations_make_what_the_tables_say(store_url: str) -> None:
     store = Store(store_url)
-    assert service_tables.jobs.metadata is metadata
+    assert job_tables.jobs.metadata is metadata
     with store.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
@@ -53,7 +53,9 @@ def test_processes_that_open_a_new_store_at_once(store_url: str) -> None:
 
 def test_a_current_store_is_opened_without_alembic(store_url: str) -> None:
     Store(store_url).close()
-    code = "import sys; from complete_fn.store.store import Store; Store(sys.argv[1]); assert 'alembic' not in sys.modules"
+    code = (
+        "import sys; from complete_fn.store.store import Store; Store(sys.argv[1]); assert 'alembic' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code, store_url], check=True, timeout=120)
 
 

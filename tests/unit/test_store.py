@@ -22,14 +22,16 @@ from complete_fn.engines.base import EchoEngine, prompt_text
 from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model, Prices
 from complete_fn.errors import StoreError
+from complete_fn.execution.admission import Tools
 from complete_fn.execution.commits import Slices
-from complete_fn.execution.runner import Tools, run
-from complete_fn.ledger.ledger import LedgerLine, money
+from complete_fn.execution.runner import run
 from complete_fn.prompts.options import CacheMode
-from complete_fn.prompts.templates import text_column
+from complete_fn.store.attempts import Stored
 from complete_fn.store.backends import refuse_network
-from complete_fn.store.store import Store, Stored
+from complete_fn.store.records import LedgerLine, money
+from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, ledger
+from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion, CompletionRequest, SamplingParams, Usage
 
 PRICES = Prices(Decimal("1.25"), Decimal("0.3"), Decimal("4.5"), "EUR", "yours")

@@ -12,12 +12,13 @@ import sqlalchemy as sa
 
 from complete_fn.engines.base import EchoEngine
 from complete_fn.errors import InvalidOptionError
-from complete_fn.ledger.ledger import LedgerLine
 from complete_fn.ledger.pruning import DAY, GIB, HOUR, clear, prune, used_bytes
 from complete_fn.session import Session
 from complete_fn.settings import load_settings
+from complete_fn.store.attempts import Stored
 from complete_fn.store.backends import Sqlite
-from complete_fn.store.store import Store, Stored
+from complete_fn.store.records import LedgerLine
+from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, ledger
 from complete_fn.types import Asker, Completion
 

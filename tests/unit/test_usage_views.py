@@ -14,9 +14,10 @@ import sqlalchemy as sa
 
 from complete_fn.cli.main import main
 from complete_fn.engines.call import Call
-from complete_fn.execution.runner import Tools, run
-from complete_fn.prompts.templates import text_column
+from complete_fn.execution.admission import Tools
+from complete_fn.execution.runner import run
 from complete_fn.store.store import Store
+from complete_fn.text import text_column
 from complete_fn.types import Asker
 from tests.unit.test_focus import MODEL, Metered
 

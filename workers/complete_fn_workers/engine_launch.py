@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from complete_fn import __version__
-from complete_fn.engines.call import CHECKPOINT_FILES
 from complete_fn.engines.catalogue import Model
+from complete_fn.engines.checkpoint import CHECKPOINT_FILES
 from complete_fn.errors import EngineError, UnknownModelError
 from complete_fn.registry import missing
 from complete_fn.settings import Settings, child_environment

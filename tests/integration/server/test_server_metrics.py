@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from complete_fn.ledger import totals
+from complete_fn.ledger import usage
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
@@ -21,7 +21,7 @@ def samples(text: str) -> dict[tuple[str, ...], float]:
 
 
 def test_requests_rows_tokens_and_cost_are_counted(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(totals, "SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(usage, "SETTLED_SECONDS", 0.0)
     running = serve()
     with running.http() as client:
         body = {"model": "echo", "messages": [{"role": "user", "content": "a b"}], "temperature": 0}

@@ -33,7 +33,7 @@ BOUND_SLACK = 64  # a prompt's tokens are bounded before they are counted
 def start(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Call it for a service with two workers, and its broker."""
     monkeypatch.setenv("COMPLETE_FN_MEMORY", "0.25")
-    monkeypatch.setattr("complete_fn.service.submit.PART_ROWS", 40)
+    monkeypatch.setattr("complete_fn.service.job_files.PART_ROWS", 40)
 
     @contextmanager
     def two_workers() -> Iterator[tuple[Site, Redis]]:

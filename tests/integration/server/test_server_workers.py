@@ -111,7 +111,7 @@ def site(home: Path, broker: str, models: str = MODELS, workers: tuple[int, int]
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.service.submit.PART_ROWS", 40)
+    monkeypatch.setattr("complete_fn.service.job_files.PART_ROWS", 40)
 
 
 def whole(found: Site, job: str, rows: int, name: str = "row") -> None:

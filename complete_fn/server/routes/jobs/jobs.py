@@ -12,7 +12,6 @@ from pydantic import ConfigDict, Field
 
 from complete_fn.errors import InputError
 from complete_fn.jobs.job import Job
-from complete_fn.ledger.ledger import money
 from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.server.request_bodies import Body
 from complete_fn.server.routes.openai.files import Limit, chunks, page
@@ -25,6 +24,7 @@ from complete_fn.service.service import Service
 from complete_fn.service.sinks import delivery_of
 from complete_fn.service.sources import LONGEST_SQL
 from complete_fn.service.submit import RESULT_COLUMN, TableSpec, submit_table
+from complete_fn.store.records import money
 
 router = APIRouter(tags=["jobs"])
 

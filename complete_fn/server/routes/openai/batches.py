@@ -18,7 +18,7 @@ from complete_fn.server.error_replies import told
 from complete_fn.server.request_bodies import Body
 from complete_fn.server.routes.openai.files import Limit, page
 from complete_fn.server.table_slots import Tables
-from complete_fn.service.results import details_of, windows_of
+from complete_fn.service.job_files import details_of, windows_of
 from complete_fn.service.retention import delete_job
 from complete_fn.service.service import Service
 from complete_fn.service.submit import drafted, new_job

@@ -1,0 +1,168 @@
+"""The files of a job in object storage: its rows in windows, its parts, its results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from complete_fn.engines.catalogue import Model
+from complete_fn.engines.tokenizer import token_sizes
+from complete_fn.execution.answers import DETAILS, Answers
+from complete_fn.jobs.job import Job, Part
+from complete_fn.ledger.usage import mean_output
+from complete_fn.planning import BatchPlan, make_plan
+from complete_fn.planning.parts import estimated_tokens
+from complete_fn.planning.prefix_tree import SLACK, cut_tree, shared_beginnings
+from complete_fn.prompts.options import parse_options
+from complete_fn.rows.formats import LineRows, Rows, TableRows
+from complete_fn.service.service import Service
+
+PART_TOKENS = 250_000  # prompts and answers: about a minute of a small engine
+PART_ROWS = 4_096
+LIKELY_OUTPUT = 64  # tokens of an answer of a model that has none in the ledger
+WINDOWS = "windows.json"
+LINES = pa.schema([("line", pa.large_binary())], {"complete_fn": "lines"})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are answered by one model with one set of options.
+
+    Attributes:
+        rows: [n] their numbers in the job.
+        prompts: [n] large_string, as `run` takes them.
+    """
+
+    model: Model
+    options: Mapping[str, Any]
+    rows: Any
+    prompts: Any
+
+
+def write_parts(service: Service, job: str, first: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Write parts numbered from `first` on; returns them as `JobStore.create` takes them."""
+    pieces: list[dict[str, Any]] = []
+    for group in groups:
+        for rows, prompts, tokens, shared in cut(group, likely_output(service, group)):
+            with service.storage.writing(service.job_key(job, part_file(first + len(pieces)))) as sink:
+                parquet.write_table(pa.table({"row": pa.array(rows), "prompt": prompts}), sink)
+            pieces.append(
+                {
+                    "model": group.model.name,
+                    "options": json.dumps(dict(group.options), sort_keys=True),
+                    "rows": len(rows),
+                    "tokens": tokens,
+                    "shared": shared,
+                }
+            )
+    return pieces
+
+
+def write_window(service: Service, job: str, number: int, rows: Rows) -> None:
+    table = pa.table([rows.lines], schema=LINES) if isinstance(rows, LineRows) else rows.table()
+    with service.storage.writing(service.job_key(job, window_file(number))) as sink:
+        parquet.write_table(table, sink)
+
+
+def write_windows(service: Service, job: str, windows: Sequence[Mapping[str, Any]]) -> None:
+    """Note how many rows each window has, and the numbers of its parts."""
+    with service.storage.writing(service.job_key(job, WINDOWS)) as sink:
+        sink.write(json.dumps(windows).encode())
+
+
+def window_file(number: int) -> str:
+    return f"rows-{number:05}.parquet"
+
+
+def part_file(number: int) -> str:
+    return f"part-{number:05}.parquet"
+
+
+def likely_output(service: Service, group: Group) -> int:
+    """Tokens of an answer, from the model's past rows."""
+    limit = parse_options(group.options).sampling.max_tokens or group.model.default_max_tokens
+    return min(limit, round(mean_output(service.store, group.model.name) or LIKELY_OUTPUT))
+
+
+def cut(group: Group, output: int) -> list[tuple[Any, Any, int, int]]:
+    """(row numbers, prompts, estimated tokens, tokens shared with the part before) of each part.
+
+    Equal prompts and shared prefixes stay together.
+    """
+    options = parse_options(group.options)
+    plan = make_plan(group.prompts, mergeable=options.sampling.greedy, sizes=token_sizes(group.model))
+    if not len(plan.order):
+        return []
+    tokens = estimated_tokens(plan) + output
+    weights = np.maximum(tokens, PART_TOKENS // PART_ROWS)
+    shared = shared_beginnings(plan)
+    starts = cut_tree(shared, weights, int(PART_TOKENS / (1 + SLACK)))
+    return [(*piece(group, plan, tokens, low, high), int(shared[low])) for low, high in pairwise(starts.tolist())]
+
+
+def piece(group: Group, plan: BatchPlan, tokens: Any, low: int, high: int) -> tuple[Any, Any, int]:
+    first, last = np.searchsorted(plan.distinct, [low, high])
+    inside = plan.order[first:last]
+    return np.asarray(group.rows)[inside], plan.gather.take(inside), int(tokens[low:high].sum())
+
+
+RESULT = pa.schema([("row", pa.int64()), ("details", DETAILS)])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Neighbouring rows of a job: `rows` of them from row `first` on, answered by the parts of these numbers."""
+
+    number: int
+    first: int
+    rows: int
+    parts: Sequence[int]
+
+
+def write_part(service: Service, key: str, rows: Any, answers: Answers) -> int:
+    """Write a part's answers; returns how many rows have none."""
+    with service.storage.writing(key) as sink:
+        parquet.write_table(pa.table([rows, answers.details], schema=RESULT), sink)
+    return answers.summary.failed.total()
+
+
+def windows_of(service: Service, job: Job) -> list[Window]:
+    with service.storage.reading(service.job_key(job.id, WINDOWS)) as source:
+        noted = json.loads(source.read())
+    found, first = [], 0
+    for number, window in enumerate(noted):
+        found.append(Window(number, first, window["rows"], window["parts"]))
+        first += window["rows"]
+    return found
+
+
+def rows_of(service: Service, job: Job, window: Window) -> Rows:
+    """The window's rows as they were submitted."""
+    with service.storage.reading(service.job_key(job.id, window_file(window.number))) as source:
+        table = parquet.read_table(source)
+    if (table.schema.metadata or {}).get(b"complete_fn") == LINES.metadata[b"complete_fn"]:
+        return LineRows(table.column("line").to_pylist())
+    return TableRows(table)
+
+
+def details_of(service: Service, job: Job, window: Window, parts: Sequence[Part]) -> Any:
+    """[rows] DETAILS in the window's row order; NULL where the prompt was NULL, or the row has not been done yet.
+
+    Of a row that was run again the later part counts.
+    """
+    done = [RESULT.empty_table()]
+    for part in parts:
+        if part.number in window.parts and part.result:
+            with service.storage.reading(service.job_key(job.id, part.result)) as source:
+                done.append(parquet.read_table(source, schema=RESULT))
+    joined = pa.concat_tables(done).combine_chunks()
+    at = np.full(window.rows, -1, np.int64)
+    at[joined.column("row").to_numpy() - window.first] = np.arange(joined.num_rows)
+    return joined.column("details").take(pa.array(at, mask=at < 0)).combine_chunks()

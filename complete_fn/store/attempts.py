@@ -1,0 +1,41 @@
+"""Attempts: one for each run that writes answers, so that a run that died is told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from complete_fn.store.tables import attempts
+from complete_fn.types import Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An answer to be written. `job` set: only that job may read it again (not greedy, an error, or cache off)."""
+
+    key: bytes
+    completion: Completion
+    job: str | None = None
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One execution of run(): who asked, for which model and job. `step` counts its changes in the store."""
+
+    id: int
+    tenant: str
+    user: str
+    model: str
+    job: str | None
+    query_tag: str | None
+    currency: str
+    basis: str
+    step: int = 0
+    budgets: tuple[str, ...] = ()
+    turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+
+def attempt_of(row: Mapping[Any, Any]) -> Attempt:
+    return Attempt(**{f.name: row[f.name] for f in fields(Attempt) if f.name in attempts.c})

@@ -1,0 +1,99 @@
+"""Rows of the store's tables, from and to the types of the core."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from complete_fn.store.attempts import Attempt, Stored
+from complete_fn.types import Completion, RowError, Usage
+
+OF_ENGINE = ("idle", "aborted")  # price classes of an engine's own device time
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerLine:
+    """`cost_nano` is billed, `saved_nano` is what a free line would have cost; both in 1e-9 of the currency.
+
+    `device_us`: microseconds of the engine's devices, of all tokens of a slice, on its `input` line. `saved_us`: those
+    that a free line spared. `engine`: which one, HOST/PID, where it meters its devices.
+    """
+
+    price_class: str
+    rows: int
+    tokens: int
+    cost_nano: int = 0
+    saved_nano: int = 0
+    device_us: int = 0
+    saved_us: int = 0
+    engine: str | None = None
+
+
+def money(nano_units: int) -> Decimal:
+    return Decimal(nano_units).scaleb(-9)
+
+
+def answer_row(attempt: Attempt, stored: Stored, now: float) -> dict[str, Any]:
+    c = stored.completion
+    return {
+        "tenant": attempt.tenant,
+        "key": stored.key,
+        "job": stored.job,
+        "attempt": attempt.id,
+        "model": attempt.model,
+        "text": c.text,
+        "scores": None if c.scores is None else json.dumps(dict(c.scores), ensure_ascii=False),
+        "finish_reason": c.finish_reason,
+        "error_code": c.error.code if c.error else None,
+        "error_message": c.error.message if c.error else None,
+        "prompt_tokens": c.usage.prompt_tokens,
+        "cached_tokens": c.usage.cached_tokens,
+        "completion_tokens": c.usage.completion_tokens,
+        "device_us": round(c.usage.device_seconds * 1e6),
+        "bytes": 200 + len((c.text or "").encode()) + 24 * len(c.scores or ()),
+        "created_at": now,
+    }
+
+
+def ledger_row(attempt: Attempt, line: LedgerLine, at: float) -> dict[str, Any]:
+    of_engine = line.price_class in OF_ENGINE  # nobody's: whichever attempt happened to hear of it
+    return {
+        "at": at,
+        "tenant": "-" if of_engine else attempt.tenant,
+        "user": "-" if of_engine else attempt.user,
+        "attempt": 0 if of_engine else attempt.id,
+        "job": None if of_engine else job_of(attempt.job),
+        "query_tag": None if of_engine else attempt.query_tag,
+        "model": attempt.model,
+        "price_class": line.price_class,
+        "rows": line.rows,
+        "tokens": line.tokens,
+        "cost_nano": line.cost_nano,
+        "saved_nano": line.saved_nano,
+        "device_us": line.device_us,
+        "saved_us": line.saved_us,
+        "engine": line.engine,
+        "currency": attempt.currency,
+        "basis": attempt.basis,
+    }
+
+
+def job_of(name: str | None) -> str | None:
+    """The job of a part, which is named JOB/NUMBER."""
+    job, _, number = (name or "").rpartition("/")
+    return job if job and number.isdigit() else name
+
+
+def completion_of(row: Mapping[str, Any]) -> Completion:
+    error = RowError(row["error_code"], row["error_message"] or "") if row["error_code"] else None
+    return Completion(
+        text=row["text"],
+        finish_reason=row["finish_reason"],
+        error=error,
+        usage=Usage(row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"], row["device_us"] / 1e6),
+        source="cache",
+        scores=None if row["scores"] is None else json.loads(row["scores"]),
+    )

@@ -1,0 +1,53 @@
+"""Transactions that outlive a restart of the database."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from complete_fn.errors import StoreLostError
+
+AWAY_SECONDS = 90.0  # for so long a database may be away before what waits for it fails
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def retried(method: Callable[P, T]) -> Callable[P, T]:
+    """A method that is made again while the database is away. It must come to the same when it was made already."""
+
+    @functools.wraps(method)
+    def again(*args: P.args, **kwargs: P.kwargs) -> T:
+        until, pause = time.monotonic() + AWAY_SECONDS, 0.02
+        while True:
+            try:
+                return method(*args, **kwargs)
+            except StoreLostError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2.0, pause * 2)
+
+    return again
+
+
+def upsert(
+    connection: sa.Connection,
+    table: sa.Table,
+    key: Sequence[str],
+    rows: list[dict[str, Any]],
+    only: Sequence[str] | None = None,
+) -> None:
+    """Insert the rows; a row of the same key gets the new values, or `only` these. All rows have the same columns."""
+    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+    fresh = {name: insert.excluded[name] for name in (rows[0] if only is None else only) if name not in key}
+    if fresh:
+        insert = insert.on_conflict_do_update(index_elements=list(key), set_=fresh)
+    else:
+        insert = insert.on_conflict_do_nothing(index_elements=list(key))
+    connection.execute(insert, rows)
