@@ -13,8 +13,8 @@ from complete_fn.engines import pool as engines
 from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model
 from complete_fn.ledger.usage import usage
-from complete_fn.prompts.templates import text_column
 from complete_fn.service.service import Service
+from complete_fn.text import text_column
 from complete_fn.types import Asker
 
 

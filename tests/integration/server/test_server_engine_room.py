@@ -52,7 +52,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
     found = Engines()
     monkeypatch.setattr("complete_fn.engines.base.open_engine", found)
     monkeypatch.setenv("COMPLETE_FN_ENGINES", "1")
-    monkeypatch.setattr("complete_fn.service.submit.PART_ROWS", 20)
+    monkeypatch.setattr("complete_fn.service.job_files.PART_ROWS", 20)
     return found
 
 

@@ -214,7 +214,7 @@ def test_a_service_that_ends_gives_its_parts_back_and_the_next_goes_on(serve: Ca
 def test_rows_that_are_done_can_be_fetched_before_the_job_is_over(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("complete_fn.service.submit.PART_TOKENS", 400)
+    monkeypatch.setattr("complete_fn.service.job_files.PART_TOKENS", 400)
     engine = Slow(0.05)
     with serve(engine).http() as client:
         job = submit(client, upload(client, parquet_bytes([{"n": n, "text": f"row {n}"} for n in range(400)])))["id"]
