@@ -15,7 +15,7 @@ from complete_fn.cli.local_state import print_table
 from complete_fn.cli.main import INTERRUPTED, OK, SOME_FAILED, Parser
 from complete_fn.client import Client, RemoteJob
 from complete_fn.errors import CompleteError, InputError
-from complete_fn.rows.formats import FORMATS, Place, place_of
+from complete_fn.rows.formats import FORMATS, TablePlace, place_of
 from complete_fn.rows.object_storage import remote
 from complete_fn.rows.writers import is_device, refuse_output, whole_file
 from complete_fn.settings import secret
@@ -120,7 +120,7 @@ def sink_of(asked: argparse.Namespace) -> dict[str, str] | None:
     return {name: value for name, value in names.items() if value is not None} or None
 
 
-def follow(job: RemoteJob, place: Place | None, asked: argparse.Namespace) -> int:
+def follow(job: RemoteJob, place: TablePlace | None, asked: argparse.Namespace) -> int:
     """Wait for a job; Ctrl-C leaves it running."""
     try:
         state = job.wait()
@@ -138,7 +138,7 @@ def follow(job: RemoteJob, place: Place | None, asked: argparse.Namespace) -> in
     return SOME_FAILED if state["rows"]["failed"] or state["status"] != "completed" else OK
 
 
-def target_of(asked: argparse.Namespace) -> Place:
+def target_of(asked: argparse.Namespace) -> TablePlace:
     """Where the results go, once it is known that they can.
 
     Raises:
@@ -153,7 +153,7 @@ def target_of(asked: argparse.Namespace) -> Place:
     return place
 
 
-def write(job: RemoteJob, place: Place, asked: argparse.Namespace) -> None:
+def write(job: RemoteJob, place: TablePlace, asked: argparse.Namespace) -> None:
     path = Path(place.name)
     try:
         with path.open("wb") if is_device(path) else whole_file(path.resolve(), place, asked.overwrite) as sink:

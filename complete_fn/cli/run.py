@@ -19,7 +19,16 @@ import pyarrow as pa
 
 from complete_fn.cli.main import INTERRUPTED, OK, SOME_FAILED, Parser, add_home
 from complete_fn.cli.run_input import Limited, Survey, database_url, file_source, is_database, query_source, survey
-from complete_fn.cli.run_windows import RunSession, TableTarget, Target, Work, end, prompts_of, run_whole, run_windows
+from complete_fn.cli.run_windows import (
+    RunSession,
+    TableTarget,
+    Target,
+    WindowedRun,
+    end,
+    prompts_of,
+    run_whole,
+    run_windows,
+)
 from complete_fn.engines.call import Call
 from complete_fn.errors import CompleteError, EngineError, InputError, InvalidOptionError, StoreError
 from complete_fn.estimates.estimate import Estimate
@@ -29,7 +38,7 @@ from complete_fn.ledger.usage import committed_rows, last_stop
 from complete_fn.prompts.options import Options, parse_options
 from complete_fn.prompts.templates import template_fields
 from complete_fn.rows.databases import open_database
-from complete_fn.rows.formats import FORMATS, Place, place_of
+from complete_fn.rows.formats import FORMATS, TablePlace, place_of
 from complete_fn.rows.readers import Source
 from complete_fn.rows.result_tables import refuse_name
 from complete_fn.rows.writers import refuse_output, writing
@@ -133,7 +142,7 @@ def run_file(asked: argparse.Namespace, options: Options, session: RunSession) -
         refuse_clash(found.names, asked.column, asked.details)
     refuse_missing(found.names, fields)
     job = job_id(asked, options, call, identity)
-    work = Work(session, asked.model, options, asked.prompt, fields, job, asked.column, asked.details)
+    work = WindowedRun(session, asked.model, options, asked.prompt, fields, job, asked.column, asked.details)
     if asked.dry_run:
         print(report(estimated(work, found)))
         return OK
@@ -150,7 +159,7 @@ def opened_source(asked: argparse.Namespace) -> tuple[Source, str, str | None]:
     return *file_source(place), place.format
 
 
-def refuse_target(asked: argparse.Namespace, place: Place | None) -> None:
+def refuse_target(asked: argparse.Namespace, place: TablePlace | None) -> None:
     if place is not None:
         if asked.into:
             raise InputError(f"--into is for databases; the output {asked.output!r} is a file.")
@@ -161,7 +170,7 @@ def refuse_target(asked: argparse.Namespace, place: Place | None) -> None:
         refuse_name(asked.into)
 
 
-def complete_rows(asked: argparse.Namespace, work: Work, found: Survey, place: Place | None) -> int:
+def complete_rows(asked: argparse.Namespace, work: WindowedRun, found: Survey, place: TablePlace | None) -> int:
     session = work.session
     tell = Teller(session, work, asked.quiet)
     tell.last_stop()
@@ -184,7 +193,7 @@ def complete_rows(asked: argparse.Namespace, work: Work, found: Survey, place: P
 
 
 @contextmanager
-def target_of(asked: argparse.Namespace, place: Place | None, schema: Any) -> Iterator[Target]:
+def target_of(asked: argparse.Namespace, place: TablePlace | None, schema: Any) -> Iterator[Target]:
     if place is not None:
         with writing(place, asked.overwrite, schema) as writer:
             yield writer
@@ -196,7 +205,7 @@ def target_of(asked: argparse.Namespace, place: Place | None, schema: Any) -> It
         database.close()
 
 
-def estimated(work: Work, found: Survey) -> Estimate:
+def estimated(work: WindowedRun, found: Survey) -> Estimate:
     """The estimate of all windows as one plan: here alone all prompts are in memory at the same time."""
     windows = [found.first] if found.first is not None else found.source.windows()
     chunks = [chunk for rows in windows for chunk in prompts_of(work, rows).chunks]
@@ -269,7 +278,7 @@ def job_id(asked: argparse.Namespace, options: Options, call: Call, identity: st
 class Teller:
     """What a person is told of a run on stderr."""
 
-    def __init__(self, session: Session, work: Work, quiet: bool) -> None:
+    def __init__(self, session: Session, work: WindowedRun, quiet: bool) -> None:
         self.session, self.work, self.quiet = session, work, quiet
 
     def say(self, text: str) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from complete_fn.errors import InputError
 from complete_fn.rows.databases import SCHEMES, Query, QuerySource, open_database
-from complete_fn.rows.formats import LineRows, Place, Rows, common_schema
+from complete_fn.rows.formats import LineRows, Rows, TablePlace, common_schema
 from complete_fn.rows.object_storage import remote
 from complete_fn.rows.readers import FileSource, Source
 from complete_fn.rows.result_tables import refuse_name
@@ -72,7 +72,7 @@ def query_source(name: str, table: str | None, sql: str | None, key: str | None)
     return QuerySource(open_database(database_url(name)), query), identity
 
 
-def file_source(place: Place) -> tuple[FileSource, str]:
+def file_source(place: TablePlace) -> tuple[FileSource, str]:
     """(source, identity) of a file. Stdin is kept in a temporary file, as it is read more than once."""
     if place.piped:
         return piped_source(place)
@@ -84,7 +84,7 @@ def file_source(place: Place) -> tuple[FileSource, str]:
     return FileSource(repr(place.name), place.format, opener, place.compression), str(path.resolve())
 
 
-def piped_source(place: Place) -> tuple[FileSource, str]:
+def piped_source(place: TablePlace) -> tuple[FileSource, str]:
     kept = tempfile.NamedTemporaryFile()  # noqa: SIM115  as long as its source
     digest = hashlib.sha256()
     while chunk := sys.stdin.buffer.read(CHUNK):
@@ -92,7 +92,7 @@ def piped_source(place: Place) -> tuple[FileSource, str]:
         kept.write(chunk)
     kept.flush()
     return replace(
-        file_source(Place(kept.name, place.format, place.compression))[0], name="stdin", kept=kept
+        file_source(TablePlace(kept.name, place.format, place.compression))[0], name="stdin", kept=kept
     ), digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ from complete_fn.interrupts import off_main
 from complete_fn.progress import Bar, Progress, progress_for
 from complete_fn.prompts.options import Options
 from complete_fn.prompts.templates import render_column
-from complete_fn.rows.databases import Database, QuerySource
+from complete_fn.rows.databases import QuerySource, RowDatabase
 from complete_fn.rows.formats import Rows
 from complete_fn.rows.readers import Source
 from complete_fn.rows.result_tables import KeysSeen, result_columns, result_names
@@ -39,7 +39,7 @@ DAY = 86_400.0
 
 
 @dataclass
-class Work:
+class WindowedRun:
     """One run: what is asked of each row, and where its windows are kept meanwhile."""
 
     session: RunSession
@@ -76,7 +76,7 @@ class Target(Protocol):
 class TableTarget:
     """A table of answers in a database."""
 
-    database: Database
+    database: RowDatabase
     table: str
     key: str
     column: str
@@ -108,7 +108,7 @@ class TableTarget:
         self.database.upsert(self.table, self.key, pa.table(columns))
 
 
-def run_whole(work: Work, rows: Rows, target: Target) -> None:
+def run_whole(work: WindowedRun, rows: Rows, target: Target) -> None:
     """An input of one window: all its prompts are one plan."""
     if isinstance(target, TableTarget):
         target.refuse(rows)
@@ -116,7 +116,7 @@ def run_whole(work: Work, rows: Rows, target: Target) -> None:
     target.write(rows, new_columns(work, answers.text, answers.details if work.details else None))
 
 
-def run_windows(work: Work, survey: Survey, target: Target) -> None:
+def run_windows(work: WindowedRun, survey: Survey, target: Target) -> None:
     """An input of several windows: each is planned by itself, and kept, so that a resumed run passes it by."""
     forget_old(work.folder.parent)
     work.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -222,26 +222,26 @@ def forget_old(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def end(work: Work) -> None:
+def end(work: WindowedRun) -> None:
     """The results are safe: what was kept for a resume goes."""
     for job in work.jobs():
         work.session.end_job(job)
     shutil.rmtree(work.folder, ignore_errors=True)
 
 
-def complete(work: Work, rows: Rows, prompts: Any, number: int) -> Answers:
+def complete(work: WindowedRun, rows: Rows, prompts: Any, number: int) -> Answers:
     work.begun = max(work.begun, number + 1)  # first: what it commits counts, however it ends
     answers = work.session.complete(work.model, prompts, work.options, work.window_job(number), planned=True)
     work.summary = work.summary + answers.summary if work.summary.rows else answers.summary
     return answers
 
 
-def prompts_of(work: Work, rows: Rows) -> Any:
+def prompts_of(work: WindowedRun, rows: Rows) -> Any:
     columns = {name: rows.column(name) for name in work.fields}
     return render_column(work.template, columns, rows.count, work.options.reorder_fields)
 
 
-def new_columns(work: Work, text: Any, details: Any) -> dict[str, Any]:
+def new_columns(work: WindowedRun, text: Any, details: Any) -> dict[str, Any]:
     found = {work.column: text}
     return found if details is None else {**found, f"{work.column}_details": details}
 

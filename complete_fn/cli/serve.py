@@ -92,7 +92,7 @@ def rounds_of(service: Any, broker: str | None, workers: tuple[int, int] | None)
     rounds, fleet, worker_starter = (
         resolve(name)
         for name in (
-            "complete_fn.worker.maintenance:Rounds",
+            "complete_fn.worker.maintenance:Maintenance",
             "complete_fn.worker.fleet:Fleet",
             "complete_fn.worker.fleet:worker_starter",
         )

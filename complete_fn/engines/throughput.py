@@ -14,7 +14,7 @@ HALVE_SECONDS = 60.0  # what is older counts for less and less
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Throughput:
     """Prompt and answer tokens of all rows per second of work, and seconds from a cold model to its first answer."""
 
     tokens_per_second: float | None = None
@@ -59,10 +59,10 @@ class Pace:
             self.warm = False
 
     @property
-    def measured(self) -> Measured:
+    def measured(self) -> Throughput:
         with self.lock:
             rate = self.tokens / self.seconds if self.seconds > 1.0 else None
-            return Measured(rate, self.cold_seconds)
+            return Throughput(rate, self.cold_seconds)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from complete_fn.planning.field_order import rendered
 from complete_fn.prompts.fields import has_fields
 from complete_fn.prompts.options import CacheMode
 from complete_fn.prompts.templates import unpack
-from complete_fn.store.attempts import Stored
+from complete_fn.store.attempts import StoredAnswer
 from complete_fn.store.store import Store
 from complete_fn.text import to_texts
 from complete_fn.types import Asker, Completion, Prompt
@@ -68,13 +68,13 @@ class Work:
         """What the model is asked for a planned text, its fields in the plan's order."""
         return rendered(self.plan, number, text) if has_fields(text) else unpack(text)
 
-    def stored(self, number: int, completion: Completion) -> Stored | None:
+    def stored(self, number: int, completion: Completion) -> StoredAnswer | None:
         """How this answer is to be kept: for all, for this job's resume, or not at all."""
         if self.shared and completion.error is None:
-            return Stored(self.keys[number], completion)
+            return StoredAnswer(self.keys[number], completion)
         if completion.error is not None and completion.error.code in ASKED_AGAIN:
             return None
-        return Stored(self.job_keys[number], completion, self.who.job) if self.job_keys else None
+        return StoredAnswer(self.job_keys[number], completion, self.who.job) if self.job_keys else None
 
     def look_again(self, numbers: Any, store: Store) -> set[int]:
         """Take what another run has committed meanwhile; the numbers of what was found."""

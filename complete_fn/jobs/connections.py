@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from complete_fn.errors import InputError, InvalidOptionError, NotFoundError
 from complete_fn.jobs.api_keys import NAME
-from complete_fn.rows.databases import Database, open_database
+from complete_fn.rows.databases import RowDatabase, open_database
 from complete_fn.settings import secret
 from complete_fn.store.job_tables import connections
 from complete_fn.store.store import Store
@@ -77,7 +77,7 @@ class Connections:
             raise InputError(f"Connection {name!r} is for reading. Its operator allows more with --writable.")
         return found
 
-    def open(self, found: Connection, read_only: bool, seconds: float) -> Database:
+    def open(self, found: Connection, read_only: bool, seconds: float) -> RowDatabase:
         """Raises:
         InputError: the variable is not set where the service runs.
         """

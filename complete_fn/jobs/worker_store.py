@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 import sqlalchemy as sa
 
-from complete_fn.engines.throughput import Measured
+from complete_fn.engines.throughput import Throughput
 from complete_fn.host import here, process_started
 from complete_fn.jobs.job import JOB_OPEN, Job
 from complete_fn.store.job_tables import jobs, paces, parts, workers
@@ -131,7 +131,7 @@ class WorkerStore:
         with self.store.read() as connection:
             return int(connection.execute(left).scalar() or 0)
 
-    def learn(self, measured: Mapping[str, Measured]) -> None:
+    def learn(self, measured: Mapping[str, Throughput]) -> None:
         """Note what this process measured; what it does not know of a model stays as it was."""
         with self.store.write() as connection:
             for model, pace in measured.items():
@@ -142,12 +142,12 @@ class WorkerStore:
                 if connection.execute(paces.update().where(paces.c.model == model).values(values)).rowcount == 0:
                     connection.execute(paces.insert().values(model=model, **values))
 
-    def paces(self, models: Iterable[str] | None = None) -> dict[str, Measured]:
+    def paces(self, models: Iterable[str] | None = None) -> dict[str, Throughput]:
         chosen = sa.select(paces.c.model, paces.c.tokens_per_second, paces.c.cold_seconds)
         if models is not None:
             chosen = chosen.where(paces.c.model.in_(list(models)))
         with self.store.read() as connection:
-            return {r.model: Measured(r.tokens_per_second, r.cold_seconds) for r in connection.execute(chosen)}
+            return {r.model: Throughput(r.tokens_per_second, r.cold_seconds) for r in connection.execute(chosen)}
 
 
 def beat_of(row: sa.Row[tuple[object, ...]]) -> Beat:

@@ -140,7 +140,7 @@ STOPS = {"lost": "killed", "cancelled": "interrupted", "failed": "stopped by an 
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class StoppedAttempt:
     """How the last attempt of an unfinished job ended, with what it had admitted and not committed."""
 
     status: str
@@ -154,7 +154,7 @@ class Stop:
         return f"{how} with at most {self.rows:,} rows, about {self.tokens:,} tokens, uncommitted: not billed."
 
 
-def last_stop(store: Store, tenant: str, job: str) -> Stop | None:
+def last_stop(store: Store, tenant: str, job: str) -> StoppedAttempt | None:
     """None if the job has no unfinished attempt, or its last one came to its end."""
     of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job) & attempts.c.status.notin_(("ended", "running"))
     last = sa.select(attempts.c.id, attempts.c.status).where(of_job).order_by(attempts.c.id.desc()).limit(1)
@@ -166,7 +166,7 @@ def last_stop(store: Store, tenant: str, job: str) -> Stop | None:
             ledger.c.attempt == found.id, ledger.c.price_class == "lost"
         )
         rows, tokens = connection.execute(lost).one()
-    return Stop(found.status, rows or 0, tokens or 0)
+    return StoppedAttempt(found.status, rows or 0, tokens or 0)
 
 
 def committed_rows(store: Store, tenant: str, job: str) -> int:
@@ -199,7 +199,7 @@ def mean_output(store: Store, model: str) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredAnswers:
     """The answers of the state: `bytes` is what the file holds, `for_jobs` those kept for an unfinished job only."""
 
     count: int
@@ -210,7 +210,7 @@ class Stored:
     models: dict[str, int] = field(default_factory=dict)
 
 
-def stored(store: Store) -> Stored:
+def stored(store: Store) -> StoredAnswers:
     sums = sa.select(
         sa.func.count(),
         sa.func.count(answers.c.job),
@@ -221,7 +221,7 @@ def stored(store: Store) -> Stored:
     with store.read() as connection:
         count, for_jobs, oldest, newest = connection.execute(sums).one()
         models = {row[0]: row[1] for row in connection.execute(by_model)}
-    return Stored(count, for_jobs, used_bytes(store), oldest, newest, models)
+    return StoredAnswers(count, for_jobs, used_bytes(store), oldest, newest, models)
 
 
 SETTLED_SECONDS = 5.0  # a line is committed within so long of its time

@@ -73,7 +73,7 @@ class Cells:
 
 
 @dataclass(order=True)
-class Group:
+class FieldGroup:
     """Rows of one node that have one value in field `field`; `shared` are all fields with one value in these rows."""
 
     key: tuple[float, float]
@@ -128,7 +128,7 @@ def arrange(cells: Cells, rows: Ints, left: Path, path: Path, prefix: int, bias:
         orders[alone] = path + by_likeness(cells, alone, left)
 
 
-def groups(cells: Cells, rows: Ints, left: Path, prefix: int, bias: float) -> list[Group]:
+def groups(cells: Cells, rows: Ints, left: Path, prefix: int, bias: float) -> list[FieldGroup]:
     """The groups of at least two rows, one for each repeated value of each open field."""
     found = []
     codes = cells.codes[rows]
@@ -149,20 +149,20 @@ def groups(cells: Cells, rows: Ints, left: Path, prefix: int, bias: float) -> li
     return found
 
 
-def regroup(cells: Cells, mine: Ints, group: Group, left: Path, prefix: int, bias: float) -> Group:
+def regroup(cells: Cells, mine: Ints, group: FieldGroup, left: Path, prefix: int, bias: float) -> FieldGroup:
     """The group with the rows that no better one has taken."""
     codes = cells.codes[mine]
     same = (codes == codes[0]).all(axis=0)
     return group_of(cells, mine, group.field, tuple(f for f in left if same[f]), prefix, bias)
 
 
-def group_of(cells: Cells, mine: Ints, field: int, shared: Path, prefix: int, bias: float) -> Group:
+def group_of(cells: Cells, mine: Ints, field: int, shared: Path, prefix: int, bias: float) -> FieldGroup:
     """Its gain is what all but the first row find in the cache, in whole blocks; `bias` is the share that counts in
     tokens, as the path may go on."""
     more = int(cells.tokens[mine[0], list(shared)].sum())
     whole = cells.hits(prefix + more) - cells.hits(prefix)
     copies = len(mine) - 1
-    return Group((copies * (whole + bias * (more - whole)), copies * more), field, int(mine[0]), mine, shared)
+    return FieldGroup((copies * (whole + bias * (more - whole)), copies * more), field, int(mine[0]), mine, shared)
 
 
 def ranked(cells: Cells, rows: Ints, row: int, shared: Path) -> Path:

@@ -54,7 +54,7 @@ class Query:
     at: bool = False
 
 
-class Database(Protocol):
+class RowDatabase(Protocol):
     """A database that rows are read from or answers written to."""
 
     def batches(self, query: Query) -> Iterator[Any]:
@@ -84,7 +84,7 @@ class Database(Protocol):
 class QuerySource:
     """The rows of a query, as windows."""
 
-    database: Database
+    database: RowDatabase
     query: Query
     most_rows: int | None = None
 
@@ -115,7 +115,7 @@ def chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-def open_database(url: str, *, read_only: bool = False, seconds: float | None = None) -> Database:
+def open_database(url: str, *, read_only: bool = False, seconds: float | None = None) -> RowDatabase:
     """Args:
         read_only: for one SELECT of somebody we do not know: nothing can be written, `seconds` are all it may take.
 
@@ -125,7 +125,7 @@ def open_database(url: str, *, read_only: bool = False, seconds: float | None = 
     """
     scheme = url.partition(":")[0].partition("+")[0]
     if scheme in DATABASES:
-        found: Database = resolve(DATABASES[scheme])(url, read_only, seconds)
+        found: RowDatabase = resolve(DATABASES[scheme])(url, read_only, seconds)
         return found
     if scheme not in DRIVERS:
         raise InputError(f"{scheme!r} is no database that is taken. Take one of {', '.join(SCHEMES)}.")

@@ -32,7 +32,7 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TablePlace:
     """A file, or `-` for stdin or stdout, with its format and compression."""
 
     name: str
@@ -44,7 +44,7 @@ class Place:
         return self.name == "-"
 
 
-def place_of(name: str, wanted: str | None = None, default: str | None = None) -> Place:
+def place_of(name: str, wanted: str | None = None, default: str | None = None) -> TablePlace:
     """Where `name` points: its format by suffix, for `-` the `wanted` one.
 
     Raises:
@@ -57,7 +57,7 @@ def place_of(name: str, wanted: str | None = None, default: str | None = None) -
     if found is None and default is None:
         what = "stdin" if name == "-" else f"{name!r}"
         raise InputError(f"The format of {what} is not known. Say --format {'|'.join(FORMATS)}.")
-    return Place(name, found or default or "", compression)
+    return TablePlace(name, found or default or "", compression)
 
 
 class Rows(Protocol):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
-from complete_fn.rows.formats import LineRows, Place, Rows, clean
+from complete_fn.rows.formats import LineRows, Rows, TablePlace, clean
 from complete_fn.rows.json_values import as_json, json_line, json_values, values_of
 from complete_fn.rows.object_storage import Storage, remote
 from complete_fn.text import to_texts
@@ -25,7 +25,7 @@ from complete_fn.text import to_texts
 BATCH_ROWS = 8_192
 
 
-def refuse_output(place: Place, overwrite: bool) -> None:
+def refuse_output(place: TablePlace, overwrite: bool) -> None:
     """Everything about the output that can be known before work is paid for.
 
     Raises:
@@ -53,12 +53,12 @@ def refuse_output(place: Place, overwrite: bool) -> None:
         raise InputError(f"The output {place.name!r} cannot be written: {error.strerror}.") from error
 
 
-def refuse_existing(place: Place, overwrite: bool) -> None:
+def refuse_existing(place: TablePlace, overwrite: bool) -> None:
     if not overwrite and Path(place.name).exists():
         raise InputError(f"The output {place.name!r} exists. Say --overwrite, or name another file.")
 
 
-def object_of(place: Place) -> tuple[Storage, str]:
+def object_of(place: TablePlace) -> tuple[Storage, str]:
     """(storage, key) of an s3:// or gs:// URL."""
     folder, _, name = place.name.rpartition("/")
     return Storage(folder), name
@@ -70,7 +70,7 @@ def is_device(path: Path) -> bool:
 
 
 @contextmanager
-def writing(place: Place, overwrite: bool, schema: Any = None) -> Iterator[Writer]:
+def writing(place: TablePlace, overwrite: bool, schema: Any = None) -> Iterator[Writer]:
     """A writer of rows with new columns behind them; what it wrote is in place when the block ends well.
 
     Args:
@@ -104,7 +104,7 @@ def writing(place: Place, overwrite: bool, schema: Any = None) -> Iterator[Write
 
 
 @contextmanager
-def whole_file(path: Path, place: Place, overwrite: bool) -> Iterator[IO[bytes]]:
+def whole_file(path: Path, place: TablePlace, overwrite: bool) -> Iterator[IO[bytes]]:
     # Not by the process's id: in containers that share a volume all may be 1.
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     opened = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -133,7 +133,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def written_to(sink: IO[bytes], place: Place, schema: Any = None) -> Iterator[Writer]:
+def written_to(sink: IO[bytes], place: TablePlace, schema: Any = None) -> Iterator[Writer]:
     """A writer of the place's format into an open file, which it leaves open."""
     with ExitStack() as stack:
         target: Any = sink
@@ -157,7 +157,7 @@ class Writer:
         schema: the columns of rows of a JSONL, where they come in several windows; None takes those of the first.
     """
 
-    def __init__(self, sink: Any, place: Place, schema: Any = None) -> None:
+    def __init__(self, sink: Any, place: TablePlace, schema: Any = None) -> None:
         self.sink, self.place, self.schema = sink, place, schema
 
     def write(self, rows: Rows, new: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from complete_fn import __version__
 from complete_fn.server import live_chat
 from complete_fn.server.auth import Door
 from complete_fn.server.error_replies import Bounds, add_refusals
-from complete_fn.server.metrics import Measured, Metrics
+from complete_fn.server.metrics import Metrics, RequestCounter
 from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.routes import call_outs, health
 from complete_fn.server.routes.jobs import estimate, jobs, usage
@@ -24,7 +24,7 @@ from complete_fn.server.worker_proxy import Proxy
 from complete_fn.service.call_out_batches import CallOuts
 from complete_fn.service.service import Service
 from complete_fn.worker.loop import AT_ONCE, WorkerLoop
-from complete_fn.worker.maintenance import Rounds
+from complete_fn.worker.maintenance import Maintenance
 
 ROUTERS = (
     health.router,
@@ -41,7 +41,9 @@ COMPLETE(model, prompt) over HTTP. Any OpenAI client works with `base_url` at `/
 catalogue. Errors are `{"error": {"message", "type", "param", "code"}}` everywhere."""
 
 
-def make_app(service: Service, loopback: bool = True, workers: int = AT_ONCE, rounds: Rounds | None = None) -> FastAPI:
+def make_app(
+    service: Service, loopback: bool = True, workers: int = AT_ONCE, rounds: Maintenance | None = None
+) -> FastAPI:
     """The application; it owns the service from here on and closes it when it ends.
 
     Args:
@@ -71,13 +73,13 @@ def make_app(service: Service, loopback: bool = True, workers: int = AT_ONCE, ro
     add_refusals(app)
     app.add_middleware(Door, service=service, loopback=loopback)
     app.add_middleware(Bounds, upload_bytes=service.limits.upload_bytes, body_bytes=service.limits.body_bytes)
-    app.add_middleware(Measured, metrics=app.state.metrics)
+    app.add_middleware(RequestCounter, metrics=app.state.metrics)
     for router in ROUTERS:
         app.include_router(router)
     return app
 
 
-def remote_of(service: Service, rounds: Rounds | None) -> Proxy | None:
+def remote_of(service: Service, rounds: Maintenance | None) -> Proxy | None:
     """What hands chats on to the worker processes; None where there are none."""
     if rounds is None:
         return None

@@ -17,7 +17,7 @@ from complete_fn.jobs.job import Job
 from complete_fn.rows.json_values import json_line
 from complete_fn.server.replies import Detail, chat_body, completion_body, refused
 from complete_fn.server.request_bodies import ChatBody, CompletionBody
-from complete_fn.service.job_files import Group
+from complete_fn.service.job_files import PromptGroup
 from complete_fn.service.service import Service
 from complete_fn.text import text_column
 
@@ -92,7 +92,7 @@ def refuse_stream(stream: bool) -> None:
         raise ValueError("stream is nothing for a batch.")
 
 
-def groups(lines: Sequence[Line]) -> list[Group]:
+def groups(lines: Sequence[Line]) -> list[PromptGroup]:
     """Lines that can be answered by one run, together.
 
     Raises:
@@ -104,7 +104,7 @@ def groups(lines: Sequence[Line]) -> list[Group]:
     if len(rows) > MOST_KINDS:
         raise InputError(f"The batch has {len(rows):,} different models and settings; {MOST_KINDS:,} are taken.")
     return [
-        Group(
+        PromptGroup(
             lines[numbers[0]].call.model,
             json.loads(given),
             np.array(numbers),

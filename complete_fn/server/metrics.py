@@ -98,7 +98,7 @@ class OfStore(Collector):
         yield from (alive, warm, rate, start)
 
 
-class Measured:
+class RequestCounter:
     """Counts requests by the route's pattern, never by the path that was asked."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

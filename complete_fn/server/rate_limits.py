@@ -26,7 +26,7 @@ LOG = logging.getLogger("complete_fn.server")
 C = token_buckets.c
 
 
-class Name(NamedTuple):
+class BucketName(NamedTuple):
     """Whose bucket it is: a tenant's, or a key's."""
 
     kind: str
@@ -111,12 +111,12 @@ class RateLimits:
             return Grant(tokens)
         return await asyncio.get_running_loop().run_in_executor(None, self.admit, caller, tokens)
 
-    def change(self, limits: Mapping[Name, int], tokens: float) -> dict[str, str]:
+    def change(self, limits: Mapping[BucketName, int], tokens: float) -> dict[str, str]:
         """The headers then."""
         with self.store.write() as connection:
             return limit_headers(self.add(connection, self.buckets(connection, limits), tokens))
 
-    def buckets(self, connection: sa.Connection, limits: Mapping[Name, int]) -> dict[Name, Bucket]:
+    def buckets(self, connection: sa.Connection, limits: Mapping[BucketName, int]) -> dict[BucketName, Bucket]:
         """The buckets as they are now, locked."""
         now = self.clock()
         chosen = sa.select(token_buckets).where(sa.tuple_(C.kind, C.name).in_(list(limits))).order_by(C.kind)
@@ -125,22 +125,27 @@ class RateLimits:
             fresh = [{"kind": n.kind, "name": n.name, "used": 0.0, "at": now} for n in limits]
             upsert(connection, token_buckets, ("kind", "name"), fresh, only=())
             rows = connection.execute(chosen.with_for_update()).all()
-        found = {Name(row.kind, row.name): row for row in rows}
+        found = {BucketName(row.kind, row.name): row for row in rows}
         return {name: Bucket(limit, found[name].used, found[name].at).drained(now) for name, limit in limits.items()}
 
-    def add(self, connection: sa.Connection, buckets: Mapping[Name, Bucket], tokens: float) -> dict[Name, Bucket]:
+    def add(
+        self, connection: sa.Connection, buckets: Mapping[BucketName, Bucket], tokens: float
+    ) -> dict[BucketName, Bucket]:
         after = {name: replace(bucket, used=max(0.0, bucket.used + tokens)) for name, bucket in buckets.items()}
         rows = [{"kind": n.kind, "name": n.name, "used": b.used, "at": b.at} for n, b in after.items()]
         upsert(connection, token_buckets, ("kind", "name"), rows)
         return after
 
 
-def limits_of(caller: Principal) -> dict[Name, int]:
-    found = {Name("key", caller.key): caller.key_tokens, Name("tenant", caller.tenant): caller.tenant_tokens}
+def limits_of(caller: Principal) -> dict[BucketName, int]:
+    found = {
+        BucketName("key", caller.key): caller.key_tokens,
+        BucketName("tenant", caller.tenant): caller.tenant_tokens,
+    }
     return {name: limit for name, limit in found.items() if limit is not None}
 
 
-def limit_headers(buckets: Mapping[Name, Bucket]) -> dict[str, str]:
+def limit_headers(buckets: Mapping[BucketName, Bucket]) -> dict[str, str]:
     least = min(buckets.values(), key=lambda b: b.left)
     return {
         "x-ratelimit-limit-tokens": str(least.limit),

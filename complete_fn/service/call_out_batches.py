@@ -41,7 +41,7 @@ Admission = Callable[[Sequence[Share]], Settle]  # raises RateLimitError
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
+class CallOutName:
     """Whose batch it is, and what it is called. `function` is one of `dialects.FUNCTIONS`."""
 
     tenant: str
@@ -102,9 +102,9 @@ class CallOuts:
         self.service, self.merger = service, Merger(service)
         self.holder = worker_name(0)
         self.lock = threading.Lock()
-        self.running: dict[Name, Running] = {}
+        self.running: dict[CallOutName, Running] = {}
 
-    def ask(self, name: Name, asked: CallOut, seconds: float, admit: Admission) -> Future[Values] | None:
+    def ask(self, name: CallOutName, asked: CallOut, seconds: float, admit: Admission) -> Future[Values] | None:
         """The values of the batch, once they are there; None while another process of the service runs it.
 
         Raises:
@@ -126,7 +126,7 @@ class CallOuts:
                 return self.start(name, asked, wanted, seconds, admit).values
         return self.ask(name, asked, seconds, admit)
 
-    def poll(self, name: Name, seconds: float, admit: Admission) -> Known:
+    def poll(self, name: CallOutName, seconds: float, admit: Admission) -> Known:
         """A batch that was sent before; one that is lost is begun again.
 
         Raises:
@@ -139,7 +139,7 @@ class CallOuts:
             return Known(found.asked, self.ask(name, found.asked, seconds, admit))
         return found
 
-    def forget(self, name: Name) -> None:
+    def forget(self, name: CallOutName) -> None:
         """Stop the batch if it runs here, and keep nothing of it but answers and ledger."""
         with self.lock:
             here = self.running.pop(name, None)
@@ -157,7 +157,7 @@ class CallOuts:
 
     # -- what is known of a batch --------------------------------------------------------------------------------
 
-    def look(self, name: Name, digest: bytes | None) -> Known | None:
+    def look(self, name: CallOutName, digest: bytes | None) -> Known | None:
         """What is known of the batch; None if nothing is. `digest`, if given, must be that of its rows."""
         with self.service.store.read() as connection:
             row = connection.execute(sa.select(call_outs).where(name.row, kept(time.time()))).first()
@@ -182,7 +182,7 @@ class CallOuts:
             return False
         return bool(row.holder.startswith(f"{here()}|") or row.created_at > time.time() - LOST_SECONDS)
 
-    def note(self, name: Name, asked: CallOut, digest: bytes) -> bool:
+    def note(self, name: CallOutName, asked: CallOut, digest: bytes) -> bool:
         """Write down that the batch runs here; False if another process was first."""
         now = time.time()
         values = {
@@ -210,7 +210,9 @@ class CallOuts:
 
     # -- running it ----------------------------------------------------------------------------------------------
 
-    def start(self, name: Name, asked: CallOut, wanted: list[Share], seconds: float, admit: Admission) -> Running:
+    def start(
+        self, name: CallOutName, asked: CallOut, wanted: list[Share], seconds: float, admit: Admission
+    ) -> Running:
         """Begin the batch; the lock is held."""
         running = Running(asked)
         try:
@@ -226,12 +228,12 @@ class CallOuts:
         threading.Thread(target=self.finish, args=(name, asked, running), name="call-out", daemon=True).start()
         return running
 
-    def asker(self, name: Name, asked: CallOut, share: Share, number: int) -> Asker:
+    def asker(self, name: CallOutName, asked: CallOut, share: Share, number: int) -> Asker:
         """Answers that no other request may have are the batch's own, so that it finds them if it is begun again."""
         shared = share.call.sampling.greedy and share.cache == "on"
         return Asker(name.tenant, name.user, None if shared else name.job(number), asked.query_tag)
 
-    def finish(self, name: Name, asked: CallOut, running: Running) -> None:
+    def finish(self, name: CallOutName, asked: CallOut, running: Running) -> None:
         """Gather the rows, keep the reply, then tell whoever waits."""
         details: list[Detail | None] = [None] * len(asked.rows)
         try:
@@ -252,7 +254,7 @@ class CallOuts:
                 self.running.pop(name, None)
             running.values.set_result(values)
 
-    def fail(self, name: Name, running: Running, error: BaseException) -> None:
+    def fail(self, name: CallOutName, running: Running, error: BaseException) -> None:
         """The next request for the batch begins it again."""
         running.settle(None)
         shown = error
@@ -269,7 +271,7 @@ class CallOuts:
                 self.running.pop(name, None)
             running.values.set_exception(shown)
 
-    def keep(self, name: Name, values: dict[str, Any]) -> None:
+    def keep(self, name: CallOutName, values: dict[str, Any]) -> None:
         with self.service.store.write() as connection:
             mine = call_outs.update().where(name.row, call_outs.c.holder == self.holder)
             connection.execute(mine.values(values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from complete_fn.engines.throughput import Measured
+from complete_fn.engines.throughput import Throughput
 from complete_fn.jobs.job import Counts, Job
 from complete_fn.service.service import Service
 
@@ -21,7 +21,7 @@ def eta_seconds(service: Service, job: Job, counts: Counts) -> float | None:
     warm = sum(beat.warm(job.model) for beat in service.workers.alive())
     if job.model in service.paces:
         warm += service.paces[job.model].warm
-    pace = service.workers.paces([job.model]).get(job.model, Measured())
+    pace = service.workers.paces([job.model]).get(job.model, Throughput())
     return at_measured_pace(service.workers.tokens_before(job), pace, warm)
 
 
@@ -29,7 +29,7 @@ def at_own_pace(seconds: float, worked: int, left: int) -> float:
     return round(seconds / worked * left, 1)
 
 
-def at_measured_pace(tokens: int, pace: Measured, warm: int) -> float | None:
+def at_measured_pace(tokens: int, pace: Throughput, warm: int) -> float | None:
     """What `tokens` take on the `warm` workers; with none, on one that is to start."""
     if not pace.tokens_per_second:
         return None

@@ -32,7 +32,7 @@ LINES = pa.schema([("line", pa.large_binary())], {"complete_fn": "lines"})
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """Rows that are answered by one model with one set of options.
 
     Attributes:
@@ -46,7 +46,7 @@ class Group:
     prompts: Any
 
 
-def write_parts(service: Service, job: str, first: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
+def write_parts(service: Service, job: str, first: int, groups: Sequence[PromptGroup]) -> list[dict[str, Any]]:
     """Write parts numbered from `first` on; returns them as `JobStore.create` takes them."""
     pieces: list[dict[str, Any]] = []
     for group in groups:
@@ -85,13 +85,13 @@ def part_file(number: int) -> str:
     return f"part-{number:05}.parquet"
 
 
-def likely_output(service: Service, group: Group) -> int:
+def likely_output(service: Service, group: PromptGroup) -> int:
     """Tokens of an answer, from the model's past rows."""
     limit = parse_options(group.options).sampling.max_tokens or group.model.default_max_tokens
     return min(limit, round(mean_output(service.store, group.model.name) or LIKELY_OUTPUT))
 
 
-def cut(group: Group, output: int) -> list[tuple[Any, Any, int, int]]:
+def cut(group: PromptGroup, output: int) -> list[tuple[Any, Any, int, int]]:
     """(row numbers, prompts, estimated tokens, tokens shared with the part before) of each part.
 
     Equal prompts and shared prefixes stay together.
@@ -107,7 +107,7 @@ def cut(group: Group, output: int) -> list[tuple[Any, Any, int, int]]:
     return [(*piece(group, plan, tokens, low, high), int(shared[low])) for low, high in pairwise(starts.tolist())]
 
 
-def piece(group: Group, plan: BatchPlan, tokens: Any, low: int, high: int) -> tuple[Any, Any, int]:
+def piece(group: PromptGroup, plan: BatchPlan, tokens: Any, low: int, high: int) -> tuple[Any, Any, int]:
     first, last = np.searchsorted(plan.distinct, [low, high])
     inside = plan.order[first:last]
     return np.asarray(group.rows)[inside], plan.gather.take(inside), int(tokens[low:high].sum())
@@ -117,7 +117,7 @@ RESULT = pa.schema([("row", pa.int64()), ("details", DETAILS)])
 
 
 @dataclass(frozen=True)
-class Window:
+class ResultWindow:
     """Neighbouring rows of a job: `rows` of them from row `first` on, answered by the parts of these numbers."""
 
     number: int
@@ -133,17 +133,17 @@ def write_part(service: Service, key: str, rows: Any, answers: Answers) -> int:
     return answers.summary.failed.total()
 
 
-def windows_of(service: Service, job: Job) -> list[Window]:
+def windows_of(service: Service, job: Job) -> list[ResultWindow]:
     with service.storage.reading(service.job_key(job.id, WINDOWS)) as source:
         noted = json.loads(source.read())
     found, first = [], 0
     for number, window in enumerate(noted):
-        found.append(Window(number, first, window["rows"], window["parts"]))
+        found.append(ResultWindow(number, first, window["rows"], window["parts"]))
         first += window["rows"]
     return found
 
 
-def rows_of(service: Service, job: Job, window: Window) -> Rows:
+def rows_of(service: Service, job: Job, window: ResultWindow) -> Rows:
     """The window's rows as they were submitted."""
     with service.storage.reading(service.job_key(job.id, window_file(window.number))) as source:
         table = parquet.read_table(source)
@@ -152,7 +152,7 @@ def rows_of(service: Service, job: Job, window: Window) -> Rows:
     return TableRows(table)
 
 
-def details_of(service: Service, job: Job, window: Window, parts: Sequence[Part]) -> Any:
+def details_of(service: Service, job: Job, window: ResultWindow, parts: Sequence[Part]) -> Any:
     """[rows] DETAILS in the window's row order; NULL where the prompt was NULL, or the row has not been done yet.
 
     Of a row that was run again the later part counts.

@@ -16,7 +16,15 @@ from pyarrow import parquet
 from complete_fn.engines.prices import nano
 from complete_fn.errors import InvalidOptionError, JobError
 from complete_fn.jobs.job import Job, Part
-from complete_fn.service.job_files import Group, Window, details_of, part_file, windows_of, write_parts, write_windows
+from complete_fn.service.job_files import (
+    PromptGroup,
+    ResultWindow,
+    details_of,
+    part_file,
+    windows_of,
+    write_parts,
+    write_windows,
+)
 from complete_fn.service.service import Service
 from complete_fn.service.sinks import promise
 from complete_fn.spending.budget import parse_cap
@@ -59,7 +67,7 @@ def rerun(service: Service, job: Job, max_cost: Any = None) -> Job:
     return service.jobs.get(job.tenant, job.id)
 
 
-def collect(service: Service, job: Job, window: Window, known: list[Part], again: Again, first: int) -> None:
+def collect(service: Service, job: Job, window: ResultWindow, known: list[Part], again: Again, first: int) -> None:
     """Add the rows of a window that have no answer, by the model and options they were asked with."""
     details = details_of(service, job, window, known)
     failed = pc.is_valid(pc.struct_field(details, [1]))
@@ -81,7 +89,7 @@ def collect(service: Service, job: Job, window: Window, known: list[Part], again
         again.left[part.id] = int((mine & ~missing[rows]).sum())
         if chosen.any():
             model = service.model(part.model)
-            group = Group(
+            group = PromptGroup(
                 model, json.loads(part.options), rows[chosen] + window.first, prompts.filter(pa.array(chosen))
             )
             low = first + len(again.pieces)

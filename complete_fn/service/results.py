@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from complete_fn.errors import JobError
 from complete_fn.jobs.job import Job
-from complete_fn.rows.formats import LineRows, Place, Rows, TableRows, common_schema
+from complete_fn.rows.formats import LineRows, Rows, TablePlace, TableRows, common_schema
 from complete_fn.rows.writers import written_to
 from complete_fn.service.job_files import details_of, rows_of, windows_of
 from complete_fn.service.service import Service
@@ -63,7 +63,7 @@ def write_results(service: Service, job: Job, kind: str, with_details: bool, par
     """
     if not job.over and not partial:
         raise JobError(f"Job {job.id} is {job.status}. Wait, or ask with partial=true for the rows that are done.")
-    with written_to(sink, Place("-", kind), None if kind == "jsonl" else lines_schema(service, job)) as writer:
+    with written_to(sink, TablePlace("-", kind), None if kind == "jsonl" else lines_schema(service, job)) as writer:
         for rows, new, _ in result_windows(service, job, with_details, partial):
             writer.write(rows, new)
 

@@ -16,7 +16,7 @@ from complete_fn.engines.catalogue import Model, load_catalogue
 from complete_fn.engines.pool import at_engine, engine_for, let_go
 from complete_fn.engines.slots import EngineRoom, usual_engines
 from complete_fn.engines.stoppable import Stop, StoppableEngine
-from complete_fn.engines.throughput import Measured, Pace, PacedEngine, Watch
+from complete_fn.engines.throughput import Pace, PacedEngine, Throughput, Watch
 from complete_fn.errors import StoreError, UnknownModelError
 from complete_fn.execution.admission import Tell, Tools
 from complete_fn.execution.answers import Answers
@@ -89,7 +89,7 @@ class Service:
         self.outputs_lock = threading.Lock()
         self.paces: dict[str, Pace] = {}
         self.room = EngineRoom(self.settings.engines or usual_engines(), self.unload, self.start_seconds)
-        self.learnt: dict[str, Measured] = {}
+        self.learnt: dict[str, Throughput] = {}
         self.busy_at = time.time()
 
     @property

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from complete_fn.errors import InputError
 from complete_fn.jobs.job import Job
 from complete_fn.rows.allowed_paths import Allowed, allowed
-from complete_fn.rows.formats import COMPRESSIONS, Place, Rows, place_of
+from complete_fn.rows.formats import COMPRESSIONS, Rows, TablePlace, place_of
 from complete_fn.rows.result_tables import KeysSeen, refuse_name
 from complete_fn.service.service import Service
 from complete_fn.store.job_tables import deliveries
@@ -56,7 +56,7 @@ def refuse_sink_keys(sink: Mapping[str, Any], rows: Rows, seen: KeysSeen) -> Non
     seen.add(rows.column(key), key)
 
 
-def sink_place(service: Service, tenant: str, sink: Mapping[str, Any]) -> tuple[Allowed, Place]:
+def sink_place(service: Service, tenant: str, sink: Mapping[str, Any]) -> tuple[Allowed, TablePlace]:
     found = allowed(sink["uri"], service.settings.sinks, tenant, "write")
     place = place_of(sink["uri"])
     if place.compression is not None:

@@ -24,7 +24,7 @@ from complete_fn.prompts.schema_rules import refuse_patterns
 from complete_fn.prompts.templates import render_column, template_fields
 from complete_fn.rows.formats import LineRows, Rows
 from complete_fn.rows.result_tables import KeysSeen
-from complete_fn.service.job_files import Group, write_parts, write_window, write_windows
+from complete_fn.service.job_files import PromptGroup, write_parts, write_window, write_windows
 from complete_fn.service.service import Service
 from complete_fn.service.sinks import promise, refuse_sink, refuse_sink_keys, withdraw
 from complete_fn.service.sources import open_source
@@ -87,7 +87,7 @@ def submit_table(service: Service, caller: Principal, spec: TableSpec) -> Job:
             refuse_clash(rows, spec.column)
             prompts, _ = prompts_of(rows, spec.prompt, options)
             numbers = np.arange(rows.count) + draft.rows
-            draft.add_window(rows.count, [Group(model, spec.options, numbers, prompts)], rows)
+            draft.add_window(rows.count, [PromptGroup(model, spec.options, numbers, prompts)], rows)
         refuse_missing(fields, sorted(names))
         return draft.keep()
 
@@ -181,7 +181,7 @@ class Draft:
         self.pieces: list[dict[str, Any]] = []
         self.kept = False
 
-    def add_window(self, count: int, groups: Sequence[Group], rows: Rows | None = None) -> None:
+    def add_window(self, count: int, groups: Sequence[PromptGroup], rows: Rows | None = None) -> None:
         """The next `count` rows, as groups to answer; `rows` are kept, if given, to be written with their answers."""
         if rows is not None:
             write_window(self.service, self.job.id, len(self.windows), rows)

@@ -12,7 +12,7 @@ from complete_fn.types import Completion
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredAnswer:
     """An answer to be written. `job` set: only that job may read it again (not greedy, an error, or cache off)."""
 
     key: bytes

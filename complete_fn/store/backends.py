@@ -33,7 +33,7 @@ URLS = "It must be the path of a file or postgresql://USER:PASSWORD@HOST:PORT/DA
 PAGES = 4_096  # of SQLite, given back to the file system in one transaction
 
 
-class Database(Protocol):
+class StoreBackend(Protocol):
     """`place` is its name for people: without a password."""
 
     place: str
@@ -59,7 +59,7 @@ class Database(Protocol):
     def after_fork(self) -> None: ...
 
 
-class Sqlite:
+class SqliteBackend:
     """One file with mode 0600, write-ahead log, one writer at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -106,7 +106,7 @@ class Sqlite:
         self.engine.dispose(close=False)
 
 
-class Postgres:
+class PostgresBackend:
     """A database of a PostgreSQL server, 15 or newer, at READ COMMITTED."""
 
     def __init__(self, url: sa.URL) -> None:
@@ -149,23 +149,23 @@ class Postgres:
         self.engine.dispose(close=False)
 
 
-def open_database(url_or_path: str | Path) -> Database:
+def open_database(url_or_path: str | Path) -> StoreBackend:
     """Raises:
     StoreError: it names neither a file nor a database that is supported.
     """
     if isinstance(url_or_path, Path) or "://" not in url_or_path:
-        return Sqlite(Path(url_or_path))
+        return SqliteBackend(Path(url_or_path))
     try:
         url = sa.make_url(url_or_path)
     except (ArgumentError, ValueError) as error:
         raise StoreError(f"The database URL cannot be read. {URLS}") from error
     kind = url.get_backend_name()
     if kind == "sqlite" and url.database:
-        return Sqlite(Path(url.database))
+        return SqliteBackend(Path(url.database))
     if kind not in ("postgresql", "postgres"):
         raise StoreError(f"The database {masked(url)} cannot be used. {URLS}")
     try:
-        return Postgres(url)
+        return PostgresBackend(url)
     except (ArgumentError, NoSuchModuleError, TypeError) as error:
         raise StoreError(f"The database {masked(url)} cannot be used. {URLS}") from error
 

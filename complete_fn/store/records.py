@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from complete_fn.store.attempts import Attempt, Stored
+from complete_fn.store.attempts import Attempt, StoredAnswer
 from complete_fn.types import Completion, RowError, Usage
 
 OF_ENGINE = ("idle", "aborted")  # price classes of an engine's own device time
@@ -36,7 +36,7 @@ def money(nano_units: int) -> Decimal:
     return Decimal(nano_units).scaleb(-9)
 
 
-def answer_row(attempt: Attempt, stored: Stored, now: float) -> dict[str, Any]:
+def answer_row(attempt: Attempt, stored: StoredAnswer, now: float) -> dict[str, Any]:
     c = stored.completion
     return {
         "tenant": attempt.tenant,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from complete_fn.errors import StoreError
-from complete_fn.store.backends import Database
+from complete_fn.store.backends import StoreBackend
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -33,7 +33,7 @@ def version_of(connection: sa.Connection) -> str | None:
     return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
 
-def migrate(connection: sa.Connection, database: Database) -> None:
+def migrate(connection: sa.Connection, database: StoreBackend) -> None:
     """Bring the schema to HEAD in the transaction that `connection` is in; one process at a time.
 
     Raises:

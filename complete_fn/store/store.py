@@ -22,8 +22,8 @@ from sqlalchemy.exc import DatabaseError, InterfaceError
 
 from complete_fn.errors import StoreError
 from complete_fn.host import here, process_started
-from complete_fn.store.attempts import Attempt, Stored, attempt_of
-from complete_fn.store.backends import Sqlite, open_database
+from complete_fn.store.attempts import Attempt, StoredAnswer, attempt_of
+from complete_fn.store.backends import SqliteBackend, open_database
 from complete_fn.store.budget_holds import Refused, charge, draw, release
 from complete_fn.store.claims import claim, claimed, drop_claims, let_all_go, let_go, silent_holders, still_held
 from complete_fn.store.fork_gate import FORKS
@@ -75,7 +75,7 @@ class Store:
     @property
     def path(self) -> Path:
         """Of the SQLite file."""
-        if not isinstance(self.database, Sqlite):
+        if not isinstance(self.database, SqliteBackend):
             raise StoreError(f"The store {self.place} is no file.")
         return self.database.path
 
@@ -216,7 +216,7 @@ class Store:
     def commit(
         self,
         attempt: Attempt,
-        done: list[Stored],
+        done: list[StoredAnswer],
         lines: list[LedgerLine],
         rows: int,
         tokens: int,

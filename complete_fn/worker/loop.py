@@ -31,7 +31,7 @@ from complete_fn.service.retention import expire
 from complete_fn.service.service import Service
 from complete_fn.spending.shared_budget import Cap, job_cap
 from complete_fn.types import Asker, Completion
-from complete_fn.worker.periodic import Turn, take_turns
+from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
 
 AT_ONCE = 2  # parts being fed into the engine
 TAILS = 2  # more parts whose last rows are being answered, so that the engine does not fall dry between two
@@ -218,23 +218,23 @@ class WorkerLoop:
     def keep(self) -> None:
         """Stop what is to stop, renew leases, tell of ourselves. Nothing else: others wait for none of it long."""
         turns = [
-            Turn(LOOK_SECONDS, self.look),
-            Turn(RENEW_SECONDS, lambda: self.jobs.renew([hand.part for hand in self.held()])),
+            PeriodicTask(LOOK_SECONDS, self.look),
+            PeriodicTask(RENEW_SECONDS, lambda: self.jobs.renew([hand.part for hand in self.held()])),
         ]
         if self.tell is not None:
             tell = self.tell
-            turns.append(Turn(BEAT_SECONDS, lambda: tell(len(self.held()))))
+            turns.append(PeriodicTask(BEAT_SECONDS, lambda: tell(len(self.held()))))
         while not self.closing.wait(LOOK_SECONDS):
-            take_turns(turns)
+            run_due_tasks(turns)
         while self.held():  # parts that are being given back keep their lease meanwhile
-            take_turns(turns)
+            run_due_tasks(turns)
             time.sleep(STOP_SECONDS)
 
     def clean(self) -> None:
         """Sweep what others left, and keep within bounds what is kept; a slow storage may make that long."""
-        turns = [Turn(STOPPED_SECONDS, self.end_stopped), Turn(UPKEEP_SECONDS, self.upkeep)]
+        turns = [PeriodicTask(STOPPED_SECONDS, self.end_stopped), PeriodicTask(UPKEEP_SECONDS, self.upkeep)]
         while not self.closing.wait(LOOK_SECONDS):
-            take_turns(turns)
+            run_due_tasks(turns)
 
     def look(self) -> None:
         held = self.held()  # once: a part that is claimed meanwhile is not lost

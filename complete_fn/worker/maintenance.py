@@ -9,12 +9,12 @@ from complete_fn.service.delivery import keep_delivering
 from complete_fn.service.service import Service
 from complete_fn.worker.fleet import Fleet
 from complete_fn.worker.loop import WorkerLoop
-from complete_fn.worker.periodic import Turn, take_turns
+from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
 
 LOOK_SECONDS, ANNOUNCE_SECONDS, FORGET_SECONDS = 1.0, 3.0, 5.0
 
 
-class Rounds:
+class Maintenance:
     """Announces work again (a broker may lose messages), scales, fills sinks, and cleans as a worker does.
 
     Args:
@@ -50,13 +50,13 @@ class Rounds:
 
     def go(self) -> None:
         turns = [
-            Turn(ANNOUNCE_SECONDS, self.announce),
-            Turn(FORGET_SECONDS, self.service.workers.forget_gone),
+            PeriodicTask(ANNOUNCE_SECONDS, self.announce),
+            PeriodicTask(FORGET_SECONDS, self.service.workers.forget_gone),
         ]
         if self.fleet is not None:
-            turns.append(Turn(LOOK_SECONDS, self.fleet.adjust))
+            turns.append(PeriodicTask(LOOK_SECONDS, self.fleet.adjust))
         while not self.closing.wait(LOOK_SECONDS):
-            take_turns(turns)
+            run_due_tasks(turns)
 
     def announce(self) -> None:
         load = self.service.workers.load()

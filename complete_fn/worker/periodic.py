@@ -10,7 +10,7 @@ from complete_fn.logs import log
 
 
 @dataclass
-class Turn:
+class PeriodicTask:
     """`what` is done every `seconds`, the first time at once."""
 
     seconds: float
@@ -18,7 +18,7 @@ class Turn:
     due: float = 0.0
 
 
-def take_turns(turns: Iterable[Turn]) -> None:
+def run_due_tasks(turns: Iterable[PeriodicTask]) -> None:
     """Do what is due. A failure is logged; its turn comes again."""
     for turn in turns:
         now = time.monotonic()

@@ -20,7 +20,7 @@ from complete_fn.errors import StoreError, StoreLostError
 from complete_fn.execution.admission import Tools
 from complete_fn.execution.runner import run
 from complete_fn.jobs.job_store import JobStore, worker_name
-from complete_fn.store.attempts import Stored
+from complete_fn.store.attempts import StoredAnswer
 from complete_fn.store.records import LedgerLine
 from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, ledger
@@ -64,7 +64,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(forgetful: Forgetful) 
     attempt = store.begin(Asker(), "m", "USD", "example")
     for n in range(5):
         store.admit(attempt, 2, 20)
-        done = Stored(n.to_bytes(32, "big"), Completion("x", usage=Usage(3, 0, 1)))
+        done = StoredAnswer(n.to_bytes(32, "big"), Completion("x", usage=Usage(3, 0, 1)))
         store.commit(attempt, [done], [LedgerLine("input", 1, 3, 5)], 1, 10)
     store.finish(attempt, "cancelled")
     lines = rows_of(store, ledger)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from complete_fn.cli.run_input import file_source
 from complete_fn.errors import InputError
-from complete_fn.rows.formats import LineRows, Place, Rows, TableRows, place_of
+from complete_fn.rows.formats import LineRows, Rows, TablePlace, TableRows, place_of
 from complete_fn.rows.json_values import json_line
 from complete_fn.rows.writers import refuse_output, writing
 from complete_fn.text import to_texts
@@ -42,22 +42,22 @@ TABLE = pa.table(
 NEW = {"completion": pa.array(["one", None, 'th"ree,\n'], pa.large_string())}
 
 
-def read_rows(place: Place) -> Rows:
+def read_rows(place: TablePlace) -> Rows:
     """The rows of a file of one window."""
     (rows,) = file_source(place)[0].windows()
     return rows
 
 
-def write_rows(place: Place, rows: Rows, new: dict[str, Any], overwrite: bool) -> None:
+def write_rows(place: TablePlace, rows: Rows, new: dict[str, Any], overwrite: bool) -> None:
     with writing(place, overwrite) as writer:
         writer.write(rows, new)
 
 
-def through(place: Place, source: Place, new: dict[str, Any] = NEW) -> None:
+def through(place: TablePlace, source: TablePlace, new: dict[str, Any] = NEW) -> None:
     write_rows(place, read_rows(source), new, overwrite=False)
 
 
-def put(path: Path, content: bytes) -> Place:
+def put(path: Path, content: bytes) -> TablePlace:
     path.write_bytes(content)
     return place_of(str(path))
 
@@ -261,7 +261,7 @@ def test_a_half_written_parquet_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing.csv", "."])
 def test_what_cannot_be_opened_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"cannot be read: (No such file|Is a directory)"):
-        read_rows(Place(str(tmp_path / name), "csv"))
+        read_rows(TablePlace(str(tmp_path / name), "csv"))
 
 
 LINES = [
@@ -451,16 +451,16 @@ def test_unusable_outputs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "there.csv").write_text("")
     for name, message in [("there.csv", "exists"), (".", "is a folder"), ("no/such.csv", "No such file or directory")]:
         with pytest.raises(InputError, match=message):
-            refuse_output(Place(str(tmp_path / name), "csv"), overwrite=False)
+            refuse_output(TablePlace(str(tmp_path / name), "csv"), overwrite=False)
     with pytest.raises(InputError, match="cannot be written"):
-        refuse_output(Place("/proc/x.csv", "csv"), overwrite=True)
-    refuse_output(Place("/dev/null", "csv"), overwrite=False)
+        refuse_output(TablePlace("/proc/x.csv", "csv"), overwrite=True)
+    refuse_output(TablePlace("/dev/null", "csv"), overwrite=False)
 
 
 def test_a_pipe_is_written_into(tmp_path: Path) -> None:
     source = put(tmp_path / "in.csv", b"a,b\n1,2\n")
     reading, writing = os.pipe()
-    through(Place(f"/dev/fd/{writing}", "csv"), source, {"c": pa.array(["x"])})
+    through(TablePlace(f"/dev/fd/{writing}", "csv"), source, {"c": pa.array(["x"])})
     os.close(writing)
     with open(reading, "rb") as pipe:
         assert pipe.read() == b"a,b,c\n1,2,x\n"

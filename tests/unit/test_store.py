@@ -26,7 +26,7 @@ from complete_fn.execution.admission import Tools
 from complete_fn.execution.commits import Slices
 from complete_fn.execution.runner import run
 from complete_fn.prompts.options import CacheMode
-from complete_fn.store.attempts import Stored
+from complete_fn.store.attempts import StoredAnswer
 from complete_fn.store.backends import refuse_network
 from complete_fn.store.records import LedgerLine, money
 from complete_fn.store.store import Store
@@ -62,8 +62,8 @@ def key(n: int) -> bytes:
     return n.to_bytes(32, "big")
 
 
-def done(n: int, text: str = "x") -> Stored:
-    return Stored(key(n), Completion(text, "stop", usage=Usage(3, 1, 2)))
+def done(n: int, text: str = "x") -> StoredAnswer:
+    return StoredAnswer(key(n), Completion(text, "stop", usage=Usage(3, 1, 2)))
 
 
 def test_a_slice_is_found_again(store: Store) -> None:

@@ -15,8 +15,8 @@ from complete_fn.errors import InvalidOptionError
 from complete_fn.ledger.pruning import DAY, GIB, HOUR, clear, prune, used_bytes
 from complete_fn.session import Session
 from complete_fn.settings import load_settings
-from complete_fn.store.attempts import Stored
-from complete_fn.store.backends import Sqlite
+from complete_fn.store.attempts import StoredAnswer
+from complete_fn.store.backends import SqliteBackend
 from complete_fn.store.records import LedgerLine
 from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, ledger
@@ -35,7 +35,7 @@ def store(store_url: str) -> Iterator[Store]:
 def fill(store: Store, count: int, size: int, days_old: float, job: str | None = None, model: str = "m") -> None:
     attempt = store.begin(Asker(job=job), model, "USD", "example")
     first = count_of(store, answers)
-    made = [Stored((first + n).to_bytes(32, "big"), Completion("x" * size), job) for n in range(count)]
+    made = [StoredAnswer((first + n).to_bytes(32, "big"), Completion("x" * size), job) for n in range(count)]
     store.commit(attempt, made, [LedgerLine("input", count, count)], 0, 0)
     with store.write() as connection:
         connection.execute(
@@ -68,7 +68,7 @@ def test_the_oldest_go_until_the_file_fits_and_its_space_is_given_back(store: St
     assert count_of(store, answers, answers.c.created_at < NOW - 2.5 * DAY) == 0
     assert count_of(store, answers, answers.c.created_at > NOW - 1.5 * DAY) == 3000
     store.close()
-    if isinstance(store.database, Sqlite):
+    if isinstance(store.database, SqliteBackend):
         assert store.path.stat().st_size <= bound * GIB
 
 

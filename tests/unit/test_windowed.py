@@ -16,7 +16,7 @@ from complete_fn import EchoEngine
 from complete_fn.cli.run_input import file_source
 from complete_fn.errors import InputError
 from complete_fn.rows.databases import Query
-from complete_fn.rows.formats import Place, common_schema, json_column, place_of
+from complete_fn.rows.formats import TablePlace, common_schema, json_column, place_of
 from complete_fn.rows.readers import FileSource
 from complete_fn.service.sources import one_select
 
@@ -169,7 +169,7 @@ def test_an_empty_table_is_one_empty_window(tmp_path: Path) -> None:
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("complete_fn.rows.readers.LINE_BYTES", 1000)
     (tmp_path / "x.jsonl").write_text('{"a": "' + "x" * 2000)
-    source: FileSource = file_source(Place(str(tmp_path / "x.jsonl"), "jsonl"))[0]
+    source: FileSource = file_source(TablePlace(str(tmp_path / "x.jsonl"), "jsonl"))[0]
     with pytest.raises(InputError, match="more than 1,000 bytes"):
         list(source.windows())
 

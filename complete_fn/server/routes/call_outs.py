@@ -20,7 +20,7 @@ from complete_fn.server.auth import Caller
 from complete_fn.server.call_out_replies import PREFIX, dialect_of, refused, response
 from complete_fn.server.live_chat import computed_tokens
 from complete_fn.service.call_out import CallOut, Detail, Dialect, Share
-from complete_fn.service.call_out_batches import Admission, CallOuts, Name, Settle
+from complete_fn.service.call_out_batches import Admission, CallOutName, CallOuts, Settle
 from complete_fn.tokens import tokens_by_bytes
 
 Function = Literal["complete", "complete_details"]
@@ -91,8 +91,8 @@ def call_outs(request: Request) -> CallOuts:
     return found
 
 
-def named(caller: Principal, dialect: str, function: str, batch: str) -> Name:
-    return Name(caller.tenant, caller.user, dialect, function, batch)
+def named(caller: Principal, dialect: str, function: str, batch: str) -> CallOutName:
+    return CallOutName(caller.tenant, caller.user, dialect, function, batch)
 
 
 async def looked_for(request: Request, look: Callable[[], T | None], until: float) -> T | None:

@@ -22,7 +22,7 @@ import uvicorn
 from complete_fn import EchoEngine
 from complete_fn.server.app import make_app
 from complete_fn.service.service import Service
-from complete_fn.worker.maintenance import Rounds
+from complete_fn.worker.maintenance import Maintenance
 from deploy.servers import binary
 
 SQL = Path(__file__).parents[3] / "sql" / "complete_fn_sql"
@@ -63,7 +63,7 @@ def write_models(folder: Path) -> Path:
 
 
 @contextmanager
-def at_service(service: Service, loopback: bool = True, rounds: Rounds | None = None) -> Iterator[Running]:
+def at_service(service: Service, loopback: bool = True, rounds: Maintenance | None = None) -> Iterator[Running]:
     listener = socket.create_server(("127.0.0.1", 0))
     app = make_app(service, loopback, rounds=rounds)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)

@@ -24,7 +24,7 @@ from complete_fn import Completion, CompletionRequest, EchoEngine
 from complete_fn.errors import EngineError
 from complete_fn.host import here, process_started
 from complete_fn.server.call_out_replies import dialect_of
-from complete_fn.service.call_out_batches import Name
+from complete_fn.service.call_out_batches import CallOutName
 from complete_fn.service.retention import expire
 from complete_fn.store.job_tables import call_outs
 from complete_fn.store.tables import ledger
@@ -184,11 +184,11 @@ def test_a_slow_batch_is_polled(serve: Callable[..., Running], monkeypatch: pyte
 
 
 @pytest.fixture
-def elsewhere(serve: Callable[..., Running]) -> Iterator[tuple[Running, subprocess.Popen[bytes], Name]]:
+def elsewhere(serve: Callable[..., Running]) -> Iterator[tuple[Running, subprocess.Popen[bytes], CallOutName]]:
     """A service whose batch `b1` is run by another process, that process, and the batch's name."""
     running = serve(engine=Counting())
     with subprocess.Popen(["sleep", "60"]) as other:
-        name = Name("local", "local", "redshift", "complete", "b1")
+        name = CallOutName("local", "local", "redshift", "complete", "b1")
         row = {
             "tenant": name.tenant,
             "dialect": name.dialect,
@@ -206,7 +206,7 @@ def elsewhere(serve: Callable[..., Running]) -> Iterator[tuple[Running, subproce
 
 
 def test_who_asks_for_a_batch_of_another_process_is_not_sent_away_at_once(
-    elsewhere: tuple[Running, subprocess.Popen[bytes], Name], monkeypatch: pytest.MonkeyPatch
+    elsewhere: tuple[Running, subprocess.Popen[bytes], CallOutName], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dialect_of("redshift"), "patience", 1.0)
     running, _, _ = elsewhere
@@ -222,7 +222,10 @@ def test_who_asks_for_a_batch_of_another_process_is_not_sent_away_at_once(
 
 @pytest.mark.parametrize(("how", "value"), [("done", "of the other"), ("killed", "x")])
 def test_who_asks_for_a_batch_of_another_process_gets_its_values(
-    elsewhere: tuple[Running, subprocess.Popen[bytes], Name], monkeypatch: pytest.MonkeyPatch, how: str, value: str
+    elsewhere: tuple[Running, subprocess.Popen[bytes], CallOutName],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    value: str,
 ) -> None:
     monkeypatch.setattr("complete_fn.server.routes.call_outs.LOOK_SECONDS", 0.1)
     running, other, name = elsewhere

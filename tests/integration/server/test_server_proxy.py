@@ -22,7 +22,7 @@ from complete_fn.server.worker_api import Internal, internal_secret, serve_inter
 from complete_fn.server.worker_proxy import Proxy
 from complete_fn.service.service import Service
 from complete_fn.worker.fleet import Fleet
-from complete_fn.worker.maintenance import Rounds
+from complete_fn.worker.maintenance import Maintenance
 from tests.integration.server.conftest import Running, at_service
 from tests.integration.server.test_server_streams import Steps, user
 
@@ -42,7 +42,7 @@ def announce(service: Service, address: str) -> None:
 def api(tmp_path: Path, models_file: Path) -> Iterator[Running]:
     """An API that runs nothing itself."""
     service = Service(tmp_path / "home", models_file, EchoEngine(64))
-    with at_service(service, rounds=Rounds(service, Fleet(service.workers, never, 0, 0))) as running:
+    with at_service(service, rounds=Maintenance(service, Fleet(service.workers, never, 0, 0))) as running:
         yield running
 
 

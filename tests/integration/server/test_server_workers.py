@@ -24,7 +24,7 @@ from complete_fn.jobs.queue import CeleryQueue, queue_name, without_password
 from complete_fn.jobs.worker_store import Beat
 from complete_fn.service.service import Service
 from complete_fn.worker.fleet import Fleet, worker_starter
-from complete_fn.worker.maintenance import Rounds
+from complete_fn.worker.maintenance import Maintenance
 from deploy.servers import Redis, running
 from tests.integration.server.conftest import at_service
 
@@ -99,7 +99,7 @@ def site(home: Path, broker: str, models: str = MODELS, workers: tuple[int, int]
     if workers is not None:
         fleet = Fleet(service.workers, worker_starter(service.settings, broker, 3.0), *workers, idle_seconds=3.0)
     with ExitStack() as stack:
-        server = stack.enter_context(at_service(service, rounds=Rounds(service, fleet)))
+        server = stack.enter_context(at_service(service, rounds=Maintenance(service, fleet)))
         found = Site(home, broker, service, server.http())
         try:
             yield found
