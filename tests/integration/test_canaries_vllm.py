@@ -23,6 +23,7 @@ pytest.importorskip("vllm")
 import transformers
 import vllm
 
+import complete_fn_workers
 from complete_fn_workers import vllm_internals
 from complete_fn_workers.engine_launch import EngineSpec, engine_environment
 from tests.canaries import Need, complaint, find, imports_of, needs_in
@@ -30,7 +31,7 @@ from tests.canaries import Need, complaint, find, imports_of, needs_in
 pytestmark = [pytest.mark.engine, pytest.mark.canary]
 
 NEEDS = needs_in(vllm_internals.__doc__ or "")
-OFFERED = list(imports_of("vllm", Path(vllm_internals.__file__).parent))
+OFFERED = list(imports_of("vllm", Path(complete_fn_workers.__file__ or "").parent))
 VERSION = vllm.__version__
 ATTENTION = "vllm.v1.attention.backend"
 

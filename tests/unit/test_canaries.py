@@ -13,28 +13,29 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+import complete_fn_workers
+from complete_fn_workers import celery_internals, vllm_internals
 from tests.canaries import Need, complaint, needs_in, without
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("complete_fn", "connectors/complete_fn_connectors", "sql/complete_fn_sql", "workers/complete_fn_workers")
-WORKERS = ROOT / "workers" / "complete_fn_workers"
+WORKERS = Path(complete_fn_workers.__file__ or "").parent
 SHIPPED = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 SOURCES = [*SHIPPED, *(path for room in ("benchmarks", "deploy") for path in sorted((ROOT / room).rglob("*.py")))]
-INTERNALS = {"vLLM": WORKERS / "vllm_internals.py", "Celery": WORKERS / "celery_internals.py"}
-TABLES = {
-    library: needs_in(ast.get_docstring(ast.parse(path.read_text())) or "") for library, path in INTERNALS.items()
-}
+MODULES = {"vLLM": vllm_internals, "Celery": celery_internals}
+INTERNALS = {library: Path(module.__file__ or "") for library, module in MODULES.items()}
+TABLES = {library: needs_in(module.__doc__ or "") for library, module in MODULES.items()}
 # What only one module reads, so that this module is its table.
 OTHERS = {
     "SQLAlchemy": Need(
         "sqlalchemy.dialects.mysql.base:MySQLDialect",
         "is_mariadb",
-        "result_tables.py",
+        "rows/result_tables.py",
         "to choose a collation that the server has",
         "The dialect's name is that of the URL.",
     ),
     "uvicorn": Need(
-        "uvicorn:Server", "should_exit", "server/internal.py", "to end a server in a thread", "There is no stop()."
+        "uvicorn:Server", "should_exit", "server/worker_api.py", "to end a server in a thread", "There is no stop()."
     ),
 }
 STARTED = OTHERS["uvicorn"]._replace(name="started", purpose="to know when its server listens")
@@ -91,6 +92,7 @@ def test_every_entry_says_who_reads_it_for_what_and_why_not_publicly() -> None:
 @pytest.mark.canary
 @pytest.mark.parametrize(("library", "need"), [*OTHERS.items(), ("uvicorn", STARTED)], ids=str)
 def test_other_libraries_still_have(library: str, need: Need) -> None:
+    assert need.name in (ROOT / "complete_fn" / need.reader).read_text()
     missing = complaint(library, version(library), need)
     assert not missing, missing
     assert need.name in (complaint(library, version(library), need, type("Empty", (), {})) or "")
