@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from complete_fn.engines import call as keys
 from complete_fn.engines.catalogue import Model
 from complete_fn.engines.checkpoint import checkpoint_digest
 from complete_fn.errors import EngineError
@@ -17,7 +16,7 @@ from complete_fn.errors import EngineError
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "SMALL", 1000)
+    monkeypatch.setattr("complete_fn.engines.checkpoint.SMALL", 1000)
 
 
 def checkpoint(folder: Path, **changed: np.ndarray) -> Path:
