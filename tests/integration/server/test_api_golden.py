@@ -24,9 +24,10 @@ from pyarrow import parquet
 from complete_fn import Completion, CompletionRequest, EchoEngine, Usage, __version__
 from complete_fn.errors import EngineError
 from complete_fn.server.worker_api import internal_secret, serve_internal
-from complete_fn.service.service import Limits
+from complete_fn.service.service import Limits, Service
+from complete_fn.worker.maintenance import Maintenance
 from tests.golden_files import GOLDEN, as_json, check_golden, check_names, normalised, plain_environment, rewriting
-from tests.integration.server.conftest import Rounds, Running, Service, at_service, write_models
+from tests.integration.server.conftest import Running, at_service, write_models
 
 FAMILIES = (
     *("models", "chat", "chat_streamed", "completions", "files", "jobs", "job_results", "job_sources", "batches"),
@@ -200,7 +201,7 @@ def waiting(no_settings: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A service whose workers would be other processes, of which there are none: its jobs stay queued."""
     folder = tmp_path_factory.mktemp("waiting")
     service = Service(folder / "home", write_models(folder), EchoEngine(64))
-    with at_service(service, rounds=Rounds(service)) as running:
+    with at_service(service, rounds=Maintenance(service)) as running:
         yield running
 
 
