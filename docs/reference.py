@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from importlib.resources import files
@@ -104,7 +105,7 @@ def option_range(name: str) -> str:
 def options_page() -> str:
     if tuple(OPTIONS) != OPTION_NAMES:
         raise AssertionError(f"OPTIONS explains {list(OPTIONS)}, but the code has {list(OPTION_NAMES)}.")
-    flags = {a.dest: a.option_strings[-1] for a in parser_of(resolve(VERBS["run"]))._actions if a.dest in OPTION_NAMES}
+    flags = {a.dest: a.option_strings[-1] for a in verb_parser("run")._actions if a.dest in OPTION_NAMES}
     return page(
         "Options",
         "Every option of a call, with its default, what it takes and its flag in the shell.",
@@ -254,21 +255,26 @@ def python_page() -> str:
 # -- the shell
 
 
+def verb_parser(verb: str, *words: str) -> ArgumentParser:
+    """The parser of a verb of the shell."""
+    return parser_of(resolve(VERBS[verb].target), *words)
+
+
 def cli_page() -> str:
     sections = []
-    for verb, target in VERBS.items():
-        main = resolve(target)
-        if verb == "swiftkv":
+    for name, verb in VERBS.items():
+        if name == "swiftkv":
             told = dict(re.findall(r"^  (\w+) +(.*)$", SWIFTKV_USAGE, re.M))
-            sections.append(f"## complete-fn {verb}\n\n{sentence(cli.WHAT[verb])}\n")
-            sections += [verb_section(parser_of(main, name), 3, told[name]) for name in (*SWIFTKV_VERBS, "check")]
+            sections.append(f"## complete-fn {name}\n\n{sentence(verb.what)}\n")
+            sections += [verb_section(verb_parser(name, word), 3, told[word]) for word in (*SWIFTKV_VERBS, "check")]
         else:
-            sections.append(verb_section(parser_of(main), 2, cli.WHAT[verb]))
+            sections.append(verb_section(verb_parser(name), 2, verb.what))
     codes = (inspect.getdoc(cli.main) or "").partition("Returns:")[2]
+    verbs = [(f"[{name}](#complete-fn-{name})", sentence(verb.what)) for name, verb in VERBS.items()]
     return page(
         "Command line",
         "Every verb of `complete-fn` with its arguments.",
-        table(("verb", "what it does"), [(f"[{v}](#complete-fn-{v})", sentence(cli.WHAT[v])) for v in VERBS]),
+        table(("verb", "what it does"), verbs),
         f"Exit codes: {text(codes)}\n",
         *sections,
     )

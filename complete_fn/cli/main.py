@@ -1,4 +1,4 @@
-"""The command `complete-fn`. Verbs are looked up in `wiring.VERBS` and imported when they are used."""
+"""The command `complete-fn`. Verbs are looked up in `registry.VERBS` and imported when they are used."""
 
 from __future__ import annotations
 
@@ -14,20 +14,6 @@ from complete_fn.errors import CompleteError, InvalidOptionError
 from complete_fn.registry import VERBS, resolve
 
 OK, FAULT, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
-
-WHAT = {
-    "run": "complete a column of prompts made from a Parquet, CSV, JSONL or Arrow file",
-    "models": "list the models of the catalogue: checkpoint, licence, context, prices, where tried",
-    "usage": "sum the ledger: rows, tokens and cost by day and model",
-    "cache": "show or clear the stored answers",
-    "serve": "serve OpenAI's API and jobs for tables from this machine",
-    "worker": "run the jobs of a service that was started with a broker",
-    "jobs": "submit, watch and fetch jobs of a service",
-    "keys": "make, list and revoke API keys of the service; bound a tenant's spending",
-    "connections": "register databases that a tenant's jobs may read and write",
-    "setup-engine": "install the embedded engine (vLLM) into this Python environment",
-    "swiftkv": "make SwiftKV checkpoints: convert, distill, eval",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,7 +56,7 @@ def refuse_bytes(given: list[str]) -> None:
 
 
 def run_verb(given: list[str]) -> int:
-    verbs = "\n".join(f"  {name:14}{WHAT[name]}" for name in VERBS)
+    verbs = "\n".join(f"  {name:14}{verb.what}" for name, verb in VERBS.items())
     parser = Parser(
         prog="complete-fn",
         usage="complete-fn VERB ...",
@@ -85,7 +71,7 @@ def run_verb(given: list[str]) -> int:
         if verb is None:
             parser.print_help()
             return OK
-        return int(resolve(VERBS[verb])(given[1:]) or OK)
+        return int(resolve(VERBS[verb].target)(given[1:]) or OK)
     except SystemExit as leaving:  # argparse's: 0 after --help, 2 after an error
         return FAULT if leaving.code else OK
 

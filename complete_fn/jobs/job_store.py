@@ -9,7 +9,6 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from complete_fn.errors import JobError, NotFoundError
 from complete_fn.host import here, process_started
@@ -17,7 +16,7 @@ from complete_fn.jobs.job import JOB_OPEN, LEASE_SECONDS, TRIES, Counts, Job, Pa
 from complete_fn.store.job_tables import jobs, parts, tenants
 from complete_fn.store.store import Store, gone
 from complete_fn.store.tables import answers, attempts, budgets, ledger, of_class, summed
-from complete_fn.store.transactions import retried
+from complete_fn.store.transactions import insert_into, retried
 
 JOB = [jobs.c[f.name] for f in fields(Job)]
 PART = [parts.c[f.name] for f in fields(Part)]
@@ -403,8 +402,7 @@ def settle(connection: sa.Connection, job: str) -> None:
 
 def same_job(connection: sa.Connection, job: Job) -> Job | None:
     """None if the job is now inserted; else the one that was there, by its id or its idempotency key."""
-    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
-    made = insert.values(asdict(job)).on_conflict_do_nothing().returning(jobs.c.id)
+    made = insert_into(connection, jobs).values(asdict(job)).on_conflict_do_nothing().returning(jobs.c.id)
     if connection.execute(made).first() is not None:
         return None
     same = jobs.c.id == job.id

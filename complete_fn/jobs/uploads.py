@@ -13,13 +13,12 @@ from typing import IO, Any, BinaryIO
 import sqlalchemy as sa
 
 from complete_fn.errors import InputError, NotFoundError, TooLargeError
-from complete_fn.rows.formats import SUFFIXES
+from complete_fn.rows.formats import FORMATS, format_of
 from complete_fn.rows.object_storage import Storage
 from complete_fn.rows.readers import FileSource
 from complete_fn.store.job_tables import files
 from complete_fn.store.store import Store
 
-TABLE_FORMATS = ("parquet", "csv", "jsonl")
 CHUNK = 1 << 20
 DAY = 86_400.0
 MOST_AT_ONCE = 1_000  # files that go in one round of upkeep
@@ -42,9 +41,10 @@ class Upload:
         """Raises:
         InputError: the name does not end in a format that is taken.
         """
-        found = SUFFIXES.get(Path(self.name).suffix.lower(), "")
-        if found not in TABLE_FORMATS:
-            raise InputError(f"The file {self.name!r} must be one of .parquet, .csv, .jsonl, by its name's end.")
+        found = format_of(Path(self.name).suffix)
+        if found is None or not FORMATS[found].is_uploaded:
+            taken = ", ".join(f".{name}" for name, kind in FORMATS.items() if kind.is_uploaded)
+            raise InputError(f"The file {self.name!r} must be one of {taken}, by its name's end.")
         return found
 
 

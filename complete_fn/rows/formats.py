@@ -1,4 +1,4 @@
-"""Tables in files: how a file's name tells its format, and rows that come back as they were. Read in `windows.py`."""
+"""Tables in files: how a file's name tells its format, and rows that come back as they were. Read in `readers.py`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,76 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
+from complete_fn.registry import Table
 from complete_fn.text import text_column
 
-SUFFIXES = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".csv": "csv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-}
-FORMATS = ("parquet", "csv", "jsonl", "arrow")
 MIXED = pa.large_string()  # the type of a JSONL column whose values have several
 EXACT = {b"complete_fn": b"exact"}  # marks integers of a JSONL that are no float64
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of table files.
+
+    Attributes:
+        suffixes: ends of file names that tell it.
+        media_type: for HTTP.
+        reader: `module:name`, called as reader(file, source: FileSource) -> Iterator[Rows].
+        writer: `module:name`, a `writers.Writer`.
+        is_text: it is read from its beginning to its end, so a compressed file is not decompressed first.
+        is_uploaded: whether a service takes uploads of it.
+    """
+
+    suffixes: tuple[str, ...]
+    media_type: str
+    reader: str
+    writer: str
+    is_text: bool = False
+    is_uploaded: bool = True
+
+
+FORMATS: Table[Format] = Table("format")
+FORMATS.add(
+    "parquet",
+    Format(
+        (".parquet", ".pq"),
+        "application/vnd.apache.parquet",
+        "complete_fn.rows.readers:stream_parquet",
+        "complete_fn.rows.writers:ParquetWriter",
+    ),
+)
+FORMATS.add(
+    "csv",
+    Format(
+        (".csv",), "text/csv", "complete_fn.rows.readers:stream_csv", "complete_fn.rows.writers:CsvWriter", is_text=True
+    ),
+)
+FORMATS.add(
+    "jsonl",
+    Format(
+        (".jsonl", ".ndjson"),
+        "application/x-ndjson",
+        "complete_fn.rows.readers:stream_jsonl",
+        "complete_fn.rows.writers:JsonlWriter",
+        is_text=True,
+    ),
+)
+FORMATS.add(
+    "arrow",
+    Format(
+        (".arrow", ".feather", ".ipc"),
+        "application/vnd.apache.arrow.stream",
+        "complete_fn.rows.readers:stream_arrow",
+        "complete_fn.rows.writers:ArrowWriter",
+        is_uploaded=False,
+    ),
+)
+
+
+def format_of(suffix: str) -> str | None:
+    """The name of the format that a file name's suffix tells; None for none."""
+    return next((name for name, found in FORMATS.items() if suffix.lower() in found.suffixes), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +106,8 @@ def place_of(name: str, wanted: str | None = None, default: str | None = None) -
     """
     path = Path(name)
     compression = COMPRESSIONS.get(path.suffix.lower())
-    suffix = (path.with_suffix("") if compression else path).suffix.lower()
-    found = wanted if name == "-" else SUFFIXES.get(suffix, wanted)
+    suffix = (path.with_suffix("") if compression else path).suffix
+    found = wanted if name == "-" else format_of(suffix) or wanted
     if found is None and default is None:
         what = "stdin" if name == "-" else f"{name!r}"
         raise InputError(f"The format of {what} is not known. Say --format {'|'.join(FORMATS)}.")

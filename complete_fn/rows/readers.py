@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError, TooLargeError
-from complete_fn.rows.formats import LineRows, Rows, TableRows, clean
+from complete_fn.registry import resolve
+from complete_fn.rows.formats import FORMATS, LineRows, Rows, TableRows, clean
 
 WINDOW_ROWS, WINDOW_BYTES = 200_000, 256 * 1024 * 1024  # a window ends at whichever comes first
 BATCH_ROWS = 8_192
@@ -32,7 +33,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file in one of `files.FORMATS`.
+    """A file in one of `formats.FORMATS`.
 
     Attributes:
         name: what messages call it.
@@ -57,7 +58,7 @@ class FileSource:
         count = 0
         try:
             with self.opened() as source:
-                for rows in STREAMS[self.format](source, self):
+                for rows in resolve(FORMATS[self.format].reader)(source, self):
                     count += rows.count
                     if self.most_rows is not None and count > self.most_rows:
                         raise TooLargeError(f"{self.name} has more rows than the {self.most_rows:,} that are taken.")
@@ -82,7 +83,7 @@ class FileSource:
                 yield raw
                 return
             plain = pa.CompressedInputStream(pa.PythonFile(raw, "r"), self.compression)
-            if self.format in ("csv", "jsonl"):
+            if FORMATS[self.format].is_text:
                 yield io.BufferedReader(Counted(plain, self))
                 return
             whole = stack.enter_context(tempfile.TemporaryFile())  # Parquet is read from its end
@@ -282,11 +283,3 @@ def refuse_no_object(line: bytes, number: int) -> None:
         raise InputError(f"Line {number} of the JSONL is not JSON: {error}. Nothing was run.") from error
     if not isinstance(found, dict):
         raise InputError(f"Line {number} of the JSONL is no object but {type(found).__name__}. Nothing was run.")
-
-
-STREAMS: dict[str, Callable[[Any, FileSource], Iterator[Rows]]] = {
-    "parquet": stream_parquet,
-    "csv": stream_csv,
-    "jsonl": stream_jsonl,
-    "arrow": stream_arrow,
-}

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
-from complete_fn.rows.formats import LineRows, Rows, TablePlace, clean
+from complete_fn.registry import resolve
+from complete_fn.rows.formats import FORMATS, LineRows, Rows, TablePlace, clean
 from complete_fn.rows.json_values import as_json, json_line, json_values, values_of
 from complete_fn.rows.object_storage import Storage, remote
 from complete_fn.text import to_texts
@@ -140,7 +141,7 @@ def written_to(sink: IO[bytes], place: TablePlace, schema: Any = None) -> Iterat
         if place.compression is not None:
             own = os.fdopen(os.dup(sink.fileno()), "wb")  # Arrow closes what it is given
             target = stack.enter_context(pa.CompressedOutputStream(pa.PythonFile(own, "w"), place.compression))
-        writer = WRITERS[place.format](target, place, schema)
+        writer: Writer = resolve(FORMATS[place.format].writer)(target, place, schema)
         try:
             yield writer
         except BaseException:
@@ -291,11 +292,3 @@ def spliced(line: bytes, added: bytes) -> bytes:
     """The object of a JSONL line with the members of another behind its own."""
     head = line.rstrip()[:-1].rstrip()
     return head + (b"" if head.endswith(b"{") else b", ") + added[1:] + b"\n"
-
-
-WRITERS: dict[str, type[Writer]] = {
-    "parquet": ParquetWriter,
-    "csv": CsvWriter,
-    "jsonl": JsonlWriter,
-    "arrow": ArrowWriter,
-}

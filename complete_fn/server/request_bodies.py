@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError, core_schema
 
 from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model
@@ -12,11 +13,32 @@ from complete_fn.errors import RequestError
 from complete_fn.prompts.options import parse_options
 from complete_fn.prompts.schema_rules import refuse_patterns
 from complete_fn.prompts.templates import escape, pack_messages
+from complete_fn.registry import Table
 from complete_fn.types import INTERACTIVE
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 DEFAULT_LIMIT = "Without max_tokens, end answers at the model's default_max_tokens, as rows of jobs do."
 Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+class TableName:
+    """Annotates a string that names an entry of a table; refused and documented as a Literal of the names would be."""
+
+    def __init__(self, table: Table[Any]) -> None:
+        self.table = table
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self.checked, core_schema.str_schema())
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": [*self.table]}
+
+    def checked(self, name: str) -> str:
+        if name not in self.table:
+            *first, last = map(repr, self.table)
+            expected = f"{', '.join(first)} or {last}" if first else last
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+        return name
 
 
 class Body(BaseModel):

@@ -17,13 +17,6 @@ from complete_fn.rows.writers import written_to
 from complete_fn.service.job_files import details_of, rows_of, windows_of
 from complete_fn.service.service import Service
 
-FORMATS = {
-    "parquet": "application/vnd.apache.parquet",
-    "jsonl": "application/x-ndjson",
-    "arrow": "application/vnd.apache.arrow.stream",
-    "csv": "text/csv",
-}
-
 
 def result_windows(service: Service, job: Job, with_details: bool, partial: bool) -> Iterator[tuple[Rows, Any, Any]]:
     """(rows, their new columns, their numbers) of each window.

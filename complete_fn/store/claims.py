@@ -11,10 +11,10 @@ from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from complete_fn.store.job_tables import parts
 from complete_fn.store.tables import answers, attempts, claims
+from complete_fn.store.transactions import insert_into
 
 if TYPE_CHECKING:
     from complete_fn.store.attempts import Attempt
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 def claim(connection: sa.Connection, attempt: Attempt, keys: Sequence[bytes]) -> set[bytes]:
     """Those of the keys that nobody has answered and nobody else is computing: they are the attempt's now."""
-    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(claims)
     rows = [{"tenant": attempt.tenant, "key": key, "attempt": attempt.id} for key in sorted(keys)]  # no deadlock
-    connection.execute(insert.on_conflict_do_nothing(), rows)
+    connection.execute(insert_into(connection, claims).on_conflict_do_nothing(), rows)
     of_mine = (claims.c.tenant == attempt.tenant) & claims.c.key.in_(keys) & (claims.c.attempt == attempt.id)
     mine = set(connection.execute(sa.select(claims.c.key).where(of_mine)).scalars())
     # After the insert, which waited for the commits of others: what they answered can be seen.

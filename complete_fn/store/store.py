@@ -23,12 +23,13 @@ from sqlalchemy.exc import DatabaseError, InterfaceError
 from complete_fn.errors import StoreError
 from complete_fn.host import here, process_started
 from complete_fn.store.attempts import Attempt, StoredAnswer, attempt_of
-from complete_fn.store.backends import SqliteBackend, open_database
+from complete_fn.store.backends import open_database
 from complete_fn.store.budget_holds import Refused, charge, draw, release
 from complete_fn.store.claims import claim, claimed, drop_claims, let_all_go, let_go, silent_holders, still_held
 from complete_fn.store.fork_gate import FORKS
 from complete_fn.store.records import LedgerLine, answer_row, completion_of, ledger_row, money
 from complete_fn.store.schema import is_current, migrate
+from complete_fn.store.sqlite_backend import SqliteBackend
 from complete_fn.store.tables import answers, attempts, budgets, ledger, summed
 from complete_fn.store.transactions import retried, upsert
 from complete_fn.types import Asker, Completion

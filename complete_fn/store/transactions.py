@@ -36,6 +36,11 @@ def retried(method: Callable[P, T]) -> Callable[P, T]:
     return again
 
 
+def insert_into(connection: sa.Connection, table: sa.Table) -> Any:
+    """An INSERT that takes ON CONFLICT, in the words of the connection's database."""
+    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+
+
 def upsert(
     connection: sa.Connection,
     table: sa.Table,
@@ -44,7 +49,7 @@ def upsert(
     only: Sequence[str] | None = None,
 ) -> None:
     """Insert the rows; a row of the same key gets the new values, or `only` these. All rows have the same columns."""
-    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+    insert = insert_into(connection, table)
     fresh = {name: insert.excluded[name] for name in (rows[0] if only is None else only) if name not in key}
     if fresh:
         insert = insert.on_conflict_do_update(index_elements=list(key), set_=fresh)

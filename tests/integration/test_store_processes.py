@@ -76,7 +76,7 @@ def test_processes_that_open_a_new_state_at_once(tmp_path: Path, attempt: int) -
 
 
 def test_a_process_that_holds_the_state_too_long_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.store.backends.BUSY_SECONDS", 0.3)
+    monkeypatch.setattr("complete_fn.store.sqlite_backend.BUSY_SECONDS", 0.3)
     Store(tmp_path / "s").close()
     holder = start(HOLDER, tmp_path / "s")
     assert holder.stdout is not None

@@ -27,8 +27,8 @@ from complete_fn.execution.commits import Slices
 from complete_fn.execution.runner import run
 from complete_fn.prompts.options import CacheMode
 from complete_fn.store.attempts import StoredAnswer
-from complete_fn.store.backends import refuse_network
 from complete_fn.store.records import LedgerLine, money
+from complete_fn.store.sqlite_backend import refuse_network
 from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, ledger
 from complete_fn.text import text_column

@@ -16,8 +16,8 @@ from complete_fn.ledger.pruning import DAY, GIB, HOUR, clear, prune, used_bytes
 from complete_fn.session import Session
 from complete_fn.settings import load_settings
 from complete_fn.store.attempts import StoredAnswer
-from complete_fn.store.backends import SqliteBackend
 from complete_fn.store.records import LedgerLine
+from complete_fn.store.sqlite_backend import SqliteBackend
 from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, ledger
 from complete_fn.types import Asker, Completion

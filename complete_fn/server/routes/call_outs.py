@@ -16,15 +16,17 @@ from fastapi.responses import Response
 
 from complete_fn.errors import CompleteError, InputError, TooLargeError
 from complete_fn.jobs.api_keys import Principal
+from complete_fn.registry import DIALECTS
 from complete_fn.server.auth import Caller
 from complete_fn.server.call_out_replies import PREFIX, dialect_of, refused, response
 from complete_fn.server.live_chat import computed_tokens
+from complete_fn.server.request_bodies import TableName
 from complete_fn.service.call_out import CallOut, Detail, Dialect, Share
 from complete_fn.service.call_out_batches import Admission, CallOutName, CallOuts, Settle
 from complete_fn.tokens import tokens_by_bytes
 
 Function = Literal["complete", "complete_details"]
-Which = Annotated[Literal["snowflake", "bigquery", "redshift", "postgres"], Path()]
+Which = Annotated[str, TableName(DIALECTS), Path()]
 JSON = {"application/json": {"schema": {"type": "object"}}}
 LOOK_SECONDS = 2.0  # between two looks into the store for a batch that another process runs
 T = TypeVar("T")

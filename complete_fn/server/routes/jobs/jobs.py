@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
@@ -12,13 +12,14 @@ from pydantic import ConfigDict, Field
 
 from complete_fn.errors import InputError
 from complete_fn.jobs.job import Job
+from complete_fn.rows.formats import FORMATS
 from complete_fn.server.auth import Caller, ServiceOf
-from complete_fn.server.request_bodies import Body
+from complete_fn.server.request_bodies import Body, TableName
 from complete_fn.server.routes.openai.files import Limit, chunks, page
 from complete_fn.server.table_slots import Tables
 from complete_fn.service.eta import eta_seconds
 from complete_fn.service.rerun import rerun
-from complete_fn.service.results import FORMATS, write_results
+from complete_fn.service.results import write_results
 from complete_fn.service.retention import delete_job
 from complete_fn.service.service import Service
 from complete_fn.service.sinks import delivery_of
@@ -201,7 +202,7 @@ async def get_results(
     service: ServiceOf,
     caller: Caller,
     tables: Tables,
-    format: Literal["parquet", "jsonl", "arrow", "csv"] = "parquet",
+    format: Annotated[str, TableName(FORMATS)] = "parquet",
     details: Annotated[bool, Query(description="add error, usage, cost and source of each row")] = False,
     partial: Annotated[
         bool, Query(description="rows that are done, also before the end; all of a completed job")
@@ -223,4 +224,4 @@ async def get_results(
     sink = await tables.run(caller.tenant, work)
     opened = ExitStack()
     opened.callback(sink.close)
-    return StreamingResponse(chunks(sink, opened), media_type=FORMATS[format])
+    return StreamingResponse(chunks(sink, opened), media_type=FORMATS[format].media_type)
