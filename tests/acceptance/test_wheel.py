@@ -56,7 +56,7 @@ def test_the_wheel_brings_model_lock_catalogue_and_licence(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     for wanted in (
-        "complete_fn/models.toml",
+        "complete_fn/engines/models.toml",
         "complete_fn_workers/engine.lock",
         "complete_fn_workers/models/demo-llama/model.safetensors",
         "complete_fn_workers/models/demo-llama/README.md",
