@@ -132,7 +132,7 @@ def oldest() -> bool:
         *("--python", python, "--constraints", folder / "constraints.txt", "--only-binary", ":all:"),
         *("--output-file", folder / "oldest.txt", "--quiet"),
     )
-    must(python, *PIP, "--requirement", folder / "oldest.txt")
+    must(python, *PIP, "--no-deps", "--requirement", folder / "oldest.txt")
     must(python, *PIP, "--no-deps", "--no-build-isolation", "-e", ".")
     return run_tests(python, "-m", WITHOUT_ENGINE)
 
