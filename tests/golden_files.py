@@ -1,4 +1,4 @@
-"""Golden files: expected outputs below tests/golden. `REWRITE_GOLDEN=1 pytest tests -k golden` writes them anew.
+"""Golden files: expected outputs below tests/golden. tests/README.md has the command that writes them anew.
 
 Also what two test files share to make them: a recorder of shell sessions and the replacement of volatile values.
 """
@@ -57,9 +57,7 @@ def check_golden(name: str, shown: str) -> None:
     if shown != expected:
         lines = (text.splitlines(keepends=True) for text in (expected, shown))
         diff = "".join(difflib.unified_diff(*lines, f"tests/golden/{name}", "now", n=2))
-        pytest.fail(
-            f"The output has changed. If it should: {REWRITING}=1 pytest tests -k golden\n{diff}", pytrace=False
-        )
+        pytest.fail(f"The output has changed. If it should, run this again with {REWRITING}=1.\n{diff}", pytrace=False)
 
 
 def check_names(pattern: str, names: Iterable[str]) -> None:
