@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from complete_fn.engines.catalogue import find_model
-from complete_fn_workers.allocator import KEEP_MEMORY, find_tcmalloc
-from complete_fn_workers.machine import available_cores
+from complete_fn_workers.engine.allocator import KEEP_MEMORY, find_tcmalloc
+from complete_fn_workers.engine.machine import available_cores
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 

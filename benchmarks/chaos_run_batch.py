@@ -57,7 +57,7 @@ class Batch:
         return self.folder / f"{self.starts}.log"
 
     def start(self) -> None:
-        from complete_fn_workers.allocator import allocator_environment
+        from complete_fn_workers.engine.allocator import allocator_environment
 
         self.starts += 1
         files = ["-i", str(self.folder / "in.jsonl"), "-o", str(self.output), "--model", str(self.model)]

@@ -32,11 +32,11 @@ MAX_TOKENS = 32
 def serve(model: str, rows: int, spins: str | None) -> None:
     """Be one of the processes: a word a line in, the seconds that the rows with it took out."""
     from complete_fn import Session
-    from complete_fn_workers import engine_launch
+    from complete_fn_workers.engine import launch
 
     if spins is not None:
-        own = engine_launch.engine_environment
-        engine_launch.engine_environment = lambda spec: own(spec) | {"GOMP_SPINCOUNT": spins}
+        own = launch.engine_environment
+        launch.engine_environment = lambda spec: own(spec) | {"GOMP_SPINCOUNT": spins}
     descriptions = list(dict.fromkeys(pq.read_table(SAMPLE).column("description").to_pylist()))[:rows]
     options = {"max_tokens": MAX_TOKENS, "cache": "off"}
     with tempfile.TemporaryDirectory() as home:

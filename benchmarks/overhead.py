@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 from complete_fn.engines.catalogue import Model, find_model
 from complete_fn.types import Asker
 from complete_fn_connectors.duckdb import register
-from complete_fn_workers.allocator import allocator_environment
-from complete_fn_workers.machine import computes_bfloat16
+from complete_fn_workers.engine.allocator import allocator_environment
+from complete_fn_workers.engine.machine import computes_bfloat16
 
 SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
 INSTRUCTION = "Write a one-line synopsis: "

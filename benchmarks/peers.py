@@ -178,7 +178,7 @@ class Peer:
     """One of the peers, running; `start_up` seconds are taken off each of its runs."""
 
     def __init__(self, side: str, setting: dict[str, Any], log: Path) -> None:
-        from complete_fn_workers.allocator import allocator_environment
+        from complete_fn_workers.engine.allocator import allocator_environment
 
         self.side, self.log, self.start_up = side, log, 0.0
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "RAY_DEDUP_LOGS": "0"}
@@ -265,7 +265,7 @@ def main() -> None:
         serve(a.serve)
         return
     from complete_fn.engines.catalogue import find_model
-    from complete_fn_workers.machine import computes_bfloat16
+    from complete_fn_workers.engine.machine import computes_bfloat16
 
     model = find_model(a.model)
     setting = {

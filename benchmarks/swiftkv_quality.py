@@ -36,12 +36,12 @@ from complete_fn_workers.demo_model.corpus import (
     read_index,
     split_of,
 )
-from complete_fn_workers.metrics import macro_f1, rouge_l
+from complete_fn_workers.quality_scores import macro_f1, rouge_l
 from complete_fn_workers.swiftkv.checkpoint import load_pair, read_config, shape_of, swiftkv_of
-from complete_fn_workers.swiftkv.convert import convert
-from complete_fn_workers.swiftkv.examples import Encoder, Row
 from complete_fn_workers.swiftkv.reference import SwiftKV
-from complete_fn_workers.swiftkv.scores import forced
+from complete_fn_workers.swiftkv.training.convert import convert
+from complete_fn_workers.swiftkv.training.examples import Encoder, Row
+from complete_fn_workers.swiftkv.training.forced_scores import forced
 
 MAX_TOKENS = 96  # longer than any section, synopsis or their JSON
 

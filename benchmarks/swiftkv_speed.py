@@ -31,8 +31,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from complete_fn_workers.allocator import allocator_environment
-from complete_fn_workers.machine import available_cores
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from complete_fn_workers.engine.allocator import allocator_environment
+from complete_fn_workers.engine.machine import available_cores
 
 FOREIGN_LIMIT = 0.05
 BLOCK = 32
@@ -119,8 +121,8 @@ class Timing:
 
 
 def config_folder(size: str, s: Dims, kept: int | None, group: int, into: Path) -> Path:
-    from complete_fn_workers.swiftkv.miniature import config_of
     from complete_fn_workers.swiftkv.reference import Shape, SwiftKV
+    from tests.random_checkpoints import config_of
 
     shape = Shape(s.vocab, s.d, s.ff, s.layers, s.heads, s.kv_heads, s.head, max_position_embeddings=4096)
     folder = into / f"{size}-{kept}-{group}"

@@ -116,7 +116,7 @@ def needs_vllm() -> None:
 @pytest.fixture(scope="session")
 def engine(needs_vllm: None, tiny_entry: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The embedded engine with the tiny Llama, one for the whole session. Tests that kill it start their own."""
-    from complete_fn_workers.embedded import open_engine
+    from complete_fn_workers.engine.client import open_engine
 
     opened = open_engine(tiny_entry, Settings(tmp_path_factory.mktemp("home"), None, None))
     yield opened

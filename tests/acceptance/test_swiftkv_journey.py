@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 from complete_fn_workers.demo_model.tokenizer import save_tokenizer, train_tokenizer
-from complete_fn_workers.swiftkv.miniature import TINY, random_model, write_checkpoint
+from tests.random_checkpoints import TINY, random_model, write_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(900)]
 

@@ -15,14 +15,16 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from complete_fn_workers.swiftkv.miniature import TINY, random_model, write_checkpoint
 from complete_fn_workers.swiftkv.reference import SwiftKV
+from tests.random_checkpoints import TINY, random_model, write_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+
+CHECK = "complete_fn_workers.swiftkv.training.exact"
 
 
 @pytest.mark.parametrize("second_runner", ["0", "1"])
@@ -34,7 +36,7 @@ def test_exact(tmp_path: Path, group: int, eager: bool, second_runner: str) -> N
     settings: dict[str, Any] = {"attention_backend": "TRITON_ATTN", "enforce_eager": eager}
     settings["max_num_batched_tokens"] = 300
     done = subprocess.run(
-        [sys.executable, "-m", "complete_fn_workers.swiftkv.exact", str(folder), "--set", json.dumps(settings)],
+        [sys.executable, "-m", CHECK, str(folder), "--set", json.dumps(settings)],
         env=os.environ | {"VLLM_USE_V2_MODEL_RUNNER": second_runner},
         capture_output=True,
         text=True,

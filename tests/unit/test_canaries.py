@@ -14,7 +14,8 @@ import pytest
 from fastapi import FastAPI
 
 import complete_fn_workers
-from complete_fn_workers import celery_internals, vllm_internals
+from complete_fn_workers import celery_internals
+from complete_fn_workers.engine import vllm_internals
 from tests.canaries import Need, complaint, needs_in, without
 
 ROOT = Path(__file__).parents[2]

@@ -26,7 +26,7 @@ from complete_fn.ledger.usage import usage
 from complete_fn.store.store import Store
 from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
-from complete_fn_workers.swiftkv.flops import skipped_share
+from complete_fn_workers.swiftkv.serving.flops import skipped_share
 
 MODEL = Model("m", "m", engine="echo", prices=Prices(Decimal("2"), Decimal("0.5"), Decimal("8")))
 

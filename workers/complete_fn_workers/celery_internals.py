@@ -1,18 +1,18 @@
 """Celery's insides: what we read and set of Celery that Celery does not offer to others.
 
-The canaries (`tests/integration/test_canaries_celery.py`) read the table below and look up each name in the Celery that
-is installed. An entry is: where in Celery, and the names there (of a function: its parameters); then which file needs
-them for what, and why no public way does. All of them were seen in Celery 5.7.0.
+The canaries (`tests/integration/workers/test_canaries_celery.py`) read the table below and look up each name in the
+Celery that is installed. An entry is: where in Celery, and the names there (of a function: its parameters); then which
+file needs them for what, and why no public way does. All of them were seen in Celery 5.7.0.
 
 celery.worker.state  maybe_shutdown should_stop
-    messages.py, to end a worker that runs in a thread. `WorkController.stop()` is public, but it waits without bound
-    for a task that waits for a hand, and leaves a worker that looks for a broker that is away looking; Celery's own
-    helper for tests sets this module's flags too.
+    celery_messages.py, to end a worker that runs in a thread. `WorkController.stop()` is public, but it waits without
+    bound for a task that waits for a hand, and leaves a worker that looks for a broker that is away looking; Celery's
+    own helper for tests sets this module's flags too.
 celery.worker.consumer.gossip:Gossip.__init__  without_gossip
 celery.worker.consumer.mingle:Mingle.__init__  without_mingle
 celery.worker.consumer.heart:Heart.__init__  without_heartbeat
-    messages.py, to exchange nothing with other workers. `WorkController` takes any keyword and ignores what it does not
-    know; only its command line documents these.
+    celery_messages.py, to exchange nothing with other workers. `WorkController` takes any keyword and ignores what it
+    does not know; only its command line documents these.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from complete_fn.server.worker_api import internal_secret, serve_internal
 from complete_fn.service.service import Service
 from complete_fn.settings import load_settings
 from complete_fn.worker.loop import AT_ONCE, TAILS, WorkerLoop
-from complete_fn_workers.messages import Messages
+from complete_fn_workers.celery_messages import Messages
 
 LOG = logging.getLogger("complete_fn.worker")
 DESCRIPTION = """\

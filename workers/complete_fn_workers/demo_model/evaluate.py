@@ -9,7 +9,7 @@ from pathlib import Path
 
 from complete_fn import Session
 from complete_fn_workers.demo_model.corpus import AS_JSON, SECTION, SYNOPSIS, Package
-from complete_fn_workers.metrics import exact_match, first_sentence, is_json_object, macro_f1, mean_rouge_l
+from complete_fn_workers.quality_scores import exact_match, first_sentence, is_json_object, macro_f1, mean_rouge_l
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         RequestError: the verb, its options or its files cannot be used.
     """
     if argv[:1] == ["check"]:
-        from complete_fn_workers.swiftkv.exact import main as check
+        from complete_fn_workers.swiftkv.training.exact import main as check
 
         return check(argv[1:])
     if argv[:1] in ([], ["--help"], ["-h"]):

@@ -15,13 +15,13 @@ from complete_fn.engines.catalogue import Model, find_model
 from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn.types import SamplingParams
 from complete_fn_workers.swiftkv.checkpoint import load_pair, read_config, refuse_as_teacher, swiftkv_of
-from complete_fn_workers.swiftkv.convert import convert, licence_of, refuse_layers, refuse_name, write_student
-from complete_fn_workers.swiftkv.distill import Recipe, State, freeze_teacher, train
-from complete_fn_workers.swiftkv.evaluate import compare_answers, table
-from complete_fn_workers.swiftkv.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
 from complete_fn_workers.swiftkv.reference import SwiftKV
-from complete_fn_workers.swiftkv.remembered import fit_start
-from complete_fn_workers.swiftkv.scores import forced
+from complete_fn_workers.swiftkv.training.activations import fit_start
+from complete_fn_workers.swiftkv.training.convert import convert, licence_of, refuse_layers, refuse_name, write_student
+from complete_fn_workers.swiftkv.training.distill import Recipe, State, freeze_teacher, train
+from complete_fn_workers.swiftkv.training.evaluate import compare_answers, table
+from complete_fn_workers.swiftkv.training.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
+from complete_fn_workers.swiftkv.training.forced_scores import forced
 
 
 def add_layers(parser: argparse.ArgumentParser) -> None:

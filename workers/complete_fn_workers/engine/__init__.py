@@ -1,0 +1,1 @@
+"""The embedded engine: vLLM in a child process, and its callers' side."""

@@ -1,0 +1,346 @@
+"""The embedded engine as its parents see it: vLLM in a child process of ours, reached over a Unix socket.
+
+The child is shared by all threads of this process and by other processes of the same user, and ends when the last of
+them has let go, however it did (see `engine_launch`). Imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from complete_fn.engines.catalogue import Model
+from complete_fn.engines.structured_output import checked
+from complete_fn.engines.tokenizer import count_with, encodable, tokenizer_file
+from complete_fn.errors import EngineError
+from complete_fn.history.device_time import DeviceTime
+from complete_fn.host import here
+from complete_fn.settings import Settings
+from complete_fn.types import Completion, CompletionRequest, RowError, Usage
+from complete_fn_workers.engine.launch import EnginePlace, engine_place, engine_spec, join_engine, knock, log_tail
+from complete_fn_workers.engine.wire import RECEIVE_BYTES, Frames, pack
+
+CHUNK_ROWS = 32
+LOOK_SECONDS = 0.2  # how often a stream that waits looks whether it is abandoned
+METER_SECONDS = 5.0  # for the child's last word: it comes between two steps
+UNSENDABLE = "The prompt has no messages, or a lone surrogate (half of a character) that cannot be encoded."
+
+
+class EngineGone(Exception):
+    """The connection to the child broke."""
+
+
+class Link:
+    """One connection to the child. Not for several threads at once."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self.link = link
+        self.frames = Frames()
+        self.messages: list[dict[str, Any]] = []
+        self.answers: deque[list[Any]] = deque()  # received and not yet given out
+        self.poll = select.poll()
+        self.poll.register(link, select.POLLIN)
+        links.add(self)
+
+    def send(self, message: dict[str, Any]) -> None:
+        try:
+            self.link.sendall(pack(message))
+        except OSError as error:
+            raise EngineGone from error
+
+    def receive(self, seconds: float | None = None) -> dict[str, Any]:
+        """The next message; waits for it, or {} after so many seconds."""
+        while not self.messages:
+            if seconds is not None and not self.poll.poll(seconds * 1000):
+                return {}
+            try:
+                received = self.link.recv(RECEIVE_BYTES)
+            except OSError as error:
+                raise EngineGone from error
+            if not received:
+                raise EngineGone
+            self.messages = self.frames.feed(received)
+        return self.messages.pop(0)
+
+    def readable(self) -> bool:
+        try:
+            return bool(self.messages) or self.link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) is not None
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # broken, which the next `receive` says
+
+    def close(self) -> None:
+        self.link.close()
+
+
+links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+def close_inherited() -> None:
+    """In a forked child of the parent: its copies of the connections must not keep the engine alive."""
+    for link in links:
+        link.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=close_inherited)
+
+
+class EmbeddedEngine:
+    """vLLM on this machine, behind the `Engine` protocol. The child, `pid`, starts with the first row."""
+
+    def __init__(self, model: Model, place: EnginePlace) -> None:
+        self.model = model
+        self.place = place
+        self.guard = threading.Lock()
+        self.lifeline: Link | None = None
+        self.child: subprocess.Popen[bytes] | None = None
+        self.owner = os.getpid()
+        self.pid: int | None = None
+        self.device: str | None = None  # what the child runs on, once it has said so
+        self.device_time = DeviceTime(self.read_meter)
+
+    def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
+        """As in `Engine.stream`. At most 2 x max_num_seqs requests are in flight; a dead child is restarted once."""
+        feed = enumerate(requests)
+        unfinished: dict[int, CompletionRequest] = {}
+        for attempt in (1, 2):
+            link = None
+            try:
+                link, window = self.connect(tenant)
+                yield from exchange(link, window, feed, unfinished, partial(is_abandoned, requests), self.device_time)
+                return
+            except EngineGone:
+                if attempt == 2:
+                    raise EngineError(self.obituary("died twice")) from None
+                if any(request.tell is not None for request in unfinished.values()):
+                    raise EngineError(self.obituary("died while its answer was being read")) from None
+            finally:
+                if link is not None:
+                    if unfinished:
+                        stop(link, self.device_time)
+                    link.close()
+
+    def connect(self, tenant: str) -> tuple[Link, int]:
+        """A connection of its own for a stream, and how many rows may be in flight on it."""
+        self.start()
+        found = knock(self.place)
+        if found is None:
+            raise EngineGone
+        link = Link(found)
+        try:
+            ready = self.greeting(link)
+            link.send({"open": {"tenant": tenant, "default_max_tokens": self.model.default_max_tokens}})
+        except BaseException:
+            link.close()
+            raise
+        return link, 2 * int(ready["max_num_seqs"])
+
+    def start(self) -> None:
+        """Hold a connection to a living child."""
+        with self.guard:
+            if self.lifeline is not None and self.owner == os.getpid() and not ended(self.lifeline):
+                return
+            self.release()
+            link, child = join_engine(self.place)
+            self.child = child or self.child
+            self.lifeline, self.owner = Link(link), os.getpid()
+
+    def greeting(self, link: Link) -> dict[str, Any]:
+        """Wait until the model is loaded."""
+        message = link.receive()
+        if "failed" in message:
+            raise EngineError(self.obituary(f"cannot start: {message['failed']}"))
+        ready: dict[str, Any] = message["ready"]
+        self.pid = int(ready["pid"])
+        self.device = str(ready["device"])
+        self.device_time.name = f"{here()}/{self.pid}"
+        self.device_time.skipped = float(ready["skipped"])
+        return ready
+
+    def read_meter(self) -> None:
+        """Hear of the device time up to now; nothing if the child is not there."""
+        if self.pid is None or self.lifeline is None or ended(self.lifeline):
+            return
+        with suppress(EngineGone, EngineError):
+            link, _ = self.connect("")
+            try:
+                link.send({"meter": True})
+                self.device_time.told(*link.receive(METER_SECONDS).get("meter", (0.0, 0.0, 0.0)))
+            finally:
+                link.close()
+
+    def obituary(self, what: str) -> str:
+        end = self.child.poll() if self.child is not None else None
+        if end is not None and end < 0:
+            what += f" (signal {-end}{'; perhaps out of memory' if end == -signal.SIGKILL else ''})"
+        tail = log_tail(self.place.log)
+        return f"The engine of model {self.model.name!r} {what}\nThe end of its log {str(self.place.log)!r}:\n{tail}"
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """By the tokenizer.json on this machine; where there is none, by the child."""
+        file = tokenizer_file(self.model)
+        if file is not None:
+            return count_with(file, texts)
+        link, _ = self.connect("")
+        try:
+            link.send({"count": [encodable(text) for text in texts]})
+            return list(link.receive()["counts"])
+        finally:
+            link.close()
+
+    def release(self) -> None:
+        if self.lifeline is not None:
+            self.lifeline.close()
+            self.lifeline = None
+        if self.child is not None:
+            self.child.poll()
+
+    def close(self) -> None:
+        with self.guard:
+            self.release()
+
+
+def ended(link: Link) -> bool:
+    """Whether the child's side of the lifeline is closed. What it says there (the greeting) is of no use."""
+    try:
+        while link.link.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT):
+            continue
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def exchange(
+    link: Link,
+    window: int,
+    feed: Iterator[tuple[int, CompletionRequest]],
+    unfinished: dict[int, CompletionRequest],
+    abandoned: Callable[[], bool],
+    device_time: DeviceTime,
+) -> Iterator[tuple[int, Completion]]:
+    """Keep the window full and yield what is done. `unfinished` has what is in flight, also when the child dies."""
+    sender = RowSender(link)
+    sender.send(list(unfinished.items()))
+    exhausted = False
+    while unfinished or not exhausted:
+        while not exhausted and len(unfinished) < window:
+            rows = list(islice(feed, min(CHUNK_ROWS, window - len(unfinished))))
+            exhausted = not rows
+            good = [row for row in rows if sendable(row[1])]
+            unfinished.update(good)
+            sender.send(good)
+            if len(good) < len(rows):
+                for number in sorted({number for number, _ in rows} - {number for number, _ in good}):
+                    yield number, Completion.failed("invalid_request", UNSENDABLE)
+            if link.readable():
+                break
+        if abandoned():
+            return
+        if unfinished:
+            message = link.receive(LOOK_SECONDS)
+            for number, piece, *tokens in message.get("text", ()):
+                if (tell := unfinished[number].tell) is not None:
+                    tell(piece, Usage(*tokens))
+            if "meter" in message:
+                device_time.told(*message["meter"])
+            link.answers.extend(message.get("done", ()))
+            while link.answers:
+                number, *answer = link.answers.popleft()
+                request = unfinished.pop(number)
+                yield number, checked(completion(answer, request.choices), request)
+
+
+def stop(link: Link, device_time: DeviceTime) -> None:
+    """Abort what is under way. The time of answers that nobody takes any more is lost, as that of aborted rows is."""
+    unread, until = list(link.answers), time.monotonic() + METER_SECONDS
+    try:
+        link.send({"stop": True})
+        while message := link.receive(max(0.0, until - time.monotonic())):
+            unread += message.get("done", ())
+            if "meter" in message:
+                device_time.told(*message["meter"])
+            if "stopped" in message:
+                break
+    except EngineGone:
+        pass  # what it had not told is lost with it
+    device_time.told(0.0, 0.0, sum(usage_of(answer).device_seconds for _, *answer in unread))
+
+
+def is_abandoned(requests: Iterable[CompletionRequest]) -> bool:
+    return bool(getattr(requests, "abandoned", False))
+
+
+def sendable(request: CompletionRequest) -> bool:
+    """Whether the prompt is text that can be encoded, and there is a prompt at all."""
+    parts = [request.prompt] if isinstance(request.prompt, str) else [m.content for m in request.prompt]
+    try:
+        for part in parts:
+            part.encode()
+    except UnicodeEncodeError:
+        return False
+    return bool(parts)
+
+
+class RowSender:
+    """Writes rows; options travel only when they change."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.last: tuple[Any, ...] | None = None
+
+    def send(self, rows: list[tuple[int, CompletionRequest]]) -> None:
+        if rows:
+            self.link.send({"rows": [self.row(number, request) for number, request in rows]})
+
+    def row(self, number: int, request: CompletionRequest) -> list[Any]:
+        prompt = request.prompt
+        row: list[Any] = [number, prompt if isinstance(prompt, str) else [[m.role, m.content] for m in prompt]]
+        how = {
+            "response_format": request.response_format,
+            "choices": request.choices,
+            "priority": request.priority,
+            "tell": request.tell is not None,
+        }
+        kind = (request.sampling, *how.values())
+        if kind != self.last:
+            self.last = kind
+            row.append({**asdict(request.sampling), **how})
+        return row
+
+
+def completion(answer: list[Any], choices: tuple[str, ...]) -> Completion:
+    text, finish_reason, code, message, scores = answer[:5]
+    error = RowError(code, message) if code is not None else None
+    of_label = None if scores is None else dict(zip(choices, scores, strict=True))
+    return Completion(text, finish_reason, error, usage_of(answer), scores=of_label)
+
+
+def usage_of(answer: list[Any]) -> Usage:
+    return Usage(*answer[5:])
+
+
+def open_engine(model: Model, settings: Settings) -> EmbeddedEngine:
+    """The engine for a catalogue entry; nothing is started yet.
+
+    Raises:
+        UnknownModelError: the entry's folder is not a model.
+        EngineError: the state folder cannot be used.
+    """
+    return EmbeddedEngine(model, engine_place(engine_spec(model, settings), settings))

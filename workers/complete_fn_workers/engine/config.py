@@ -1,0 +1,116 @@
+"""An engine's spec as vLLM's configuration: our defaults, the catalogue's engine_args over them, memory bounded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from vllm import EngineArgs
+from vllm.config import VllmConfig
+from vllm.platforms import CpuArchEnum, current_platform
+from vllm.plugins import load_general_plugins
+
+from complete_fn_workers.engine.machine import GIB, computes_bfloat16, memory_bytes
+from complete_fn_workers.engine.vllm_internals import (
+    add_seats,
+    checkpoint_config,
+    create_config,
+    full_cache_bytes,
+    set_cache_bytes,
+)
+
+LOAD_FORMATS = ("safetensors", "dummy")
+INTERACTIVE_SEATS = 4
+OURS = ("model", "tokenizer", "revision", "trust_remote_code", "disable_log_stats")
+
+
+class ConfigurationError(Exception):
+    """The engine_args cannot be used."""
+
+
+def vllm_config(spec: dict[str, Any]) -> VllmConfig:
+    """The configuration to start with.
+
+    Raises:
+        ConfigurationError: an engine_arg is unknown, or would load code or pickles.
+    """
+    own = dict(spec["engine_args"])
+    check_engine_args(own)
+    defaults: dict[str, Any] = {
+        "max_model_len": spec["max_model_len"] or -1,  # -1: as much of the model's context as the KV cache holds
+        "load_format": "safetensors",
+        "enable_prefix_caching": True,
+        # One backend for all rows, as vLLM cannot mix them; this one compiles in no time and knows the most keywords.
+        "structured_outputs_config": {"backend": "guidance", "disable_additional_properties": True},
+        "seed": 0,
+        "scheduling_policy": "priority",  # first come, first served among rows of one lane
+    }
+    if current_platform.is_cpu():
+        # Blocks of 128 tokens, the CPU default, never hit on a 100-token instruction; compiling costs 50 s at start.
+        defaults |= {"block_size": 32, "enforce_eager": True, "dtype": cpu_dtype(spec)}
+    fixed = {
+        "model": spec["checkpoint"],
+        "revision": spec["revision"],
+        "tokenizer_revision": spec["revision"],
+        "trust_remote_code": False,
+        "disable_log_stats": True,
+    }
+    config = create_config({**defaults, **own, **fixed})
+    bound_memory(config, own, spec["kv_cache_gib"])
+    # Seats of their own, so that a chat need not wait until a bulk row ends.
+    add_seats(config, INTERACTIVE_SEATS)
+    return config
+
+
+def cpu_dtype(spec: dict[str, Any]) -> str:
+    """float32 for a half-precision checkpoint on an x86 CPU that would compute it in float32 anyway, value by value.
+
+    There float32 is several times faster (benchmarks/figures.md); it is kept from models whose weights would then take
+    more than a third of memory, and from quantised ones.
+    """
+    if current_platform.get_cpu_architecture() != CpuArchEnum.X86 or computes_bfloat16():
+        return "auto"
+    load_general_plugins()  # SwiftKV's configuration among them
+    config = checkpoint_config(spec["checkpoint"], spec["revision"])
+    try:
+        weights = 4 * most_weights(config.get_text_config())
+    except (AttributeError, TypeError):  # dimensions of another kind
+        return "auto"
+    quantised = getattr(config, "quantization_config", None) is not None
+    return "auto" if quantised or weights > memory_bytes() / 3 else "float32"
+
+
+def most_weights(config: Any) -> int:
+    """A bound on a decoder's parameters from its configuration's dimensions."""
+    width, vocabulary = int(config.hidden_size), int(config.vocab_size)
+    experts = int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1)
+    mlp = 3 * width * int(getattr(config, "intermediate_size", None) or 4 * width) * experts
+    return int(config.num_hidden_layers) * (4 * width * width + mlp) + 2 * vocabulary * width
+
+
+def check_engine_args(own: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name, value in own.items():
+        if name in OURS and value is not False:
+            raise ConfigurationError(f"engine_args.{name} cannot be set: the model's entry has it, or it is refused.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ConfigurationError(f"engine_args has no {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+    load_format = own.get("load_format", "safetensors")
+    if load_format not in LOAD_FORMATS:
+        raise ConfigurationError(f"engine_args.load_format {load_format!r} is not one of {', '.join(LOAD_FORMATS)}.")
+
+
+def bound_memory(config: VllmConfig, own: dict[str, Any], limit_gib: float | None) -> None:
+    """Give the KV cache a size: the user's, else a tenth of RAM (1 to 8 GiB), but no more than could be in use.
+
+    On a GPU its memory is vLLM's to fill (gpu_memory_utilization), unless the user said a size.
+    """
+    if "kv_cache_memory_bytes" in own or "gpu_memory_utilization" in own:
+        return
+    if limit_gib is not None:
+        set_cache_bytes(config, int(limit_gib * GIB))
+    elif current_platform.is_cpu():
+        share = min(8 * GIB, max(GIB, memory_bytes() // 10))
+        set_cache_bytes(config, min(share, full_cache_bytes(config)))

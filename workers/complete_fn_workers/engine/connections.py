@@ -1,0 +1,195 @@
+"""The child's connections: one thread that accepts, reads and writes, and ends the child when nobody is left."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import queue
+import selectors
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from complete_fn_workers.engine.wire import RECEIVE_BYTES, Frames, pack
+
+LINGER_S = 1.0  # without a connection for so long, the child ends; the next command of a shell loop still finds it
+TICK_S = 0.25
+
+
+class Connection:
+    """One stream of one parent. `settings` and `options` are what its last frames said."""
+
+    def __init__(self, link: socket.socket) -> None:
+        link.setblocking(False)
+        self.link = link
+        self.frames = Frames()
+        self.unsent = bytearray()
+        self.closed = False
+        self.tenant = ""
+        self.default_max_tokens = 512
+        self.options: Any = None
+
+
+class Connections:
+    """All connections. What they say is put on `inbox` as (connection, message); (connection, None): it is gone."""
+
+    def __init__(self, listener: socket.socket, parent: socket.socket, files: tuple[Path, Path]) -> None:
+        listener.setblocking(False)
+        self.listener = listener
+        self.socket_file, self.lock_file = files
+        self.inbox: queue.SimpleQueue[tuple[Connection, dict[str, Any] | None]] = queue.SimpleQueue()
+        self.open: set[Connection] = set()
+        self.greeting: bytes | None = None
+        self.guard = threading.Lock()
+        self.selector = selectors.DefaultSelector()
+        self.alarm, self.bell = socket.socketpair()
+        self.alarm.setblocking(False)
+        self.bell.setblocking(False)
+        self.selector.register(listener, selectors.EVENT_READ)
+        self.selector.register(self.alarm, selectors.EVENT_READ)
+        self.alone_since = time.monotonic()
+        self.admit(parent)
+        threading.Thread(target=self.run, name="connections", daemon=True).start()
+
+    def greet(self, message: dict[str, Any]) -> None:
+        """Say this to every connection, those that come later included."""
+        with self.guard:
+            self.greeting = pack(message)
+            everyone = list(self.open)
+        for connection in everyone:
+            self.write(connection, self.greeting)
+
+    def send(self, connection: Connection, message: dict[str, Any]) -> None:
+        self.write(connection, pack(message))
+
+    def write(self, connection: Connection, frame: bytes) -> None:
+        """Send now what the socket takes; the rest goes out when the parent reads again, so it stalls nobody else."""
+        with self.guard:
+            if connection.closed:
+                return
+            if not connection.unsent:
+                try:
+                    frame = frame[connection.link.send(frame) :]
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    return  # the reading side notices and drops it
+            if frame:
+                connection.unsent += frame
+                with contextlib.suppress(BlockingIOError):  # it rings already
+                    self.bell.send(b"!")
+
+    def drained(self, seconds: float) -> None:
+        """Wait until everything is sent, at most so long."""
+        until = time.monotonic() + seconds
+        while any(c.unsent for c in list(self.open)) and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def run(self) -> None:
+        try:
+            self.serve()
+        finally:
+            end()  # a child that nobody can reach must not stay
+
+    def serve(self) -> None:
+        while True:
+            for key, events in self.selector.select(TICK_S):
+                if key.fileobj is self.listener:
+                    self.accept()
+                elif key.fileobj is self.alarm:
+                    self.await_writable()
+                else:
+                    if events & selectors.EVENT_WRITE:
+                        self.flush(key.data)
+                    if events & selectors.EVENT_READ:
+                        self.read(key.data)
+            if self.open:
+                self.alone_since = time.monotonic()
+            elif time.monotonic() - self.alone_since > LINGER_S:
+                self.leave()
+
+    def accept(self) -> None:
+        try:
+            link, _ = self.listener.accept()
+        except OSError:  # nobody is there, or no descriptor is left for them: they will knock again
+            return
+        self.admit(link)
+
+    def admit(self, link: socket.socket) -> None:
+        connection = Connection(link)
+        self.selector.register(link, selectors.EVENT_READ, connection)
+        with self.guard:
+            self.open.add(connection)
+            greeting = self.greeting
+        if greeting is not None:
+            self.write(connection, greeting)
+
+    def read(self, connection: Connection) -> None:
+        try:
+            received = connection.link.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            received = b""
+        if not received:
+            self.drop(connection)
+            return
+        try:
+            for message in connection.frames.feed(received):
+                self.inbox.put((connection, message))
+        except ValueError:  # whoever this is, it does not speak our protocol
+            self.drop(connection)
+
+    def drop(self, connection: Connection) -> None:
+        if connection.closed:
+            return
+        self.selector.unregister(connection.link)
+        with self.guard:
+            connection.closed = True
+            connection.unsent.clear()
+            connection.link.close()
+            self.open.discard(connection)
+        self.inbox.put((connection, None))
+
+    def await_writable(self) -> None:
+        self.alarm.recv(RECEIVE_BYTES)
+        for connection in list(self.open):
+            if connection.unsent:
+                self.selector.modify(connection.link, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
+
+    def flush(self, connection: Connection) -> None:
+        with self.guard:
+            try:
+                del connection.unsent[: connection.link.send(connection.unsent)]
+            except OSError:
+                return
+            if not connection.unsent:
+                self.selector.modify(connection.link, selectors.EVENT_READ, connection)
+
+    def leave(self) -> None:
+        """End the child, unless a parent is just connecting: it holds the lock while it does."""
+        try:
+            lock = self.lock_file.open("w")
+        except OSError:  # the folder is gone, and with it every way to find us
+            end()
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            self.accept()
+            if self.open:
+                return
+            self.socket_file.unlink(missing_ok=True)
+            end()
+
+
+def end() -> NoReturn:
+    """No orderly shutdown: the engine may be in the middle of a long step, and nobody waits for its answers."""
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGTERM)  # vLLM's workers of a tensor-parallel model too
+    os._exit(0)

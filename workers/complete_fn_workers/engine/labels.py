@@ -1,0 +1,104 @@
+"""One-token classification: labels as a tree of tokens, and the search for the likeliest of them.
+
+A label's probability is the product, over the places where its tokens part from another label's, of its token's
+probability among those that go on there (what decoding held to the labels would draw from). A step of the engine
+scores all tokens of one place, so labels that differ in their first token take one. Where the likeliest way on is
+shared by several labels, the place where they part is asked next; no other place can hold the answer, because the
+probability of the way to it is the most that any label behind it can have. The result is the exact argmax.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from complete_fn_workers.engine.wire import RowRefused
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where labels part: their numbers, the tokens that they share, and where each next token leads.
+
+    A place with one label leads nowhere.
+    """
+
+    labels: tuple[int, ...]
+    path: tuple[int, ...] = ()
+    ways: Mapping[int, Place] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """Tokens before the furthest place where labels part."""
+        return max([len(self.path), *(way.depth for way in self.ways.values() if way.ways)])
+
+
+def grow(labels: Mapping[int, Sequence[int]], depth: int = 0) -> Place:
+    """The place where labels (tokens by number, none the beginning of another) part that share `depth` tokens."""
+    numbers = tuple(labels)
+    if len(labels) == 1:
+        return Place(numbers)
+    first, *others = labels.values()
+    while all(tokens[depth] == first[depth] for tokens in others):
+        depth += 1
+    ways: dict[int, dict[int, Sequence[int]]] = {}
+    for number, tokens in labels.items():
+        ways.setdefault(tokens[depth], {})[number] = tokens
+    return Place(numbers, tuple(first[:depth]), {token: grow(way, depth + 1) for token, way in ways.items()})
+
+
+def label_tree(tokens: Sequence[Sequence[int]], names: Sequence[str], end: int | None) -> Place:
+    """The tree of labels given as tokens. `end` is the token that ends an answer: it tells a label from a longer one.
+
+    Raises:
+        RowRefused: two labels are the same to the tokenizer, one has the end token in it, or one begins another and
+            the model has no end token.
+    """
+    seen: dict[tuple[int, ...], str] = {}
+    for ids, name in zip(map(tuple, tokens), names, strict=True):
+        if ids in seen:
+            why = f"The labels {seen[ids]!r} and {name!r} are the same to the model's tokenizer. Rename one."
+            raise RowRefused("invalid_request", why)
+        if end in ids:
+            why = f"The label {name!r} has the model's token that ends an answer in it. Rename it."
+            raise RowRefused("invalid_request", why)
+        seen[ids] = name
+    if end is None:
+        for ids, name in seen.items():
+            if longer := next((n for other, n in seen.items() if other[: len(ids)] == ids and n != name), None):
+                why = f"The label {name!r} begins {longer!r}, and the model has no token that ends an answer."
+                raise RowRefused("invalid_request", f"{why} Rename one.")
+    return grow({n: (*ids, *([] if end is None else [end])) for n, ids in enumerate(seen)})
+
+
+class Search:
+    """The search for one row's label: `tell` it the log-probabilities of `place.ways` until it has the answer."""
+
+    def __init__(self, tree: Place) -> None:
+        self.scores: list[float | None] = [None] * len(tree.labels)
+        self.steps = 0
+        self.open: list[tuple[float, tuple[int, ...], Place]] = [(0.0, tree.labels, tree)]
+
+    @property
+    def place(self) -> Place:
+        """The likeliest way so far: where to ask next, or the answer."""
+        return self.open[0][2]
+
+    @property
+    def answer(self) -> int | None:
+        return None if self.place.ways else self.place.labels[0]
+
+    def tell(self, logprobs: Mapping[int, float]) -> None:
+        """`logprobs` by token, for every token of `place.ways`."""
+        surprise, _, place = heapq.heappop(self.open)
+        self.steps += 1
+        top = max(logprobs[token] for token in place.ways)
+        weights = {t: math.exp(logprobs[t] - top) if top > -math.inf else 1.0 for t in place.ways}
+        total = sum(weights.values())
+        for token, way in place.ways.items():
+            share = weights[token] / total
+            behind = surprise - math.log(share) if share else math.inf
+            heapq.heappush(self.open, (behind, way.labels, way))
+            if not way.ways:
+                self.scores[way.labels[0]] = math.exp(-behind)

@@ -1,0 +1,279 @@
+"""The loop of the engine's child process: take what has come, admit rows, do one step of vLLM, send what is done.
+
+vLLM runs in this process, in its main thread. Rows of all connections share the one continuously batching engine.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from complete_fn_workers.engine.connections import Connection, Connections
+from complete_fn_workers.engine.machine import available_cores
+from complete_fn_workers.engine.steps.kv_window import Held, KVWindow
+from complete_fn_workers.engine.steps.metering import NOTHING, Charge, StepMeter
+from complete_fn_workers.engine.steps.step_limit import StepPace
+from complete_fn_workers.engine.steps.step_work import Shape
+from complete_fn_workers.engine.vllm_internals import EngineFacts, read_engine, requests_under_way
+from complete_fn_workers.engine.wire import RowRefused
+
+
+class Row(NamedTuple):
+    """A row that waits for admission."""
+
+    connection: Connection
+    number: int
+    prompt: Any
+    sampling: Any
+
+
+class Ready(NamedTuple):
+    """A row, and what the engine is asked for it: its tokens and limits."""
+
+    row: Row
+    asked: Any
+
+
+@dataclass(slots=True)
+class Admitted:
+    """A row that vLLM has. `told` characters of its text were sent already."""
+
+    connection: Connection
+    number: int
+    asked: Any
+    internal_id: str
+    priority: int
+    told: int = 0
+
+    @property
+    def bulk(self) -> bool:
+        return self.priority >= 0
+
+
+class EngineLoop:
+    """Feeds one vLLM engine from all connections. Rows with a priority below 0 overtake all others."""
+
+    def __init__(self, connections: Connections, llm: Any) -> None:
+        from complete_fn_workers.engine.config import INTERACTIVE_SEATS
+        from complete_fn_workers.engine.rows import PromptReader
+
+        self.connections = connections
+        self.llm = llm
+        self.facts = facts = read_engine(llm)
+        self.prompts = PromptReader(llm.get_tokenizer())
+        self.context = facts.context
+        self.max_num_seqs = facts.rows - INTERACTIVE_SEATS
+        self.interactive: deque[Row] = deque()
+        self.waiting: deque[Row] = deque()
+        self.running: dict[str, Admitted] = {}
+        self.running_bulk = self.admitted = 0  # rows in vLLM; those that are new to it
+        self.pace = StepPace(facts.step_tokens)
+        self.window = KVWindow(facts.cache_blocks, facts.block_tokens)
+        self.next: Ready | None = None  # the first bulk row, read, while the cache has no room for it
+        self.meter = StepMeter(requests_under_way(llm), shape_of(facts), facts.devices, facts.overlaps)
+        self.done: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
+        self.text: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
+        self.serial = 0
+        self.steps = 0
+
+    @property
+    def greeting(self) -> dict[str, Any]:
+        from complete_fn_workers.swiftkv.serving.flops import skipped_share
+
+        limits = {"max_model_len": self.context, "max_num_seqs": self.max_num_seqs}
+        what = {"device": device_name(), "skipped": skipped_share(self.facts.config)}
+        return {"ready": {**limits, "pid": os.getpid(), **what}}
+
+    def run(self) -> None:
+        while True:
+            self.take(block=not (self.running or self.waiting or self.interactive or self.next))
+            if self.pace.takes_bulk(self.admit_chats(), self.running_bulk):
+                self.admit_bulk()
+            if self.running:
+                self.step()
+            self.deliver()
+
+    def admit_chats(self) -> int:
+        """All that wait, as far as there are seats; how many."""
+        chats = 0
+        while self.interactive and len(self.running) < 2 * self.max_num_seqs:
+            if (chat := self.readied(self.interactive.popleft())) is not None:
+                self.submit(chat.row, chat.asked, chat.row.sampling.priority)
+                chats += 1
+            self.pace.chat()
+        return chats
+
+    def admit_bulk(self) -> None:
+        """Fill the seats as far as the cache has room; while somebody chats, as far as the next step stays short."""
+        decoding = len(self.running)
+        while (self.next or self.waiting) and self.running_bulk < self.max_num_seqs:
+            if self.running_bulk and self.pace.room(decoding) <= 0:
+                return
+            ready, self.next = self.next or self.readied(self.waiting.popleft()), None
+            if ready is not None and not self.fits(ready):
+                self.next = ready  # goes first, as soon as others have left
+                return
+            if ready is not None:
+                self.submit(ready.row, ready.asked, ready.row.sampling.priority)
+
+    def step(self) -> None:
+        decoding = len(self.running) - self.admitted
+        self.admitted = 0
+        began = time.monotonic()
+        self.steps += 1
+        outputs = self.llm.step()
+        took = time.monotonic() - began
+        self.pace.stepped(took, decoding)
+        self.meter.stepped(took)
+        for output in outputs:
+            self.note(output)
+
+    def take(self, block: bool) -> None:
+        """Everything that has come; waits for the first if there is nothing else to do."""
+        inbox = self.connections.inbox
+        while block or not inbox.empty():
+            connection, message = inbox.get()
+            block = False
+            if message is None:
+                self.forget(connection)
+            else:
+                self.read(connection, message)
+
+    def read(self, connection: Connection, message: dict[str, Any]) -> None:
+        from complete_fn_workers.engine.rows import Sampling
+
+        if "open" in message:
+            connection.tenant = message["open"]["tenant"]
+            connection.default_max_tokens = message["open"]["default_max_tokens"]
+        for number, prompt, *options in message.get("rows", ()):
+            if options:
+                connection.options = Sampling(options[0])
+            lane = self.interactive if connection.options.priority < 0 else self.waiting
+            lane.append(Row(connection, number, prompt, connection.options))
+        if "count" in message:
+            self.connections.send(connection, {"counts": self.prompts.count(message["count"]), "steps": self.steps})
+        if "stop" in message:
+            self.forget(connection)
+            self.tell_time(connection, {"stopped": True})
+        if "meter" in message:
+            self.tell_time(connection, {})
+
+    def tell_time(self, connection: Connection, message: dict[str, Any]) -> None:
+        """With the message. Every second is told once: whoever waited no longer leaves them to the next listener."""
+        if not connection.closed:
+            self.connections.send(connection, {**message, "meter": self.meter.tell()})
+
+    def forget(self, connection: Connection) -> None:
+        """A connection is gone, or wants no more: so are its rows."""
+        self.waiting = deque(row for row in self.waiting if row.connection is not connection)
+        self.interactive = deque(row for row in self.interactive if row.connection is not connection)
+        if self.next is not None and self.next.row.connection is connection:
+            self.next = None
+        gone = [key for key, row in self.running.items() if row.connection is connection]
+        for key in gone:
+            self.meter.give_up(key)
+        self.llm.abort_request([self.leave(key).internal_id for key in gone], internal=True)
+        self.done.pop(connection, None)
+        self.text.pop(connection, None)
+
+    def leave(self, key: str) -> Admitted:
+        self.window.release(key)
+        row = self.running.pop(key)
+        self.running_bulk -= row.bulk
+        return row
+
+    def readied(self, row: Row) -> Ready | None:
+        """The row's tokens and what it needs; None if it is refused."""
+        from complete_fn_workers.engine.rows import asked
+
+        default = row.connection.default_max_tokens
+        try:
+            return Ready(row, asked(self.prompts, row.prompt, row.sampling, self.context, default))
+        except RowRefused as refusal:
+            self.done[row.connection].append([row.number, *refusal.answer])
+        except Exception as error:
+            self.done[row.connection].append([row.number, *unexpected(error).answer])
+        return None
+
+    def held(self, row: Row | Admitted, what: Any) -> Held:
+        return self.window.row(row.connection.tenant, what.ids, what.tokens)
+
+    def fits(self, ready: Ready) -> bool:
+        """Whether the cache has room for a bulk row besides those under way."""
+        return self.window.fits(self.held(*ready))
+
+    def submit(self, row: Row | Admitted, what: Any, priority: int, spent: Charge = NOTHING) -> None:
+        """Hand one request of a row to vLLM. `spent`: on its requests before."""
+        from vllm.inputs import tokens_input
+
+        connection = row.connection
+        self.serial += 1
+        key = str(self.serial)
+        prompt = tokens_input(what.ids, cache_salt=connection.tenant)
+        try:
+            internal = self.llm.add_request(key, prompt, what.params, priority=priority)
+        except Exception as error:  # vLLM's own checks of one row come as several types
+            self.done[connection].append([row.number, *RowRefused("invalid_request", str(error)).answer, *spent])
+        else:
+            self.running[key] = admitted = Admitted(connection, row.number, what, internal, priority)
+            self.meter.admit(key, internal, spent)
+            if admitted.bulk:
+                self.running_bulk += 1
+                self.window.hold(key, self.held(row, what), connection.tenant, what.ids)
+            self.admitted += 1
+            self.pace.admit(len(what.ids))
+
+    def note(self, output: Any) -> None:
+        """An answer, a step towards a label, or the text of a watched row so far."""
+        from complete_fn_workers.engine.rows import tokens_of
+
+        row = self.running.get(output.request_id)
+        if row is None:
+            return
+        if output.finished:
+            self.leave(output.request_id)
+            charge = self.meter.leave(output.request_id)
+            self.pace.finished(len(output.prompt_token_ids), output.num_cached_tokens or 0)
+            try:
+                answer = row.asked.take(output)
+            except Exception as error:
+                answer = unexpected(error).answer
+            if answer is None:
+                self.submit(row, row.asked, row.priority, charge)
+            else:
+                self.done[row.connection].append([row.number, *answer, *charge])
+        elif piece := output.outputs[0].text[row.told :]:
+            row.told += len(piece)
+            self.text[row.connection].append([row.number, piece, *tokens_of(output)])
+
+    def deliver(self) -> None:
+        for connection, pieces in self.text.items():
+            self.connections.send(connection, {"text": pieces})
+        for connection, answers in self.done.items():
+            if connection.closed:  # nobody takes them: their time is lost, as that of rows under way is
+                self.meter.lost += sum(seconds for _, *answer in answers for seconds in answer[8:9])
+            self.tell_time(connection, {"done": answers})
+        self.text.clear()
+        self.done.clear()
+
+
+def unexpected(error: Exception) -> RowRefused:
+    """One row must not end the engine of all. What the error says may have the prompt in it."""
+    return RowRefused("invalid_request", f"The engine failed at this row: {type(error).__name__}.")
+
+
+def shape_of(facts: EngineFacts) -> Shape:
+    return Shape.of(facts.text_config, facts.weight_bytes, facts.cache_bytes)
+
+
+def device_name() -> str:
+    """What the model runs on, for the rates of past runs."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return f"{available_cores()} cores, {platform.machine()}"
+    return str(current_platform.get_device_name())

@@ -1,0 +1,1 @@
+"""SwiftKV models on vLLM."""

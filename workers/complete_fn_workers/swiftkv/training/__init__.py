@@ -1,0 +1,1 @@
+"""SwiftKV checkpoints made and scored."""
