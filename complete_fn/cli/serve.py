@@ -79,17 +79,17 @@ def serve_main(argv: list[str]) -> int:
             f"complete-fn serves {where}/v1 (API: {where}/docs; state: {service.store.place}). Ctrl-C ends it.",
             file=sys.stderr,
         )
-        app = make_app(service, loopback, rounds=rounds_of(service, broker, workers))
+        app = make_app(service, loopback, maintenance=maintenance_of(service, broker, workers))
         config = resolve("uvicorn:Config")(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
         uvicorn(config).run(sockets=[listener])
     return OK
 
 
-def rounds_of(service: Any, broker: str | None, workers: tuple[int, int] | None) -> Any:
+def maintenance_of(service: Any, broker: str | None, workers: tuple[int, int] | None) -> Any:
     """What this process does for its worker processes; None where it runs the jobs itself."""
     if broker is None:
         return None
-    rounds, fleet, worker_starter = (
+    maintenance, fleet, worker_starter = (
         resolve(name)
         for name in (
             "complete_fn.worker.maintenance:Maintenance",
@@ -98,11 +98,11 @@ def rounds_of(service: Any, broker: str | None, workers: tuple[int, int] | None)
         )
     )
     if workers is None or not workers[1]:
-        return rounds(service)
+        return maintenance(service)
     devices = visible_devices()
     least, most = within_devices(*workers, devices)
     start = worker_starter(service.settings, broker, service.idle_seconds, device_shares(devices, most))
-    return rounds(service, fleet(service.workers, start, least, most, service.idle_seconds))
+    return maintenance(service, fleet(service.workers, start, least, most, service.idle_seconds))
 
 
 @contextmanager

@@ -42,7 +42,7 @@ catalogue. Errors are `{"error": {"message", "type", "param", "code"}}` everywhe
 
 
 def make_app(
-    service: Service, loopback: bool = True, workers: int = AT_ONCE, rounds: Maintenance | None = None
+    service: Service, loopback: bool = True, workers: int = AT_ONCE, maintenance: Maintenance | None = None
 ) -> FastAPI:
     """The application; it owns the service from here on and closes it when it ends.
 
@@ -50,14 +50,14 @@ def make_app(
         loopback: whether only this machine reaches it. If so, and as long as no API key was ever made, none is asked
             for.
         workers: parts of jobs that run at the same time in this process.
-        rounds: the upkeep of a service whose workers are other processes: they run the jobs, and answer chats too.
+        maintenance: the upkeep of a service whose workers are other processes: they run the jobs, and answer chats too.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.lanes = anyio.CapacityLimiter(live_chat.AT_ONCE)
         app.state.tables = TableSlots()
-        app.state.loop = rounds or WorkerLoop(service, workers)
+        app.state.loop = maintenance or WorkerLoop(service, workers)
         app.state.loop.start()
         app.state.call_outs = CallOuts(service)
         yield
@@ -69,7 +69,7 @@ def make_app(
 
     app = FastAPI(title="complete-fn", version=__version__, description=DESCRIPTION, lifespan=lifespan)
     app.state.service, app.state.metrics, app.state.rates = service, Metrics(service), RateLimits(service.store)
-    app.state.remote, app.state.internal = remote_of(service, rounds), False
+    app.state.remote, app.state.internal = remote_of(service, maintenance), False
     add_refusals(app)
     app.add_middleware(Door, service=service, loopback=loopback)
     app.add_middleware(Bounds, upload_bytes=service.limits.upload_bytes, body_bytes=service.limits.body_bytes)
@@ -79,9 +79,9 @@ def make_app(
     return app
 
 
-def remote_of(service: Service, rounds: Maintenance | None) -> Proxy | None:
+def remote_of(service: Service, maintenance: Maintenance | None) -> Proxy | None:
     """What hands chats on to the worker processes; None where there are none."""
-    if rounds is None:
+    if maintenance is None:
         return None
     secret = internal_secret(service.settings.internal_secret, service.settings.home)
-    return Proxy(service, secret, rounds.fleet.want if rounds.fleet is not None else None)
+    return Proxy(service, secret, maintenance.fleet.want if maintenance.fleet is not None else None)

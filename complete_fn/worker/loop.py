@@ -1,55 +1,24 @@
-"""The worker: threads that claim parts, run them through `runner.run`, and commit their results under a fence."""
+"""The worker: threads that claim parts and run them, and one that renews their leases."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
-from pyarrow import parquet
-
-from complete_fn.engines.call import Call
-from complete_fn.engines.stoppable import Stopped
-from complete_fn.engines.throughput import Watch
-from complete_fn.engines.tokenizer import token_sizes
-from complete_fn.errors import CompleteError, StoreError
-from complete_fn.execution.answers import Answers
-from complete_fn.execution.run_state import known_answers
-from complete_fn.execution.summary import summarise
-from complete_fn.jobs.job import LEASE_SECONDS, STORE_TRIES, Job, Part
+from complete_fn.jobs.job import LEASE_SECONDS, Part
 from complete_fn.jobs.job_store import worker_name
 from complete_fn.jobs.worker_store import BEAT_SECONDS
 from complete_fn.logs import log
-from complete_fn.planning import make_plan
-from complete_fn.prompts.options import Options, parse_options
-from complete_fn.service.delivery import keep_delivering
-from complete_fn.service.job_files import part_file, write_part
-from complete_fn.service.retention import expire
 from complete_fn.service.service import Service
-from complete_fn.spending.shared_budget import Cap, job_cap
-from complete_fn.types import Asker, Completion
+from complete_fn.worker.part_runner import Hand, PartRunner
 from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
+from complete_fn.worker.upkeep import Upkeep
 
 AT_ONCE = 2  # parts being fed into the engine
 TAILS = 2  # more parts whose last rows are being answered, so that the engine does not fall dry between two
-LOOK_SECONDS, RENEW_SECONDS, UPKEEP_SECONDS = 0.5, LEASE_SECONDS / 3, 5.0
-IDLE_SECONDS, STOPPED_SECONDS, STOP_SECONDS = 2.0, 1.0, 0.05
-RETRY_SECONDS = 2.0
-CANCELLED = "The job was stopped before the row was done."
-
-
-@dataclass
-class Hand:
-    """A part that is being run here. `salvage`: only what it has committed is to be its result."""
-
-    part: Part
-    watch: Watch
-    salvage: bool = False
-    stop: threading.Event = field(default_factory=threading.Event)
-    why: str = ""
+LOOK_SECONDS, RENEW_SECONDS = 0.5, LEASE_SECONDS / 3
+IDLE_SECONDS, STOP_SECONDS = 2.0, 0.05
 
 
 class WorkerLoop:
@@ -71,20 +40,16 @@ class WorkerLoop:
     ) -> None:
         self.service, self.jobs = service, service.jobs
         self.poll_seconds, self.tell = poll_seconds, tell
-        self.lock = threading.Lock()
-        self.hands: dict[tuple[int, int], Hand] = {}
         self.feeding = threading.BoundedSemaphore(at_once)
         self.draining, self.closing = threading.Event(), threading.Event()
+        self.runner = PartRunner(service, self.closing)
+        self.upkeep = Upkeep(service, self.runner, at_once + TAILS, "worker")
         self.threads = [
             threading.Thread(target=self.run_parts, args=(n,), name=f"worker-{n}", daemon=True)
             for n in range(at_once + TAILS)
         ]
-        self.keeper = threading.Thread(target=self.keep, name="worker-keeper", daemon=True)
-        given = (service, self.closing)
-        self.threads += [
-            threading.Thread(target=keep_delivering, args=given, name="worker-writer", daemon=True),
-            threading.Thread(target=self.clean, name="worker-cleaner", daemon=True),
-        ]
+        self.keeper = threading.Thread(target=self.keep_leases, name="worker-keeper", daemon=True)
+        self.threads += self.upkeep.threads
 
     def start(self) -> None:
         for thread in [*self.threads, self.keeper]:
@@ -108,8 +73,7 @@ class WorkerLoop:
             thread.join(LEASE_SECONDS)
 
     def held(self) -> list[Hand]:
-        with self.lock:
-            return list(self.hands.values())
+        return self.runner.held()
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +89,7 @@ class WorkerLoop:
                     fed()
                     bell.wait(heard, self.poll_seconds)
                 else:
-                    self.run_part(part, fed)
+                    self.runner.run(part, fed)
             except Exception as error:
                 log("claiming a part", error)
                 self.closing.wait(IDLE_SECONDS)
@@ -146,95 +110,22 @@ class WorkerLoop:
         loads = self.service.workers.load().items()
         return any(load.queued_parts and not any(b.warm(model) for b in beats) for model, load in loads)
 
-    def end_stopped(self) -> None:
-        """Parts that wait, of jobs that are to stop: their committed rows are their results.
+    # -- leases --------------------------------------------------------------------------------------------------
 
-        They are found by the checkpoint's identity, so what is not on this machine is left to the workers.
-        """
-        absent = [name for name, model in self.service.models().items() if model.is_absent]
-        if absent and not self.service.workers.alive():
-            absent = []
-        while (part := self.jobs.claim_stopped(worker_name(len(self.threads)), not_of=absent)) is not None:
-            self.run_part(part, lambda: None, salvage=True)
-
-    def run_part(self, part: Part, fed: Callable[[], None], salvage: bool = False) -> None:
-        hand = Hand(part, Watch(fed), salvage)
-        with self.lock:
-            self.hands[part.id, part.fence] = hand
-        try:
-            self.complete(hand)
-        except CompleteError as error:
-            told, delay = str(error).splitlines()[0], RETRY_SECONDS * 2**part.tries
-            if error.retryable and hand.watch.answered:  # it got on, so it is no fault of the part
-                self.jobs.give_back(part, delay=RETRY_SECONDS)
-            elif isinstance(error, StoreError):
-                self.jobs.give_back(part, delay, told, STORE_TRIES, hand.salvage)
-            elif error.retryable:
-                self.jobs.give_back(part, delay, told, salvage=hand.salvage)
-            else:
-                self.jobs.fail(part, str(error), hand.salvage)
-        except Exception as error:
-            log(f"part {part.name}", error)
-            told = f"The service failed: {type(error).__name__}."
-            self.jobs.give_back(part, RETRY_SECONDS, told, salvage=hand.salvage)
-        finally:
-            with self.lock:
-                del self.hands[part.id, part.fence]
-
-    def complete(self, hand: Hand) -> None:
-        part, service = hand.part, self.service
-        job = self.jobs.get(part.tenant, part.job)
-        with service.storage.reading(service.job_key(job.id, part_file(part.number))) as source:
-            table = parquet.read_table(source)
-        options = parse_options(json.loads(part.options))
-        call = Call.of(service.model(part.model), options)
-        who = Asker(part.tenant, job.user, part.name, job.query_tag, (part.id, part.fence))
-        try:
-            if hand.salvage:
-                raise Stopped
-            answers = service.complete(
-                call, table.column("prompt"), who, hand.stop, options.cache, cap_of(job), watch=hand.watch
-            )
-        except Stopped:
-            if hand.salvage or hand.why == "job":
-                rest = stopped_answers(service, call, table.column("prompt"), who, options)
-                self.commit(part, table, rest, "cancelled")
-            elif self.closing.is_set():
-                self.jobs.give_back(part)
-            return
-        self.commit(part, table, answers, "done")
-
-    def commit(self, part: Part, table: Any, answers: Answers, status: str) -> None:
-        """The answers are in a file of this claim alone before the store names it; a lost lease leaves no trace."""
-        service, name = self.service, f"result-{part.number:05}-{part.fence}.parquet"
-        failed = write_part(service, service.job_key(part.job, name), table.column("row"), answers)
-        if self.jobs.finish(part, status, name, failed):
-            service.store.end_job(part.tenant, part.name)
-        else:
-            service.storage.delete(service.job_key(part.job, name))
-
-    # -- upkeep --------------------------------------------------------------------------------------------------
-
-    def keep(self) -> None:
+    def keep_leases(self) -> None:
         """Stop what is to stop, renew leases, tell of ourselves. Nothing else: others wait for none of it long."""
-        turns = [
+        tasks = [
             PeriodicTask(LOOK_SECONDS, self.look),
             PeriodicTask(RENEW_SECONDS, lambda: self.jobs.renew([hand.part for hand in self.held()])),
         ]
         if self.tell is not None:
             tell = self.tell
-            turns.append(PeriodicTask(BEAT_SECONDS, lambda: tell(len(self.held()))))
+            tasks.append(PeriodicTask(BEAT_SECONDS, lambda: tell(len(self.held()))))
         while not self.closing.wait(LOOK_SECONDS):
-            run_due_tasks(turns)
+            run_due_tasks(tasks)
         while self.held():  # parts that are being given back keep their lease meanwhile
-            run_due_tasks(turns)
+            run_due_tasks(tasks)
             time.sleep(STOP_SECONDS)
-
-    def clean(self) -> None:
-        """Sweep what others left, and keep within bounds what is kept; a slow storage may make that long."""
-        turns = [PeriodicTask(STOPPED_SECONDS, self.end_stopped), PeriodicTask(UPKEEP_SECONDS, self.upkeep)]
-        while not self.closing.wait(LOOK_SECONDS):
-            run_due_tasks(turns)
 
     def look(self) -> None:
         held = self.held()  # once: a part that is claimed meanwhile is not lost
@@ -245,19 +136,6 @@ class WorkerLoop:
             if lost and not hand.stop.is_set():
                 hand.why = lost
                 hand.stop.set()
-
-    def upkeep(self) -> None:
-        self.service.store.sweep()  # what the dead have reserved of a budget others may be waiting for
-        self.jobs.expire()
-        expire(self.service)
-        if self.jobs.sweep():
-            self.service.queue.bell.ring()
-        self.service.upkeep()
-
-
-def cap_of(job: Job) -> Cap | None:
-    """The job's `max_cost`, shared by its parts wherever they run."""
-    return None if job.max_cost_nano is None else job_cap(job.id, job.max_cost_nano)
 
 
 class Once:
@@ -272,12 +150,3 @@ class Once:
                 return
             self.called = True
         self.what()
-
-
-def stopped_answers(service: Service, call: Call, prompts: Any, who: Asker, options: Options) -> Answers:
-    """What a stopped run had committed; the other rows are `cancelled`."""
-    plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
-    work = known_answers(call, plan, service.store, who, options.cache)
-    for number in work.missing():
-        work.found[number] = Completion.failed("cancelled", CANCELLED)
-    return Answers(plan, work.completions, call.model.prices, summarise(call, work, 0.0))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 
 from complete_fn.jobs.job import LEASE_SECONDS
-from complete_fn.service.delivery import keep_delivering
 from complete_fn.service.service import Service
 from complete_fn.worker.fleet import Fleet
-from complete_fn.worker.loop import WorkerLoop
+from complete_fn.worker.part_runner import PartRunner
 from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
+from complete_fn.worker.upkeep import Upkeep
 
 LOOK_SECONDS, ANNOUNCE_SECONDS, FORGET_SECONDS = 1.0, 3.0, 5.0
 
@@ -23,13 +23,11 @@ class Maintenance:
 
     def __init__(self, service: Service, fleet: Fleet | None = None) -> None:
         self.service, self.fleet = service, fleet
-        self.loop = WorkerLoop(service)  # its parts are never run: only for what takes no engine
         self.closing = threading.Event()
-        given = (service, self.closing)
+        self.upkeep = Upkeep(service, PartRunner(service, self.closing), 0, "maintenance")
         self.threads = [
-            threading.Thread(target=self.go, name="rounds", daemon=True),
-            threading.Thread(target=self.loop.clean, name="rounds-cleaner", daemon=True),
-            threading.Thread(target=keep_delivering, args=given, name="rounds-writer", daemon=True),
+            threading.Thread(target=self.go, name="maintenance", daemon=True),
+            *self.upkeep.threads,
         ]
 
     def start(self) -> None:
@@ -42,21 +40,20 @@ class Maintenance:
     def close(self) -> None:
         """The workers that were started here drain, and go."""
         self.closing.set()
-        self.loop.closing.set()
         for thread in self.threads:
             thread.join(LEASE_SECONDS)
         if self.fleet is not None:
             self.fleet.close()
 
     def go(self) -> None:
-        turns = [
+        tasks = [
             PeriodicTask(ANNOUNCE_SECONDS, self.announce),
             PeriodicTask(FORGET_SECONDS, self.service.workers.forget_gone),
         ]
         if self.fleet is not None:
-            turns.append(PeriodicTask(LOOK_SECONDS, self.fleet.adjust))
+            tasks.append(PeriodicTask(LOOK_SECONDS, self.fleet.adjust))
         while not self.closing.wait(LOOK_SECONDS):
-            run_due_tasks(turns)
+            run_due_tasks(tasks)
 
     def announce(self) -> None:
         load = self.service.workers.load()

@@ -63,9 +63,9 @@ def write_models(folder: Path) -> Path:
 
 
 @contextmanager
-def at_service(service: Service, loopback: bool = True, rounds: Maintenance | None = None) -> Iterator[Running]:
+def at_service(service: Service, loopback: bool = True, maintenance: Maintenance | None = None) -> Iterator[Running]:
     listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(service, loopback, rounds=rounds)
+    app = make_app(service, loopback, maintenance=maintenance)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

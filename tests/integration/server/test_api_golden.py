@@ -59,7 +59,7 @@ def waiting(no_settings: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A service whose workers would be other processes, of which there are none: its jobs stay queued."""
     folder = tmp_path_factory.mktemp("waiting")
     service = Service(folder / "home", write_models(folder), EchoEngine(64))
-    with at_service(service, rounds=Maintenance(service)) as running:
+    with at_service(service, maintenance=Maintenance(service)) as running:
         yield running
 
 

@@ -256,7 +256,7 @@ def test_an_engine_that_cannot_work_fails_the_job_after_three_tries(serve: Calla
 
     running = serve(Dead())
     with pytest.MonkeyPatch.context() as patch, running.http() as client:
-        patch.setattr("complete_fn.worker.loop.RETRY_SECONDS", 0.0)
+        patch.setattr("complete_fn.worker.part_runner.RETRY_SECONDS", 0.0)
         patch.setattr("complete_fn.worker.loop.IDLE_SECONDS", 0.05)
         job = wait(client, submit(client, upload(client, parquet_bytes(ROWS)))["id"], ("failed",))
     assert Dead.tries == 3

@@ -31,7 +31,8 @@ from complete_fn.service.submit import TableSpec, submit_table
 from complete_fn.store.job_tables import parts
 from complete_fn.store.tables import attempts
 from complete_fn.types import Asker, Completion, CompletionRequest
-from complete_fn.worker.loop import Hand, WorkerLoop
+from complete_fn.worker.loop import WorkerLoop
+from complete_fn.worker.part_runner import Hand
 from tests.integration.server.conftest import write_models
 from tests.integration.server.test_server_jobs import parquet_bytes
 
@@ -163,7 +164,7 @@ def test_upkeep_frees_what_the_dead_have_reserved(service: Service) -> None:
     attempt = service.store.begin(Asker(), "echo", "USD", "x")
     with service.store.write() as connection:
         connection.execute(attempts.update().values(pid=999999, pid_started=1.0))
-    WorkerLoop(service).upkeep()
+    WorkerLoop(service).upkeep.sweep()
     assert status_of(service, attempt.id) == "lost"
 
 
@@ -200,7 +201,7 @@ def rows_of(service: Service, job: Job) -> list[dict[str, Any]]:
 def test_a_job_that_fails_keeps_what_was_paid_and_a_rerun_pays_for_the_rest(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("complete_fn.worker.loop.RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("complete_fn.worker.part_runner.RETRY_SECONDS", 0.02)
     engine = Dying(150)
     service.engine = engine
     job = submit(service, 200, options={"temperature": 0.7})  # no answer is shared with other jobs
@@ -230,7 +231,7 @@ def test_the_rows_costs_add_up_to_the_bill_of_a_job_that_changed_hands(service: 
 
 
 def test_a_storage_that_is_away_for_seconds_costs_no_job(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("complete_fn.worker.loop.RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("complete_fn.worker.part_runner.RETRY_SECONDS", 0.02)
     job = submit(service, 20)
     real, refused = service.storage.writing, []
 
@@ -268,7 +269,7 @@ def test_a_slow_storage_holds_up_no_lease_and_no_heartbeat(service: Service, mon
         cleaning.set()
         end.wait(30)
 
-    monkeypatch.setattr("complete_fn.worker.loop.expire", slow)
+    monkeypatch.setattr("complete_fn.worker.upkeep.expire", slow)
     monkeypatch.setattr("complete_fn.worker.loop.RENEW_SECONDS", 0.1)
     monkeypatch.setattr("complete_fn.worker.loop.BEAT_SECONDS", 0.1)
     service.engine = EchoEngine(row_seconds=0.02)
@@ -298,7 +299,7 @@ def test_a_part_that_is_claimed_while_others_are_looked_after_goes_on(
     hand = Hand(part, Watch())
 
     def lost(held: Sequence[Part]) -> dict[int, str]:
-        loop.hands[part.id, part.fence] = hand
+        loop.runner.hands[part.id, part.fence] = hand
         return real(held)
 
     monkeypatch.setattr(service.jobs, "lost", lost)

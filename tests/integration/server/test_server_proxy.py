@@ -42,7 +42,7 @@ def announce(service: Service, address: str) -> None:
 def api(tmp_path: Path, models_file: Path) -> Iterator[Running]:
     """An API that runs nothing itself."""
     service = Service(tmp_path / "home", models_file, EchoEngine(64))
-    with at_service(service, rounds=Maintenance(service, Fleet(service.workers, never, 0, 0))) as running:
+    with at_service(service, maintenance=Maintenance(service, Fleet(service.workers, never, 0, 0))) as running:
         yield running
 
 

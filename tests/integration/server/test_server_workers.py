@@ -99,7 +99,7 @@ def site(home: Path, broker: str, models: str = MODELS, workers: tuple[int, int]
     if workers is not None:
         fleet = Fleet(service.workers, worker_starter(service.settings, broker, 3.0), *workers, idle_seconds=3.0)
     with ExitStack() as stack:
-        server = stack.enter_context(at_service(service, rounds=Maintenance(service, fleet)))
+        server = stack.enter_context(at_service(service, maintenance=Maintenance(service, fleet)))
         found = Site(home, broker, service, server.http())
         try:
             yield found

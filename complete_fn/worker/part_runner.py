@@ -1,0 +1,129 @@
+"""How one part is run: its prompts through `run()`, its result under a fence, and what becomes of a failure."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyarrow import parquet
+
+from complete_fn.engines.call import Call
+from complete_fn.engines.stoppable import Stopped
+from complete_fn.engines.throughput import Watch
+from complete_fn.engines.tokenizer import token_sizes
+from complete_fn.errors import CompleteError, StoreError
+from complete_fn.execution.answers import Answers
+from complete_fn.execution.run_state import known_answers
+from complete_fn.execution.summary import summarise
+from complete_fn.jobs.job import STORE_TRIES, Job, Part
+from complete_fn.logs import log
+from complete_fn.planning import make_plan
+from complete_fn.prompts.options import Options, parse_options
+from complete_fn.service.job_files import part_file, write_part
+from complete_fn.service.service import Service
+from complete_fn.spending.shared_budget import Cap, job_cap
+from complete_fn.types import Asker, Completion
+
+RETRY_SECONDS = 2.0  # before a part that failed is run again; doubled at each try
+CANCELLED = "The job was stopped before the row was done."
+
+
+@dataclass
+class Hand:
+    """A part that is being run here. `salvage`: only what it has committed is to be its result."""
+
+    part: Part
+    watch: Watch
+    salvage: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)
+    why: str = ""
+
+
+class PartRunner:
+    """Runs parts of a service's jobs, several at a time on threads of its callers.
+
+    Args:
+        closing: set when parts that stop are to be given back.
+    """
+
+    def __init__(self, service: Service, closing: threading.Event) -> None:
+        self.service, self.jobs, self.closing = service, service.jobs, closing
+        self.lock = threading.Lock()
+        self.hands: dict[tuple[int, int], Hand] = {}
+
+    def held(self) -> list[Hand]:
+        with self.lock:
+            return list(self.hands.values())
+
+    def run(self, part: Part, fed: Callable[[], None], salvage: bool = False) -> None:
+        hand = Hand(part, Watch(fed), salvage)
+        with self.lock:
+            self.hands[part.id, part.fence] = hand
+        try:
+            self.complete(hand)
+        except CompleteError as error:
+            told, delay = str(error).splitlines()[0], RETRY_SECONDS * 2**part.tries
+            if error.retryable and hand.watch.answered:  # it got on, so it is no fault of the part
+                self.jobs.give_back(part, delay=RETRY_SECONDS)
+            elif isinstance(error, StoreError):
+                self.jobs.give_back(part, delay, told, STORE_TRIES, hand.salvage)
+            elif error.retryable:
+                self.jobs.give_back(part, delay, told, salvage=hand.salvage)
+            else:
+                self.jobs.fail(part, str(error), hand.salvage)
+        except Exception as error:
+            log(f"part {part.name}", error)
+            told = f"The service failed: {type(error).__name__}."
+            self.jobs.give_back(part, RETRY_SECONDS, told, salvage=hand.salvage)
+        finally:
+            with self.lock:
+                del self.hands[part.id, part.fence]
+
+    def complete(self, hand: Hand) -> None:
+        part, service = hand.part, self.service
+        job = self.jobs.get(part.tenant, part.job)
+        with service.storage.reading(service.job_key(job.id, part_file(part.number))) as source:
+            table = parquet.read_table(source)
+        options = parse_options(json.loads(part.options))
+        call = Call.of(service.model(part.model), options)
+        who = Asker(part.tenant, job.user, part.name, job.query_tag, (part.id, part.fence))
+        try:
+            if hand.salvage:
+                raise Stopped
+            answers = service.complete(
+                call, table.column("prompt"), who, hand.stop, options.cache, cap_of(job), watch=hand.watch
+            )
+        except Stopped:
+            if hand.salvage or hand.why == "job":
+                rest = stopped_answers(service, call, table.column("prompt"), who, options)
+                self.commit(part, table, rest, "cancelled")
+            elif self.closing.is_set():
+                self.jobs.give_back(part)
+            return
+        self.commit(part, table, answers, "done")
+
+    def commit(self, part: Part, table: Any, answers: Answers, status: str) -> None:
+        """The answers are in a file of this claim alone before the store names it; a lost lease leaves no trace."""
+        service, name = self.service, f"result-{part.number:05}-{part.fence}.parquet"
+        failed = write_part(service, service.job_key(part.job, name), table.column("row"), answers)
+        if self.jobs.finish(part, status, name, failed):
+            service.store.end_job(part.tenant, part.name)
+        else:
+            service.storage.delete(service.job_key(part.job, name))
+
+
+def cap_of(job: Job) -> Cap | None:
+    """The job's `max_cost`, shared by its parts wherever they run."""
+    return None if job.max_cost_nano is None else job_cap(job.id, job.max_cost_nano)
+
+
+def stopped_answers(service: Service, call: Call, prompts: Any, who: Asker, options: Options) -> Answers:
+    """What a stopped run had committed; the other rows are `cancelled`."""
+    plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
+    work = known_answers(call, plan, service.store, who, options.cache)
+    for number in work.missing():
+        work.found[number] = Completion.failed("cancelled", CANCELLED)
+    return Answers(plan, work.completions, call.model.prices, summarise(call, work, 0.0))
