@@ -28,7 +28,7 @@ from complete_fn.settings import load_settings
 from complete_fn.types import Asker, Completion, CompletionRequest
 from complete_fn_connectors.duckdb import register, sql
 from complete_fn_workers.engine.client import Link
-from complete_fn_workers.engine.launch import knock
+from complete_fn_workers.engine.launch import connect_if_running
 
 SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
 CHEAP, STRONG = "demo-llama", "demo-strong"  # the same weights in two engines: what a cascade saves is its prompts
@@ -72,7 +72,7 @@ def steps(engines: list[Any]) -> int:
     """Forward passes that the processes of these engines have made so far."""
     total = 0
     for engine in engines:
-        link = knock(engine.place)
+        link = connect_if_running(engine.place)
         if link is None:
             continue
         connection = Link(link)

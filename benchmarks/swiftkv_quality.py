@@ -40,8 +40,8 @@ from complete_fn_workers.quality_scores import macro_f1, rouge_l
 from complete_fn_workers.swiftkv.checkpoint import load_pair, read_config, shape_of, swiftkv_of
 from complete_fn_workers.swiftkv.reference import SwiftKV
 from complete_fn_workers.swiftkv.training.convert import convert
-from complete_fn_workers.swiftkv.training.examples import Encoder, Row
-from complete_fn_workers.swiftkv.training.forced_scores import forced
+from complete_fn_workers.swiftkv.training.examples import Encoder, TableRow
+from complete_fn_workers.swiftkv.training.forced_scores import score_forced
 
 MAX_TOKENS = 96  # longer than any section, synopsis or their JSON
 
@@ -114,14 +114,16 @@ def cache_bytes(form: Form) -> int:
     return layers * 2 * shape.num_key_value_heads * shape.head_dim * (1 if form.cache == "fp8" else 2)
 
 
-def forced_scores(form: Form, parent: Path, rows: list[Row]) -> dict[str, float]:
+def forced_scores(form: Form, parent: Path, rows: list[TableRow]) -> dict[str, float]:
     if swiftkv_of(read_config(form.folder)) is None:
         return {"agreement": 1.0, "kl": 0.0}
-    found = forced(load_pair(parent, None, form.folder), Encoder(parent).encoded(rows, 4096), 8192)
+    found = score_forced(load_pair(parent, None, form.folder), Encoder(parent).encoded(rows, 4096), 8192)
     return {"agreement": found.agreement, "kl": found.kl}
 
 
-def measured(form: Form, parent: Form, packages: list[Package], parents: dict[str, list[str]], rows: list[Row]) -> Any:
+def measured(
+    form: Form, parent: Form, packages: list[Package], parents: dict[str, list[str]], rows: list[TableRow]
+) -> Any:
     if form is parent:
         answers = parents
     else:
@@ -172,7 +174,7 @@ def main() -> None:
     packages = [p for p in read_index(a.lists) if split_of(p.source) == "test"]
     packages = random.Random(0).sample(packages, min(a.rows, len(packages)))
     forced_on = packages[: a.forced_rows]
-    rows = [Row(k + p.description, answer(k, p.section, p.synopsis)) for p in forced_on for k in INSTRUCTIONS]
+    rows = [TableRow(k + p.description, answer(k, p.section, p.synopsis)) for p in forced_on for k in INSTRUCTIONS]
     parent = Form(a.parent, folder_of(a.parent))
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"

@@ -121,10 +121,10 @@ class Timing:
 
 
 def config_folder(size: str, s: Dims, kept: int | None, group: int, into: Path) -> Path:
-    from complete_fn_workers.swiftkv.reference import Shape, SwiftKV
+    from complete_fn_workers.swiftkv.reference import LlamaShape, SwiftKV
     from tests.random_checkpoints import config_of
 
-    shape = Shape(s.vocab, s.d, s.ff, s.layers, s.heads, s.kv_heads, s.head, max_position_embeddings=4096)
+    shape = LlamaShape(s.vocab, s.d, s.ff, s.layers, s.heads, s.kv_heads, s.head, max_position_embeddings=4096)
     folder = into / f"{size}-{kept}-{group}"
     folder.mkdir(exist_ok=True)
     swiftkv = SwiftKV(kept, group) if kept is not None else None

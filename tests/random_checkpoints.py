@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from complete_fn_workers.swiftkv.checkpoint import is_teachers, write_tensors
-from complete_fn_workers.swiftkv.reference import Llama, Shape, SwiftKV
+from complete_fn_workers.swiftkv.reference import Llama, LlamaShape, SwiftKV
 
-TINY = Shape(
+TINY = LlamaShape(
     vocab_size=512,
     hidden_size=128,
     intermediate_size=256,
@@ -24,7 +24,7 @@ TINY = Shape(
 )
 
 
-def config_of(shape: Shape, swiftkv: SwiftKV | None, dtype: str = "float32", **more: Any) -> dict[str, Any]:
+def config_of(shape: LlamaShape, swiftkv: SwiftKV | None, dtype: str = "float32", **more: Any) -> dict[str, Any]:
     """`config.json` of a Llama or, with `swiftkv`, of a SwiftKV-Llama as Snowflake publishes it."""
     plain = {
         "architectures": ["LlamaForCausalLM"],
@@ -44,7 +44,7 @@ def config_of(shape: Shape, swiftkv: SwiftKV | None, dtype: str = "float32", **m
     return plain | more
 
 
-def random_model(shape: Shape, swiftkv: SwiftKV | None, seed: int = 0) -> Llama:
+def random_model(shape: LlamaShape, swiftkv: SwiftKV | None, seed: int = 0) -> Llama:
     """Random weights whose attention is sharp (scores of standard deviation 3), so that every cached token matters."""
     torch.manual_seed(seed)
     model = Llama(shape, swiftkv, tied=False)

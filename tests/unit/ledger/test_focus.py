@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow.compute as pc
 import pytest
@@ -26,7 +25,6 @@ from complete_fn.ledger.usage import usage
 from complete_fn.store.store import Store
 from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
-from complete_fn_workers.swiftkv.serving.flops import skipped_share
 
 MODEL = Model("m", "m", engine="echo", prices=Prices(Decimal("2"), Decimal("0.5"), Decimal("8")))
 
@@ -95,20 +93,6 @@ def test_lines_that_were_not_written_come_again() -> None:
     assert told.take() == []
     told.put_back(lines)
     assert told.take() == lines
-
-
-def test_the_skipped_share_is_that_of_the_published_table() -> None:
-    """Llama 3.1 8B, K = L/2: 3.85 % of a layer's FLOPs are keys and values."""
-    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-    layers = {"num_hidden_layers": 32, "num_key_value_layers": 16, "head_dim": 128}
-    of = {"model_type": "llama_swiftkv", "swiftkv_skip_prefill": True}
-    single = SimpleNamespace(**shape, **layers, **of, key_value_group_size=1)
-    across = SimpleNamespace(**shape, **layers, **of, key_value_group_size=4)
-    assert skipped_share(single) == pytest.approx(0.5 * (1 - 0.0385), abs=1e-4)
-    assert skipped_share(across) == pytest.approx(0.5 * (1 - 0.0385 / 4), abs=1e-4)
-    assert skipped_share(SimpleNamespace(model_type="llama")) == 0.0
-    single.swiftkv_skip_prefill = False
-    assert skipped_share(single) == 0.0
 
 
 def test_the_export_has_focus_columns_and_the_ledgers_sums(store: Store, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ pytest.importorskip("torch")
 
 from complete_fn.engines.base import EchoEngine
 from complete_fn_workers.quality_scores import common_subsequence, exact_match, macro_f1, rouge_l
-from complete_fn_workers.swiftkv.training.evaluate import compare_answers, table
-from complete_fn_workers.swiftkv.training.examples import Row
+from complete_fn_workers.swiftkv.training.evaluate import compare_answers, format_scores
+from complete_fn_workers.swiftkv.training.examples import TableRow
 
 pytestmark = pytest.mark.engine  # swiftkv.evaluate imports torch
 
@@ -49,12 +49,12 @@ def test_macro_f1() -> None:
 
 
 def test_comparison_counts_a_failed_row_as_an_empty_answer() -> None:
-    rows = [Row("yes", "yes"), Row('{"a": 1}', '{"a": 1}'), Row("too long for the student", "no")]
+    rows = [TableRow("yes", "yes"), TableRow('{"a": 1}', '{"a": 1}'), TableRow("too long for the student", "no")]
     engines = {"t": EchoEngine(), "s": EchoEngine(context=5)}
     scores = compare_answers({"teacher": "t", "student": "s"}, engines.__getitem__, rows, None)
     assert scores["teacher"]["exact_match"] == pytest.approx(2 / 3)
     assert scores["student"]["same_as_teacher"] == pytest.approx(2 / 3)
     assert scores["student"]["json_valid"] == 1.0
     assert scores["student"]["ended"] == pytest.approx(2 / 3)
-    printed = " ".join(table({"rows": 3, "answers": scores}).split())
+    printed = " ".join(format_scores({"rows": 3, "answers": scores}).split())
     assert "answers equal to the teacher's 1.0000 0.6667" in printed

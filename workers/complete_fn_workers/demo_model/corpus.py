@@ -89,7 +89,7 @@ def answer(instruction: str, section: str, synopsis: str) -> str:
     return json.dumps({"section": section, "synopsis": synopsis}, ensure_ascii=False)
 
 
-def joined(packages: list[Package]) -> list[Package]:
+def join_binaries(packages: list[Package]) -> list[Package]:
     """One long pseudo-package per source with several binaries: descriptions joined, the main package's answers."""
     by_source: dict[str, list[Package]] = {}
     for p in packages:

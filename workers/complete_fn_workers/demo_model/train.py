@@ -23,14 +23,14 @@ from complete_fn_workers.demo_model.corpus import (
     WORD,
     Package,
     answer,
-    joined,
+    join_binaries,
     read_index,
     split_of,
 )
 from complete_fn_workers.demo_model.tokenizer import END_OF_TURN, rendered, save_tokenizer, train_tokenizer
-from complete_fn_workers.swiftkv.reference import Llama, Shape
+from complete_fn_workers.swiftkv.reference import Llama, LlamaShape
 
-SHAPE = Shape(
+SHAPE = LlamaShape(
     vocab_size=5120,
     hidden_size=256,
     intermediate_size=480,
@@ -51,7 +51,7 @@ class Examples:
     def __init__(self, packages: list[Package], tokenizer: Tokenizer, seed: int) -> None:
         self.random = random.Random(seed)
         self.short = packages
-        self.long = joined(packages)
+        self.long = join_binaries(packages)
         self.tokenizer = tokenizer
         uses = Counter(w for p in packages for w in set(WORD.findall(p.description)))
         self.rare = sorted(w for w, n in uses.items() if n <= 20)
@@ -147,7 +147,7 @@ def loss_of(
     return F.cross_entropy(logits.float(), tokens[:, 1:][chosen])
 
 
-def rate(progress: float) -> float:
+def learning_rate(progress: float) -> float:
     """Warm up over 1 %, hold, and fall to zero linearly over the last half."""
     return min(1.0, progress / 0.01) * min(1.0, (1.0 - progress) / 0.5)
 
@@ -235,7 +235,7 @@ def train(
         stream.copy_share = COPY_SHARE if progress > COPY_FROM else 0.0
         for group in groups:
             for g in group.param_groups:
-                g["lr"] = lr * rate(progress)
+                g["lr"] = lr * learning_rate(progress)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(compiled, model.embed_tokens.weight, tokens, weights)
         loss.backward()  # type: ignore[no-untyped-call]

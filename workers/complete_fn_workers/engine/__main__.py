@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from complete_fn_workers.engine.connections import Connections
+from complete_fn_workers.engine.connections import EngineConnections
 from complete_fn_workers.engine.loop import EngineLoop
 from complete_fn_workers.engine.machine import allow_tiles
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     spec = json.loads(sys.stdin.readline())  # the EngineSpec; not an argument, which every user could read
     allow_tiles()
     listener, parent = socket.socket(fileno=args.listener), socket.socket(fileno=args.parent)
-    connections = Connections(listener, parent, (args.socket, args.lock))
+    connections = EngineConnections(listener, parent, (args.socket, args.lock))
     try:
         loop = EngineLoop(connections, load(spec))
     except BaseException as error:

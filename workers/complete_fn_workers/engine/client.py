@@ -30,7 +30,14 @@ from complete_fn.history.device_time import DeviceTime
 from complete_fn.host import here
 from complete_fn.settings import Settings
 from complete_fn.types import Completion, CompletionRequest, RowError, Usage
-from complete_fn_workers.engine.launch import EnginePlace, engine_place, engine_spec, join_engine, knock, log_tail
+from complete_fn_workers.engine.launch import (
+    EnginePlace,
+    connect_if_running,
+    engine_place,
+    engine_spec,
+    join_engine,
+    log_tail,
+)
 from complete_fn_workers.engine.wire import RECEIVE_BYTES, Frames, pack
 
 CHUNK_ROWS = 32
@@ -122,23 +129,25 @@ class EmbeddedEngine:
             link = None
             try:
                 link, window = self.connect(tenant)
-                yield from exchange(link, window, feed, unfinished, partial(is_abandoned, requests), self.device_time)
+                yield from exchange_rows(
+                    link, window, feed, unfinished, partial(is_abandoned, requests), self.device_time
+                )
                 return
             except EngineGone:
                 if attempt == 2:
-                    raise EngineError(self.obituary("died twice")) from None
+                    raise EngineError(self.failure_message("died twice")) from None
                 if any(request.tell is not None for request in unfinished.values()):
-                    raise EngineError(self.obituary("died while its answer was being read")) from None
+                    raise EngineError(self.failure_message("died while its answer was being read")) from None
             finally:
                 if link is not None:
                     if unfinished:
-                        stop(link, self.device_time)
+                        stop_rows(link, self.device_time)
                     link.close()
 
     def connect(self, tenant: str) -> tuple[Link, int]:
         """A connection of its own for a stream, and how many rows may be in flight on it."""
         self.start()
-        found = knock(self.place)
+        found = connect_if_running(self.place)
         if found is None:
             raise EngineGone
         link = Link(found)
@@ -153,7 +162,7 @@ class EmbeddedEngine:
     def start(self) -> None:
         """Hold a connection to a living child."""
         with self.guard:
-            if self.lifeline is not None and self.owner == os.getpid() and not ended(self.lifeline):
+            if self.lifeline is not None and self.owner == os.getpid() and not has_ended(self.lifeline):
                 return
             self.release()
             link, child = join_engine(self.place)
@@ -164,7 +173,7 @@ class EmbeddedEngine:
         """Wait until the model is loaded."""
         message = link.receive()
         if "failed" in message:
-            raise EngineError(self.obituary(f"cannot start: {message['failed']}"))
+            raise EngineError(self.failure_message(f"cannot start: {message['failed']}"))
         ready: dict[str, Any] = message["ready"]
         self.pid = int(ready["pid"])
         self.device = str(ready["device"])
@@ -174,7 +183,7 @@ class EmbeddedEngine:
 
     def read_meter(self) -> None:
         """Hear of the device time up to now; nothing if the child is not there."""
-        if self.pid is None or self.lifeline is None or ended(self.lifeline):
+        if self.pid is None or self.lifeline is None or has_ended(self.lifeline):
             return
         with suppress(EngineGone, EngineError):
             link, _ = self.connect("")
@@ -184,7 +193,7 @@ class EmbeddedEngine:
             finally:
                 link.close()
 
-    def obituary(self, what: str) -> str:
+    def failure_message(self, what: str) -> str:
         end = self.child.poll() if self.child is not None else None
         if end is not None and end < 0:
             what += f" (signal {-end}{'; perhaps out of memory' if end == -signal.SIGKILL else ''})"
@@ -215,7 +224,7 @@ class EmbeddedEngine:
             self.release()
 
 
-def ended(link: Link) -> bool:
+def has_ended(link: Link) -> bool:
     """Whether the child's side of the lifeline is closed. What it says there (the greeting) is of no use."""
     try:
         while link.link.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT):
@@ -227,7 +236,7 @@ def ended(link: Link) -> bool:
     return True
 
 
-def exchange(
+def exchange_rows(
     link: Link,
     window: int,
     feed: Iterator[tuple[int, CompletionRequest]],
@@ -243,7 +252,7 @@ def exchange(
         while not exhausted and len(unfinished) < window:
             rows = list(islice(feed, min(CHUNK_ROWS, window - len(unfinished))))
             exhausted = not rows
-            good = [row for row in rows if sendable(row[1])]
+            good = [row for row in rows if is_sendable(row[1])]
             unfinished.update(good)
             sender.send(good)
             if len(good) < len(rows):
@@ -264,10 +273,10 @@ def exchange(
             while link.answers:
                 number, *answer = link.answers.popleft()
                 request = unfinished.pop(number)
-                yield number, checked(completion(answer, request.choices), request)
+                yield number, checked(completion_of(answer, request.choices), request)
 
 
-def stop(link: Link, device_time: DeviceTime) -> None:
+def stop_rows(link: Link, device_time: DeviceTime) -> None:
     """Abort what is under way. The time of answers that nobody takes any more is lost, as that of aborted rows is."""
     unread, until = list(link.answers), time.monotonic() + METER_SECONDS
     try:
@@ -287,7 +296,7 @@ def is_abandoned(requests: Iterable[CompletionRequest]) -> bool:
     return bool(getattr(requests, "abandoned", False))
 
 
-def sendable(request: CompletionRequest) -> bool:
+def is_sendable(request: CompletionRequest) -> bool:
     """Whether the prompt is text that can be encoded, and there is a prompt at all."""
     parts = [request.prompt] if isinstance(request.prompt, str) else [m.content for m in request.prompt]
     try:
@@ -325,7 +334,7 @@ class RowSender:
         return row
 
 
-def completion(answer: list[Any], choices: tuple[str, ...]) -> Completion:
+def completion_of(answer: list[Any], choices: tuple[str, ...]) -> Completion:
     text, finish_reason, code, message, scores = answer[:5]
     error = RowError(code, message) if code is not None else None
     of_label = None if scores is None else dict(zip(choices, scores, strict=True))

@@ -20,7 +20,7 @@ LINGER_S = 1.0  # without a connection for so long, the child ends; the next com
 TICK_S = 0.25
 
 
-class Connection:
+class EngineConnection:
     """One stream of one parent. `settings` and `options` are what its last frames said."""
 
     def __init__(self, link: socket.socket) -> None:
@@ -34,15 +34,15 @@ class Connection:
         self.options: Any = None
 
 
-class Connections:
+class EngineConnections:
     """All connections. What they say is put on `inbox` as (connection, message); (connection, None): it is gone."""
 
     def __init__(self, listener: socket.socket, parent: socket.socket, files: tuple[Path, Path]) -> None:
         listener.setblocking(False)
         self.listener = listener
         self.socket_file, self.lock_file = files
-        self.inbox: queue.SimpleQueue[tuple[Connection, dict[str, Any] | None]] = queue.SimpleQueue()
-        self.open: set[Connection] = set()
+        self.inbox: queue.SimpleQueue[tuple[EngineConnection, dict[str, Any] | None]] = queue.SimpleQueue()
+        self.open: set[EngineConnection] = set()
         self.greeting: bytes | None = None
         self.guard = threading.Lock()
         self.selector = selectors.DefaultSelector()
@@ -63,10 +63,10 @@ class Connections:
         for connection in everyone:
             self.write(connection, self.greeting)
 
-    def send(self, connection: Connection, message: dict[str, Any]) -> None:
+    def send(self, connection: EngineConnection, message: dict[str, Any]) -> None:
         self.write(connection, pack(message))
 
-    def write(self, connection: Connection, frame: bytes) -> None:
+    def write(self, connection: EngineConnection, frame: bytes) -> None:
         """Send now what the socket takes; the rest goes out when the parent reads again, so it stalls nobody else."""
         with self.guard:
             if connection.closed:
@@ -93,7 +93,7 @@ class Connections:
         try:
             self.serve()
         finally:
-            end()  # a child that nobody can reach must not stay
+            end_process()  # a child that nobody can reach must not stay
 
     def serve(self) -> None:
         while True:
@@ -120,7 +120,7 @@ class Connections:
         self.admit(link)
 
     def admit(self, link: socket.socket) -> None:
-        connection = Connection(link)
+        connection = EngineConnection(link)
         self.selector.register(link, selectors.EVENT_READ, connection)
         with self.guard:
             self.open.add(connection)
@@ -128,7 +128,7 @@ class Connections:
         if greeting is not None:
             self.write(connection, greeting)
 
-    def read(self, connection: Connection) -> None:
+    def read(self, connection: EngineConnection) -> None:
         try:
             received = connection.link.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -144,7 +144,7 @@ class Connections:
         except ValueError:  # whoever this is, it does not speak our protocol
             self.drop(connection)
 
-    def drop(self, connection: Connection) -> None:
+    def drop(self, connection: EngineConnection) -> None:
         if connection.closed:
             return
         self.selector.unregister(connection.link)
@@ -161,7 +161,7 @@ class Connections:
             if connection.unsent:
                 self.selector.modify(connection.link, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
 
-    def flush(self, connection: Connection) -> None:
+    def flush(self, connection: EngineConnection) -> None:
         with self.guard:
             try:
                 del connection.unsent[: connection.link.send(connection.unsent)]
@@ -175,7 +175,7 @@ class Connections:
         try:
             lock = self.lock_file.open("w")
         except OSError:  # the folder is gone, and with it every way to find us
-            end()
+            end_process()
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,10 +185,10 @@ class Connections:
             if self.open:
                 return
             self.socket_file.unlink(missing_ok=True)
-            end()
+            end_process()
 
 
-def end() -> NoReturn:
+def end_process() -> NoReturn:
     """No orderly shutdown: the engine may be in the middle of a long step, and nobody waits for its answers."""
     if os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGTERM)  # vLLM's workers of a tensor-parallel model too

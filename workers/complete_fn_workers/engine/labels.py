@@ -18,7 +18,7 @@ from complete_fn_workers.engine.wire import RowRefused
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LabelPlace:
     """Where labels part: their numbers, the tokens that they share, and where each next token leads.
 
     A place with one label leads nowhere.
@@ -26,7 +26,7 @@ class Place:
 
     labels: tuple[int, ...]
     path: tuple[int, ...] = ()
-    ways: Mapping[int, Place] = field(default_factory=dict)
+    ways: Mapping[int, LabelPlace] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -34,21 +34,21 @@ class Place:
         return max([len(self.path), *(way.depth for way in self.ways.values() if way.ways)])
 
 
-def grow(labels: Mapping[int, Sequence[int]], depth: int = 0) -> Place:
+def grow_tree(labels: Mapping[int, Sequence[int]], depth: int = 0) -> LabelPlace:
     """The place where labels (tokens by number, none the beginning of another) part that share `depth` tokens."""
     numbers = tuple(labels)
     if len(labels) == 1:
-        return Place(numbers)
+        return LabelPlace(numbers)
     first, *others = labels.values()
     while all(tokens[depth] == first[depth] for tokens in others):
         depth += 1
     ways: dict[int, dict[int, Sequence[int]]] = {}
     for number, tokens in labels.items():
         ways.setdefault(tokens[depth], {})[number] = tokens
-    return Place(numbers, tuple(first[:depth]), {token: grow(way, depth + 1) for token, way in ways.items()})
+    return LabelPlace(numbers, tuple(first[:depth]), {token: grow_tree(way, depth + 1) for token, way in ways.items()})
 
 
-def label_tree(tokens: Sequence[Sequence[int]], names: Sequence[str], end: int | None) -> Place:
+def label_tree(tokens: Sequence[Sequence[int]], names: Sequence[str], end: int | None) -> LabelPlace:
     """The tree of labels given as tokens. `end` is the token that ends an answer: it tells a label from a longer one.
 
     Raises:
@@ -69,19 +69,19 @@ def label_tree(tokens: Sequence[Sequence[int]], names: Sequence[str], end: int |
             if longer := next((n for other, n in seen.items() if other[: len(ids)] == ids and n != name), None):
                 why = f"The label {name!r} begins {longer!r}, and the model has no token that ends an answer."
                 raise RowRefused("invalid_request", f"{why} Rename one.")
-    return grow({n: (*ids, *([] if end is None else [end])) for n, ids in enumerate(seen)})
+    return grow_tree({n: (*ids, *([] if end is None else [end])) for n, ids in enumerate(seen)})
 
 
-class Search:
+class LabelSearch:
     """The search for one row's label: `tell` it the log-probabilities of `place.ways` until it has the answer."""
 
-    def __init__(self, tree: Place) -> None:
+    def __init__(self, tree: LabelPlace) -> None:
         self.scores: list[float | None] = [None] * len(tree.labels)
         self.steps = 0
-        self.open: list[tuple[float, tuple[int, ...], Place]] = [(0.0, tree.labels, tree)]
+        self.open: list[tuple[float, tuple[int, ...], LabelPlace]] = [(0.0, tree.labels, tree)]
 
     @property
-    def place(self) -> Place:
+    def place(self) -> LabelPlace:
         """The likeliest way so far: where to ask next, or the answer."""
         return self.open[0][2]
 

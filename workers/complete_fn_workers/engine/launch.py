@@ -143,7 +143,7 @@ def private_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Hold the file lock; the kernel lets go of it when its holder dies.
 
     Raises:
@@ -164,14 +164,14 @@ def join_engine(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[byt
     Raises:
         EngineError: the child cannot be started; EngineMissingError where vLLM is not installed.
     """
-    with locked(place.lock):
-        running = knock(place)
+    with hold_lock(place.lock):
+        running = connect_if_running(place)
         if running is not None:
             return running, None
-        return start(place)
+        return start_engine(place)
 
 
-def knock(place: EnginePlace) -> socket.socket | None:
+def connect_if_running(place: EnginePlace) -> socket.socket | None:
     link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         link.connect(str(place.socket))
@@ -181,7 +181,7 @@ def knock(place: EnginePlace) -> socket.socket | None:
     return link
 
 
-def start(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+def start_engine(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Bind the socket and start the child on it. Its first connection is inherited: when we die, it knows."""
     if importlib.util.find_spec("vllm") is None:
         raise missing("vllm")
@@ -193,7 +193,7 @@ def start(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         listener.listen(64)
         with open_log(place.log) as log:
             child = subprocess.Popen(
-                command(place, listener.fileno(), theirs.fileno()),
+                child_command(place, listener.fileno(), theirs.fileno()),
                 pass_fds=(listener.fileno(), theirs.fileno()),
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -221,7 +221,7 @@ def tell_spec(child: subprocess.Popen[bytes], spec: EngineSpec) -> None:
         pipe.write(line.encode())
 
 
-def command(place: EnginePlace, listener: int, parent: int) -> list[str]:
+def child_command(place: EnginePlace, listener: int, parent: int) -> list[str]:
     files = [
         "--listener",
         str(listener),

@@ -12,39 +12,40 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from complete_fn_workers.engine.connections import Connection, Connections
+from complete_fn.capacity.decoder_work import DecoderWork
+from complete_fn.capacity.flops import skipped_share
+from complete_fn_workers.engine.connections import EngineConnection, EngineConnections
 from complete_fn_workers.engine.machine import available_cores
-from complete_fn_workers.engine.steps.kv_window import Held, KVWindow
+from complete_fn_workers.engine.steps.kv_window import HeldRow, KVWindow
 from complete_fn_workers.engine.steps.metering import NOTHING, Charge, StepMeter
-from complete_fn_workers.engine.steps.step_limit import StepPace
-from complete_fn_workers.engine.steps.step_work import Shape
+from complete_fn_workers.engine.steps.step_limit import StepLimit
 from complete_fn_workers.engine.vllm_internals import EngineFacts, read_engine, requests_under_way
 from complete_fn_workers.engine.wire import RowRefused
 
 
-class Row(NamedTuple):
+class WaitingRow(NamedTuple):
     """A row that waits for admission."""
 
-    connection: Connection
+    connection: EngineConnection
     number: int
     prompt: Any
     sampling: Any
 
 
-class Ready(NamedTuple):
+class ReadyRow(NamedTuple):
     """A row, and what the engine is asked for it: its tokens and limits."""
 
-    row: Row
-    asked: Any
+    row: WaitingRow
+    request: Any
 
 
 @dataclass(slots=True)
-class Admitted:
+class AdmittedRow:
     """A row that vLLM has. `told` characters of its text were sent already."""
 
-    connection: Connection
+    connection: EngineConnection
     number: int
-    asked: Any
+    request: Any
     internal_id: str
     priority: int
     told: int = 0
@@ -57,7 +58,7 @@ class Admitted:
 class EngineLoop:
     """Feeds one vLLM engine from all connections. Rows with a priority below 0 overtake all others."""
 
-    def __init__(self, connections: Connections, llm: Any) -> None:
+    def __init__(self, connections: EngineConnections, llm: Any) -> None:
         from complete_fn_workers.engine.config import INTERACTIVE_SEATS
         from complete_fn_workers.engine.rows import PromptReader
 
@@ -67,23 +68,21 @@ class EngineLoop:
         self.prompts = PromptReader(llm.get_tokenizer())
         self.context = facts.context
         self.max_num_seqs = facts.rows - INTERACTIVE_SEATS
-        self.interactive: deque[Row] = deque()
-        self.waiting: deque[Row] = deque()
-        self.running: dict[str, Admitted] = {}
+        self.interactive: deque[WaitingRow] = deque()
+        self.waiting: deque[WaitingRow] = deque()
+        self.running: dict[str, AdmittedRow] = {}
         self.running_bulk = self.admitted = 0  # rows in vLLM; those that are new to it
-        self.pace = StepPace(facts.step_tokens)
+        self.step_limit = StepLimit(facts.step_tokens)
         self.window = KVWindow(facts.cache_blocks, facts.block_tokens)
-        self.next: Ready | None = None  # the first bulk row, read, while the cache has no room for it
-        self.meter = StepMeter(requests_under_way(llm), shape_of(facts), facts.devices, facts.overlaps)
-        self.done: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
-        self.text: defaultdict[Connection, list[list[Any]]] = defaultdict(list)
+        self.next: ReadyRow | None = None  # the first bulk row, read, while the cache has no room for it
+        self.meter = StepMeter(requests_under_way(llm), decoder_work(facts), facts.devices, facts.overlaps)
+        self.done: defaultdict[EngineConnection, list[list[Any]]] = defaultdict(list)
+        self.text: defaultdict[EngineConnection, list[list[Any]]] = defaultdict(list)
         self.serial = 0
         self.steps = 0
 
     @property
     def greeting(self) -> dict[str, Any]:
-        from complete_fn_workers.swiftkv.serving.flops import skipped_share
-
         limits = {"max_model_len": self.context, "max_num_seqs": self.max_num_seqs}
         what = {"device": device_name(), "skipped": skipped_share(self.facts.config)}
         return {"ready": {**limits, "pid": os.getpid(), **what}}
@@ -91,7 +90,7 @@ class EngineLoop:
     def run(self) -> None:
         while True:
             self.take(block=not (self.running or self.waiting or self.interactive or self.next))
-            if self.pace.takes_bulk(self.admit_chats(), self.running_bulk):
+            if self.step_limit.takes_bulk(self.admit_chats(), self.running_bulk):
                 self.admit_bulk()
             if self.running:
                 self.step()
@@ -102,23 +101,23 @@ class EngineLoop:
         chats = 0
         while self.interactive and len(self.running) < 2 * self.max_num_seqs:
             if (chat := self.readied(self.interactive.popleft())) is not None:
-                self.submit(chat.row, chat.asked, chat.row.sampling.priority)
+                self.submit(chat.row, chat.request, chat.row.sampling.priority)
                 chats += 1
-            self.pace.chat()
+            self.step_limit.chat()
         return chats
 
     def admit_bulk(self) -> None:
         """Fill the seats as far as the cache has room; while somebody chats, as far as the next step stays short."""
         decoding = len(self.running)
         while (self.next or self.waiting) and self.running_bulk < self.max_num_seqs:
-            if self.running_bulk and self.pace.room(decoding) <= 0:
+            if self.running_bulk and self.step_limit.room(decoding) <= 0:
                 return
             ready, self.next = self.next or self.readied(self.waiting.popleft()), None
             if ready is not None and not self.fits(ready):
                 self.next = ready  # goes first, as soon as others have left
                 return
             if ready is not None:
-                self.submit(ready.row, ready.asked, ready.row.sampling.priority)
+                self.submit(ready.row, ready.request, ready.row.sampling.priority)
 
     def step(self) -> None:
         decoding = len(self.running) - self.admitted
@@ -127,7 +126,7 @@ class EngineLoop:
         self.steps += 1
         outputs = self.llm.step()
         took = time.monotonic() - began
-        self.pace.stepped(took, decoding)
+        self.step_limit.stepped(took, decoding)
         self.meter.stepped(took)
         for output in outputs:
             self.note(output)
@@ -143,7 +142,7 @@ class EngineLoop:
             else:
                 self.read(connection, message)
 
-    def read(self, connection: Connection, message: dict[str, Any]) -> None:
+    def read(self, connection: EngineConnection, message: dict[str, Any]) -> None:
         from complete_fn_workers.engine.rows import Sampling
 
         if "open" in message:
@@ -153,7 +152,7 @@ class EngineLoop:
             if options:
                 connection.options = Sampling(options[0])
             lane = self.interactive if connection.options.priority < 0 else self.waiting
-            lane.append(Row(connection, number, prompt, connection.options))
+            lane.append(WaitingRow(connection, number, prompt, connection.options))
         if "count" in message:
             self.connections.send(connection, {"counts": self.prompts.count(message["count"]), "steps": self.steps})
         if "stop" in message:
@@ -162,12 +161,12 @@ class EngineLoop:
         if "meter" in message:
             self.tell_time(connection, {})
 
-    def tell_time(self, connection: Connection, message: dict[str, Any]) -> None:
+    def tell_time(self, connection: EngineConnection, message: dict[str, Any]) -> None:
         """With the message. Every second is told once: whoever waited no longer leaves them to the next listener."""
         if not connection.closed:
             self.connections.send(connection, {**message, "meter": self.meter.tell()})
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: EngineConnection) -> None:
         """A connection is gone, or wants no more: so are its rows."""
         self.waiting = deque(row for row in self.waiting if row.connection is not connection)
         self.interactive = deque(row for row in self.interactive if row.connection is not connection)
@@ -180,52 +179,52 @@ class EngineLoop:
         self.done.pop(connection, None)
         self.text.pop(connection, None)
 
-    def leave(self, key: str) -> Admitted:
+    def leave(self, key: str) -> AdmittedRow:
         self.window.release(key)
         row = self.running.pop(key)
         self.running_bulk -= row.bulk
         return row
 
-    def readied(self, row: Row) -> Ready | None:
+    def readied(self, row: WaitingRow) -> ReadyRow | None:
         """The row's tokens and what it needs; None if it is refused."""
-        from complete_fn_workers.engine.rows import asked
+        from complete_fn_workers.engine.rows import request_of
 
         default = row.connection.default_max_tokens
         try:
-            return Ready(row, asked(self.prompts, row.prompt, row.sampling, self.context, default))
+            return ReadyRow(row, request_of(self.prompts, row.prompt, row.sampling, self.context, default))
         except RowRefused as refusal:
             self.done[row.connection].append([row.number, *refusal.answer])
         except Exception as error:
             self.done[row.connection].append([row.number, *unexpected(error).answer])
         return None
 
-    def held(self, row: Row | Admitted, what: Any) -> Held:
-        return self.window.row(row.connection.tenant, what.ids, what.tokens)
+    def held(self, row: WaitingRow | AdmittedRow, request: Any) -> HeldRow:
+        return self.window.row(row.connection.tenant, request.ids, request.tokens)
 
-    def fits(self, ready: Ready) -> bool:
+    def fits(self, ready: ReadyRow) -> bool:
         """Whether the cache has room for a bulk row besides those under way."""
         return self.window.fits(self.held(*ready))
 
-    def submit(self, row: Row | Admitted, what: Any, priority: int, spent: Charge = NOTHING) -> None:
+    def submit(self, row: WaitingRow | AdmittedRow, request: Any, priority: int, spent: Charge = NOTHING) -> None:
         """Hand one request of a row to vLLM. `spent`: on its requests before."""
         from vllm.inputs import tokens_input
 
         connection = row.connection
         self.serial += 1
         key = str(self.serial)
-        prompt = tokens_input(what.ids, cache_salt=connection.tenant)
+        prompt = tokens_input(request.ids, cache_salt=connection.tenant)
         try:
-            internal = self.llm.add_request(key, prompt, what.params, priority=priority)
+            internal = self.llm.add_request(key, prompt, request.params, priority=priority)
         except Exception as error:  # vLLM's own checks of one row come as several types
             self.done[connection].append([row.number, *RowRefused("invalid_request", str(error)).answer, *spent])
         else:
-            self.running[key] = admitted = Admitted(connection, row.number, what, internal, priority)
+            self.running[key] = admitted = AdmittedRow(connection, row.number, request, internal, priority)
             self.meter.admit(key, internal, spent)
             if admitted.bulk:
                 self.running_bulk += 1
-                self.window.hold(key, self.held(row, what), connection.tenant, what.ids)
+                self.window.hold(key, self.held(row, request), connection.tenant, request.ids)
             self.admitted += 1
-            self.pace.admit(len(what.ids))
+            self.step_limit.admit(len(request.ids))
 
     def note(self, output: Any) -> None:
         """An answer, a step towards a label, or the text of a watched row so far."""
@@ -237,13 +236,13 @@ class EngineLoop:
         if output.finished:
             self.leave(output.request_id)
             charge = self.meter.leave(output.request_id)
-            self.pace.finished(len(output.prompt_token_ids), output.num_cached_tokens or 0)
+            self.step_limit.finished(len(output.prompt_token_ids), output.num_cached_tokens or 0)
             try:
-                answer = row.asked.take(output)
+                answer = row.request.take(output)
             except Exception as error:
                 answer = unexpected(error).answer
             if answer is None:
-                self.submit(row, row.asked, row.priority, charge)
+                self.submit(row, row.request, row.priority, charge)
             else:
                 self.done[row.connection].append([row.number, *answer, *charge])
         elif piece := output.outputs[0].text[row.told :]:
@@ -266,8 +265,8 @@ def unexpected(error: Exception) -> RowRefused:
     return RowRefused("invalid_request", f"The engine failed at this row: {type(error).__name__}.")
 
 
-def shape_of(facts: EngineFacts) -> Shape:
-    return Shape.of(facts.text_config, facts.weight_bytes, facts.cache_bytes)
+def decoder_work(facts: EngineFacts) -> DecoderWork:
+    return DecoderWork.of(facts.text_config, facts.weight_bytes, facts.cache_bytes)
 
 
 def device_name() -> str:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from complete_fn_workers.engine.labels import Place, Search, label_tree
+from complete_fn_workers.engine.labels import LabelPlace, LabelSearch, label_tree
 from complete_fn_workers.engine.wire import RowRefused
 
 Prompt = str | list[list[str]]
@@ -18,7 +18,7 @@ Answer = list[Any]  # as in engine_wire: text, finish_reason, code, message, sco
 
 
 @dataclass(slots=True)
-class Limit:
+class AnswerLimit:
     """How many tokens the answer may have, and whether the caller said so."""
 
     tokens: int
@@ -32,7 +32,7 @@ class PromptReader:
         self.tokenizer = tokenizer
         self.fast = whole_text(getattr(tokenizer, "backend_tokenizer", None))
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
-        self.trees: dict[tuple[str, tuple[str, ...]], Place] = {}
+        self.trees: dict[tuple[str, tuple[str, ...]], LabelPlace] = {}
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: template applied, else with the model's own special tokens in front.
@@ -68,7 +68,7 @@ class PromptReader:
                 return int(token)
         raise RowRefused("invalid_request", "The prompt is empty and the model has no token to begin with.")
 
-    def labels(self, choices: tuple[str, ...], prompt: Prompt) -> Place:
+    def labels(self, choices: tuple[str, ...], prompt: Prompt) -> LabelPlace:
         """The labels as the model would write them behind the prompt.
 
         Raises:
@@ -107,7 +107,7 @@ def whole_text(backend: Any) -> Any:
     return copy
 
 
-def answer_limit(prompt_tokens: int, context: int, wanted: int | None, default: int) -> Limit:
+def answer_limit(prompt_tokens: int, context: int, wanted: int | None, default: int) -> AnswerLimit:
     """Tokens that the answer may have.
 
     Raises:
@@ -121,8 +121,8 @@ def answer_limit(prompt_tokens: int, context: int, wanted: int | None, default: 
             prompt_tokens,
         )
     if wanted is None:
-        return Limit(min(room, default), False)
-    return Limit(min(room, wanted), wanted <= room)
+        return AnswerLimit(min(room, default), False)
+    return AnswerLimit(min(room, wanted), wanted <= room)
 
 
 class Sampling:
@@ -145,7 +145,7 @@ class Sampling:
             found = self.made[tokens] = self.make(tokens)
         return found
 
-    def scoring(self, place: Place) -> SamplingParams:
+    def scoring(self, place: LabelPlace) -> SamplingParams:
         """One token, with the log-probability of each way on from the place."""
         key = place.path, tuple(place.ways)  # the labels' tokens depend on the prompt's end
         found = self.of_labels.get(key)
@@ -192,12 +192,12 @@ def grammar_schema(response_format: str) -> str:
 
 
 @dataclass(slots=True)
-class Writing:
+class TextRequest:
     """A row that the engine answers with text, in one request."""
 
     ids: list[int]
     params: SamplingParams
-    limit: Limit
+    limit: AnswerLimit
     context: int
 
     @property
@@ -210,7 +210,7 @@ class Writing:
 
 
 @dataclass(slots=True)
-class Choosing:
+class LabelRequest:
     """A row that the engine answers with a label, in one request for each place that must be asked.
 
     Usage is as if one request had written a token at each place: the first one's prompt, a token each.
@@ -218,7 +218,7 @@ class Choosing:
 
     prompt_ids: list[int]
     sampling: Sampling
-    search: Search
+    search: LabelSearch
     deepest: int
     usage: list[int] = field(default_factory=list)
 
@@ -252,7 +252,9 @@ class Choosing:
         return [text, "stop", None, None, self.search.scores, *self.usage, self.search.steps]
 
 
-def asked(prompts: PromptReader, prompt: Prompt, sampling: Sampling, context: int, default: int) -> Writing | Choosing:
+def request_of(
+    prompts: PromptReader, prompt: Prompt, sampling: Sampling, context: int, default: int
+) -> TextRequest | LabelRequest:
     """The row as requests to the engine. `default`: tokens of an answer where the caller set no limit.
 
     Raises:
@@ -262,9 +264,9 @@ def asked(prompts: PromptReader, prompt: Prompt, sampling: Sampling, context: in
     if sampling.choices:
         tree = prompts.labels(sampling.choices, prompt)
         answer_limit(len(ids) + tree.depth, context, 1, 1)
-        return Choosing(ids, sampling, Search(tree), tree.depth)
+        return LabelRequest(ids, sampling, LabelSearch(tree), tree.depth)
     limit = answer_limit(len(ids), context, sampling.max_tokens, default)
-    return Writing(ids, sampling.params(limit.tokens), limit, context)
+    return TextRequest(ids, sampling.params(limit.tokens), limit, context)
 
 
 def refused_by_engine(reason: Any, output: Any) -> Answer:
@@ -276,7 +278,7 @@ def tokens_of(output: Any) -> list[int]:
     return [len(output.prompt_token_ids), output.num_cached_tokens or 0, len(output.outputs[0].token_ids)]
 
 
-def answer_of(output: Any, limit: Limit, context: int) -> Answer:
+def answer_of(output: Any, limit: AnswerLimit, context: int) -> Answer:
     """A finished vLLM output as the wire's answer."""
     outcome = output.outputs[0]
     usage = tokens_of(output)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from complete_fn.errors import InputError
-from complete_fn_workers.swiftkv.reference import Llama, RopeScaling, Shape, SwiftKV
+from complete_fn_workers.swiftkv.reference import Llama, LlamaShape, RopeScaling, SwiftKV
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
@@ -46,10 +46,10 @@ def refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
         raise InputError(f"'{folder}' is quantised ({kind}), which is not read here. Name its full-precision parent.")
 
 
-def shape_of(config: dict[str, Any]) -> Shape:
+def shape_of(config: dict[str, Any]) -> LlamaShape:
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return Shape(
+    return LlamaShape(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
@@ -175,7 +175,7 @@ def load_model(folder: Path) -> Llama:
     refuse_quantised(folder, config)
     stored = swiftkv_of(config)
     model = empty_model(config, stored)
-    fill(model, TensorFolder(folder), lambda name: stored is None or not is_teachers(name, stored))
+    copy_tensors(model, TensorFolder(folder), lambda name: stored is None or not is_teachers(name, stored))
     return model
 
 
@@ -200,9 +200,9 @@ def load_pair(parent: Path, swiftkv: SwiftKV | None, student: Path | None = None
     last = own["num_hidden_layers"] - 1
     if f"model.layers.{last}.self_attn.q_proj.weight" not in tensors:
         raise InputError(f"'{parent}' has no teacher: it was written without. Name its parent instead.")
-    fill(model, tensors, lambda name: True, skip_student=stored is None or student is not None)
+    copy_tensors(model, tensors, lambda name: True, skip_student=stored is None or student is not None)
     if student is not None:
-        fill(model, TensorFolder(student), lambda name: True, only_student=True)
+        copy_tensors(model, TensorFolder(student), lambda name: True, only_student=True)
     elif stored is None:
         model.initialise_student()
     return model
@@ -212,7 +212,7 @@ def empty_model(config: dict[str, Any], swiftkv: SwiftKV | None) -> Llama:
     return Llama(shape_of(config), swiftkv, bool(config.get("tie_word_embeddings", False)), scaling_of(config))
 
 
-def fill(
+def copy_tensors(
     model: Llama,
     tensors: TensorFolder,
     needed: Callable[[str], bool],

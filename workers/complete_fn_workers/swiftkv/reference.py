@@ -26,7 +26,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class Shape:
+class LlamaShape:
     """Sizes by their Hugging Face config names."""
 
     vocab_size: int
@@ -53,7 +53,7 @@ class SwiftKV:
         return later >= 0 and later % self.key_value_group_size == 0
 
 
-def rope_table(shape: Shape, length: int, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
+def rope_table(shape: LlamaShape, length: int, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin, each [length, head_dim]: rotary angles of arXiv 2104.09864, halves rotated as in Llama."""
     half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     frequencies = shape.rope_theta**-half
@@ -123,7 +123,7 @@ class Rotary(NamedTuple):
 
 
 class Attention(nn.Module):
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, s: LlamaShape) -> None:
         super().__init__()
         self.shape = s
         self.q_proj = nn.Linear(s.hidden_size, s.num_attention_heads * s.head_dim, bias=False)
@@ -152,7 +152,7 @@ class Attention(nn.Module):
 class SwiftKVAttention(Attention):
     """Teacher's projections beside the student's: `*_proj_swiftkv`, keys and values only in a group's owner."""
 
-    def __init__(self, s: Shape, owner: bool) -> None:
+    def __init__(self, s: LlamaShape, owner: bool) -> None:
         super().__init__(s)
         self.owner = owner
         self.q_proj_swiftkv = nn.Linear(s.hidden_size, s.num_attention_heads * s.head_dim, bias=False)
@@ -183,7 +183,7 @@ class SwiftKVAttention(Attention):
 
 
 class MLP(nn.Module):
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, s: LlamaShape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=False)
         self.up_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=False)
@@ -195,7 +195,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, s: Shape, attention: Attention | None = None) -> None:
+    def __init__(self, s: LlamaShape, attention: Attention | None = None) -> None:
         super().__init__()
         self.self_attn = attention if attention is not None else Attention(s)
         self.mlp = MLP(s)
@@ -227,7 +227,7 @@ class Llama(nn.Module):
     sin: Tensor
 
     def __init__(
-        self, shape: Shape, swiftkv: SwiftKV | None = None, tied: bool = True, scaling: RopeScaling | None = None
+        self, shape: LlamaShape, swiftkv: SwiftKV | None = None, tied: bool = True, scaling: RopeScaling | None = None
     ) -> None:
         super().__init__()
         self.shape, self.swiftkv = shape, swiftkv

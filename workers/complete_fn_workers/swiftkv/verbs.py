@@ -18,10 +18,10 @@ from complete_fn_workers.swiftkv.checkpoint import load_pair, read_config, refus
 from complete_fn_workers.swiftkv.reference import SwiftKV
 from complete_fn_workers.swiftkv.training.activations import fit_start
 from complete_fn_workers.swiftkv.training.convert import convert, licence_of, refuse_layers, refuse_name, write_student
-from complete_fn_workers.swiftkv.training.distill import Recipe, State, freeze_teacher, train
-from complete_fn_workers.swiftkv.training.evaluate import compare_answers, table
-from complete_fn_workers.swiftkv.training.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
-from complete_fn_workers.swiftkv.training.forced_scores import forced
+from complete_fn_workers.swiftkv.training.distill import DistillState, Recipe, freeze_teacher, train
+from complete_fn_workers.swiftkv.training.evaluate import compare_answers, format_scores
+from complete_fn_workers.swiftkv.training.examples import Encoder, Example, TableRow, epoch, read_rows, teacher_answers
+from complete_fn_workers.swiftkv.training.forced_scores import score_forced
 
 
 def add_layers(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="take only so many rows, from the front")
 
 
-def table_rows(a: argparse.Namespace) -> list[Row]:
+def table_rows(a: argparse.Namespace) -> list[TableRow]:
     """Without `--answer-column`, a column 'answer' is used where there is one."""
     if a.answer_column:
         return read_rows(a.prompts, a.prompt, a.answer_column)[: a.limit]
@@ -166,13 +166,13 @@ def distil(a: argparse.Namespace, run: Path, training: list[Example], held_out: 
     chosen = layers_of(a, a.parent)
     model = load_pair(a.parent, chosen).to(a.device)
     trained = freeze_teacher(model, torch.bfloat16)
-    state = State(run, trained, recipe)
-    before = asdict(forced(model, held_out, a.batch_tokens)) if held_out else None
+    state = DistillState(run, trained, recipe)
+    before = asdict(score_forced(model, held_out, a.batch_tokens)) if held_out else None
     if not state.resume() and recipe.start == "fitted":
         with torch.autocast(torch.device(a.device).type, torch.bfloat16):
             fit_start(model, (b.to(a.device) for b in epoch(training, recipe.batch_tokens, recipe.seed)))
     train(model, state, training, a.compile)
-    after = asdict(forced(model, held_out, a.batch_tokens)) if held_out else None
+    after = asdict(score_forced(model, held_out, a.batch_tokens)) if held_out else None
     write_student(a.parent, a.out, chosen, trained, a.keep_teacher)
     report = {
         "parent": str(a.parent),
@@ -226,11 +226,11 @@ def eval_verb(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     found: dict[str, Any] = {"rows": len(rows)}
     examples = Encoder(a.teacher).encoded(rows, read_config(a.teacher).get("max_position_embeddings", 2048))
     if examples:
-        found["forced"] = asdict(forced(load_pair(a.teacher, None, a.student), examples, a.batch_tokens))
+        found["forced"] = asdict(score_forced(load_pair(a.teacher, None, a.student), examples, a.batch_tokens))
     if not a.no_answers:
         models = {"teacher": str(a.teacher), "student": str(a.student)}
         found["answers"] = compare_answers(models, engine_of, rows, a.max_tokens)
-    print(table(found))
+    print(format_scores(found))
     if a.json:
         a.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0

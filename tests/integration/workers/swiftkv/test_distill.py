@@ -33,10 +33,10 @@ from complete_fn_workers.swiftkv.reference import States, SwiftKV
 from complete_fn_workers.swiftkv.training import distill as distilling
 from complete_fn_workers.swiftkv.training.activations import fit_start, lesson_of, student_states
 from complete_fn_workers.swiftkv.training.convert import convert
-from complete_fn_workers.swiftkv.training.distill import Recipe, State, freeze_teacher, train
+from complete_fn_workers.swiftkv.training.distill import DistillState, Recipe, freeze_teacher, train
 from complete_fn_workers.swiftkv.training.exact import Agreement, agreement
-from complete_fn_workers.swiftkv.training.examples import Encoder, Example, Row, epoch, read_rows, teacher_answers
-from complete_fn_workers.swiftkv.training.forced_scores import forced
+from complete_fn_workers.swiftkv.training.examples import Encoder, Example, TableRow, epoch, read_rows, teacher_answers
+from complete_fn_workers.swiftkv.training.forced_scores import score_forced
 from tests.random_checkpoints import TINY, random_model, write_checkpoint
 
 pytestmark = pytest.mark.engine  # torch and transformers come with it
@@ -67,14 +67,14 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_prompt_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "one\u2028two\x85", "answer": "a\u2029"}\n{"prompt": "three", "answer": "b"}\n')
-    assert read_rows(file, "{prompt}", "answer") == [Row("one\u2028two\x85", "a\u2029"), Row("three", "b")]
+    assert read_rows(file, "{prompt}", "answer") == [TableRow("one\u2028two\x85", "a\u2029"), TableRow("three", "b")]
 
 
 def test_prompts_may_be_those_of_a_job(tmp_path: Path) -> None:
     table = {"id": [1, 2, 3], "text": ["a", None, "c"], "completion": ["x", "y", None]}
     pq.write_table(pa.table(table), tmp_path / "rows.parquet")
     found = read_rows(tmp_path / "rows.parquet", "Say {text} {{{id}}}", "completion")
-    assert found == [Row("Say a {1}", "x"), Row("Say c {3}", None)]
+    assert found == [TableRow("Say a {1}", "x"), TableRow("Say c {3}", None)]
     with pytest.raises(InputError, match="'Say it' names no column"):
         read_rows(tmp_path / "rows.parquet", "Say it", None)
 
@@ -158,9 +158,9 @@ def test_examples_end_with_the_end_of_turn_and_batches_hold_each_once(parent: Pa
     assert sorted(seen) == sorted((e.ids, e.start) for e in examples)
 
 
-def run_of(parent: Path, folder: Path, **recipe: Any) -> State:
+def run_of(parent: Path, folder: Path, **recipe: Any) -> DistillState:
     model = load_pair(parent, SwiftKV(4, 2))
-    state = State(folder, freeze_teacher(model, torch.float32), Recipe(lr=1e-3, batch_tokens=1024, **recipe))
+    state = DistillState(folder, freeze_teacher(model, torch.float32), Recipe(lr=1e-3, batch_tokens=1024, **recipe))
     state.model = model  # type: ignore[attr-defined]
     return state
 
@@ -176,9 +176,9 @@ def test_training_moves_only_the_student_and_brings_it_nearer(
     assert {n.split(".")[-2] for n in state.trained} == {
         "norm_swiftkv", "q_proj_swiftkv", "k_proj_swiftkv", "v_proj_swiftkv",
     }  # fmt: skip
-    before = forced(model, examples, 1024)
+    before = score_forced(model, examples, 1024)
     train(model, state, examples, report=lambda _: None)
-    after = forced(model, examples, 1024)
+    after = score_forced(model, examples, 1024)
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     assert after.kl < 0.9 * before.kl
     assert after.teacher_right == before.teacher_right
@@ -241,7 +241,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     train(whole.model, whole, examples, report=lambda _: None)  # type: ignore[attr-defined]
 
     cut = run_of(parent, tmp_path / "cut", epochs=2, **more)
-    taken, real = [], distilling.step
+    taken, real = [], distilling.take_step
 
     def interrupted(*arguments: Any) -> None:
         if len(taken) == 5:
@@ -249,17 +249,17 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
         taken.append(1)
         real(*arguments)
 
-    monkeypatch.setattr(distilling, "step", interrupted)
+    monkeypatch.setattr(distilling, "take_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(cut.model, cut, examples, report=lambda _: None)  # type: ignore[attr-defined]
-    monkeypatch.setattr(distilling, "step", real)
+    monkeypatch.setattr(distilling, "take_step", real)
     again = run_of(parent, tmp_path / "cut", epochs=2, **more)
     assert again.resume()
     assert again.progress.batches == 5 < sum(1 for _ in epoch(examples, 1024, 0))
     train(again.model, again, examples, report=lambda _: None)  # type: ignore[attr-defined]
     assert all(torch.equal(p, again.trained[name]) for name, p in whole.trained.items())
     with pytest.raises(InputError, match="another lr"):
-        State(tmp_path / "cut", again.trained, Recipe(lr=5e-3, batch_tokens=1024, epochs=2)).resume()
+        DistillState(tmp_path / "cut", again.trained, Recipe(lr=5e-3, batch_tokens=1024, epochs=2)).resume()
 
 
 def test_distil_writes_a_checkpoint_with_its_figures(parent: Path, prompts: Path, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_distil_writes_a_checkpoint_with_its_figures(parent: Path, prompts: Path
     assert {t.dtype for t in stored.values()} == {torch.bfloat16}
     assert "model.layers.4.self_attn.q_proj.weight" not in stored
     assert torch.equal(stored["model.layers.0.mlp.up_proj.weight"], load_file(parent / "model.safetensors")["model.layers.0.mlp.up_proj.weight"])  # fmt: skip  # noqa: E501
-    served = forced(load_pair(parent, None, out), examples_from(parent, prompts)[5::6], 1024)
+    served = score_forced(load_pair(parent, None, out), examples_from(parent, prompts)[5::6], 1024)
     assert served.kl == pytest.approx(report["held_out_after"]["kl"], rel=0.05)
 
 
@@ -286,18 +286,18 @@ class Closing(EchoEngine):
 
 
 def test_missing_answers_are_the_teachers_and_asked_for_once(tmp_path: Path) -> None:
-    rows = [Row("one", None), Row("two", "given"), Row("one", None), Row("three " * 50, None)]
+    rows = [TableRow("one", None), TableRow("two", "given"), TableRow("one", None), TableRow("three " * 50, None)]
     engine = Closing(context=20)
     journal, call = tmp_path / "run/answers.jsonl", Call(Model("teacher", "teacher", engine="echo"))
     made = teacher_answers(rows, lambda: engine, call, journal)
-    assert made == [Row("one", "one"), Row("two", "given"), Row("one", "one")]
+    assert made == [TableRow("one", "one"), TableRow("two", "given"), TableRow("one", "one")]
     assert engine.closed == 1
     assert [request.prompt for request in engine.requests] == ["one", "three " * 50]
     assert teacher_answers(rows[:3], lambda: pytest.fail("opened for nothing"), call, journal) == made
 
 
 def test_answers_of_another_teacher_or_length_are_not_taken_for_this_ones(tmp_path: Path) -> None:
-    journal, rows = tmp_path / "answers.jsonl", [Row("one two", None)]
+    journal, rows = tmp_path / "answers.jsonl", [TableRow("one two", None)]
     journal.write_text('{"prompt": "one two", "answer": "by whom?"}\n')  # as it was written once
     first = Call(Model("t", "first", engine="echo"))
     calls = (
@@ -309,7 +309,7 @@ def test_answers_of_another_teacher_or_length_are_not_taken_for_this_ones(tmp_pa
     engine, asked = Closing(), []
     for call in calls:
         made = teacher_answers(rows, lambda: engine, call, journal)
-        assert made == [Row("one two", "one" if call.sampling.max_tokens else "one two")]
+        assert made == [TableRow("one two", "one" if call.sampling.max_tokens else "one two")]
         asked.append(len(engine.requests))
     assert asked == [1, 2, 3, 3]
 

@@ -17,7 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 
 from complete_fn_workers.swiftkv.reference import SwiftKV
-from complete_fn_workers.swiftkv.serving.attention import select
+from complete_fn_workers.swiftkv.serving.attention import select_tokens
 from complete_fn_workers.swiftkv.serving.limits import PromptWatcher, V2PromptWatcher, refuse_unsupported
 from complete_fn_workers.swiftkv.training.exact import SETTINGS
 from tests.random_checkpoints import TINY, config_of
@@ -114,8 +114,8 @@ def test_the_second_runner_accepts_its_watcher() -> None:
 
 def test_selection_is_the_tail_of_each_finished_request() -> None:
     starts = torch.tensor([0, 15, 19, 19, 28])  # 15, 4, 0 (padding) and 9 tokens
-    chosen = select(starts, 1, None)
+    chosen = select_tokens(starts, 1, None)
     assert (chosen.rows.tolist(), chosen.indices.tolist()) == ([0, 1, 3], [14, 18, 27])
-    chosen = select(starts, 3, [False, True, True, True])
+    chosen = select_tokens(starts, 3, [False, True, True, True])
     assert (chosen.counts.tolist(), chosen.indices.tolist()) == ([3, 3], [16, 17, 18, 25, 26, 27])
-    assert select(starts, 1, [False] * 4).indices.tolist() == []
+    assert select_tokens(starts, 1, [False] * 4).indices.tolist() == []

@@ -20,7 +20,7 @@ from complete_fn.settings import Settings
 from complete_fn.types import Completion, CompletionRequest, Message
 from complete_fn_workers.engine import launch
 from complete_fn_workers.engine.allocator import KEEP_MEMORY, allocator_environment, find_tcmalloc
-from complete_fn_workers.engine.client import sendable
+from complete_fn_workers.engine.client import is_sendable
 from complete_fn_workers.engine.launch import EngineSpec, engine_environment, engine_key, engine_place, thread_binding
 from complete_fn_workers.engine.machine import available_cores, computes_bfloat16, memory_bytes
 from complete_fn_workers.engine.wire import Frames, pack
@@ -41,10 +41,10 @@ def test_frames_survive_any_cut(messages: list[dict[str, str]], size: int) -> No
 def test_lone_surrogate_cannot_be_packed_and_is_found_before() -> None:
     with pytest.raises(UnicodeEncodeError):
         pack({"rows": [[0, "a\ud800"]]})
-    assert not sendable(CompletionRequest("m", "a\ud800"))
-    assert not sendable(CompletionRequest("m", (Message("user", "fine"), Message("user", "\udfff"))))
-    assert not sendable(CompletionRequest("m", ()))
-    assert sendable(CompletionRequest("m", ""))
+    assert not is_sendable(CompletionRequest("m", "a\ud800"))
+    assert not is_sendable(CompletionRequest("m", (Message("user", "fine"), Message("user", "\udfff"))))
+    assert not is_sendable(CompletionRequest("m", ()))
+    assert is_sendable(CompletionRequest("m", ""))
     assert encodable("a\ud800𝄞") == "a?𝄞"
 
 
@@ -99,18 +99,18 @@ def test_the_childs_spec_is_on_no_command_line(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "config.json").write_text("{}")
     given = replace(spec(tmp_path), engine_args={"hf_token": "hf_4711"})
     place = engine_place(given, Settings(tmp_path / "home", None, None))
-    assert "hf_4711" not in " ".join(launch.command(place, 3, 4))
+    assert "hf_4711" not in " ".join(launch.child_command(place, 3, 4))
     child_code = "import sys; print(sys.stdin.readline(), end='', flush=True); print(repr(sys.stdin.read()))"
-    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", child_code])
+    monkeypatch.setattr(launch, "child_command", lambda *_: [sys.executable, "-c", child_code])
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: name)
-    link, child = launch.start(place)
+    link, child = launch.start_engine(place)
     assert child.wait(30) == 0
     link.close()
     line, rest = place.log.read_text().splitlines()
     assert (json.loads(line), rest) == (asdict(given), "''")
-    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", "import sys; sys.exit(3)"])
+    monkeypatch.setattr(launch, "child_command", lambda *_: [sys.executable, "-c", "import sys; sys.exit(3)"])
     huge = replace(place, spec=replace(given, engine_args={"hf_token": "x" * 1_000_000}))
-    link, child = launch.start(huge)  # which ends before it has read
+    link, child = launch.start_engine(huge)  # which ends before it has read
     assert child.wait(30) == 3
     link.close()
 
@@ -185,7 +185,7 @@ def test_answers_are_checked_against_the_schema() -> None:
 
 SLOW_READER = """
 import socket, time, pathlib, tempfile
-from complete_fn_workers.engine.connections import Connections
+from complete_fn_workers.engine.connections import EngineConnections
 from complete_fn_workers.engine.wire import Frames
 
 folder = pathlib.Path(tempfile.mkdtemp())
@@ -193,7 +193,7 @@ listener = socket.socket(socket.AF_UNIX)
 listener.bind(str(folder / "s"))
 listener.listen()
 ours, theirs = socket.socketpair()
-connections = Connections(listener, theirs, (folder / "s", folder / "l"))
+connections = EngineConnections(listener, theirs, (folder / "s", folder / "l"))
 (connection,) = connections.open
 began = time.monotonic()
 for n in range(40):

@@ -16,12 +16,12 @@ import pytest
 CHILD = """
 import socket, sys, time
 from pathlib import Path
-from complete_fn_workers.engine.connections import Connections
+from complete_fn_workers.engine.connections import EngineConnections
 folder = Path(sys.argv[1])
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(str(folder / "s"))
 listener.listen()
-Connections(listener, socket.socket(fileno=int(sys.argv[2])), (folder / "s", folder / "lock"))
+EngineConnections(listener, socket.socket(fileno=int(sys.argv[2])), (folder / "s", folder / "lock"))
 print("ready", flush=True)
 time.sleep(60)
 """

@@ -7,17 +7,17 @@ import random
 
 import pytest
 
-from complete_fn_workers.engine.labels import Place, Search, label_tree
+from complete_fn_workers.engine.labels import LabelPlace, LabelSearch, label_tree
 from complete_fn_workers.engine.wire import RowRefused
 
 END = 0
 
 
-def tree(*labels: list[int], end: int | None = END) -> Place:
+def tree(*labels: list[int], end: int | None = END) -> LabelPlace:
     return label_tree(labels, [f"label {n}" for n in range(len(labels))], end)
 
 
-def probability(place: Place, label: int, model: dict[tuple[int, ...], dict[int, float]]) -> float:
+def probability(place: LabelPlace, label: int, model: dict[tuple[int, ...], dict[int, float]]) -> float:
     """The definition: the product of the label's shares at each place where it parts from another."""
     share = 1.0
     while place.ways:
@@ -29,7 +29,7 @@ def probability(place: Place, label: int, model: dict[tuple[int, ...], dict[int,
 
 
 def test_labels_that_differ_at_once_take_one_step() -> None:
-    search = Search(tree([5, 6], [7], [8, 9]))
+    search = LabelSearch(tree([5, 6], [7], [8, 9]))
     assert set(search.place.ways) == {5, 7, 8}
     search.tell({5: math.log(0.1), 7: math.log(0.3), 8: math.log(0.1), 99: math.log(0.5)})
     assert (search.answer, search.steps) == (1, 1)
@@ -37,7 +37,7 @@ def test_labels_that_differ_at_once_take_one_step() -> None:
 
 
 def test_tokens_that_all_labels_share_are_part_of_the_prompt() -> None:
-    search = Search(tree([5, 5, 6], [5, 5, 7]))
+    search = LabelSearch(tree([5, 5, 6], [5, 5, 7]))
     assert search.place.path == (5, 5)
     search.tell({6: -1.0, 7: -2.0})
     assert (search.answer, search.steps) == (0, 1)
@@ -45,10 +45,10 @@ def test_tokens_that_all_labels_share_are_part_of_the_prompt() -> None:
 
 def test_a_second_step_only_where_the_likeliest_way_is_shared() -> None:
     labels = tree([5, 6], [5, 7], [8])
-    alone = Search(labels)
+    alone = LabelSearch(labels)
     alone.tell({5: math.log(0.4), 8: math.log(0.6)})
     assert (alone.answer, alone.steps, alone.scores) == (2, 1, [None, None, pytest.approx(0.6)])
-    shared = Search(labels)
+    shared = LabelSearch(labels)
     shared.tell({5: math.log(0.6), 8: math.log(0.4)})
     assert shared.answer is None
     assert shared.place.path == (5,)
@@ -58,7 +58,7 @@ def test_a_second_step_only_where_the_likeliest_way_is_shared() -> None:
 
 
 def test_a_label_that_begins_another_is_told_by_the_token_that_ends_an_answer() -> None:
-    search = Search(tree([5], [5, 6]))
+    search = LabelSearch(tree([5], [5, 6]))
     assert set(search.place.ways) == {END, 6}
     with pytest.raises(RowRefused, match=r"'label 0' begins 'label 1', and the model has no token that ends"):
         tree([5], [5, 6], end=None)
@@ -76,7 +76,7 @@ def test_a_label_with_the_token_that_ends_an_answer_is_refused() -> None:
 
 
 def test_impossible_tokens_do_not_stop_the_search() -> None:
-    search = Search(tree([5], [6]))
+    search = LabelSearch(tree([5], [6]))
     search.tell({5: -math.inf, 6: -math.inf})
     assert (search.answer, search.scores) == (0, [0.5, 0.5])
 
@@ -90,14 +90,14 @@ def test_the_answer_is_the_likeliest_label_of_all(seed: int) -> None:
     place = label_tree(labels, [str(label) for label in labels], END)
     model: dict[tuple[int, ...], dict[int, float]] = {}
 
-    def fill(at: Place) -> None:
+    def fill(at: LabelPlace) -> None:
         if at.ways:
             model[at.path] = {t: draw.gauss(0, 2) for t in at.ways}
         for way in at.ways.values():
             fill(way)
 
     fill(place)
-    search = Search(place)
+    search = LabelSearch(place)
     while search.answer is None:
         search.tell(model[search.place.path])
     exact = [probability(place, n, model) for n in range(len(labels))]

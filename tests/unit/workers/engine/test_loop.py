@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from complete_fn_workers.engine.loop import Admitted, EngineLoop, Row
+from complete_fn.capacity.decoder_work import DecoderWork
+from complete_fn_workers.engine.loop import AdmittedRow, EngineLoop, WaitingRow
 from complete_fn_workers.engine.steps.kv_window import KVWindow
 from complete_fn_workers.engine.steps.metering import StepMeter
-from complete_fn_workers.engine.steps.step_limit import StepPace
-from complete_fn_workers.engine.steps.step_work import Shape
+from complete_fn_workers.engine.steps.step_limit import StepLimit
 from complete_fn_workers.engine.wire import RowRefused
 
 SECRET = "text of the prompt"
@@ -43,7 +43,7 @@ def fail(*_: Any) -> None:
 def loop(monkeypatch: pytest.MonkeyPatch) -> EngineLoop:
     """Of an engine that fails at every row, with a row `1` under way."""
     rows = ModuleType("complete_fn_workers.engine.rows")
-    vars(rows).update(Sampling=fail, asked=fail, tokens_of=fail)
+    vars(rows).update(Sampling=fail, request_of=fail, tokens_of=fail)
     monkeypatch.setitem(sys.modules, rows.__name__, rows)
     made = EngineLoop.__new__(EngineLoop)
     request = SimpleNamespace(
@@ -51,8 +51,8 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> EngineLoop:
     )
     made.connections, made.llm = Outbox(), SimpleNamespace(abort_request=lambda *_, **__: None)
     made.prompts, made.context = SimpleNamespace(), 64
-    made.meter = StepMeter({"1-a": request}, Shape.of(None))
-    made.pace, made.window = StepPace(64), KVWindow(8, 32)
+    made.meter = StepMeter({"1-a": request}, DecoderWork.of(None))
+    made.step_limit, made.window = StepLimit(64), KVWindow(8, 32)
     made.done, made.text = defaultdict(list), defaultdict(list)
     made.waiting, made.interactive, made.next = deque(), deque(), None
     made.running, made.running_bulk = {}, 0
@@ -64,7 +64,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> EngineLoop:
 
 def test_a_row_that_cannot_be_read_is_refused(loop: EngineLoop) -> None:
     parent: Any = Parent()
-    assert loop.readied(Row(parent, 7, SECRET, None)) is None
+    assert loop.readied(WaitingRow(parent, 7, SECRET, None)) is None
     ((number, *answer),) = loop.done[parent]
     assert (number, answer[2]) == (7, "invalid_request")
     assert "IndexError" in answer[3]
@@ -74,7 +74,7 @@ def test_a_row_that_cannot_be_read_is_refused(loop: EngineLoop) -> None:
 def test_a_row_whose_answer_cannot_be_read_ends_alone_and_is_charged(loop: EngineLoop) -> None:
     parent: Any = Parent()
     asked = SimpleNamespace(ids=[1] * 8, tokens=4, take=fail)
-    loop.running["1"] = Admitted(parent, 7, asked, "1-a", -1)
+    loop.running["1"] = AdmittedRow(parent, 7, asked, "1-a", -1)
     loop.note(SimpleNamespace(request_id="1", finished=True, prompt_token_ids=[1] * 8, num_cached_tokens=0))
     ((number, *answer),) = loop.done[parent]
     assert (number, answer[2]) == (7, "invalid_request")

@@ -52,7 +52,7 @@ def test_rows_of_one_kind_are_scored_by_their_own_labels_tokens(rows: Any) -> No
     """Behind white space a base model writes a label without the space before it."""
     prompts, sampling = reader(rows), rows.Sampling({"choices": ["utils", "doc"]})
     for prompt in ("Name the section:", "Name the section:\n"):
-        asked = rows.asked(prompts, prompt, sampling, 1024, 24)
+        asked = rows.request_of(prompts, prompt, sampling, 1024, 24)
         assert asked.params.logprob_token_ids == list(asked.search.place.ways)
         scores = {token: SimpleNamespace(logprob=-1.0) for token in asked.params.logprob_token_ids}
         assert asked.take(output(asked.ids, [scores]))[0] == "utils"
@@ -61,7 +61,7 @@ def test_rows_of_one_kind_are_scored_by_their_own_labels_tokens(rows: Any) -> No
 
 def test_a_row_without_the_labels_probabilities_says_why(rows: Any) -> None:
     """vLLM gives none where it guesses tokens ahead by n-grams."""
-    asked = rows.asked(reader(rows), "Name the section:", rows.Sampling({"choices": ["utils", "doc"]}), 1024, 24)
+    asked = rows.request_of(reader(rows), "Name the section:", rows.Sampling({"choices": ["utils", "doc"]}), 1024, 24)
     text, reason, code, message, scores, *tokens = asked.take(output(asked.ids, []))
     assert (text, reason, code, scores) == (None, None, "invalid_request", None)
     assert "speculative_config" in message

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True, eq=False)
-class Held:
+class HeldRow:
     """A row under way: its blocks with the longest answer, and those that it has from `before`."""
 
     blocks: int
     shared: int
-    before: Held | None = None
-    after: Held | None = None
+    before: HeldRow | None = None
+    after: HeldRow | None = None
 
 
 class KVWindow:
@@ -29,24 +29,24 @@ class KVWindow:
         self.blocks = blocks
         self.block = block
         self.used = 0
-        self.rows: dict[str, Held] = {}
-        self.last: Held | None = None
+        self.rows: dict[str, HeldRow] = {}
+        self.last: HeldRow | None = None
         self.beginning: tuple[str, Sequence[int]] = ("", ())
 
-    def row(self, salt: str, ids: Sequence[int], answer: int) -> Held:
+    def row(self, salt: str, ids: Sequence[int], answer: int) -> HeldRow:
         """The row that would follow: `ids` of its prompt and at most `answer` tokens. Salts share nothing."""
         blocks = -(-(len(ids) + answer) // self.block)
         shared = 0
         if self.last is not None and self.beginning[0] == salt:
             before = self.beginning[1]
             shared = min(common_blocks(before, ids, self.block), self.last.blocks)
-        return Held(blocks, shared, self.last)
+        return HeldRow(blocks, shared, self.last)
 
-    def fits(self, row: Held) -> bool:
+    def fits(self, row: HeldRow) -> bool:
         """Whether the row may be submitted. One is always let through: vLLM has refused what never fits."""
         return not self.rows or self.used + row.blocks - row.shared <= self.blocks
 
-    def hold(self, key: str, row: Held, salt: str, ids: Sequence[int]) -> None:
+    def hold(self, key: str, row: HeldRow, salt: str, ids: Sequence[int]) -> None:
         self.rows[key] = row
         if self.last is not None:
             self.last.after = row

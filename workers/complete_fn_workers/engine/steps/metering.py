@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from complete_fn_workers.engine.steps.step_work import Shape, StepCosts
+from complete_fn.capacity.decoder_work import DecoderWork
+from complete_fn_workers.engine.steps.step_costs import StepCosts
 from complete_fn_workers.engine.vllm_internals import cached_tokens, computed_tokens, prefill_of, prompt_tokens
 
 Charge = tuple[float, float]  # device-seconds, those of them for the prompt
@@ -14,7 +15,7 @@ NOTHING = (0.0, 0.0)
 
 
 @dataclass(slots=True)
-class Metered:
+class MeteredRow:
     """A row in the engine: vLLM's request and prefill counts, tokens seen so far, device-seconds charged so far, and
     those of them for its prompt; how it left, once it has."""
 
@@ -27,31 +28,31 @@ class Metered:
     given_up: bool = False
 
 
-class Part(NamedTuple):
+class StepPart(NamedTuple):
     """A row's of a step: whether it was of the prompt, and (FLOPs, bytes)."""
 
-    row: Metered
+    row: MeteredRow
     of_prompt: bool
     work: tuple[float, float]
 
 
 class StepMeter:
-    """Charges each step to its rows by what they computed in it (`step_work`): of the prompt what was not cached, and
+    """Charges each step to its rows by what they computed in it (`step_costs`): of the prompt what was not cached, and
     output.
 
     Conservation: `metered` is the time since the engine was loaded, times the devices. It is the charges of the rows
     that were answered, of those under way, of those given up (`lost`), and `idle`: all that was in no row's step.
     """
 
-    def __init__(self, requests: Any, shape: Shape, devices: int = 1, overlaps: bool = False) -> None:
+    def __init__(self, requests: Any, decoder: DecoderWork, devices: int = 1, overlaps: bool = False) -> None:
         """Args:
         requests: vLLM's, by its own ids (`vllm_internals.requests_under_way`).
         overlaps: vLLM schedules asynchronously: a call counts and launches its batch, then waits for the one before.
         """
         self.requests, self.devices, self.overlaps = requests, devices, overlaps
-        self.launched: list[Part] = []  # and not yet waited for
-        self.costs = StepCosts(shape)
-        self.rows: dict[str, Metered] = {}
+        self.launched: list[StepPart] = []  # and not yet waited for
+        self.costs = StepCosts(decoder)
+        self.rows: dict[str, MeteredRow] = {}
         self.loaded = time.monotonic()
         self.charged = self.lost = 0.0
         self.told_idle = self.told_lost = 0.0
@@ -59,7 +60,7 @@ class StepMeter:
     def admit(self, key: str, internal_id: str, spent: Charge = NOTHING) -> None:
         """Args: spent: what the row was charged for requests before this one."""
         request = self.requests[internal_id]
-        self.rows[key] = Metered(request, prefill_of(request), 0, *spent)
+        self.rows[key] = MeteredRow(request, prefill_of(request), 0, *spent)
 
     def stepped(self, seconds: float) -> None:
         """After each call of the engine's step."""
@@ -75,7 +76,7 @@ class StepMeter:
             if learns:
                 self.costs.learn(seconds, [part.work for part in batch])
 
-    def computed(self) -> list[Part]:
+    def computed(self) -> list[StepPart]:
         """What was computed or, where steps overlap, launched since the last call.
 
         A request's counter jumps over what was cached, and falls back when it is preempted.
@@ -86,12 +87,12 @@ class StepMeter:
             if before == 0 and now:
                 before = cached_tokens(row.prefill)
             if now > before:
-                work = self.costs.shape.work(before, now, of_prompt)
-                batch.append(Part(row, before < of_prompt, work))
+                work = self.costs.decoder.work(before, now, of_prompt)
+                batch.append(StepPart(row, before < of_prompt, work))
             row.computed = now
         return batch
 
-    def charge(self, seconds: float, batch: list[Part]) -> None:
+    def charge(self, seconds: float, batch: list[StepPart]) -> None:
         """What was launched for a row that then had its answer, the others of its batch pay for."""
         shares = self.costs.share([part.work for part in batch])
         paying = [(part, share) for part, share in zip(batch, shares, strict=True) if not part.row.answered]

@@ -12,7 +12,7 @@ LEARN = 0.1  # weight of what was seen last
 LEAST_TOKENS = 32  # smaller steps say little about the rate
 
 
-class StepPace:
+class StepLimit:
     """Learns tokens a second from the steps themselves, and the share of prompts that is not cached from the answers.
 
     Args:

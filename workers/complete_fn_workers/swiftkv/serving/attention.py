@@ -46,7 +46,7 @@ class Selection:
     indices: torch.Tensor
 
 
-def select(query_start_loc: torch.Tensor, tail: int, finished: list[bool] | None) -> Selection:
+def select_tokens(query_start_loc: torch.Tensor, tail: int, finished: list[bool] | None) -> Selection:
     """The last `tail` tokens of every request that is `finished` (None: all), given int [requests + 1] starts."""
     starts = query_start_loc.to(torch.int64)
     counts = starts.diff().clamp(max=tail)
@@ -86,7 +86,7 @@ def skipping_backend(backend: Any) -> Any:
             queries = read_queries(common)
             if self.skips and queries.longest > self.tail:
                 finished = self.finished(queries)
-                chosen = select(queries.starts, self.tail, finished)
+                chosen = select_tokens(queries.starts, self.tail, finished)
                 kept = KeptTokens(
                     chosen.indices.to(queries.device, non_blocking=True), finished is not None and not all(finished)
                 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from complete_fn_workers.swiftkv.reference import Llama, States
-from complete_fn_workers.swiftkv.training.examples import Batch
+from complete_fn_workers.swiftkv.training.examples import TokenBatch
 
 FIT_TOKENS = 200_000  # five times as many made no difference
 
@@ -40,7 +40,7 @@ class Lesson:
         return sum(t.element_size() * t.numel() for t in (self.h, self.last, self.before_last))
 
 
-def lesson_of(model: Llama, batch: Batch) -> Lesson:
+def lesson_of(model: Llama, batch: TokenBatch) -> Lesson:
     """The answer of each row must be its last tokens, without a gap."""
     judged = batch.answer[:, 1:]
     counts = judged.sum(1)
@@ -62,13 +62,13 @@ def student_states(model: Llama, lesson: Lesson) -> States:
 
 
 @dataclass
-class Memory:
+class ActivationMemory:
     """Lessons by the number of their batch, as many as `room` (bytes) takes."""
 
     room: float
     lessons: dict[int, Lesson] = field(default_factory=dict)
 
-    def lesson(self, number: int, model: Llama, batch: Batch) -> Lesson:
+    def lesson(self, number: int, model: Llama, batch: TokenBatch) -> Lesson:
         found = self.lessons.get(number) or lesson_of(model, batch)
         if number not in self.lessons and found.bytes <= self.room:
             self.room -= found.bytes
@@ -76,7 +76,7 @@ class Memory:
         return found
 
 
-def fit_start(model: Llama, batches: Iterable[Batch], tokens: int = FIT_TOKENS) -> None:
+def fit_start(model: Llama, batches: Iterable[TokenBatch], tokens: int = FIT_TOKENS) -> None:
     """Set the student's keys and values to the least-squares fit of the teacher's from `norm_swiftkv`'s output.
 
     A group of layers that shares a cache gets the mean of their fits, which fits the mean of their keys and values.

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from complete_fn.errors import InputError
 from complete_fn_workers.swiftkv.reference import Llama, Rotary, States
-from complete_fn_workers.swiftkv.training.activations import Lesson, Memory, student_states
-from complete_fn_workers.swiftkv.training.examples import LENGTHS, Batch, Example, epoch
+from complete_fn_workers.swiftkv.training.activations import ActivationMemory, Lesson, student_states
+from complete_fn_workers.swiftkv.training.examples import LENGTHS, Example, TokenBatch, epoch
 from complete_fn_workers.swiftkv.training.plot import draw_curves
 
 SAVE_SECONDS = 60
@@ -57,7 +57,7 @@ class Recipe:
 
 
 @dataclass
-class Progress:
+class DistillProgress:
     """Where a run stands; written beside the weights so that it can go on."""
 
     epoch: int = 0
@@ -72,7 +72,7 @@ class Progress:
         return max(epochs, self.tokens / recipe.max_tokens, self.seconds / 60 / recipe.max_minutes)
 
 
-class Halves:
+class ModelParts:
     """The model's three parts, compiled once for each length if asked for."""
 
     def __init__(self, model: Llama, compiled: bool) -> None:
@@ -86,7 +86,7 @@ class Halves:
         self.student: Callable[[torch.Tensor, Rotary], States] = made(model.student_late)
 
 
-def losses(model: Llama, halves: Halves, batch: Batch, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+def losses(model: Llama, halves: ModelParts, batch: TokenBatch, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     """T^2 * KL and the hidden states' mean squared error, both scalars.
 
     The first K layers are the same in teacher and student and take no gradient, so they run once.
@@ -132,7 +132,7 @@ def freeze_teacher(model: Llama, frozen: torch.dtype) -> dict[str, torch.nn.Para
     return trained
 
 
-class State:
+class DistillState:
     """Weights, optimizer and progress of a run under one folder, replaced in one step at each save."""
 
     def __init__(self, folder: Path, trained: dict[str, torch.nn.Parameter], recipe: Recipe) -> None:
@@ -141,7 +141,7 @@ class State:
         self.optimizer = torch.optim.AdamW(
             trained.values(), lr=recipe.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
-        self.progress = Progress()
+        self.progress = DistillProgress()
 
     def resume(self) -> bool:
         """Take up a run that was left. False: there is none.
@@ -160,7 +160,7 @@ class State:
             for name, p in self.trained.items():
                 p.copy_(stored["trained"][name])
         self.optimizer.load_state_dict(stored["optimizer"])
-        self.progress = Progress(**stored["progress"])
+        self.progress = DistillProgress(**stored["progress"])
         return True
 
     def save(self) -> None:
@@ -182,7 +182,9 @@ class State:
         draw_curves(curves, self.path.parent / "loss.png", "million tokens (padded)")
 
 
-def remaining(examples: list[Example], recipe: Recipe, progress: Progress) -> Iterator[tuple[int, Batch]]:
+def remaining_batches(
+    examples: list[Example], recipe: Recipe, progress: DistillProgress
+) -> Iterator[tuple[int, TokenBatch]]:
     """(number, batch) of what is left, epoch after epoch. With a memory each epoch has the same batches, shuffled."""
     fixed = list(epoch(examples, recipe.batch_tokens, recipe.seed)) if recipe.memory_gib else []
     while True:
@@ -196,14 +198,14 @@ def remaining(examples: list[Example], recipe: Recipe, progress: Progress) -> It
         progress.epoch, progress.batches = progress.epoch + 1, 0
 
 
-def rate(share: float, warm_up: float) -> float:
+def learning_rate(share: float, warm_up: float) -> float:
     """Linear warm-up, then linear to zero."""
     return min(share / warm_up if warm_up else 1.0, (1 - share) / (1 - warm_up))
 
 
 def train(
     model: Llama,
-    state: State,
+    state: DistillState,
     examples: list[Example],
     compiled: bool = False,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
@@ -217,12 +219,12 @@ def train(
     per_epoch = sum(1 for _ in epoch(examples, recipe.batch_tokens, recipe.seed))
     if not per_epoch:
         raise InputError("No row has both prompt and answer and fits the model's context.")
-    halves = Halves(model, compiled)
+    halves = ModelParts(model, compiled)
     device = model.embed_tokens.weight.device
-    memory = Memory(recipe.memory_gib * 2**30)
+    memory = ActivationMemory(recipe.memory_gib * 2**30)
     began, saved = time.monotonic() - progress.seconds, time.monotonic()
     try:
-        for number, batch in remaining(examples, recipe, progress):
+        for number, batch in remaining_batches(examples, recipe, progress):
             share = progress.share(recipe, per_epoch)
             if share >= 1:
                 break
@@ -232,7 +234,7 @@ def train(
                     kl, mse = answer_losses(model, memory.lesson(number, model, here), recipe)
                 else:
                     kl, mse = losses(model, halves, here, recipe)
-            step(state, kl, mse, share)
+            take_step(state, kl, mse, share)
             progress.batches += 1
             progress.tokens += batch.tokens.numel()
             progress.history.append((progress.tokens / 1e6, kl.item(), mse.item()))
@@ -240,23 +242,23 @@ def train(
             if time.monotonic() - saved > SAVE_SECONDS:
                 saved = time.monotonic()
                 state.save()
-                report(line_of(progress, share))
+                report(progress_line(progress, share))
     finally:
         state.save()
-    report(line_of(progress, 1.0))
+    report(progress_line(progress, 1.0))
 
 
-def step(state: State, kl: torch.Tensor, mse: torch.Tensor, share: float) -> None:
+def take_step(state: DistillState, kl: torch.Tensor, mse: torch.Tensor, share: float) -> None:
     recipe = state.recipe
     for group in state.optimizer.param_groups:
-        group["lr"] = recipe.lr * rate(share, recipe.warm_up)
+        group["lr"] = recipe.lr * learning_rate(share, recipe.warm_up)
     torch.autograd.backward(kl + recipe.hidden_loss_mult * mse)
     torch.nn.utils.clip_grad_norm_(state.trained.values(), 1.0)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def line_of(progress: Progress, share: float) -> str:
+def progress_line(progress: DistillProgress, share: float) -> str:
     recent = progress.history[-50:] or [(0.0, math.nan, math.nan)]
     kl, mse = (sum(column) / len(recent) for column in list(zip(*recent, strict=True))[1:])
     speed = progress.tokens / max(progress.seconds, 1e-9)

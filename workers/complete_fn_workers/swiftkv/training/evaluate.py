@@ -8,7 +8,7 @@ from typing import Any
 from complete_fn.engines.base import Engine
 from complete_fn.types import Completion, CompletionRequest, SamplingParams
 from complete_fn_workers.quality_scores import exact_match, is_json_object, mean, rouge_l
-from complete_fn_workers.swiftkv.training.examples import Row
+from complete_fn_workers.swiftkv.training.examples import TableRow
 
 LABELS = {
     "exact_match": "answers equal to the truth",
@@ -19,7 +19,7 @@ LABELS = {
 }
 
 
-def answers_of(model: str, engine: Engine, rows: list[Row], max_tokens: int | None) -> list[Completion]:
+def answers_of(model: str, engine: Engine, rows: list[TableRow], max_tokens: int | None) -> list[Completion]:
     """Greedy completions in the rows' order."""
     requests = (CompletionRequest(model, row.prompt, SamplingParams(max_tokens=max_tokens)) for row in rows)
     done = dict(engine.stream(requests, tenant="evaluation"))
@@ -27,7 +27,7 @@ def answers_of(model: str, engine: Engine, rows: list[Row], max_tokens: int | No
 
 
 def compare_answers(
-    models: Mapping[str, str], open_engine: Callable[[str], Engine], rows: list[Row], max_tokens: int | None
+    models: Mapping[str, str], open_engine: Callable[[str], Engine], rows: list[TableRow], max_tokens: int | None
 ) -> dict[str, dict[str, float]]:
     """Per role (`teacher`, `student`): the scores of `LABELS`. Those that need the truth are over rows that have one.
 
@@ -55,7 +55,7 @@ def compare_answers(
     return scores
 
 
-def table(found: Mapping[str, Any]) -> str:
+def format_scores(found: Mapping[str, Any]) -> str:
     """The figures as aligned lines."""
     lines = [f"{found['rows']} rows"]
     if forced := found.get("forced"):

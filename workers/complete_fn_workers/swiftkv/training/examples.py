@@ -25,7 +25,7 @@ LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of the table. `answer` None: to be made by the teacher."""
 
     prompt: str
@@ -40,7 +40,7 @@ class Example:
     start: int
 
 
-def read_rows(path: Path, template: str, answer: str | None) -> list[Row]:
+def read_rows(path: Path, template: str, answer: str | None) -> list[TableRow]:
     """The rows of a Parquet or JSONL file; rows with a NULL field or an empty prompt are left out.
 
     Args:
@@ -70,10 +70,12 @@ def read_rows(path: Path, template: str, answer: str | None) -> list[Row]:
         raise InputError(f"'{path}' has no column {missing[0]!r}; it has {', '.join(table.column_names) or 'none'}.")
     answers = table[answer].to_pylist() if answer else [None] * len(table)
     prompts = render_column(template, {name: table[name] for name in fields}, len(table)).to_pylist()
-    return [Row(str(unpack(p)), a) for p, a in zip(prompts, answers, strict=True) if p]
+    return [TableRow(str(unpack(p)), a) for p, a in zip(prompts, answers, strict=True) if p]
 
 
-def teacher_answers(rows: list[Row], open_engine: Callable[[], Engine], call: Call, journal: Path) -> list[Row]:
+def teacher_answers(
+    rows: list[TableRow], open_engine: Callable[[], Engine], call: Call, journal: Path
+) -> list[TableRow]:
     """`rows` with the missing answers made by the teacher, greedily; each is noted in `journal` as it is done.
 
     Run again after an interruption, only what the journal lacks is asked for; its answers by another checkpoint or with
@@ -95,7 +97,7 @@ def teacher_answers(rows: list[Row], open_engine: Callable[[], Engine], call: Ca
                     known[asked[position]] = done.text
                     notes.write(json.dumps({"by": by, "prompt": asked[position], "answer": done.text}) + "\n")
                     notes.flush()
-    made = (Row(row.prompt, row.answer if row.answer is not None else known.get(row.prompt)) for row in rows)
+    made = (TableRow(row.prompt, row.answer if row.answer is not None else known.get(row.prompt)) for row in rows)
     return [row for row in made if row.answer is not None]
 
 
@@ -122,7 +124,7 @@ class Encoder:
         found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         return found
 
-    def encoded(self, rows: Iterable[Row], longest: int) -> list[Example]:
+    def encoded(self, rows: Iterable[TableRow], longest: int) -> list[Example]:
         """Rows as examples; those without an answer or longer than `longest` tokens are left out."""
         answered = [row for row in rows if row.answer is not None]
         plain = "" if self.tokenizer.chat_template else self.tokenizer.bos_token or ""
@@ -133,7 +135,7 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """`tokens` int64 and `answer` bool, each [rows, length]. `real` bool is False in the padding behind each row.
 
     `answer[r, t]` says that token t is to be predicted, so it is judged at the output of position t - 1.
@@ -143,11 +145,11 @@ class Batch:
     answer: torch.Tensor
     real: torch.Tensor
 
-    def to(self, device: str | torch.device) -> Batch:
-        return Batch(*(t.to(device) for t in vars(self).values()))
+    def to(self, device: str | torch.device) -> TokenBatch:
+        return TokenBatch(*(t.to(device) for t in vars(self).values()))
 
 
-def batch_of(examples: list[Example], length: int, prompt_share: float, choose: torch.Generator) -> Batch:
+def batch_of(examples: list[Example], length: int, prompt_share: float, choose: torch.Generator) -> TokenBatch:
     tokens = torch.zeros(len(examples), length, dtype=torch.long)
     answer = torch.zeros(len(examples), length, dtype=torch.bool)
     real = torch.zeros(len(examples), length, dtype=torch.bool)
@@ -158,10 +160,10 @@ def batch_of(examples: list[Example], length: int, prompt_share: float, choose: 
         answer[i, start:end] = True
         if prompt_share:
             answer[i, 1:start] = torch.rand(start - 1, generator=choose) < prompt_share
-    return Batch(tokens, answer, real)
+    return TokenBatch(tokens, answer, real)
 
 
-def epoch(examples: list[Example], batch_tokens: int, seed: int, prompt_share: float = 0.0) -> Iterator[Batch]:
+def epoch(examples: list[Example], batch_tokens: int, seed: int, prompt_share: float = 0.0) -> Iterator[TokenBatch]:
     """All examples once, shuffled, rows of like length together; the same sequence for the same seed."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)

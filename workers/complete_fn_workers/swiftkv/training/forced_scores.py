@@ -12,7 +12,7 @@ from complete_fn_workers.swiftkv.training.examples import Example, epoch
 
 
 @dataclass(frozen=True)
-class Forced:
+class ForcedScores:
     """Given the true answer so far, over all answer tokens: does the student choose as its teacher does?
 
     `agreement`: share of tokens with the same first choice. `kl`: mean KL(teacher || student) in nats. `teacher_right`,
@@ -28,7 +28,7 @@ class Forced:
 
 
 @torch.no_grad()
-def forced(model: Llama, examples: list[Example], batch_tokens: int) -> Forced:
+def score_forced(model: Llama, examples: list[Example], batch_tokens: int) -> ForcedScores:
     same = kl = tokens = 0.0
     right = torch.zeros(2)
     device = model.embed_tokens.weight.device
@@ -46,4 +46,4 @@ def forced(model: Llama, examples: list[Example], batch_tokens: int) -> Forced:
         row = judged.nonzero()[:, 0]
         right += len(ids) - torch.stack([torch.bincount(row[w], minlength=len(ids)).gt(0).sum() for w in wrong]).cpu()
     rows = len(examples)
-    return Forced(rows, int(tokens), same / tokens, kl / tokens, float(right[0]) / rows, float(right[1]) / rows)
+    return ForcedScores(rows, int(tokens), same / tokens, kl / tokens, float(right[0]) / rows, float(right[1]) / rows)

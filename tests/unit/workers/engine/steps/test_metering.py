@@ -8,27 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from complete_fn.capacity.decoder_work import DecoderWork
 from complete_fn_workers.engine.steps.metering import StepMeter
-from complete_fn_workers.engine.steps.step_work import REFIT, REMEMBERED, Shape, StepCosts
-
-LLAMA = SimpleNamespace(
-    model_type="llama",
-    hidden_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=128,
-    num_hidden_layers=8,
-    vocab_size=1000,
-)
-SWIFT = SimpleNamespace(
-    **{
-        **vars(LLAMA),
-        "model_type": "llama_swiftkv",
-        "swiftkv_skip_prefill": True,
-        "num_key_value_layers": 4,
-        "key_value_group_size": 1,
-    }
-)
+from complete_fn_workers.engine.steps.step_costs import REFIT, REMEMBERED, StepCosts
+from tests.model_configs import LLAMA, SWIFT
 
 
 @dataclass
@@ -40,28 +23,10 @@ class Request:
     prefill_stats: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(num_cached_tokens=0))
 
 
-def test_the_shape_counts_a_layer_by_its_matrices() -> None:
-    shape = Shape.of(LLAMA)
-    layer = 4 * 64 * 64 + 4 * 64 * 32 + 6 * 64 * 128
-    assert shape.prompt == 8 * layer
-    assert shape.output == 8 * layer + 2 * 64 * 1000
-    assert (shape.attend_prompt, shape.attend_output, shape.kv) == (4 * 64 * 8, 4 * 64 * 8, 2 * 32 * 8 * 2)
-    assert shape.weights == shape.output  # 2 FLOPs and 2 bytes a weight
-
-
-def test_work_of_a_prompt_in_chunks_is_that_of_the_whole() -> None:
-    shape = Shape.of(LLAMA)
-    whole, _ = shape.work(0, 100, 100)
-    parts = [shape.work(a, b, 100) for a, b in ((0, 30), (30, 90), (90, 100))]
-    assert sum(flops for flops, _ in parts) == pytest.approx(whole)
-    assert shape.work(32, 100, 100)[0] < whole  # what was cached is not computed
-    assert shape.work(100, 101, 100) == (shape.output + 101 * shape.attend_output, 101 * shape.kv)
-
-
 def test_a_prompt_token_of_swiftkv_takes_about_half() -> None:
-    assert Shape.of(SWIFT).prompt == pytest.approx(0.55 * Shape.of(LLAMA).prompt, rel=0.1)
-    assert Shape.of(SWIFT).output == Shape.of(LLAMA).output
-    meters = {name: StepMeter({"a": Request(500), "b": Request(1)}, Shape.of(c)) for name, c in CONFIGS.items()}
+    assert DecoderWork.of(SWIFT).prompt == pytest.approx(0.55 * DecoderWork.of(LLAMA).prompt, rel=0.1)
+    assert DecoderWork.of(SWIFT).output == DecoderWork.of(LLAMA).output
+    meters = {name: StepMeter({"a": Request(500), "b": Request(1)}, DecoderWork.of(c)) for name, c in CONFIGS.items()}
     shares = {}
     for name, meter in meters.items():
         step_both(meter)
@@ -88,7 +53,7 @@ def step_both(meter: StepMeter) -> None:
 def test_all_of_a_step_is_charged_and_none_twice() -> None:
     draw = random.Random(1)
     requests = {str(n): Request(draw.randint(1, 300)) for n in range(20)}
-    meter, passed = StepMeter(requests, Shape.of(LLAMA), devices=2), 0.0
+    meter, passed = StepMeter(requests, DecoderWork.of(LLAMA), devices=2), 0.0
     for key in requests:
         meter.admit(key, key)
     requests["3"].prefill_stats.num_cached_tokens = 32
@@ -108,7 +73,7 @@ def test_all_of_a_step_is_charged_and_none_twice() -> None:
 
 def overlapping(**prompts: int) -> StepMeter:
     """Of vLLM's asynchronous scheduling: a call counts what it launches, and waits for the batch before."""
-    return StepMeter({key: Request(tokens) for key, tokens in prompts.items()}, Shape.of(LLAMA), overlaps=True)
+    return StepMeter({key: Request(tokens) for key, tokens in prompts.items()}, DecoderWork.of(LLAMA), overlaps=True)
 
 
 def call(meter: StepMeter, seconds: float, **tokens: int) -> None:
@@ -160,7 +125,7 @@ def test_where_steps_overlap_nobody_pays_for_what_a_row_before_had_launched() ->
 
 def test_where_steps_overlap_all_of_a_step_is_charged_and_none_twice() -> None:
     draw, answered, passed = random.Random(3), 0.0, 0.0
-    meter = StepMeter({}, Shape.of(LLAMA), devices=2, overlaps=True)
+    meter = StepMeter({}, DecoderWork.of(LLAMA), devices=2, overlaps=True)
     for number in range(400):
         if draw.random() < 0.5:
             meter.requests[str(number)] = Request(draw.randint(1, 300))
@@ -184,24 +149,24 @@ def test_where_steps_overlap_all_of_a_step_is_charged_and_none_twice() -> None:
 
 def test_costs_are_learned_from_the_steps() -> None:
     """A device that reads memory slowly: a decoded token of a long context takes what it takes there."""
-    shape, draw = Shape.of(LLAMA), random.Random(2)
+    decoder, draw = DecoderWork.of(LLAMA), random.Random(2)
     flop, byte, step = 2e-12, 3e-10, 1e-3
-    costs = StepCosts(shape)
+    costs = StepCosts(decoder)
     for _ in range(8 * REFIT):
-        prompts = [shape.work(0, n, n) for n in draw.choices(range(20, 400), k=draw.randint(0, 4))]
-        answers = [shape.work(n, n + 1, 10) for n in draw.choices(range(50, 4000), k=draw.randint(1, 30))]
+        prompts = [decoder.work(0, n, n) for n in draw.choices(range(20, 400), k=draw.randint(0, 4))]
+        answers = [decoder.work(n, n + 1, 10) for n in draw.choices(range(50, 4000), k=draw.randint(1, 30))]
         work = prompts + answers
         true = sum(flop * flops + byte * read + step / len(work) for flops, read in work)
         costs.learn(true * draw.uniform(0.95, 1.05), work)
     assert costs.costs[1] == pytest.approx(byte, rel=0.05)
     assert costs.costs[2] == pytest.approx(step, rel=0.1)
-    long, short = costs.share([shape.work(4000, 4001, 10), shape.work(50, 51, 10)])
-    true_long, true_short = (byte * 4001 * shape.kv, byte * 51 * shape.kv)
+    long, short = costs.share([decoder.work(4000, 4001, 10), decoder.work(50, 51, 10)])
+    true_long, true_short = (byte * 4001 * decoder.kv, byte * 51 * decoder.kv)
     assert long / short == pytest.approx((true_long + step / 2) / (true_short + step / 2), rel=0.1)
 
 
 def test_a_step_that_took_no_time_teaches_nothing() -> None:
-    costs = StepCosts(Shape.of(LLAMA))
+    costs = StepCosts(DecoderWork.of(LLAMA))
     before = costs.costs
     for _ in range(2 * REFIT):
         costs.learn(0.0, [(1.0, 1.0)])
@@ -210,14 +175,14 @@ def test_a_step_that_took_no_time_teaches_nothing() -> None:
 
 def test_whatever_the_steps_were_every_row_of_a_step_takes_something() -> None:
     """Steps that only decode, and take longer from some time on, can be explained without any cost of a FLOP."""
-    shape = Shape.of(LLAMA)
+    decoder = DecoderWork.of(LLAMA)
     for seed in range(8):
-        draw, costs = random.Random(seed), StepCosts(shape)
-        costs.learn(0.05, [shape.work(0, 400, 400)])
+        draw, costs = random.Random(seed), StepCosts(decoder)
+        costs.learn(0.05, [decoder.work(0, 400, 400)])
         for n in range(2 * REMEMBERED):
-            costs.learn((2.0 if n > 300 else 1.0) * draw.uniform(0.0095, 0.0105), [shape.work(400 + n, 401 + n, 400)])
+            costs.learn((2.0 if n > 300 else 1.0) * draw.uniform(0.0095, 0.0105), [decoder.work(400 + n, 401 + n, 400)])
         assert min(costs.costs) > 0
-        assert min(costs.share([shape.work(0, 400, 400), shape.work(900, 901, 400)])) > 0
+        assert min(costs.share([decoder.work(0, 400, 400), decoder.work(900, 901, 400)])) > 0
 
 
 @pytest.mark.parametrize(
@@ -229,10 +194,10 @@ def test_whatever_the_steps_were_every_row_of_a_step_takes_something() -> None:
     ],
 )
 def test_a_model_of_another_kind_is_charged_by_tokens(config: SimpleNamespace) -> None:
-    shape = Shape.of(config)
-    assert shape.work(100, 130, 200) == (30.0, 0.0)
-    assert shape.work(300, 301, 200) == (1.0, 0.0)
-    costs = StepCosts(shape)
+    decoder = DecoderWork.of(config)
+    assert decoder.work(100, 130, 200) == (30.0, 0.0)
+    assert decoder.work(300, 301, 200) == (1.0, 0.0)
+    costs = StepCosts(decoder)
     for _ in range(2 * REFIT):
         costs.learn(0.01, [(30.0, 0.0), (1.0, 0.0)])
     long, short = costs.share([(30.0, 0.0), (1.0, 0.0)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from complete_fn_workers.engine.steps.step_limit import CHATTING_S, STEP_SECONDS, StepPace
+from complete_fn_workers.engine.steps.step_limit import CHATTING_S, STEP_SECONDS, StepLimit
 
 
 class Clock:
@@ -15,7 +15,7 @@ class Clock:
 
 
 def test_a_chats_first_step_takes_on_no_bulk_rows_but_chats_do_not_keep_them_out() -> None:
-    pace = StepPace(4096)
+    pace = StepLimit(4096)
     assert [pace.takes_bulk(chats, 8) for chats in (0, 1, 1, 2, 0, 1, 0)] == [
         True,
         False,
@@ -25,11 +25,11 @@ def test_a_chats_first_step_takes_on_no_bulk_rows_but_chats_do_not_keep_them_out
         False,
         True,
     ]
-    assert StepPace(4096).takes_bulk(3, 0), "nothing runs: nothing is delayed by waiting"
+    assert StepLimit(4096).takes_bulk(3, 0), "nothing runs: nothing is delayed by waiting"
 
 
 def test_without_chats_nothing_is_held_back() -> None:
-    pace = StepPace(4096, Clock())
+    pace = StepLimit(4096, Clock())
     pace.admit(4000)
     pace.stepped(1.0, 0)
     assert pace.room(64) == math.inf
@@ -37,7 +37,7 @@ def test_without_chats_nothing_is_held_back() -> None:
 
 def test_while_somebody_chats_steps_come_to_take_what_they_may() -> None:
     clock = Clock()
-    pace = StepPace(4096, clock)
+    pace = StepLimit(4096, clock)
     overhead, per_token = 0.005, 0.0002
     for _ in range(200):
         pace.chat()
@@ -53,7 +53,7 @@ def test_while_somebody_chats_steps_come_to_take_what_they_may() -> None:
 
 
 def test_cached_tokens_take_no_time() -> None:
-    pace = StepPace(4096, Clock())
+    pace = StepLimit(4096, Clock())
     for _ in range(100):
         pace.finished(100, 90)
     pace.admit(1000)
@@ -61,7 +61,7 @@ def test_cached_tokens_take_no_time() -> None:
 
 
 def test_a_prompt_longer_than_a_step_fills_the_next_ones() -> None:
-    pace = StepPace(512, Clock())
+    pace = StepLimit(512, Clock())
     pace.admit(1200)
     pace.stepped(1.0, 12)
     assert pace.pending == 700
