@@ -8,7 +8,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -253,7 +253,7 @@ def test_jobs_that_read_and_write_by_themselves(
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "in" / "rows.csv").write_bytes(CSV)
-    with sqlite3.connect(tmp_path / "docs.db") as docs:
+    with closing(sqlite3.connect(tmp_path / "docs.db")) as docs, docs:
         docs.execute("CREATE TABLE docs (id INTEGER PRIMARY KEY, text VARCHAR(20))")
         docs.execute("INSERT INTO docs VALUES (1, 'one'), (2, NULL)")
     monkeypatch.setenv("COMPLETE_FN_SOURCES", f"{tmp_path}/in")

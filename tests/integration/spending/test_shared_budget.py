@@ -185,7 +185,7 @@ def same_as_committed(store: Store) -> None:
 
 WORKER = """
 import sys, time
-from tests.integration.test_shared_budget import *
+from tests.integration.spending.test_shared_budget import *
 store = Store(sys.argv[1])
 number, limit = int(sys.argv[2]), int(sys.argv[3])
 budget = SharedBudget(store, "local", [job_cap("j", limit)])
@@ -196,7 +196,7 @@ run(CALL, prompts(number * 1000, 1000), Tools(Slow(), store, budget), Asker(job=
 
 @pytest.mark.long
 def test_processes_killed_at_any_time_never_pass_the_cap(store_url: str) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     limit = COST * 1500
     store = Store(store_url)
     for round_ in range(3):

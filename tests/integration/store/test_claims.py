@@ -27,7 +27,7 @@ from complete_fn.types import Asker, Completion, CompletionRequest, RowError, Sa
 
 CALL = Call(Model("m", "m", engine="echo"), SamplingParams(max_tokens=20))
 ROWS = 600
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Slow(EchoEngine):
@@ -50,7 +50,7 @@ def prompts(first: int, last: int) -> Any:
 
 WORKER = """
 import sys
-from tests.integration.test_claims import *
+from tests.integration.store.test_claims import *
 store, engine = Store(sys.argv[1]), Slow(sys.argv[4])
 print("began", flush=True)
 sys.stdin.readline()

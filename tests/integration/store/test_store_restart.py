@@ -27,7 +27,7 @@ from complete_fn.store.tables import answers, attempts, ledger
 from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion, CompletionRequest, Usage
 from deploy.servers import Postgres, running
-from tests.unit.test_jobs import PIECE, job
+from tests.unit.jobs.test_jobs import PIECE, job
 
 MODEL = Model("m", "m", engine="echo")
 

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -233,7 +234,7 @@ def write_inputs(folder: Path) -> None:
     (folder / "notes.txt").write_text("one\n")
     (folder / "bad.json").write_text('{"type": 5}')
     parquet.write_table(typed_table(), folder / "types.parquet")
-    with sqlite3.connect(folder / "docs.db") as docs:
+    with closing(sqlite3.connect(folder / "docs.db")) as docs, docs:
         docs.execute("CREATE TABLE docs (id INTEGER PRIMARY KEY, text VARCHAR(20))")
         docs.executemany("INSERT INTO docs VALUES (?, ?)", [(1, "one"), (2, None), (3, "three"), (4, "one")])
 

@@ -19,7 +19,7 @@ from complete_fn.execution.runner import run
 from complete_fn.store.store import Store
 from complete_fn.text import text_column
 from complete_fn.types import Asker
-from tests.unit.test_focus import MODEL, Metered
+from tests.unit.ledger.test_focus import MODEL, Metered
 
 HISTORY = {
     "cortex_functions_usage_history": "START_TIME END_TIME FUNCTION_NAME MODEL_NAME WAREHOUSE_ID TOKEN_CREDITS TOKENS",

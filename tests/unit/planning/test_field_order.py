@@ -17,7 +17,7 @@ from complete_fn.planning.field_search import Cells, Near, expected_hits, field_
 from complete_fn.prompts.fields import FieldPrompt
 from complete_fn.tokens import TokenSizes
 
-SAMPLE = Path(__file__).parents[2] / "sql" / "examples" / "packages.parquet"
+SAMPLE = Path(__file__).parents[3] / "sql" / "examples" / "packages.parquet"
 FIELDS = ("source", "section", "maintainer", "description")
 
 

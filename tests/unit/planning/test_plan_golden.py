@@ -13,7 +13,7 @@ from complete_fn.planning.parts import cut_parts
 from complete_fn.planning.prefix_tree import common_tokens
 from complete_fn.prompts.templates import render_column
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 TEAM = "Debian Perl Group, who maintain several thousand packages of modules together"
 ABOUT = "a library for the small and the large, the old and the new, with its documentation"
 ROWS = [

@@ -10,7 +10,7 @@ import pytest
 import sqlglot
 from sqlglot import exp
 
-ROOT = Path(__file__).parents[2] / "sql"
+ROOT = Path(__file__).parents[3] / "sql"
 PLACEHOLDER = re.compile(r"<(\w+)>")
 # https://docs.aws.amazon.com/redshift/latest/dg/r_CREATE_EXTERNAL_FUNCTION.html, which sqlglot does not know.
 EXTERNAL = re.compile(

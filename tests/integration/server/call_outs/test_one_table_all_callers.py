@@ -21,12 +21,12 @@ from complete_fn.service.service import Service
 from complete_fn_connectors.duckdb import register
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.polars import complete
+from tests.integration.server.call_outs.test_postgres_functions import one
+from tests.integration.server.call_outs.test_server_dialects import BATCH, Counting, billed, post, values
 from tests.integration.server.conftest import Install, Running, at_service
-from tests.integration.server.test_postgres_functions import one
-from tests.integration.server.test_server_batches import lines_of, request, start, wait
-from tests.integration.server.test_server_dialects import BATCH, Counting, billed, post, values
+from tests.integration.server.openai.test_server_batches import lines_of, request, start, wait
 
-SAMPLE = Path(__file__).parents[3] / "sql" / "examples" / "packages.parquet"
+SAMPLE = Path(__file__).parents[4] / "sql" / "examples" / "packages.parquet"
 REAL = """
 [models.demo]
 checkpoint = '{folder}'

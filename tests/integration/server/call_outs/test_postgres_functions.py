@@ -15,9 +15,8 @@ import sqlalchemy as sa
 from complete_fn import EchoEngine
 from complete_fn.store.tables import attempts
 from deploy.servers import Postgres
-
-from .conftest import Install, Running, psql
-from .test_server_dialects import Counting
+from tests.integration.server.call_outs.test_server_dialects import Counting
+from tests.integration.server.conftest import Install, Running, psql
 
 FINE, BAD = "SELECT complete('echo', 'hello world')", "SELECT complete('nope', 'x')"
 

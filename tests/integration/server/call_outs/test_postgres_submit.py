@@ -11,8 +11,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from .conftest import Install, Running
-from .test_postgres_functions import finished, one
+from tests.integration.server.call_outs.test_postgres_functions import finished, one
+from tests.integration.server.conftest import Install, Running
 
 
 class Between(ThreadingHTTPServer):

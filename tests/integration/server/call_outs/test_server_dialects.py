@@ -28,10 +28,9 @@ from complete_fn.service.call_out_batches import CallOutName
 from complete_fn.service.retention import expire
 from complete_fn.store.job_tables import call_outs
 from complete_fn.store.tables import ledger
+from tests.integration.server.conftest import Running
 
-from .conftest import Running
-
-GOLDEN = Path(__file__).parents[2] / "golden" / "dialects"
+GOLDEN = Path(__file__).parents[3] / "golden" / "dialects"
 WAREHOUSES = ("snowflake", "bigquery", "redshift")
 BATCH = {"snowflake": "sf-external-function-query-batch-id", "redshift": "complete-batch-id"}
 

@@ -12,9 +12,8 @@ import pytest
 
 from deploy.bigquery.forwarder import Forwarder
 from deploy.redshift import forwarder as redshift
-
-from .conftest import Running
-from .test_server_dialects import Counting, body, recorded
+from tests.integration.server.call_outs.test_server_dialects import Counting, body, recorded
+from tests.integration.server.conftest import Running
 
 
 @pytest.fixture

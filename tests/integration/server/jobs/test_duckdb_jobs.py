@@ -13,9 +13,8 @@ import pytest
 
 from complete_fn.client import Client
 from complete_fn_connectors.duckdb_jobs import register_jobs
-
-from .conftest import Running
-from .test_server_dialects import Counting
+from tests.integration.server.call_outs.test_server_dialects import Counting
+from tests.integration.server.conftest import Running
 
 
 def connected(running: Running, key: str | None = None) -> duckdb.DuckDBPyConnection:

@@ -14,7 +14,7 @@ import pytest
 
 from complete_fn.service.sources import open_source
 from tests.integration.server.conftest import Running
-from tests.integration.server.test_server_jobs import ROWS, parquet_bytes, submit, upload, wait
+from tests.integration.server.jobs.test_server_jobs import ROWS, parquet_bytes, submit, upload, wait
 
 
 def asked(file: str, **more: object) -> dict[str, object]:

@@ -34,7 +34,7 @@ from complete_fn.types import Asker, Completion, CompletionRequest
 from complete_fn.worker.loop import WorkerLoop
 from complete_fn.worker.part_runner import Hand
 from tests.integration.server.conftest import write_models
-from tests.integration.server.test_server_jobs import parquet_bytes
+from tests.integration.server.jobs.test_server_jobs import parquet_bytes
 
 DEAD = f"{here()}|999999|1.0|0"  # no process
 

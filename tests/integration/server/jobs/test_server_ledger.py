@@ -8,7 +8,7 @@ from typing import Any
 
 from complete_fn import EchoEngine
 from complete_fn.types import Completion, CompletionRequest
-from tests.integration.server.test_server_jobs import parquet_bytes, submit, upload
+from tests.integration.server.jobs.test_server_jobs import parquet_bytes, submit, upload
 
 VISIBLE_SECONDS = 6.0
 

@@ -14,7 +14,7 @@ import pytest
 
 from complete_fn.types import CompletionRequest, SamplingParams
 from deploy.servers import Redis, running
-from tests.integration.server.test_server_workers import Site, site, until
+from tests.integration.server.jobs.test_server_workers import Site, site, until
 
 MODEL = """
 [models.tiny]

@@ -13,7 +13,7 @@ from complete_fn.service.service import Service
 from complete_fn.settings import Settings
 from complete_fn.types import Completion, CompletionRequest
 from tests.integration.server.conftest import Running, at_service
-from tests.integration.server.test_server_jobs import parquet_bytes, submit, upload, wait
+from tests.integration.server.jobs.test_server_jobs import parquet_bytes, submit, upload, wait
 
 MODELS = "".join(f"[models.{name}]\ncheckpoint = '{name}'\nengine = 'echo'\n" for name in ("one", "two"))
 

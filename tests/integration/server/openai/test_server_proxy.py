@@ -24,7 +24,7 @@ from complete_fn.service.service import Service
 from complete_fn.worker.fleet import Fleet
 from complete_fn.worker.maintenance import Maintenance
 from tests.integration.server.conftest import Running, at_service
-from tests.integration.server.test_server_streams import Steps, user
+from tests.integration.server.openai.test_server_streams import Steps, user
 
 
 def never(slot: int) -> Any:
