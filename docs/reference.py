@@ -300,11 +300,12 @@ def settings_page() -> str:
         told = " ".join(lines).strip()
         default = re.search(r" \(default: (.*)\)", told)
         what = told.replace(default[0], "") if default else told
-        rows.append((", ".join(map(code, names)), sentence(what), text(default[1]) if default else ""))
+        more = f" Default: {text(default[1])}." if default else ""
+        rows.append(f"- {', '.join(map(code, names))}: {sentence(what)}{more}")
     return page(
         "Settings",
         "Every environment variable that complete-fn reads.",
-        table(("variable", "what it sets", "default"), rows),
+        "\n".join(rows) + "\n",
         "A flag or an argument (`--home`, `home=`) goes before its variable. Keys of endpoints are read from the "
         "variable that a model's `api_key_env` names, URLs of databases from the one that `env:NAME` or `--url-env` "
         "names; `CUDA_VISIBLE_DEVICES` says which accelerators there are.\n",
