@@ -1,4 +1,4 @@
-"""Celery's insides: what we read and set of Celery that Celery does not offer to others.
+"""Celery's insides: this module alone reads and sets what Celery does not offer to others.
 
 The canaries (`tests/integration/workers/test_canaries_celery.py`) read the table below and look up each name in the
 Celery that is installed. An entry is: where in Celery, and the names there (of a function: its parameters); then which
@@ -31,5 +31,5 @@ def make_worker(app: Any, threads: int) -> Any:
 
 
 def stop_workers() -> None:
-    """End all workers of this process, those of later as well, with exit code 0."""
+    """End all workers of this process, also those that start later, with exit code 0."""
     state.should_stop = 0  # type: ignore[assignment]  # the stubs know None only

@@ -1,4 +1,4 @@
-"""The Celery side of a worker: messages that there is work ring the bell of its hands."""
+"""The Celery side of a worker: each message says that there is work, and wakes a claiming thread (a *hand*)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ STOP_SECONDS = 5.0
 class Messages:
     """Takes messages of the models' queues on threads of its own, for as long as the process lives.
 
-    A message is acknowledged when a hand has looked into the store after it came. So a worker whose hands are full
-    holds as many messages as it has hands, and the next ones stay for others.
+    A message is acknowledged after a hand has looked into the store. So a worker whose hands are all busy holds as many
+    messages as it has hands, and leaves the next ones to other workers.
 
     Raises:
         InvalidOptionError: the broker's URL is not Redis'.
@@ -44,14 +44,14 @@ class Messages:
         self.thread.start()
 
     def consume(self) -> None:
-        """Celery's worker, without its signals: those are ours. One that fails is begun anew."""
+        """Run Celery's worker without its signal handlers, as `worker` has its own. Start it again after a failure."""
         while not self.closing.is_set():
             make_worker(self.app, self.hands).start()
             if not self.closing.wait(AGAIN_SECONDS):
                 LOG.warning("Messages are taken again after a failure.")
 
     def close(self) -> None:
-        """What is not acknowledged goes back to its queue."""
+        """Stop. Messages that were not acknowledged go back to their queue."""
         self.closing.set()
         stop_workers()
         self.thread.join(STOP_SECONDS)

@@ -1,4 +1,4 @@
-"""Scores of answers against what was expected: exact match, macro-F1, ROUGE-L, JSON validity."""
+"""Scores answers against the expected ones: exact match, macro-F1, ROUGE-L, JSON validity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WORDS = re.compile(r"[a-z0-9]+")
 
 
 def exact_match(answers: Sequence[str | None], expected: Sequence[str]) -> float:
-    """The share of answers that are what was expected, but for white space around them."""
+    """The share of answers equal to the expected ones, white space around them aside."""
     return mean((a or "").strip() == e.strip() for a, e in zip(answers, expected, strict=True))
 
 

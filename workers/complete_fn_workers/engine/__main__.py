@@ -17,7 +17,7 @@ from complete_fn_workers.engine.machine import allow_tiles
 
 
 def load(spec: dict[str, Any]) -> Any:
-    """vLLM with the model in it. Imported only here, so that a parent that gives up early is noticed meanwhile."""
+    """Load vLLM with the model. vLLM is imported only here: a caller that gives up is noticed while it loads."""
     from vllm import LLMEngine
 
     from complete_fn_workers.engine.config import vllm_config
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--socket", type=Path, required=True, help="path of the listening socket")
     parser.add_argument("--lock", type=Path, required=True, help="the file that a connecting parent locks")
     args = parser.parse_args(argv)
-    spec = json.loads(sys.stdin.readline())  # the EngineSpec; not an argument, which every user could read
+    spec = json.loads(sys.stdin.readline())  # the EngineSpec: it may hold secrets, and every user can read arguments
     allow_tiles()
     listener, parent = socket.socket(fileno=args.listener), socket.socket(fileno=args.parent)
     connections = EngineConnections(listener, parent, (args.socket, args.lock))
@@ -51,4 +51,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
-    os._exit(code)  # without atexit reports; the reading thread is still there
+    os._exit(code)  # skips atexit hooks: the reading thread still runs

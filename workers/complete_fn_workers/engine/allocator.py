@@ -1,4 +1,4 @@
-"""The memory allocator of the engine's child process, chosen by its environment, with nothing asked of the user.
+"""Chooses the memory allocator of the engine's child process, by its environment; the user does nothing.
 
 vLLM's CPU backend allocates and frees large buffers in every step. With glibc's defaults each becomes a fresh mapping
 whose pages fault in again; tcmalloc, or glibc told to keep its memory, spares that (`benchmarks/allocators.py`).

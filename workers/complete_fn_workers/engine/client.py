@@ -1,7 +1,7 @@
-"""The embedded engine as its parents see it: vLLM in a child process of ours, reached over a Unix socket.
+"""The caller's side of the embedded engine: vLLM runs in a child process of ours, reached over a Unix socket.
 
-The child is shared by all threads of this process and by other processes of the same user, and ends when the last of
-them has let go, however it did (see `engine_launch`). Imports neither torch nor vllm.
+All threads of this process and other processes of the same user share the child. It ends after its last connection has
+closed, also when the caller was killed (see `launch`). This module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from complete_fn_workers.engine.launch import (
 from complete_fn_workers.engine.wire import RECEIVE_BYTES, Frames, pack
 
 CHUNK_ROWS = 32
-LOOK_SECONDS = 0.2  # how often a stream that waits looks whether it is abandoned
-METER_SECONDS = 5.0  # for the child's last word: it comes between two steps
+LOOK_SECONDS = 0.2  # how often a waiting stream checks whether its caller has abandoned it
+METER_SECONDS = 5.0  # wait for the child's meter: it answers between two steps
 UNSENDABLE = "The prompt has no messages, or a lone surrogate (half of a character) that cannot be encoded."
 
 
@@ -69,7 +69,7 @@ class Link:
             raise EngineGone from error
 
     def receive(self, seconds: float | None = None) -> dict[str, Any]:
-        """The next message; waits for it, or {} after so many seconds."""
+        """Wait for the next message; {} if none came within `seconds`."""
         while not self.messages:
             if seconds is not None and not self.poll.poll(seconds * 1000):
                 return {}
@@ -88,7 +88,7 @@ class Link:
         except BlockingIOError:
             return False
         except OSError:
-            return True  # broken, which the next `receive` says
+            return True  # the connection is broken: the next `receive` raises
 
     def close(self) -> None:
         self.link.close()
@@ -98,7 +98,7 @@ links: weakref.WeakSet[Link] = weakref.WeakSet()
 
 
 def close_inherited() -> None:
-    """In a forked child of the parent: its copies of the connections must not keep the engine alive."""
+    """Close a forked process's copies of the connections: they would keep the engine alive."""
     for link in links:
         link.close()
 
@@ -118,7 +118,7 @@ class EmbeddedEngine:
         self.child: subprocess.Popen[bytes] | None = None
         self.owner = os.getpid()
         self.pid: int | None = None
-        self.device: str | None = None  # what the child runs on, once it has said so
+        self.device: str | None = None  # what the child runs on; known after its greeting
         self.device_time = DeviceTime(self.read_meter)
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
@@ -145,7 +145,7 @@ class EmbeddedEngine:
                     link.close()
 
     def connect(self, tenant: str) -> tuple[Link, int]:
-        """A connection of its own for a stream, and how many rows may be in flight on it."""
+        """Open a connection for one stream; returns it, and how many rows may be in flight on it."""
         self.start()
         found = connect_if_running(self.place)
         if found is None:
@@ -182,7 +182,7 @@ class EmbeddedEngine:
         return ready
 
     def read_meter(self) -> None:
-        """Hear of the device time up to now; nothing if the child is not there."""
+        """Ask the child for its device time up to now; do nothing if no child runs."""
         if self.pid is None or self.lifeline is None or has_ended(self.lifeline):
             return
         with suppress(EngineGone, EngineError):
@@ -225,7 +225,7 @@ class EmbeddedEngine:
 
 
 def has_ended(link: Link) -> bool:
-    """Whether the child's side of the lifeline is closed. What it says there (the greeting) is of no use."""
+    """Whether the child has closed its side of the lifeline. The greeting that arrives there is dropped."""
     try:
         while link.link.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT):
             continue
@@ -244,7 +244,7 @@ def exchange_rows(
     abandoned: Callable[[], bool],
     device_time: DeviceTime,
 ) -> Iterator[tuple[int, Completion]]:
-    """Keep the window full and yield what is done. `unfinished` has what is in flight, also when the child dies."""
+    """Keep the window full and yield finished rows. `unfinished`: the rows in flight, also after the child died."""
     sender = RowSender(link)
     sender.send(list(unfinished.items()))
     exhausted = False
@@ -277,7 +277,7 @@ def exchange_rows(
 
 
 def stop_rows(link: Link, device_time: DeviceTime) -> None:
-    """Abort what is under way. The time of answers that nobody takes any more is lost, as that of aborted rows is."""
+    """Abort the rows under way. Device time of answers that arrive from now on is lost, like that of aborted rows."""
     unread, until = list(link.answers), time.monotonic() + METER_SECONDS
     try:
         link.send({"stop": True})
@@ -288,7 +288,7 @@ def stop_rows(link: Link, device_time: DeviceTime) -> None:
             if "stopped" in message:
                 break
     except EngineGone:
-        pass  # what it had not told is lost with it
+        pass  # the child died: time that it had not reported is unknown
     device_time.told(0.0, 0.0, sum(usage_of(answer).device_seconds for _, *answer in unread))
 
 

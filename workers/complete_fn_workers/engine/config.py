@@ -1,4 +1,4 @@
-"""An engine's spec as vLLM's configuration: our defaults, the catalogue's engine_args over them, memory bounded."""
+"""Turns an engine's spec into vLLM's configuration: our defaults, then the catalogue's engine_args, memory bounded."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ def vllm_config(spec: dict[str, Any]) -> VllmConfig:
         "max_model_len": spec["max_model_len"] or -1,  # -1: as much of the model's context as the KV cache holds
         "load_format": "safetensors",
         "enable_prefix_caching": True,
-        # One backend for all rows, as vLLM cannot mix them; this one compiles in no time and knows the most keywords.
+        # vLLM takes one backend for all rows; this one compiles a schema fastest and knows the most keywords.
         "structured_outputs_config": {"backend": "guidance", "disable_additional_properties": True},
         "seed": 0,
         "scheduling_policy": "priority",  # first come, first served among rows of one lane
     }
     if current_platform.is_cpu():
-        # Blocks of 128 tokens, the CPU default, never hit on a 100-token instruction; compiling costs 50 s at start.
+        # With the CPU default, blocks of 128 tokens, the prefix cache never holds a 100-token instruction. Compiling
+        # costs 50 s at start.
         defaults |= {"block_size": 32, "enforce_eager": True, "dtype": cpu_dtype(spec)}
     fixed = {
         "model": spec["checkpoint"],
@@ -58,7 +59,7 @@ def vllm_config(spec: dict[str, Any]) -> VllmConfig:
     }
     config = create_config({**defaults, **own, **fixed})
     bound_memory(config, own, spec["kv_cache_gib"])
-    # Seats of their own, so that a chat need not wait until a bulk row ends.
+    # Chats get seats of their own: they need not wait until a bulk row ends.
     add_seats(config, INTERACTIVE_SEATS)
     return config
 
@@ -71,11 +72,11 @@ def cpu_dtype(spec: dict[str, Any]) -> str:
     """
     if current_platform.get_cpu_architecture() != CpuArchEnum.X86 or computes_bfloat16():
         return "auto"
-    load_general_plugins()  # SwiftKV's configuration among them
+    load_general_plugins()  # registers SwiftKV's configuration
     config = checkpoint_config(spec["checkpoint"], spec["revision"])
     try:
         weights = 4 * most_weights(config.get_text_config())
-    except (AttributeError, TypeError):  # dimensions of another kind
+    except (AttributeError, TypeError):  # its dimensions are not a decoder's
         return "auto"
     quantised = getattr(config, "quantization_config", None) is not None
     return "auto" if quantised or weights > memory_bytes() / 3 else "float32"

@@ -1,4 +1,4 @@
-"""The child's connections: one thread that accepts, reads and writes, and ends the child when nobody is left."""
+"""The child's connections to its callers. One thread accepts, reads, writes, and ends the child after the last."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from complete_fn_workers.engine.wire import RECEIVE_BYTES, Frames, pack
 
-LINGER_S = 1.0  # without a connection for so long, the child ends; the next command of a shell loop still finds it
+LINGER_S = 1.0  # the child ends after this time without a connection: the next command of a shell loop finds it
 TICK_S = 0.25
 
 
@@ -35,7 +35,7 @@ class EngineConnection:
 
 
 class EngineConnections:
-    """All connections. What they say is put on `inbox` as (connection, message); (connection, None): it is gone."""
+    """All connections. `inbox` gets (connection, message), and (connection, None) when a connection has closed."""
 
     def __init__(self, listener: socket.socket, parent: socket.socket, files: tuple[Path, Path]) -> None:
         listener.setblocking(False)
@@ -56,7 +56,7 @@ class EngineConnections:
         threading.Thread(target=self.run, name="connections", daemon=True).start()
 
     def greet(self, message: dict[str, Any]) -> None:
-        """Say this to every connection, those that come later included."""
+        """Send the message to every connection, also to those that open later."""
         with self.guard:
             self.greeting = pack(message)
             everyone = list(self.open)
@@ -67,7 +67,7 @@ class EngineConnections:
         self.write(connection, pack(message))
 
     def write(self, connection: EngineConnection, frame: bytes) -> None:
-        """Send now what the socket takes; the rest goes out when the parent reads again, so it stalls nobody else."""
+        """Send what the socket takes now. The rest goes out when this caller reads, and stalls no other caller."""
         with self.guard:
             if connection.closed:
                 return
@@ -77,10 +77,10 @@ class EngineConnections:
                 except BlockingIOError:
                     pass
                 except OSError:
-                    return  # the reading side notices and drops it
+                    return  # the reading thread notices and drops the connection
             if frame:
                 connection.unsent += frame
-                with contextlib.suppress(BlockingIOError):  # it rings already
+                with contextlib.suppress(BlockingIOError):  # the bell rings already
                     self.bell.send(b"!")
 
     def drained(self, seconds: float) -> None:
@@ -93,7 +93,7 @@ class EngineConnections:
         try:
             self.serve()
         finally:
-            end_process()  # a child that nobody can reach must not stay
+            end_process()  # a child that no caller can reach must not stay alive
 
     def serve(self) -> None:
         while True:
@@ -115,7 +115,7 @@ class EngineConnections:
     def accept(self) -> None:
         try:
             link, _ = self.listener.accept()
-        except OSError:  # nobody is there, or no descriptor is left for them: they will knock again
+        except OSError:  # the caller has gone, or no file descriptor is free: it will try again
             return
         self.admit(link)
 
@@ -141,7 +141,7 @@ class EngineConnections:
         try:
             for message in connection.frames.feed(received):
                 self.inbox.put((connection, message))
-        except ValueError:  # whoever this is, it does not speak our protocol
+        except ValueError:  # the bytes are not of our protocol
             self.drop(connection)
 
     def drop(self, connection: EngineConnection) -> None:
@@ -171,10 +171,10 @@ class EngineConnections:
                 self.selector.modify(connection.link, selectors.EVENT_READ, connection)
 
     def leave(self) -> None:
-        """End the child, unless a parent is just connecting: it holds the lock while it does."""
+        """End the child, unless a caller is connecting: it holds the lock meanwhile."""
         try:
             lock = self.lock_file.open("w")
-        except OSError:  # the folder is gone, and with it every way to find us
+        except OSError:  # the folder is gone: no caller can find this child any more
             end_process()
         with lock:
             try:
@@ -189,7 +189,7 @@ class EngineConnections:
 
 
 def end_process() -> NoReturn:
-    """No orderly shutdown: the engine may be in the middle of a long step, and nobody waits for its answers."""
+    """End at once: the engine may be in the middle of a long step, and no caller waits for its answers."""
     if os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGTERM)  # vLLM's workers of a tensor-parallel model too
     os._exit(0)

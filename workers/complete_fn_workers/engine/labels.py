@@ -1,10 +1,10 @@
-"""One-token classification: labels as a tree of tokens, and the search for the likeliest of them.
+"""Classification in as few tokens as possible: labels form a tree of tokens, and a search finds the likeliest one.
 
-A label's probability is the product, over the places where its tokens part from another label's, of its token's
-probability among those that go on there (what decoding held to the labels would draw from). A step of the engine
-scores all tokens of one place, so labels that differ in their first token take one. Where the likeliest way on is
-shared by several labels, the place where they part is asked next; no other place can hold the answer, because the
-probability of the way to it is the most that any label behind it can have. The result is the exact argmax.
+A *place* is a node of the tree: there labels part. A label's probability is the product, over its places, of its
+token's probability among the tokens that lead on from there, which is what constrained decoding would draw from. One
+step of the engine scores all tokens of one place, so labels that differ in their first token take one step. Where
+several labels share the likeliest way on, the search asks the place where they part next. No label behind another place
+can win, because none is likelier than the way to its place. The result is the exact argmax.
 """
 
 from __future__ import annotations

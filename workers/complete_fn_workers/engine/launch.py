@@ -1,4 +1,4 @@
-"""Find the running engine of a model, or start one: a socket per engine, a file lock around finding and starting."""
+"""Finds the running engine of a model, or starts one. Each engine has a socket; a file lock guards the two."""
 
 from __future__ import annotations
 
@@ -103,8 +103,11 @@ def engine_place(spec: EngineSpec, settings: Settings) -> EnginePlace:
 
 
 def engine_key(spec: EngineSpec, settings: Settings) -> str:
-    """Hash of all that makes two engines different: a checkpoint written anew in its folder is another one, so is one
-    with another chat template, and so is that of another version, which may speak otherwise."""
+    """Hash of everything that makes two engines differ.
+
+    The files of the checkpoint count with size and time, so a checkpoint written anew or with another chat template is
+    another engine. So does our version: another one may speak another protocol.
+    """
     folder = Path(spec.checkpoint)
     files = sorted(f for f in folder.iterdir() if f.suffix in CHECKPOINT_FILES) if folder.is_dir() else []
     stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -144,7 +147,7 @@ def private_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Hold the file lock; the kernel lets go of it when its holder dies.
+    """Hold the file lock; the kernel releases it when its holder dies.
 
     Raises:
         EngineError: the file system has no locks, as some network file systems.
@@ -182,7 +185,7 @@ def connect_if_running(place: EnginePlace) -> socket.socket | None:
 
 
 def start_engine(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Bind the socket and start the child on it. Its first connection is inherited: when we die, it knows."""
+    """Bind the socket and start the child on it. The child inherits its first connection, so it notices when we die."""
     if importlib.util.find_spec("vllm") is None:
         raise missing("vllm")
     place.socket.unlink(missing_ok=True)
@@ -214,10 +217,13 @@ def start_engine(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[by
 
 
 def tell_spec(child: subprocess.Popen[bytes], spec: EngineSpec) -> None:
-    """On the child's standard input: engine_args can hold secrets, and every user can read a command line."""
+    """Write the spec to the child's standard input: it can hold secrets, and every user can read a command line."""
     line = json.dumps({field: getattr(spec, field) for field in spec.__slots__}) + "\n"
     assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError), child.stdin as pipe:  # if it has ended already, its log says why
+    with (
+        contextlib.suppress(BrokenPipeError),
+        child.stdin as pipe,
+    ):  # an ended child says why in its log
         pipe.write(line.encode())
 
 
@@ -232,16 +238,16 @@ def child_command(place: EnginePlace, listener: int, parent: int) -> list[str]:
         "--lock",
         str(place.lock),
     ]
-    # -P: a folder of the user's named like one of our imports must not be imported.
+    # -P: Python must not import a folder of the user's that is named like one of our imports.
     return [sys.executable, "-P", "-m", "complete_fn_workers.engine", *files]
 
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:
     own = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the child is ours already; a second one costs 20 s at start
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # we run a child process already; vLLM's own would cost 20 s at start
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(available_cores()),
-        # Threads that spin for long while they wait take the cores from a second engine on this machine.
+        # Waiting threads that spin for long take the cores from a second engine on this machine.
         "GOMP_SPINCOUNT": "10000",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
@@ -250,20 +256,20 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         own["HF_HUB_OFFLINE"] = "1"
     ranks = int(spec.engine_args.get("tensor_parallel_size", 1))
     if ranks > 1:
-        own["VLLM_CPU_OMP_THREADS_BIND"] = thread_binding(ranks)  # on a GPU nobody reads it
+        own["VLLM_CPU_OMP_THREADS_BIND"] = thread_binding(ranks)  # ignored on a GPU
     environment = child_environment(own)
     return {**environment, **allocator_environment(environment)}
 
 
 def thread_binding(ranks: int) -> str:
-    """Our CPUs shared out evenly, as vLLM writes it: `0,1|2,3`. Its own sharing wants a NUMA node for each rank."""
+    """An even share of our CPUs for each rank, in vLLM's form `0,1|2,3`. vLLM's own way wants a NUMA node a rank."""
     cpus = usable_cpus()
     share = max(1, len(cpus) // ranks)
     return "|".join(",".join(map(str, cpus[n * share : (n + 1) * share] or cpus[-1:])) for n in range(ranks))
 
 
 def open_log(path: Path) -> IO[bytes]:
-    """A new log; the one before it, perhaps of an engine that died, is kept beside it."""
+    """Open a new log. The previous one, perhaps of an engine that died, is kept beside it."""
     if path.exists():
         path.replace(path.with_suffix(".log.1"))
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")

@@ -33,7 +33,7 @@ class WaitingRow(NamedTuple):
 
 
 class ReadyRow(NamedTuple):
-    """A row, and what the engine is asked for it: its tokens and limits."""
+    """A row with its request to the engine: tokens and limits."""
 
     row: WaitingRow
     request: Any
@@ -41,7 +41,7 @@ class ReadyRow(NamedTuple):
 
 @dataclass(slots=True)
 class AdmittedRow:
-    """A row that vLLM has. `told` characters of its text were sent already."""
+    """A row that vLLM computes. `told`: how many characters of its text were sent already."""
 
     connection: EngineConnection
     number: int
@@ -71,10 +71,10 @@ class EngineLoop:
         self.interactive: deque[WaitingRow] = deque()
         self.waiting: deque[WaitingRow] = deque()
         self.running: dict[str, AdmittedRow] = {}
-        self.running_bulk = self.admitted = 0  # rows in vLLM; those that are new to it
+        self.running_bulk = self.admitted = 0  # bulk rows in vLLM; rows that are new to it
         self.step_limit = StepLimit(facts.step_tokens)
         self.window = KVWindow(facts.cache_blocks, facts.block_tokens)
-        self.next: ReadyRow | None = None  # the first bulk row, read, while the cache has no room for it
+        self.next: ReadyRow | None = None  # the first bulk row, tokenised, while the cache has no room for it
         self.meter = StepMeter(requests_under_way(llm), decoder_work(facts), facts.devices, facts.overlaps)
         self.done: defaultdict[EngineConnection, list[list[Any]]] = defaultdict(list)
         self.text: defaultdict[EngineConnection, list[list[Any]]] = defaultdict(list)
@@ -97,24 +97,24 @@ class EngineLoop:
             self.deliver()
 
     def admit_chats(self) -> int:
-        """All that wait, as far as there are seats; how many."""
+        """Admit the waiting chats as far as there are seats; returns how many."""
         chats = 0
         while self.interactive and len(self.running) < 2 * self.max_num_seqs:
-            if (chat := self.readied(self.interactive.popleft())) is not None:
+            if (chat := self.prepare(self.interactive.popleft())) is not None:
                 self.submit(chat.row, chat.request, chat.row.sampling.priority)
                 chats += 1
             self.step_limit.chat()
         return chats
 
     def admit_bulk(self) -> None:
-        """Fill the seats as far as the cache has room; while somebody chats, as far as the next step stays short."""
+        """Fill the seats while the cache has room and, if a chat is open, while the next step stays short."""
         decoding = len(self.running)
         while (self.next or self.waiting) and self.running_bulk < self.max_num_seqs:
             if self.running_bulk and self.step_limit.room(decoding) <= 0:
                 return
-            ready, self.next = self.next or self.readied(self.waiting.popleft()), None
+            ready, self.next = self.next or self.prepare(self.waiting.popleft()), None
             if ready is not None and not self.fits(ready):
-                self.next = ready  # goes first, as soon as others have left
+                self.next = ready  # this row goes first once others have left
                 return
             if ready is not None:
                 self.submit(ready.row, ready.request, ready.row.sampling.priority)
@@ -129,10 +129,10 @@ class EngineLoop:
         self.step_limit.stepped(took, decoding)
         self.meter.stepped(took)
         for output in outputs:
-            self.note(output)
+            self.take_output(output)
 
     def take(self, block: bool) -> None:
-        """Everything that has come; waits for the first if there is nothing else to do."""
+        """Read all messages that have arrived; with `block`, wait for the first one."""
         inbox = self.connections.inbox
         while block or not inbox.empty():
             connection, message = inbox.get()
@@ -162,12 +162,15 @@ class EngineLoop:
             self.tell_time(connection, {})
 
     def tell_time(self, connection: EngineConnection, message: dict[str, Any]) -> None:
-        """With the message. Every second is told once: whoever waited no longer leaves them to the next listener."""
+        """Send the message with the meter's reading.
+
+        Each second is reported once: what a closed connection was not told, the next one is.
+        """
         if not connection.closed:
             self.connections.send(connection, {**message, "meter": self.meter.tell()})
 
     def forget(self, connection: EngineConnection) -> None:
-        """A connection is gone, or wants no more: so are its rows."""
+        """Drop the rows of a connection that has closed or wants no more answers."""
         self.waiting = deque(row for row in self.waiting if row.connection is not connection)
         self.interactive = deque(row for row in self.interactive if row.connection is not connection)
         if self.next is not None and self.next.row.connection is connection:
@@ -185,8 +188,8 @@ class EngineLoop:
         self.running_bulk -= row.bulk
         return row
 
-    def readied(self, row: WaitingRow) -> ReadyRow | None:
-        """The row's tokens and what it needs; None if it is refused."""
+    def prepare(self, row: WaitingRow) -> ReadyRow | None:
+        """The row with its tokens and limits; None if it is refused."""
         from complete_fn_workers.engine.rows import request_of
 
         default = row.connection.default_max_tokens
@@ -206,7 +209,7 @@ class EngineLoop:
         return self.window.fits(self.held(*ready))
 
     def submit(self, row: WaitingRow | AdmittedRow, request: Any, priority: int, spent: Charge = NOTHING) -> None:
-        """Hand one request of a row to vLLM. `spent`: on its requests before."""
+        """Hand one request of a row to vLLM. `spent`: the device time of its earlier requests."""
         from vllm.inputs import tokens_input
 
         connection = row.connection
@@ -215,7 +218,7 @@ class EngineLoop:
         prompt = tokens_input(request.ids, cache_salt=connection.tenant)
         try:
             internal = self.llm.add_request(key, prompt, request.params, priority=priority)
-        except Exception as error:  # vLLM's own checks of one row come as several types
+        except Exception as error:  # vLLM's checks of a row raise errors of several types
             self.done[connection].append([row.number, *RowRefused("invalid_request", str(error)).answer, *spent])
         else:
             self.running[key] = admitted = AdmittedRow(connection, row.number, request, internal, priority)
@@ -226,8 +229,8 @@ class EngineLoop:
             self.admitted += 1
             self.step_limit.admit(len(request.ids))
 
-    def note(self, output: Any) -> None:
-        """An answer, a step towards a label, or the text of a watched row so far."""
+    def take_output(self, output: Any) -> None:
+        """Take an answer, a step towards a label, or the new text of a streamed row."""
         from complete_fn_workers.engine.rows import tokens_of
 
         row = self.running.get(output.request_id)
@@ -253,7 +256,7 @@ class EngineLoop:
         for connection, pieces in self.text.items():
             self.connections.send(connection, {"text": pieces})
         for connection, answers in self.done.items():
-            if connection.closed:  # nobody takes them: their time is lost, as that of rows under way is
+            if connection.closed:  # no caller takes these answers: their time is lost, like that of aborted rows
                 self.meter.lost += sum(seconds for _, *answer in answers for seconds in answer[8:9])
             self.tell_time(connection, {"done": answers})
         self.text.clear()
@@ -261,7 +264,10 @@ class EngineLoop:
 
 
 def unexpected(error: Exception) -> RowRefused:
-    """One row must not end the engine of all. What the error says may have the prompt in it."""
+    """Refuse one row: its fault must not end the engine that all share.
+
+    The message names only the error's type, because its text may contain the prompt.
+    """
     return RowRefused("invalid_request", f"The engine failed at this row: {type(error).__name__}.")
 
 
@@ -270,7 +276,7 @@ def decoder_work(facts: EngineFacts) -> DecoderWork:
 
 
 def device_name() -> str:
-    """What the model runs on, for the rates of past runs."""
+    """The device that the model runs on: the history of runs is kept by its name."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores and memory, with affinity and control groups respected."""
+"""The cores and memory that this process may use: CPU affinity and control groups count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows to vLLM requests and vLLM outputs to answers: chat template, tokens, limits, sampling parameters."""
+"""Turns rows into vLLM requests, and vLLM outputs into answers: chat template, tokens, limits, sampling parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AnswerLimit:
 
 
 class PromptReader:
-    """Prompts to token ids, by the model's own chat template where it has one."""
+    """Turns prompts into token ids, by the model's own chat template where it has one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -49,7 +49,7 @@ class PromptReader:
             return self.encode(self.rendered(prompt), special=False)
         except RowRefused:
             raise
-        except Exception as error:  # a template's own complaint, or a text that the tokenizer cannot take
+        except Exception as error:  # the template refuses the prompt, or the tokenizer cannot take the text
             raise RowRefused("invalid_request", f"The prompt cannot be rendered: {error}") from error
 
     def rendered(self, prompt: Prompt) -> str:
@@ -88,7 +88,7 @@ class PromptReader:
         return self.trees[key]
 
     def continuation(self, before: str, text: str) -> list[int]:
-        """Tokens of a text that follows another; of the text alone where the tokenizer would join the two."""
+        """Tokens of a text that follows another. Where the tokenizer would join the two: those of the text alone."""
         head, whole = self.encode(before, special=False), self.encode(before + text, special=False)
         return whole[len(head) :] if whole[: len(head)] == head else self.encode(text, special=False)
 
@@ -97,7 +97,7 @@ class PromptReader:
 
 
 def whole_text(backend: Any) -> Any:
-    """A copy that neither cuts nor fills, whatever tokenizer.json says; what is no fast tokenizer, as it is."""
+    """A copy of a fast tokenizer that neither truncates nor pads, whatever tokenizer.json says; others unchanged."""
     if not isinstance(backend, Tokenizer):
         return backend
     copy = Tokenizer.from_str(backend.to_str())
@@ -146,7 +146,7 @@ class Sampling:
         return found
 
     def scoring(self, place: LabelPlace) -> SamplingParams:
-        """One token, with the log-probability of each way on from the place."""
+        """Parameters for one token, with the log-probability of each token that leads on from the place."""
         key = place.path, tuple(place.ways)  # the labels' tokens depend on the prompt's end
         found = self.of_labels.get(key)
         if found is None:
@@ -178,7 +178,7 @@ class Sampling:
             max_tokens=tokens,
             min_tokens=0,
             structured_outputs=None if schema is None else StructuredOutputsParams(json=grammar_schema(schema)),
-            # Only a row that is watched pays for an output a step.
+            # Only a streamed row pays for an output in every step.
             output_kind=RequestOutputKind.CUMULATIVE if self.tell else RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # rows of one kind share the object; vLLM copies it shallowly
         )
@@ -255,10 +255,10 @@ class LabelRequest:
 def request_of(
     prompts: PromptReader, prompt: Prompt, sampling: Sampling, context: int, default: int
 ) -> TextRequest | LabelRequest:
-    """The row as requests to the engine. `default`: tokens of an answer where the caller set no limit.
+    """Turn a row into a request to the engine. `default`: tokens of an answer where the caller set no limit.
 
     Raises:
-        RowRefused: it cannot be asked.
+        RowRefused: the row cannot be sent to the engine.
     """
     ids = prompts.token_ids(prompt)
     if sampling.choices:

@@ -1,4 +1,4 @@
-"""vLLM's insides: everything that we read of vLLM and that vLLM does not offer to others is read in this module.
+"""vLLM's insides: this module alone reads what vLLM does not offer to others.
 
 vLLM offers what `vllm`, `vllm.config`, `vllm.inputs` and `vllm.sampling_params` export, its engine arguments and
 environment variables, and what its documentation tells authors of plug-ins and models to build on: layers,
@@ -175,7 +175,7 @@ def requests_under_way(llm: Any) -> Mapping[str, Any]:
 
 
 def prefill_of(request: Any) -> Any:
-    """The request's prefill counts. To be taken when the request is new: vLLM gives them away with the first token."""
+    """The request's prefill counts. Take them while the request is new: vLLM hands them on with the first token."""
     return request.prefill_stats
 
 
@@ -185,7 +185,7 @@ def cached_tokens(prefill: Any) -> int:
 
 
 def computed_tokens(request: Any) -> int:
-    """Tokens of prompt and answer whose keys and values are there, the cached ones with them.
+    """Tokens of prompt and answer whose keys and values exist, with the cached ones.
 
     The count falls back when the request is preempted; where steps overlap, it has the tokens of the step under way.
     """
@@ -205,7 +205,7 @@ def create_config(arguments: Mapping[str, Any]) -> Any:
 
 
 def add_seats(config: Any, seats: int) -> None:
-    """Let a step take so many rows more."""
+    """Let a step take `seats` more rows."""
     config.scheduler_config.max_num_seqs += seats
 
 
@@ -298,7 +298,7 @@ def follow_rows(rows: dict[int, Any], update: Any, remember: Callable[[Any, Any,
 
 
 def metadata_of(attention: Any) -> Any:
-    """What the attention backend noted of the step that runs, for this layer; None in a profiling run."""
+    """The attention backend's metadata of the running step, for this layer; None in a profiling run."""
     from vllm.forward_context import get_forward_context
 
     layers = get_forward_context().attn_metadata
@@ -315,7 +315,7 @@ def write_cache(attention: Any, keys: torch.Tensor, values: torch.Tensor) -> Non
 
 @contextmanager
 def outside_graphs() -> Iterator[None]:
-    """Run what is inside without CUDA graphs: the step's graph is for another number of tokens."""
+    """Run without CUDA graphs: the step's graph is for another number of tokens."""
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import get_forward_context
 
@@ -338,7 +338,7 @@ def captured_tokens(config: Any) -> int | None:
 
 
 def compiled_unit(tag: str) -> AbstractContextManager[None]:
-    """What is made inside is compiled apart from the rest of the model."""
+    """Modules made in this context are compiled apart from the rest of the model."""
     from vllm.compilation.backends import set_model_tag
 
     unit: AbstractContextManager[None] = set_model_tag(tag)

@@ -1,6 +1,6 @@
-"""What a parent and the engine's child process say to each other over a Unix socket.
+"""The protocol between a caller (the *parent*) and the engine's child process, over a Unix socket.
 
-One frame, either way, is a length (4 bytes, big-endian) and that many bytes of JSON in UTF-8.
+A frame, in either direction, is a length (4 bytes, big-endian) and that many bytes of JSON in UTF-8.
 
     parent to child
         {"open": {"tenant": str, "default_max_tokens": int}}   first on a connection that sends rows
@@ -18,7 +18,7 @@ One frame, either way, is a length (4 bytes, big-endian) and that many bytes of 
         {"failed": str}                                                        why it could not be
         {"done": [[number, text, finish_reason, code, message, scores, prompt_tokens, cached_tokens, completion_tokens,
                    device_seconds, prompt_seconds], ...]}    scores: [probability or null] of choices; seconds: see
-                                             `metering`; absent of a row that was refused
+                                             `metering`; missing where the row was refused
         {"meter": [metered, idle, lost]}        device-seconds, in a message of its own or beside `done`: see `metering`
         {"text": [[number, piece, prompt_tokens, cached_tokens, completion_tokens], ...]}
                                         of rows that asked for it, as it is made; the tokens up to it

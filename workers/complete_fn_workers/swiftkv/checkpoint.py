@@ -40,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
-    """Stored codes read as if they were weights, without their scales, give a model that computes nonsense."""
+    """Refuse quantised weights: read without their scales, they give a model that computes nonsense."""
     if (found := config.get("quantization_config")) is not None:
         kind = found.get("quant_method") if isinstance(found, dict) else found
         raise InputError(f"'{folder}' is quantised ({kind}), which is not read here. Name its full-precision parent.")
@@ -86,7 +86,7 @@ def scaling_of(config: dict[str, Any]) -> RopeScaling | None:
 
 
 def refuse_as_teacher(folder: Path, option: str) -> None:
-    """Of a SwiftKV folder the engine gives the student's answers, also where the teacher was kept."""
+    """Refuse a SwiftKV folder: the engine answers with its student, also where the teacher was kept."""
     path = folder / "config.json"
     if path.is_file() and json.loads(path.read_text()).get("model_type") == "llama_swiftkv":
         raise InputError(

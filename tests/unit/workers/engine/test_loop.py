@@ -64,7 +64,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> EngineLoop:
 
 def test_a_row_that_cannot_be_read_is_refused(loop: EngineLoop) -> None:
     parent: Any = Parent()
-    assert loop.readied(WaitingRow(parent, 7, SECRET, None)) is None
+    assert loop.prepare(WaitingRow(parent, 7, SECRET, None)) is None
     ((number, *answer),) = loop.done[parent]
     assert (number, answer[2]) == (7, "invalid_request")
     assert "IndexError" in answer[3]
@@ -75,7 +75,7 @@ def test_a_row_whose_answer_cannot_be_read_ends_alone_and_is_charged(loop: Engin
     parent: Any = Parent()
     asked = SimpleNamespace(ids=[1] * 8, tokens=4, take=fail)
     loop.running["1"] = AdmittedRow(parent, 7, asked, "1-a", -1)
-    loop.note(SimpleNamespace(request_id="1", finished=True, prompt_token_ids=[1] * 8, num_cached_tokens=0))
+    loop.take_output(SimpleNamespace(request_id="1", finished=True, prompt_token_ids=[1] * 8, num_cached_tokens=0))
     ((number, *answer),) = loop.done[parent]
     assert (number, answer[2]) == (7, "invalid_request")
     assert SECRET not in answer[3]

@@ -1,9 +1,8 @@
-"""Admission by tokens: rows are submitted to vLLM only as far as its KV cache holds them with their longest answers.
+"""Admits a row to vLLM only if the KV cache holds it, with its longest answer, beside all rows under way.
 
-So nothing is preempted, and the prefix that the planner put in front of a group stays resident until the group is
-through. Rows come in the planner's order; what a row shares with the one submitted before it is held once. The rows
-under way are therefore a list in which each has the blocks that it shares with the one before; when one leaves, the
-next shares with the one before that.
+So vLLM preempts no row, and the prefix of a group stays in the cache until the group is done. Rows come in the
+planner's order, and the blocks that a row shares with the row before it count once. The rows under way form a list:
+each knows how many blocks it shares with its predecessor. When a row leaves, its successor takes over the predecessor.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, eq=False)
 class HeldRow:
-    """A row under way: its blocks with the longest answer, and those that it has from `before`."""
+    """A row under way: its blocks with the longest answer, and how many of them it shares with `before`."""
 
     blocks: int
     shared: int
@@ -23,7 +22,7 @@ class HeldRow:
 
 
 class KVWindow:
-    """Blocks of KV cache that the rows under way can need at most: `used` of `blocks`, each of `block` tokens."""
+    """The most blocks of KV cache that the rows under way can need: `used` of `blocks`, each of `block` tokens."""
 
     def __init__(self, blocks: int, block: int) -> None:
         self.blocks = blocks
@@ -34,7 +33,7 @@ class KVWindow:
         self.beginning: tuple[str, Sequence[int]] = ("", ())
 
     def row(self, salt: str, ids: Sequence[int], answer: int) -> HeldRow:
-        """The row that would follow: `ids` of its prompt and at most `answer` tokens. Salts share nothing."""
+        """The row that would come next: `ids` of its prompt, at most `answer` tokens. Salts share no blocks."""
         blocks = -(-(len(ids) + answer) // self.block)
         shared = 0
         if self.last is not None and self.beginning[0] == salt:
@@ -43,7 +42,7 @@ class KVWindow:
         return HeldRow(blocks, shared, self.last)
 
     def fits(self, row: HeldRow) -> bool:
-        """Whether the row may be submitted. One is always let through: vLLM has refused what never fits."""
+        """Whether the row may be submitted. A row alone always may: vLLM itself refuses one that never fits."""
         return not self.rows or self.used + row.blocks - row.shared <= self.blocks
 
     def hold(self, key: str, row: HeldRow, salt: str, ids: Sequence[int]) -> None:
@@ -54,7 +53,7 @@ class KVWindow:
         self.used += row.blocks - row.shared
 
     def release(self, key: str) -> None:
-        """The row has its answer, or was taken back."""
+        """Take out a row that has its answer or was aborted."""
         row = self.rows.pop(key, None)
         if row is None:
             return

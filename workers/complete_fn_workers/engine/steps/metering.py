@@ -1,4 +1,4 @@
-"""Device time: the wall time of every engine step, divided among the rows that were computed in it, and the rest."""
+"""Measures device time: each step's wall time is divided among the rows computed in it; all other time is idle."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ NOTHING = (0.0, 0.0)
 
 @dataclass(slots=True)
 class MeteredRow:
-    """A row in the engine: vLLM's request and prefill counts, tokens seen so far, device-seconds charged so far, and
-    those of them for its prompt; how it left, once it has."""
+    """A row in the engine.
+
+    Attributes:
+        request, prefill: vLLM's request and its prefill counts.
+        computed: tokens seen so far.
+        seconds, prompt_seconds: device-seconds charged so far, and those of them for the prompt.
+        answered, given_up: how the row left, once it has.
+    """
 
     request: Any
     prefill: Any
@@ -29,7 +35,7 @@ class MeteredRow:
 
 
 class StepPart(NamedTuple):
-    """A row's of a step: whether it was of the prompt, and (FLOPs, bytes)."""
+    """A row's part of a step: whether it was of the prompt, and its (FLOPs, bytes)."""
 
     row: MeteredRow
     of_prompt: bool
@@ -40,8 +46,8 @@ class StepMeter:
     """Charges each step to its rows by what they computed in it (`step_costs`): of the prompt what was not cached, and
     output.
 
-    Conservation: `metered` is the time since the engine was loaded, times the devices. It is the charges of the rows
-    that were answered, of those under way, of those given up (`lost`), and `idle`: all that was in no row's step.
+    Conservation: `metered` is the time since the engine was loaded, times the devices. It is the sum of the charges of
+    answered rows, of rows under way, of aborted rows (`lost`), and of `idle`: the time in no row's step.
     """
 
     def __init__(self, requests: Any, decoder: DecoderWork, devices: int = 1, overlaps: bool = False) -> None:
@@ -50,7 +56,7 @@ class StepMeter:
         overlaps: vLLM schedules asynchronously: a call counts and launches its batch, then waits for the one before.
         """
         self.requests, self.devices, self.overlaps = requests, devices, overlaps
-        self.launched: list[StepPart] = []  # and not yet waited for
+        self.launched: list[StepPart] = []  # launched, not yet waited for
         self.costs = StepCosts(decoder)
         self.rows: dict[str, MeteredRow] = {}
         self.loaded = time.monotonic()
@@ -93,7 +99,7 @@ class StepMeter:
         return batch
 
     def charge(self, seconds: float, batch: list[StepPart]) -> None:
-        """What was launched for a row that then had its answer, the others of its batch pay for."""
+        """Divide a step's time. The other rows of a batch pay for what was launched for a row that has its answer."""
         shares = self.costs.share([part.work for part in batch])
         paying = [(part, share) for part, share in zip(batch, shares, strict=True) if not part.row.answered]
         whole = seconds * self.devices / sum(share for _, share in paying)
@@ -106,19 +112,19 @@ class StepMeter:
         self.charged += seconds * self.devices
 
     def leave(self, key: str) -> Charge:
-        """What a row that is done was charged."""
+        """Take out a finished row; returns its charge."""
         row = self.rows.pop(key)
         row.answered = True
         return row.seconds, row.prompt_seconds
 
     def give_up(self, key: str) -> None:
-        """What is still under way for the row is lost when it is charged."""
+        """Take out an aborted row: its charge is lost, as is what is still computed for it."""
         row = self.rows.pop(key)
         row.given_up = True
         self.lost += row.seconds
 
     def tell(self) -> list[float]:
-        """[`metered` so far, `idle` since it was last told, `lost` likewise]: every second is told once."""
+        """[`metered` so far, `idle` and `lost` since the last call]: each second is reported once."""
         metered = (time.monotonic() - self.loaded) * self.devices
         idle, lost = metered - self.charged - self.told_idle, self.lost - self.told_lost
         self.told_idle += idle

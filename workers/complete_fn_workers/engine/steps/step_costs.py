@@ -1,7 +1,7 @@
-"""What the tokens of an engine step cost: FLOPs and bytes by the model's shape, their seconds fitted to the steps.
+"""Learns what a step's work costs: the seconds of a FLOP, of a byte read and of a step, fitted to the steps seen.
 
 A prompt token of a SwiftKV model passes half the layers, a long context costs each of its tokens more, and a step that
-only decodes waits for memory: tokens alone would charge all of them alike.
+only decodes waits for memory: counting tokens would charge all of them alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much bulk work one engine step may take on while somebody chats: a chat waits for the step that runs."""
+"""Limits the bulk work of an engine step while a chat is open: the chat waits for the step that runs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Callable
 
-STEP_SECONDS = 0.03
-CHATTING_S = 30.0  # after a chat, the next one is expected for so long
-LEARN = 0.1  # weight of what was seen last
+STEP_SECONDS = 0.03  # of a step, while a chat is open
+CHATTING_S = 30.0  # after a chat, the next one is expected within this time
+LEARN = 0.1  # weight of the latest step or answer
 LEAST_TOKENS = 32  # smaller steps say little about the rate
 
 
 class StepLimit:
-    """Learns tokens a second from the steps themselves, and the share of prompts that is not cached from the answers.
+    """Learns the tokens per second from the steps, and from the answers the share of prompts that is not cached.
 
     Args:
         budget: tokens that the scheduler puts into one step at most.
@@ -25,19 +25,21 @@ class StepLimit:
         self.fresh = 1.0
         self.pending = 0.0  # prompt tokens that were admitted and not yet computed
         self.until = -math.inf
-        self.held_back = False  # the last step took on no bulk rows for the sake of a chat
+        self.held_back = False  # the last step took on no bulk rows because of a chat
 
     def chat(self) -> None:
         self.until = self.clock() + CHATTING_S
 
     def takes_bulk(self, chats: int, running: int) -> bool:
-        """Whether the next step takes on bulk rows beside `running` ones: not with the first tokens of chats, but never
-        twice in a row without, however many chats come."""
+        """Whether the next step takes on bulk rows beside the `running` ones.
+
+        It does not in the first step of a chat, but bulk rows are never held back twice in a row.
+        """
         self.held_back = chats > 0 and running > 0 and not self.held_back
         return not self.held_back
 
     def room(self, decoding: int) -> float:
-        """Prompt tokens that may be added to the next step, beside so many rows that get one token each."""
+        """Prompt tokens that may be added to the next step, beside `decoding` rows that get one token each."""
         if self.rate is None or self.clock() > self.until:
             return math.inf
         return self.rate * STEP_SECONDS - decoding - self.pending

@@ -1,7 +1,7 @@
 """The attention backend of SwiftKV's later layers: the platform's own, over only the tokens that need logits.
 
-What vLLM says of a step is edited before the platform's builder sees it, so nothing here knows a kernel. Leaving tokens
-out is an optimisation only: running the later layers on more tokens than needed is always exact.
+The backend edits vLLM's description of a step before the platform's builder reads it, so it depends on no kernel.
+Leaving tokens out only saves time: running the later layers on more tokens than needed is always exact.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What SwiftKV cannot do, refused at start or at the request; and which prompts a step leaves unfinished."""
+"""Refuses what SwiftKV cannot do, at start or at the request; knows which prompts a step leaves unfinished."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 
 def set_limits(vllm_config: VllmConfig) -> None:
-    """Refuse what SwiftKV cannot do; vLLM calls it once, as the engine's configuration is put together.
+    """Refuse what SwiftKV cannot do. vLLM calls this once, when it makes the engine's configuration.
 
     Raises:
         ValueError: names the setting and what to do instead.
@@ -118,7 +118,7 @@ class PromptWatcher(LogitsProcessor):  # type: ignore[misc]
         )
 
     def finished(self, seq_lens: list[int]) -> list[bool]:
-        """Per row of the batch: whether `seq_lens[row]` tokens reach its last known token. Unknown rows count as so."""
+        """Whether `seq_lens[row]` tokens reach each row's last known token. Unknown rows count as finished."""
         goals = (self.rows.get(row) for row in range(len(seq_lens)))
         return [goal is None or length >= goal[0] + len(goal[1]) for goal, length in zip(goals, seq_lens, strict=True)]
 

@@ -1,8 +1,8 @@
-"""A quicker way to distil: the student runs at answer tokens alone, and what it is held to is computed once.
+"""Distils faster: the student runs at answer tokens only, and the teacher's activations are computed once and kept.
 
-A served SwiftKV model runs its later layers where logits are wanted, so the student is trained just there; of a prompt
-only the state after the first K layers matters, from which keys and values are made. That state and the teacher's own
-at the answers do not change while the student learns, so from the second epoch on they come from memory.
+A served SwiftKV model runs its later layers only where logits are wanted, so the student is trained just there. Of a
+prompt only the state after the first K layers matters: keys and values are made from it. That state, and the teacher's
+states at the answers, do not change while the student learns, so from the second epoch on they come from memory.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def student_states(model: Llama, lesson: Lesson) -> States:
 
 @dataclass
 class ActivationMemory:
-    """Lessons by the number of their batch, as many as `room` (bytes) takes."""
+    """Keeps lessons by the number of their batch, as many as fit into `room` bytes."""
 
     room: float
     lessons: dict[int, Lesson] = field(default_factory=dict)

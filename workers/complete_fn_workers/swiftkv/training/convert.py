@@ -1,4 +1,4 @@
-"""Any Llama checkpoint in SwiftKV form, with the published start: `complete-fn swiftkv convert`."""
+"""`complete-fn swiftkv convert`: writes a Llama checkpoint in SwiftKV form, with the published start."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def licence_of(folder: Path) -> str | None:
 
 
 def refuse_name(name: str, licence: str | None) -> None:
-    """Called before any work: it may take hours."""
+    """Refuse a name against the parent's licence. Call it before the work, which may take hours."""
     if licence and licence.startswith("llama") and not name.lower().startswith("llama"):
         raise InputError(
             f"The parent's licence ({licence}) asks that names of derived models begin with 'Llama'. Name the folder "

@@ -1,4 +1,4 @@
-"""Knowledge recovery as published for SwiftKV: `complete-fn swiftkv distill`.
+"""`complete-fn swiftkv distill`: trains a student as published for SwiftKV (*knowledge recovery*).
 
 One model object is teacher and student. The teacher's weights stay as they are; `norm_swiftkv` and the later layers'
 `q/k/v_proj_swiftkv` train with AdamW on T^2 * KL(teacher || student) of the answer tokens plus the mean squared
@@ -58,7 +58,7 @@ class Recipe:
 
 @dataclass
 class DistillProgress:
-    """Where a run stands; written beside the weights so that it can go on."""
+    """How far a run has come; saved beside the weights, so that the run can go on."""
 
     epoch: int = 0
     batches: int = 0
@@ -144,7 +144,7 @@ class DistillState:
         self.progress = DistillProgress()
 
     def resume(self) -> bool:
-        """Take up a run that was left. False: there is none.
+        """Go on with an interrupted run. False: there is none.
 
         Raises:
             InputError: it was begun with another recipe.

@@ -1,4 +1,4 @@
-"""Answers of a student beside its teacher's, through the engine that will serve them."""
+"""Scores a student's answers beside its teacher's, through the engine that will serve them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def compare_answers(
 ) -> dict[str, dict[str, float]]:
     """Per role (`teacher`, `student`): the scores of `LABELS`. Those that need the truth are over rows that have one.
 
-    One engine is open at a time. A row that it failed counts as an empty answer: it is none to the one who asked.
+    One engine is open at a time. A row that the engine failed counts as an empty answer.
     """
     completions: dict[str, list[Completion]] = {}
     for role, model in models.items():

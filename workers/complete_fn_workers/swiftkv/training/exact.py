@@ -1,4 +1,4 @@
-"""vLLM's answers beside the reference model's, token by token: `complete-fn swiftkv check`."""
+"""`complete-fn swiftkv check`: compares vLLM's answers with the reference model's, token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts and answers of a table as token rows, and batches of them by length."""
+"""Turns a table's prompts and answers into token rows, and these into batches by length."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from complete_fn.errors import InputError
 from complete_fn.prompts.templates import render_column, template_fields, unpack
 from complete_fn.types import CompletionRequest
 
-# Few, because a compiled model is compiled once for each.
+# Few: a compiled model is compiled once for each length.
 LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of the table. `answer` None: to be made by the teacher."""
+    """One line of the table. `answer` None: the teacher writes it."""
 
     prompt: str
     answer: str | None

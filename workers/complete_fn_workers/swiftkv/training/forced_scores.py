@@ -1,4 +1,4 @@
-"""Scores of a student beside its teacher, token by token."""
+"""Scores a student beside its teacher, token by token, given the true answer so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss curve as a PNG, drawn with Pillow: no plotting library for one picture."""
+"""Draws loss curves as a PNG with Pillow: one picture needs no plotting library."""
 
 from __future__ import annotations
 
