@@ -9,17 +9,14 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from complete_fn.engines.base import Engine
 from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model, find_model, load_catalogue
+from complete_fn.engines.instructions import advice_for
 from complete_fn.engines.pool import at_engine, engine_for
 from complete_fn.engines.stoppable import EitherStop, Stop, StoppableEngine
 from complete_fn.errors import RowFailedError
@@ -31,13 +28,13 @@ from complete_fn.execution.runner import run
 from complete_fn.execution.summary import Summary
 from complete_fn.interrupts import NextInterrupt, off_main
 from complete_fn.ledger.pruning import prune
-from complete_fn.ledger.usage import tokens_used
 from complete_fn.planning import make_plan
 from complete_fn.progress import Progress, Quiet, progress_for
 from complete_fn.prompts.options import CacheMode, Options, parse_options
 from complete_fn.prompts.templates import escaped, plain_column
 from complete_fn.settings import load_settings
-from complete_fn.spending.budget import NO_BRAKE, Budget, parse_cap, parse_token_cap
+from complete_fn.spending.budget import NO_BRAKE, Budget
+from complete_fn.spending.session_budgets import SessionBudgets
 from complete_fn.store.store import Store
 from complete_fn.types import Asker, Completion
 
@@ -85,19 +82,14 @@ class Session:
         self.settings = load_settings(home, models_file)
         self.engine = engine
         self.who = who or Asker()
-        self.budget = None if max_cost is None else Budget(parse_cap(max_cost))
-        self.tokens: Budget | None = None
-        if max_total_tokens is not None:
-            self.tokens = Budget(parse_token_cap(max_total_tokens), name="max_total_tokens")
+        self.budgets = SessionBudgets(max_cost, max_total_tokens)
         self.brake = NO_BRAKE
         self.progress = progress
         self.summary = Summary()
         self.lock = threading.Lock()
         SESSIONS.add(self)
         self.opened: Store | None = None
-        self.warned: set[str] = set()
-        self.jobs: set[str] = set()
-        self.counted: set[str] = set()  # jobs whose earlier tokens are in `tokens`
+        self.warned: set[str] = set()  # models whose advice was given
 
     @property
     def store(self) -> Store:
@@ -147,7 +139,7 @@ class Session:
         chosen = parse_options(options)
         found = self.model(model)
         column = prompts if planned else escaped(plain_column(prompts))
-        self.warn_of_strangers(found, column)
+        self.advise(found, column)
         interrupt = NextInterrupt()  # here: on the run's own thread it might begin to listen too late
         until = interrupt if stop is None else EitherStop(interrupt, stop)
         answers = self.answer(Call.of(found, chosen), column, job, chosen.cache, until)
@@ -160,12 +152,13 @@ class Session:
     @off_main
     def answer(self, call: Call, column: Any, job: str | None, cache: CacheMode, stop: Stop) -> Answers:
         brake = self.brake  # another thread may change it meanwhile
-        budget, bar = self.budget_of(call.model, job), self.bar(call.model, len(column))
+        money, tokens = self.caps_of(call.model, job)
+        bar = self.bar(call.model, len(column))
         if brake.money is not None:
             brake.money.count_in(call.model)
         why = "the query was interrupted; finished rows are kept"
         engine = StoppableEngine(self.engine_of(call.model), stop, KeyboardInterrupt, why)
-        tools = Tools(engine, self.store, budget, bar, self.tokens_of(job), brake, pause=engine.pause)
+        tools = Tools(engine, self.store, money, bar, tokens, brake, pause=engine.pause)
         return run(call, column, tools, replace(self.who, job=job), cache)
 
     @off_main
@@ -197,37 +190,20 @@ class Session:
         chosen = parse_options(options)
         call = Call.of(self.model(model), chosen)
         column = prompts if planned else escaped(plain_column(prompts))
-        return estimate(call, column, self.store, replace(self.who, job=job), chosen.cache, self.budget, self.tokens)
+        who, caps = replace(self.who, job=job), self.budgets
+        return estimate(call, column, self.store, who, chosen.cache, caps.money, caps.tokens)
 
     def bar(self, model: Model, rows: int) -> Progress:
         """What shows the progress of a run of so many rows."""
         return Quiet() if rows < 2 else progress_for(model.name, self.progress)
 
-    def budget_of(self, model: Model, job: str | None) -> Budget | None:
-        """The session's budget, after what earlier attempts of an unfinished job have spent of it.
+    def caps_of(self, model: Model, job: str | None) -> tuple[Budget | None, Budget | None]:
+        """The session's caps on money and tokens, less what earlier attempts of an unfinished job have spent of them.
 
         Raises:
             InvalidOptionError: the model is priced in another currency than the first one was.
         """
-        if self.budget is None:
-            return None
-        self.budget.count_in(model)
-        with self.lock:
-            counted = job is None or job in self.jobs
-            self.jobs.add(job or "")
-        if not counted and job is not None:
-            self.budget.settle(Decimal(0), self.store.spent(self.who.tenant, job))
-        return self.budget
-
-    def tokens_of(self, job: str | None) -> Budget | None:
-        """The session's cap on tokens, after what earlier attempts of an unfinished job have used of it."""
-        if self.tokens is not None and job is not None:
-            with self.lock:
-                counted = job in self.counted
-                self.counted.add(job)
-            if not counted:
-                self.tokens.settle(Decimal(0), Decimal(tokens_used(self.store, self.who.tenant, job)))
-        return self.tokens
+        return self.budgets.of_run(model, job, self.store, self.who.tenant)
 
     def report_failures(self, answers: Answers, strict: bool) -> None:
         failed = answers.summary.failed
@@ -240,23 +216,12 @@ class Session:
             raise RowFailedError(text)
         warn(f"{text} The details show each.")
 
-    def warn_of_strangers(self, model: Model, prompts: Any) -> None:
-        """One warning for a demonstration model that is asked something it never learnt."""
-        if not model.instructions or model.name in self.warned:
-            return
-        learnt = pa.scalar(False)
-        for instruction in model.instructions:
-            learnt = pc.or_(learnt, pc.starts_with(prompts, instruction))
-        strangers = pc.sum(pc.invert(learnt)).as_py()
-        if strangers:
+    def advise(self, model: Model, prompts: Any) -> None:
+        """Give a model's advice once."""
+        advice = None if model.name in self.warned else advice_for(model, prompts)
+        if advice is not None:
             self.warned.add(model.name)
-            known = ", ".join(repr(i + "...") for i in model.instructions)
-            text = (
-                f"{model.name} is a demonstration model and knows only {known}; {strangers:,} of {len(prompts):,} "
-                "prompts are something else. For real work name 'smollm2-360m' or 'qwen2.5-0.5b' on a CPU, "
-                "'llama-8b-swiftkv' on a GPU (`complete-fn models` lists all)."
-            )
-            warn(text)
+            warn(advice)
 
     def count_tokens(self, model: str, texts: list[str]) -> list[int]:
         """Tokens of each text by the model's own tokenizer."""
@@ -279,9 +244,7 @@ def after_fork() -> None:
     for session in SESSIONS:
         session.lock = threading.Lock()
         session.brake = NO_BRAKE
-        for budget in (session.budget, session.tokens):
-            if budget is not None:
-                budget.lock = threading.Lock()
+        session.budgets.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

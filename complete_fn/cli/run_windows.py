@@ -285,8 +285,7 @@ class RunSession(Session):
     def charge(self, model: str, jobs: list[str]) -> None:
         """Count what earlier attempts have spent on all windows before the first of them is begun again."""
         for job in jobs:
-            self.budget_of(self.model(model), job)
-            self.tokens_of(job)
+            self.caps_of(self.model(model), job)
 
     def share_bar(self, model: str, rows: int | None) -> None:
         self.one = OneBar(progress_for(model, self.progress), rows)
