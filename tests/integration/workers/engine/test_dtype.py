@@ -15,12 +15,12 @@ pytestmark = pytest.mark.engine
 CONFIG = json.loads((find_model("demo-llama").local_folder or Path()).joinpath("config.json").read_text())
 
 
-def chosen(folder: Path, monkeypatch: pytest.MonkeyPatch, native: bool, memory: int, **config: Any) -> str:
+def chosen(folder: Path, monkeypatch: pytest.MonkeyPatch, native: bool, memory: int, **fields: Any) -> str:
     from complete_fn_workers.engine import config
 
     monkeypatch.setattr(config, "computes_bfloat16", lambda: native)
     monkeypatch.setattr(config, "memory_bytes", lambda: memory)
-    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    (folder / "config.json").write_text(json.dumps(CONFIG | fields))
     return config.cpu_dtype({"checkpoint": str(folder), "revision": None})
 
 
