@@ -7,7 +7,7 @@ STATE := .cache/demo
 ENGINE_LOCK := workers/complete_fn_workers/engine.lock
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: menu setup lock services demo service docs test test-latest test-oldest test-matrix test-long lint model gpu-check clean
+.PHONY: menu setup lock services demo service docs test test-latest test-oldest test-matrix test-long lint release-check model gpu-check clean
 
 menu:
 	@echo "make demo       set up, then classify and summarise real Debian packages through DuckDB on vLLM"
@@ -19,6 +19,7 @@ menu:
 	@echo "make lock       the locks anew after a change in pyproject.toml (seconds); NEWEST=1: with the newest of all"
 	@echo "make services   install PostgreSQL and Redis, which the tests start for themselves, where they are missing"
 	@echo "make docs       build the documentation strictly into .cache/docs/site"
+	@echo "make release-check  wheel and sdist, their metadata, and the README run from the wheel in an environment of its own"
 	@echo "make model      train demo-llama again from Debian's package index (about 95 minutes on two cores)"
 	@echo "make gpu-check  SwiftKV on this machine's CUDA card: tests and speed, as a report to send in (about 10 minutes)"
 	@echo "make clean      remove .venv/ and .cache/"
@@ -88,6 +89,12 @@ test-long: setup services lint
 # Other versions than the locked ones: tests/other_versions.py says which, and where they are installed.
 test-latest test-oldest test-matrix: setup services
 	$(BIN)/python tests/other_versions.py $(@:test-%=%)
+
+release-check: setup
+	rm -rf .cache/dist
+	$(BIN)/python -m build --no-isolation --outdir .cache/dist
+	$(BIN)/python -m twine check --strict .cache/dist/*
+	$(BIN)/python tests/other_versions.py release
 
 model: setup
 	$(BIN)/python -m complete_fn_workers.demo_model.build --out .model

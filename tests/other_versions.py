@@ -8,6 +8,8 @@
 - `matrix`: DuckDB and Polars in several versions, each in a folder of `.cache/matrix` that comes before the locked
   environment on Python's path; the tests that import the library run.
 
+- `release`: `.cache/release` gets the wheel that `make release-check` has built, and runs the README.
+
 The environments are made anew each time, by pip with its own configuration, so a cap or another index holds here too.
 """
 
@@ -137,6 +139,22 @@ def oldest() -> bool:
     return run_tests(python, "-m", WITHOUT_ENGINE)
 
 
+def release() -> bool:
+    """The built wheel in an environment of its own, with the locked libraries and the engine, runs the README."""
+    python = new_environment("release")
+    (wheel,) = (CACHE / "dist").glob("*.whl")
+    lock = ROOT / f"lock-{sys.version_info[0]}.{sys.version_info[1]}.txt"
+    must(python, *PIP, "--require-hashes", "--requirement", lock)
+    must(python, *PIP, "--no-deps", wheel)
+    must(python.with_name("complete-fn"), "setup-engine")
+    found = subprocess.check_output(
+        [python, "-c", "import complete_fn; print(complete_fn.__file__)"], cwd=CACHE, text=True
+    )
+    if not found.startswith(str(CACHE / "release")):
+        raise SystemExit(f"complete_fn is imported from {found.strip()}, not from the wheel.")
+    return run_tests(python, "tests/acceptance/test_docs.py")
+
+
 def tests_that_import(library: str) -> list[str]:
     wanted = re.compile(rf"^\s*(import {library}\b|.*complete_fn_connectors(\.| import ){library}\b)", re.MULTILINE)
     paths = [path for path in (ROOT / "tests").rglob("test_*.py") if "acceptance" not in path.parts]
@@ -159,4 +177,4 @@ def matrix() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if {"latest": latest, "oldest": oldest, "matrix": matrix}[sys.argv[1]]() else 1)
+    sys.exit(0 if {"latest": latest, "oldest": oldest, "matrix": matrix, "release": release}[sys.argv[1]]() else 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,7 +75,72 @@ def test_files_and_functions_keep_a_readable_size() -> None:
                 assert node.returns is not None, f"{path}:{node.lineno} {node.name} has no return type"
 
 
+def rooms() -> list[Path]:
+    """Folders of modules below the top-level rooms: those that must be walkable by themselves."""
+    return sorted({p.parent for p in SOURCES if p.name != "__init__.py" and p.parent.parent != ROOT})
+
+
 def test_no_room_goes_without_a_short_readme() -> None:
     for room in ("complete_fn", "connectors", "sql", "workers", "tests", "benchmarks"):
         lines = (ROOT / room / "README.md").read_text().splitlines()
-        assert 0 < len(lines) <= 40, room
+        assert 0 < len(lines) <= 50, room
+    for folder in rooms():
+        if folder.name not in ("versions", "models", "examples") and not folder.name.startswith("complete_fn_"):
+            lines = (folder / "README.md").read_text().splitlines()
+            assert 0 < len(lines) <= 15, folder
+
+
+def test_a_folder_holds_no_more_modules_than_can_be_overlooked() -> None:
+    for folder in {p.parent for p in SOURCES}:
+        modules = [p.name for p in folder.glob("*.py") if p.name != "__init__.py"]
+        assert len(modules) <= 15, f"{folder}: {len(modules)}"
+
+
+def test_readmes_name_files_that_are_there() -> None:
+    for readme in (
+        p for room in ("complete_fn", "connectors", "sql", "workers") for p in (ROOT / room).rglob("README.md")
+    ):
+        for name in re.findall(r"`([\w./-]+\.(?:py|toml|lock|sql))`", readme.read_text()):
+            found = [*(folder / name for folder in readme.parents), *readme.parent.glob(f"*/{name}")]
+            assert any(p.exists() for p in found), f"{readme}: {name}"
+
+
+def test_a_class_name_stands_in_one_file() -> None:
+    homes: dict[str, list[Path]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(path)
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
+def module_strings() -> Iterator[tuple[Path, str]]:
+    """Strings of the code that name an object as `module:name`, or a module after `-m`."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for found in re.findall(r"^(complete_fn[\w.]*:\w+)$|-m (complete_fn[\w.]*)", node.value):
+                    yield path, "".join(found)
+
+
+def test_every_string_that_names_a_module_resolves() -> None:
+    found = list(module_strings())
+    assert len(found) > 20
+    for path, name in found:
+        module, _, attribute = name.partition(":")
+        spec = importlib.util.find_spec(module)
+        assert spec is not None, f"{path}: {name}"
+        assert spec.origin is not None
+        defined = {
+            target
+            for node in ast.parse(Path(spec.origin).read_text()).body
+            for target in (
+                [node.name]
+                if isinstance(node, ast.ClassDef | ast.FunctionDef)
+                else [t.id for t in node.targets if isinstance(t, ast.Name)]
+                if isinstance(node, ast.Assign)
+                else []
+            )
+        }
+        submodule = spec.submodule_search_locations and (Path(spec.origin).parent / attribute).exists()
+        assert not attribute or attribute in defined or submodule, f"{path}: {name}"
