@@ -1,4 +1,4 @@
-"""Keys of answers: a hash of everything that changes the answer."""
+"""A call: the model and how it answers. An answer's key is a hash of everything that changes the answer."""
 
 from __future__ import annotations
 

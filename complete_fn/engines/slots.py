@@ -1,4 +1,4 @@
-"""Room for engines: which models have one in this process, and whose turn it is where not all of them fit."""
+"""Engine slots: which models have an engine in this process, and which model gets the next free slot."""
 
 from __future__ import annotations
 
@@ -157,10 +157,11 @@ class EngineRoom:
             self.vacate(model)
 
     def next_models(self, deserted: Callable[[], bool]) -> list[str | None]:
-        """Of which models to take on work, the first first; None: of any.
+        """The models whose parts may be claimed here, in order of preference; None means any model.
 
-        A model that has a place goes on until its turn is over, lest two models change places with every part; then
-        what waits for a place comes first, or, if work is `deserted` by all workers, whoever's turn it is by right.
+        1. A model with a slot whose turn is not over, so that two models do not change places with every part.
+        2. The model that waits for a slot.
+        3. If every worker has abandoned a model with queued parts (`deserted`), any model.
         """
         with self.changed:
             if not self.full():

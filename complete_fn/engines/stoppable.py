@@ -1,4 +1,4 @@
-"""An engine whose streams end when somebody says so, also while they wait for a row."""
+"""An engine whose streams end when a stop is set, also while they wait for a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a model is answered in this process, and how long its engine takes to start."""
+"""Throughput: how fast a model is answered in this process, and how long its engine takes to start."""
 
 from __future__ import annotations
 

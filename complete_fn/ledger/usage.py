@@ -1,4 +1,4 @@
-"""What the state tells a person: use by day and model, how a job stopped, what is stored."""
+"""Reports: use by day and model, how a job stopped, which answers are stored, sums for `/metrics`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is asking: by API key, or nobody in particular on a loopback address for which no key was ever made."""
+"""Authentication: by API key, or as the local tenant on a loopback address for which no key was ever made."""
 
 from __future__ import annotations
 

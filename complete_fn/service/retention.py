@@ -1,4 +1,4 @@
-"""What goes: deleted jobs; uploads, call-outs and jobs whose time is over. Ledger lines stay; they have no text."""
+"""Retention deletes jobs, uploads and call-outs whose time is over. Ledger lines stay; they contain no text."""
 
 from __future__ import annotations
 

@@ -170,7 +170,10 @@ class Service:
         return self.paces[model].cold_seconds if model in self.paces else None
 
     def unload(self, name: str) -> None:
-        """Let the model's engine go; nothing runs on it. A failure is logged: it is not who waits for the place's."""
+        """Close the model's engine; nothing runs on it.
+
+        A failure is logged, not raised: the caller that waits for the slot did not cause it.
+        """
         model = self.models().get(name)
         if model is None or self.engine is not None:
             return

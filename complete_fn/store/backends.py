@@ -1,4 +1,4 @@
-"""The two databases a store can be in: one SQLite file for a machine, PostgreSQL for a service of many processes."""
+"""Store backends: the table of databases that a store can be in, and what each of them must offer."""
 
 from __future__ import annotations
 

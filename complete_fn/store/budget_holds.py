@@ -1,4 +1,4 @@
-"""Money of the store's budgets: drawn by attempts, spent with their slices, back at their end. Inside transactions."""
+"""Budget holds: attempts draw from a shared budget, spend with their slices, return the rest. Inside transactions."""
 
 from __future__ import annotations
 

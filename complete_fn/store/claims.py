@@ -1,4 +1,4 @@
-"""Who computes what: an answer that several runs ask for at the same time is computed by one. Inside transactions.
+"""Claims: an answer that several runs ask for at the same time is computed by one of them. Inside transactions.
 
 An attempt claims keys as it hands their prompts to the engine, and lets them go with the slice that holds their
 answers, or at its end. So it never waits while it holds a claim that it is not working on, and no two runs can wait

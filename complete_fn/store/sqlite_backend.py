@@ -53,7 +53,7 @@ class SqliteBackend:
         return StoreError(f"The state file {self.place} cannot be used: {text}. {remedy}")
 
     def lock_schema(self, connection: sa.Connection) -> None:
-        """BEGIN IMMEDIATE has done it."""
+        """Nothing to do: SQLite's BEGIN IMMEDIATE already holds the write lock."""
 
     def used_bytes(self, connection: sa.Connection) -> int:
         """Bytes of the file that hold something."""

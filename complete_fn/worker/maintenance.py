@@ -1,4 +1,4 @@
-"""What an API process does beside answering when its workers are processes of their own: it computes nothing."""
+"""Maintenance of a service whose workers are other processes: the API announces work, scales and cleans."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ CANCELLED = "The job was stopped before the row was done."
 
 @dataclass
 class Hand:
-    """A part that is being run here. `salvage`: only what it has committed is to be its result."""
+    """A part that is being run here. `salvage`: its result is only what it has committed already."""
 
     part: Part
     watch: Watch

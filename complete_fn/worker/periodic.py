@@ -1,4 +1,4 @@
-"""What a service does over and over: each thing at its own pace, and none stopped by another's failure."""
+"""Periodic tasks: each runs at its own interval, and the failure of one stops no other."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class PeriodicTask:
     due: float = 0.0
 
 
-def run_due_tasks(turns: Iterable[PeriodicTask]) -> None:
-    """Do what is due. A failure is logged; its turn comes again."""
-    for turn in turns:
+def run_due_tasks(tasks: Iterable[PeriodicTask]) -> None:
+    """Run the tasks that are due. A failure is logged, and the task runs again at its next time."""
+    for task in tasks:
         now = time.monotonic()
-        if now >= turn.due:
-            turn.due = now + turn.seconds
+        if now >= task.due:
+            task.due = now + task.seconds
             try:
-                turn.what()
+                task.what()
             except Exception as error:
                 log("upkeep", error)
