@@ -23,6 +23,7 @@ from complete_fn.types import Asker
 from complete_fn_connectors import cortex as snowflake
 from complete_fn_connectors import functions, query
 from complete_fn_connectors.collect import Memory, PlanTimeError, Remembering
+from complete_fn_connectors.duckdb_versions import drop_unread_rows
 from complete_fn_connectors.estimates import QueryEstimate, estimate_query
 from complete_fn_connectors.explain import Explanation, explain_query
 from complete_fn_connectors.functions import QuerySession
@@ -85,8 +86,10 @@ class Registration:
         """Take the functions from the database, without touching its data; answers stay in the state folder.
 
         Raises:
-            duckdb.Error: a query of the connection is still being read.
+            duckdb.Error: a query of the connection is still being read; DuckDB 1 drops the rows left of it instead.
         """
+        if self.names:
+            drop_unread_rows(self.con)
         while self.names:
             with contextlib.suppress(duckdb.ConnectionException, duckdb.InvalidInputException):
                 self.con.remove_function(self.names[-1])  # both mean that it is gone already

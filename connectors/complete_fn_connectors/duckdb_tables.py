@@ -11,9 +11,10 @@ import duckdb
 import pyarrow as pa
 
 from complete_fn.errors import InputError
-from complete_fn.result_tables import refuse_keys, refuse_name
-from complete_fn.row_databases import Query
-from complete_fn.windows import BATCH_ROWS
+from complete_fn.rows.databases import Query
+from complete_fn.rows.readers import BATCH_ROWS
+from complete_fn.rows.result_tables import refuse_keys, refuse_name
+from complete_fn_connectors.duckdb_versions import read_batches
 
 
 def open_database(url: str, read_only: bool, seconds: float | None) -> DuckDatabase:
@@ -62,7 +63,7 @@ class DuckDatabase:
             statements = connection.extract_statements(sql)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise InputError("The SQL must be one SELECT.")
-            reader = connection.execute(sql, values).to_arrow_reader(BATCH_ROWS)
+            reader = read_batches(connection.execute(sql, values), BATCH_ROWS)
             yield pa.RecordBatch.from_pylist([], reader.schema)
             yield from reader
 

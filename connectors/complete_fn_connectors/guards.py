@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from complete_fn_connectors.duckdb_versions import Tree
 from complete_fn_connectors.query_plan import Order
 from complete_fn_connectors.sites import sites_in
-from complete_fn_connectors.statement import Tree, nodes
+from complete_fn_connectors.statement import nodes
 
 
 @dataclass

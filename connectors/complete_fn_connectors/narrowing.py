@@ -18,9 +18,10 @@ from typing import Any
 
 import duckdb
 
+from complete_fn_connectors.duckdb_versions import Tree
 from complete_fn_connectors.guards import children_of, joined
 from complete_fn_connectors.sites import called
-from complete_fn_connectors.statement import Tree, common_tables, nodes, parse, replaced, table_path
+from complete_fn_connectors.statement import common_tables, nodes, parse, replaced, table_path
 
 # Join types that drop or repeat rows of a side, but never fill it with NULLs: a filter on it may come before the join.
 KEEPS_LEFT, KEEPS_RIGHT = ("INNER", "LEFT", "SEMI", "ANTI"), ("INNER", "RIGHT")

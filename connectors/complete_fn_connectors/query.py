@@ -31,6 +31,7 @@ from complete_fn_connectors.collect import (
     to_ask,
 )
 from complete_fn_connectors.cortex import NAMED
+from complete_fn_connectors.duckdb_versions import Tree, read_batches, statement_texts
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.guards import Guarding
 from complete_fn_connectors.narrowing import narrowed
@@ -40,7 +41,6 @@ from complete_fn_connectors.statement import (
     Parameters,
     RunsPlainly,
     Statement,
-    Tree,
     nodes,
     read_statement,
     replaced,
@@ -125,10 +125,10 @@ def finish(
         return materialised(con, query, parameters)
     if not functions.session.brake:
         return as_caller(con.execute, query, parameters or [])
-    *before, last = con.extract_statements(query)
+    *before, last = statement_texts(con, query)
     for statement in before:
-        as_caller(con.execute, statement.query)
-    return materialised(con, last.query, parameters)  # what streams would ask when the brake is off again
+        as_caller(con.execute, statement)
+    return materialised(con, last, parameters)  # what streams would ask when the brake is off again
 
 
 def as_caller(method: Callable[..., Any], *arguments: Any) -> Any:
@@ -437,8 +437,11 @@ def run_round(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Colle
     """
     round_ = collector.begin()
     relation = con.sql(planned.collecting, params=parameters or None)
-    for rows in relation.to_arrow_reader(10_000):  # only counted: some types take a library to become Python's
-        round_.passed += rows.num_rows
+    try:
+        for rows in read_batches(relation, 10_000):  # only counted: some types take a library to become Python's
+            round_.passed += rows.num_rows
+    except OSError as error:  # pyarrow's, about a type that Arrow has not
+        raise duckdb.NotImplementedException(str(error)) from error
     if collector.fault is not None:
         raise collector.fault
     return round_
@@ -493,12 +496,14 @@ def materialised(con: duckdb.DuckDBPyConnection, query: str, parameters: Paramet
 
     `con.sql` keeps the rows of what it executes at once. A SELECT it executes whenever it is read, but not EXECUTE.
     """
-    (statement,) = con.extract_statements(query)
+    statement, *more = con.extract_statements(query)
+    name = f"complete_fn_run{next(RUNS)}"
+    if more:
+        return kept(con, name, query, parameters)
     if statement.type not in (duckdb.StatementType.SELECT, duckdb.StatementType.MULTI):
         done = as_caller(partial(con.sql, query, params=parameters or None))
         return con if done is None else done
     given = dict(parameters) if isinstance(parameters, Mapping) else dict(enumerate(parameters or (), 1))
-    name = f"complete_fn_run{next(RUNS)}"
     if {str(parameter) for parameter in given} != statement.named_parameters or not prepared(con, name, query):
         return as_caller(con.execute, query, parameters or [])  # says what is wrong in its own words
     found = executed(con, name, given)
@@ -507,6 +512,16 @@ def materialised(con: duckdb.DuckDBPyConnection, query: str, parameters: Paramet
     names = [row[0] for row in as_caller(con.execute, f"DESCRIBE {query}", parameters or []).fetchall()]
     renamed = [f"{quoted(have)} AS {quoted(column)}" for have, column in zip(found.columns, names, strict=True)]
     return found.project(", ".join(renamed))  # of two columns `a` it makes `a` and `a_1`
+
+
+def kept(con: duckdb.DuckDBPyConnection, name: str, pivot: str, parameters: Parameters) -> Any:
+    """A relation over the rows of a PIVOT, which 1.x cannot prepare: it makes two statements of it."""
+    as_caller(con.execute, f"CREATE TEMP TABLE {name} AS {pivot}", parameters or [])
+    try:
+        con.execute(f"PREPARE {name} AS FROM {name}")
+        return executed(con, name, {})
+    finally:
+        con.execute(f"DROP TABLE {name}")
 
 
 def prepared(con: duckdb.DuckDBPyConnection, name: str, query: str) -> bool:

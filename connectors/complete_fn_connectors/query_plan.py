@@ -16,8 +16,9 @@ from typing import Any
 
 import duckdb
 
-from complete_fn_connectors.sites import SITE
-from complete_fn_connectors.statement import RunsPlainly, Tree, nodes, one
+from complete_fn_connectors.duckdb_versions import Tree, modern_plan
+from complete_fn_connectors.sites import SITE, without_places
+from complete_fn_connectors.statement import RunsPlainly, nodes, one
 
 BUILD_FIRST = (
     "LOGICAL_COMPARISON_JOIN",
@@ -90,8 +91,7 @@ def read_plan(con: duckdb.DuckDBPyConnection, select: str, optimise: bool = True
         raise RunsPlainly("DuckDB does not show its plan") from None
     if found.get("error"):
         raise RunsPlainly(f"DuckDB does not show its plan: {found.get('error_message')}")
-    plan: Tree = found["plans"][0]
-    return plan
+    return modern_plan(found["plans"][0])
 
 
 def refuse_volatile(con: duckdb.DuckDBPyConnection, plan: Tree, ours: Iterable[str]) -> None:
@@ -104,7 +104,7 @@ def refuse_volatile(con: duckdb.DuckDBPyConnection, plan: Tree, ours: Iterable[s
         RunsPlainly: a function that is not constant, a table that is not DuckDB's, or a call hidden in a macro.
     """
     query = "SELECT list(DISTINCT function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
-    changing = set(one(con, query) or ())
+    changing = set(one(con, query) or ()) - {"error"}  # 1.4 puts it beside each subquery that may have one row only
     hidden = set(ours)
     for node in nodes(plan):
         name = (node.get("qname") or {}).get("path", [""])[-1]
@@ -310,10 +310,27 @@ def planned_site(node: Tree) -> int | None:
 
 
 def early_sites(conditions: list[Tree]) -> set[int]:
-    """The sites of the conditions of a filter before the last one that has none."""
+    """The sites of the conditions of a filter before one that has none, and that is not their guard as well."""
     sites = [sites_below(c) for c in conditions]
-    last = max((n for n, found in enumerate(sites) if not found), default=0)
-    return set().union(*sites[:last])
+    found: set[int] = set()
+    for n, condition in enumerate(conditions):
+        cheap = {written(c) for c, its in zip(conditions[n + 1 :], sites[n + 1 :], strict=True) if not its}
+        if not cheap <= guards_of(condition):
+            found |= sites[n]
+    return found
+
+
+def guards_of(condition: Tree) -> set[str]:
+    """The conditions that must hold before more of a condition is evaluated."""
+    if condition.get("type") != "CASE_EXPR" or not is_guard(condition):
+        return set()
+    when = condition["case_checks"][0]["when_expr"]
+    return {written(part) for part in (when["children"] if when["type"] == "CONJUNCTION_AND" else [when])}
+
+
+def written(expression: Tree) -> str:
+    """An expression of a plan as text, without its places in the query."""
+    return json.dumps(without_places(expression), sort_keys=True)
 
 
 def sites_below(op: Tree) -> Sites:

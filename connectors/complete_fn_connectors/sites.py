@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from complete_fn_connectors.statement import RunsPlainly, Tree, nodes, replaced
+from complete_fn_connectors.duckdb_versions import Tree
+from complete_fn_connectors.statement import RunsPlainly, nodes, replaced
 
 SITE = "complete_fn_site_"
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import duckdb
 
-Tree = dict[str, Any]
+from complete_fn_connectors.duckdb_versions import LostMaterialized, Tree, modern_tree, tree_to_write
+
 Parameters = Sequence[Any] | Mapping[str, Any] | None
 
 BEGINS_SELECT = ("SELECT", "WITH", "FROM", "VALUES")
@@ -104,7 +105,7 @@ def tokens(text: str) -> Iterator[Token]:
         found = [len(raw[:at].decode()) for at in found]  # DuckDB counts bytes
     depth = 0
     for at, end in zip(found, [*found[1:], len(text)], strict=True):
-        word = text[at:end].split("--")[0].strip().upper()
+        word = re.split("--|/[*]", text[at:end])[0].strip().upper()
         depth -= word.startswith(")")
         yield Token(word[:1] if word[:1] in "()" else word, at, depth + (word[:1] == ")"))
         depth += word.startswith("(")
@@ -166,13 +167,15 @@ def parse(con: duckdb.DuckDBPyConnection, select: str) -> Tree:
     found = json.loads(one(con, "SELECT json_serialize_sql(?::VARCHAR)", select))
     if found.get("error"):
         raise RunsPlainly(f"DuckDB does not serialise it: {found.get('error_message')}")
-    tree: Tree = found["statements"][0]
-    return tree
+    try:
+        return modern_tree(found["statements"][0], select)
+    except LostMaterialized:
+        raise RunsPlainly(f"DuckDB {duckdb.__version__} does not serialise MATERIALIZED") from None
 
 
 def to_text(con: duckdb.DuckDBPyConnection, tree: Tree) -> str:
     """The SELECT of a tree."""
-    whole = json.dumps({"error": False, "statements": [tree]})
+    whole = json.dumps({"error": False, "statements": [tree_to_write(tree)]})
     return str(one(con, "SELECT json_deserialize_sql(?::JSON)", whole))
 
 

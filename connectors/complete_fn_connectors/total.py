@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from complete_fn_connectors.duckdb_versions import Tree
 from complete_fn_connectors.sites import SITE
-from complete_fn_connectors.statement import Tree, nodes
+from complete_fn_connectors.statement import nodes
 
 OPERATORS = (
     *("PROJECTION", "FILTER", "GET", "AGGREGATE_AND_GROUP_BY", "ORDER_BY", "LIMIT", "TOP_N", "DISTINCT", "UNION"),
@@ -18,7 +19,7 @@ OPERATORS = (
     *("MATERIALIZED_CTE", "CTE_REF", "DELIM_GET", "CHUNK_GET", "DUMMY_SCAN", "EXPRESSION_GET", "EMPTY_RESULT"),
 )
 SCANS = ("seq_scan", "range", "generate_series")
-EXPRESSIONS = ("BOUND_REF", "BOUND_COLUMN_REF", "BOUND_CONSTANT", "BOUND_CASE", "BOUND_CONJUNCTION", "BOUND_COMPARISON")
+EXPRESSIONS = ("BOUND_REF", "BOUND_COLUMN_REF", "BOUND_CONSTANT", "BOUND_CASE", "BOUND_CONJUNCTION")
 CHECKS = (
     *("OPERATOR_NOT", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "OPERATOR_COALESCE"),
     *("COMPARE_IN", "COMPARE_NOT_IN"),

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 import duckdb
 
+from complete_fn_connectors.duckdb_versions import Tree
 from complete_fn_connectors.sites import called
 from complete_fn_connectors.statement import (
     RunsPlainly,
-    Tree,
     common_tables,
     lower,
     nodes,

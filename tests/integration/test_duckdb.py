@@ -323,10 +323,18 @@ def test_an_unread_result_keeps_its_rows_and_stops_nothing_by_halves(tmp_path: P
     with duckdb.connect() as con:
         registration = register(con, engine=EchoEngine(), home=tmp_path, cortex=True)
         con.execute("SELECT complete('m', 'x' || i) FROM range(5) r(i)")
-        with pytest.raises(duckdb.Error, match="unfinished result"):
+        expected = [(f"x{i}",) for i in range(5)]
+        names = "SELECT count(*) FROM duckdb_functions() WHERE function_name ILIKE '%complete%'"
+        try:
             registration.close()
-        assert con.fetchall() == [(f"x{i}",) for i in range(5)]
-        assert column(con, "SELECT SNOWFLAKE.CORTEX.COMPLETE('m', 'still there')") == ["still there"]
+        except duckdb.Error as error:
+            assert "unfinished result" in str(error)  # noqa: PT017
+            assert con.fetchall() == expected
+            assert column(con, "SELECT SNOWFLAKE.CORTEX.COMPLETE('m', 'still there')") == ["still there"]
+        else:  # DuckDB 1 lets the functions go, and drops the rows as another execute() would
+            assert duckdb.__version__ < "2"
+            assert con.fetchall() == []
+            assert column(con, names) == [0]
 
 
 def test_interrupt_stops_what_runs(tmp_path: Path) -> None:
