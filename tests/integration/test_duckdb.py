@@ -223,7 +223,7 @@ def test_a_cap_is_never_passed(tmp_path: Path) -> None:
         with pytest.warns(CompletionWarning, match="budget_exceeded"):
             answers = column(con, query)
         assert 0 < answers.count(None) < 2000
-        budget = registration.session.budget
+        budget = registration.session.budgets.money
         assert budget is not None
         assert 0 < budget.spent <= budget.limit
         assert budget.reserved == 0
