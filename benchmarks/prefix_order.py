@@ -35,7 +35,7 @@ from swiftkv_speed import SIZES, config_folder, flops, in_one_process
 
 from complete_fn.engines.catalogue import find_model
 from complete_fn.engines.tokenizer import ids_with, token_sizes, tokenizer_file
-from complete_fn.planning import fields
+from complete_fn.planning import field_order
 from complete_fn.planning.field_order import arrange_prompts, cells_of, common
 from complete_fn.planning.field_search import Cells, Ints, expected_hits, row_order
 from complete_fn.planning.prefix_tree import common_tokens, hits
@@ -117,7 +117,7 @@ def ordered(table: Table) -> tuple[dict[str, list[str]], Ints, float]:
 def reachable(table: Table, chosen: Ints) -> Iterator[str]:
     """What the best orders there are could give, against the `chosen` ones, as the planner counts tokens."""
     cells = cells_of(table.prompts(), token_sizes(MODEL))
-    fixed = fields.best_fixed(cells)
+    fixed = field_order.best_fixed(cells)
 
     def found(of: Cells, orders: Ints) -> int:
         return expected_hits(of, orders, row_order(of, orders))
