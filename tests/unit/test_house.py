@@ -41,7 +41,7 @@ def wired() -> Iterator[Any]:
         yield pytest.param(target, marks=pytest.mark.engine if "swiftkv" in target else ())
 
 
-@pytest.mark.parametrize("target", wired())
+@pytest.mark.parametrize("target", [*wired()])
 def test_every_entry_of_the_wiring_table_resolves(target: str) -> None:
     assert callable(resolve(target))
 
