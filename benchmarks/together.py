@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from complete_fn import Session
-from complete_fn_connectors import together
-from complete_fn_connectors.together import Wanted, complete_together
+from complete_fn_connectors import concurrent_runs as together
+from complete_fn_connectors.concurrent_runs import Wanted, complete_together
 
 SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
 LABELS = ["libdevel", "python", "doc", "net", "admin", "utils", "science", "games"]

@@ -64,7 +64,7 @@ ENGINES.add("echo", "complete_fn.engines.base:open_engine")
 # Databases that rows are read from, by the URL's scheme, beside those of SQLAlchemy. Each is called as
 # database(url: str, read_only: bool, seconds: float | None) -> rows.databases.RowDatabase.
 DATABASES: Table[str] = Table("database")
-DATABASES.add("duckdb", "complete_fn_connectors.duckdb_tables:open_database")
+DATABASES.add("duckdb", "complete_fn_connectors.duckdb.database:open_database")
 
 VERBS: Table[Verb] = Table("verb")
 VERBS.add(
@@ -102,10 +102,10 @@ VERBS.add("swiftkv", Verb("complete_fn_workers.swiftkv.cli:main", "make SwiftKV 
 
 # Each is called as dialect() -> service.call_out.Dialect; /v1/dialects/NAME/... speaks it.
 DIALECTS: Table[str] = Table("dialect")
-DIALECTS.add("snowflake", "complete_fn_connectors.snowflake:Snowflake")
-DIALECTS.add("bigquery", "complete_fn_connectors.bigquery:BigQuery")
-DIALECTS.add("redshift", "complete_fn_connectors.redshift:Redshift")
-DIALECTS.add("postgres", "complete_fn_connectors.postgres:Postgres")
+DIALECTS.add("snowflake", "complete_fn_connectors.warehouses.snowflake:Snowflake")
+DIALECTS.add("bigquery", "complete_fn_connectors.warehouses.bigquery:BigQuery")
+DIALECTS.add("redshift", "complete_fn_connectors.warehouses.redshift:Redshift")
+DIALECTS.add("postgres", "complete_fn_connectors.warehouses.postgres:Postgres")
 
 # What brings a library that may be missing.
 REMEDIES: dict[str, str] = {

@@ -33,9 +33,10 @@ from complete_fn.session import Session
 from complete_fn.types import SamplingParams
 from complete_fn_connectors import duckdb as in_duckdb
 from complete_fn_connectors import polars as in_polars
-from complete_fn_connectors.cortex import CORTEX_TYPES
-from complete_fn_connectors.duckdb import DETAILS, FUNCTIONS
-from complete_fn_connectors.duckdb_jobs import register_jobs
+from complete_fn_connectors.duckdb.cortex import CORTEX_TYPES
+from complete_fn_connectors.duckdb.job_functions import register_jobs
+from complete_fn_connectors.duckdb.register import DETAILS, FUNCTIONS
+from complete_fn_connectors.polars import expressions
 from complete_fn_workers.swiftkv.cli import USAGE as SWIFTKV_USAGE
 from complete_fn_workers.swiftkv.cli import VERBS as SWIFTKV_VERBS
 from docs.markdown import block, code, documented, page, sentence, table, text
@@ -192,7 +193,7 @@ def functions_page() -> str:
         "\n".join(f"- {calls}" for calls in cortex_macros()) + "\n",
         "## Polars\n",
         "Every expression is also a method of the namespace `.llm`, where the expression is the prompt: "
-        + ", ".join(code(f".llm.{n}") for n, _ in public(in_polars.Llm))
+        + ", ".join(code(f".llm.{n}") for n, _ in public(expressions.Llm))
         + ".\n",
         *(documented(name, function) for name, function in public(in_polars) if name.startswith(POLARS)),
         "## PostgreSQL\n",

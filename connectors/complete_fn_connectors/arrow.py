@@ -24,7 +24,7 @@ NUMBERED = re.compile(r"\{_(\d+)\}")
 
 
 @dataclass(frozen=True)
-class Group:
+class CallGroup:
     """Rows that share model and options, so that they are one plan. `rows` None: all rows."""
 
     model: str
@@ -162,7 +162,7 @@ def is_constant(column: Any) -> bool:
     return len(column) < 2 or bool(column.slice(1).equals(column.slice(0, len(column) - 1)))
 
 
-def groups(model: Any, options: Any | None) -> Iterator[Group]:
+def groups(model: Any, options: Any | None) -> Iterator[CallGroup]:
     """The groups of equal (model, options); rows without a model are in none.
 
     Args:
@@ -172,7 +172,7 @@ def groups(model: Any, options: Any | None) -> Iterator[Group]:
         InputError: the model is no text. InvalidOptionError: the options are no object.
     """
     if isinstance(model, str):
-        yield Group(model, options)
+        yield CallGroup(model, options)
         return
     models = whole(model)
     if not (is_text(models.type) or pa.types.is_null(models.type)):
@@ -181,7 +181,9 @@ def groups(model: Any, options: Any | None) -> Iterator[Group]:
     if len(models) == 0 or models.null_count == len(models):
         return
     if is_constant(models) and (chosen is None or is_constant(chosen)):
-        yield Group(models[0].as_py(), None if chosen is None else option_mapping(python_values(chosen.slice(0, 1))[0]))
+        yield CallGroup(
+            models[0].as_py(), None if chosen is None else option_mapping(python_values(chosen.slice(0, 1))[0])
+        )
         return
     values = [None] * len(models) if chosen is None else python_values(chosen)
     found: dict[tuple[str, str], list[int]] = {}
@@ -189,7 +191,7 @@ def groups(model: Any, options: Any | None) -> Iterator[Group]:
         if name is not None:
             found.setdefault((name, json.dumps(option_mapping(value), sort_keys=True, default=str)), []).append(row)
     for (name, _), rows in found.items():
-        yield Group(name, option_mapping(values[rows[0]]), np.array(rows))
+        yield CallGroup(name, option_mapping(values[rows[0]]), np.array(rows))
 
 
 def python_values(column: Any) -> list[Any]:
@@ -221,7 +223,7 @@ def option_mapping(value: Any) -> Mapping[str, Any] | None:
     raise InvalidOptionError(f"The options are {value!r}; write them as {{'temperature': 0.5}} or as JSON text.")
 
 
-def by_group(length: int, chosen: list[Group], answer: Callable[[Group], Any], kind: Any) -> Any:
+def by_group(length: int, chosen: list[CallGroup], answer: Callable[[CallGroup], Any], kind: Any) -> Any:
     """[length] values of `kind`: the answers of each group at its rows, NULL at the rows of none."""
     if len(chosen) == 1 and chosen[0].rows is None:
         return whole(answer(chosen[0]))

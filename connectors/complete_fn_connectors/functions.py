@@ -19,8 +19,8 @@ from complete_fn.progress import Progress, Quiet
 from complete_fn.prompts.options import Options
 from complete_fn.session import Session, warn
 from complete_fn.spending.budget import NO_BRAKE, Brake
-from complete_fn_connectors.arrow import Group, by_group, groups, is_text, prompt_column, prompt_structs, whole
-from complete_fn_connectors.bar import QueryBar
+from complete_fn_connectors.arrow import CallGroup, by_group, groups, is_text, prompt_column, prompt_structs, whole
+from complete_fn_connectors.query_progress import QueryBar
 
 VECTOR = 2048  # rows of a full call by DuckDB: another one of the same query is likely to follow
 PAUSE = 0.25  # seconds without a call after which the next one belongs to another query
@@ -117,14 +117,18 @@ class QuerySession(Session):
 
 
 def answered(
-    session: Session, columns: tuple[Any, ...], pick: Callable[[Answers, Group], Any], kind: Any, lenient: bool = False
+    session: Session,
+    columns: tuple[Any, ...],
+    pick: Callable[[Answers, CallGroup], Any],
+    kind: Any,
+    lenient: bool = False,
 ) -> Any:
     """[n] values of `kind` for the columns model, prompt and perhaps options. `lenient`: query faults are NULL too."""
     if len(columns) not in (2, 3):
         raise InputError(f"{len(columns)} arguments were given; write complete(model, prompt [, options]).")
     length = len(columns[1])
 
-    def answer(group: Group) -> Any:
+    def answer(group: CallGroup) -> Any:
         chosen = prompts if not reorders(group) else prompt_column(columns[1], reorder_fields=True)
         rows = chosen if group.rows is None else chosen.take(pa.array(group.rows))
         try:
@@ -140,7 +144,7 @@ def answered(
     return by_group(length, found, answer, kind)
 
 
-def reorders(group: Group) -> bool:
+def reorders(group: CallGroup) -> bool:
     return isinstance(group.options, Mapping) and group.options.get("reorder_fields") is True
 
 
@@ -183,7 +187,7 @@ def count_tokens(session: Session, *columns: Any) -> Any:
     if not (is_text(texts.type) or pa.types.is_null(texts.type)):
         raise InputError(f"count_tokens(model, text): the text is {texts.type}. Cast it: CAST(x AS VARCHAR).")
 
-    def count(group: Group) -> Any:
+    def count(group: CallGroup) -> Any:
         values = (texts if group.rows is None else texts.take(pa.array(group.rows))).to_pylist()
         numbers = iter(session.count_tokens(group.model, [v for v in values if v is not None]))
         return pa.array([None if v is None else next(numbers) for v in values], pa.int64())

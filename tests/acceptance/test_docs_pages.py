@@ -188,7 +188,7 @@ def test_the_models_page_has_every_model_with_its_prices(site: Path) -> None:
 
 @pytest.mark.engine
 def test_the_functions_page_has_every_function(site: Path) -> None:
-    from complete_fn_connectors.duckdb import FUNCTIONS
+    from complete_fn_connectors.duckdb.register import FUNCTIONS
 
     page = reference(site, "functions")
     for name in FUNCTIONS:

@@ -112,7 +112,7 @@ def test_a_planning_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_warehouse_dialect() -> None:
-    with added(DIALECTS, "mine", "complete_fn_connectors.snowflake:Snowflake"):
+    with added(DIALECTS, "mine", "complete_fn_connectors.warehouses.snowflake:Snowflake"):
         assert type(resolve(DIALECTS["mine"])()).__name__ == "Snowflake"
 
 

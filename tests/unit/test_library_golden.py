@@ -15,7 +15,7 @@ import complete_fn
 from complete_fn import errors
 from complete_fn_connectors import duckdb as duckdb_connector
 from complete_fn_connectors import polars as polars_connector
-from complete_fn_connectors.duckdb_jobs import register_jobs
+from complete_fn_connectors.duckdb.job_functions import register_jobs
 from tests.golden_files import check_golden, check_names
 
 DUCKDB = ("register", "sql", "explain", "estimate", "registration_of")

@@ -12,7 +12,7 @@ import duckdb
 import pytest
 
 from complete_fn.client import Client
-from complete_fn_connectors.duckdb_jobs import register_jobs
+from complete_fn_connectors.duckdb.job_functions import register_jobs
 from tests.integration.server.call_outs.test_server_dialects import Counting
 from tests.integration.server.conftest import Running
 

@@ -1,0 +1,201 @@
+"""Snowflake's names and argument forms, so that a Cortex query runs unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from duckdb.func import ARROW
+
+from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.execution.answers import Answers
+from complete_fn.session import Session
+from complete_fn.types import Completion
+from complete_fn_connectors.arrow import CallGroup, is_constant, option_mapping, python_values, whole
+from complete_fn_connectors.duckdb.cortex_tasks import CORTEX_TASKS
+from complete_fn_connectors.duckdb_query.call_sites import NAMED
+from complete_fn_connectors.functions import answered
+
+WITH_ERROR = pa.struct([("value", pa.large_string()), ("error", pa.string())])
+FORM = (
+    "AI_COMPLETE(model, prompt [, model_parameters, response_format, show_details, return_error_details]); "
+    "in a cursor write the arguments by position"
+)
+
+
+def cortex_options(parameters: Any, response_format: Any = None) -> dict[str, Any]:
+    """Our options from Snowflake's `model_parameters` and `response_format`.
+
+    `top_p` 0 and `guardrails` false are Snowflake's defaults and stand for "not set".
+
+    Raises:
+        InvalidOptionError: `guardrails` true; no content filter is offered here.
+    """
+    found = dict(option_mapping(parameters) or {})
+    if found.pop("guardrails", None):
+        raise InvalidOptionError("guardrails = true: no content filter is offered here. Leave the option out.")
+    if found.get("top_p") == 0:
+        del found["top_p"]
+    if response_format is not None:
+        found["response_format"] = response_format
+    return found
+
+
+def options_column(length: int, parameters: Any, response_format: Any) -> Any:
+    """[length] options as JSON text, from the columns of both."""
+    columns = [whole(c) for c in (parameters, response_format)]
+    if all(is_constant(c) for c in columns):
+        first = [python_values(c.slice(0, 1))[0] for c in columns]
+        return pa.repeat(json.dumps(cortex_options(*first), default=str), length)
+    rows = zip(*(python_values(c) for c in columns), strict=True)
+    return pa.array([json.dumps(cortex_options(*row), default=str) for row in rows])
+
+
+def flag(column: Any, name: str) -> bool:
+    """Whether the argument is true, the same for all rows; NULL and not given are false.
+
+    Raises:
+        InputError: it is no BOOLEAN, or differs by row.
+    """
+    values = whole(column)
+    if not (pa.types.is_boolean(values.type) or pa.types.is_null(values.type)):
+        raise InputError(f"{name} is {values.type}; it must be true or false. Write {FORM}.")
+    if not is_constant(values):
+        raise InputError(f"{name} must be the same in every row.")
+    return bool(len(values) and values[0].as_py())
+
+
+def completion_object(model: str, structured: bool, completion: Completion) -> str | None:
+    """Snowflake's JSON object of one answer: choices (or structured_output), created, model, usage."""
+    if completion.error is not None or completion.text is None:
+        return None
+    usage = completion.usage
+    if structured:
+        answer: dict[str, Any] = {"structured_output": [{"raw_message": json.loads(completion.text), "type": "json"}]}
+    else:
+        answer = {"choices": [{"messages": completion.text}]}
+    answer |= {
+        "created": int(time.time()),
+        "model": model,
+        "usage": {
+            "completion_tokens": usage.completion_tokens,
+            "prompt_tokens": usage.prompt_tokens,
+            "total_tokens": usage.completion_tokens + usage.prompt_tokens,
+        },
+    }
+    return json.dumps(answer, ensure_ascii=False)
+
+
+def texts(answers: Answers, group: CallGroup, show_details: bool) -> Any:
+    if not show_details:
+        return whole(answers.text)
+    structured = bool(group.options and group.options.get("response_format"))
+    objects = [completion_object(group.model, structured, c) for c in answers.completions]
+    return answers.plan.scatter(pa.array(objects, pa.large_string()))
+
+
+def ai_complete(session: Session, *columns: Any, lenient: bool = False) -> Any:
+    """[n] large_string: the answer, or Snowflake's JSON object with `show_details`."""
+    columns = filled(columns)
+    if flag(columns[5], "return_error_details"):
+        raise InputError(f"return_error_details changes the type of the result and needs its name. Write {FORM}.")
+    details = flag(columns[4], "show_details")
+    asked = (*columns[:2], options_column(len(columns[0]), columns[2], columns[3]))
+    return answered(session, asked, lambda a, g: texts(a, g, details), pa.large_string(), lenient)
+
+
+def try_ai_complete(session: Session, *columns: Any) -> Any:
+    return ai_complete(session, *columns, lenient=True)
+
+
+def ai_complete_with_error(session: Session, *columns: Any) -> Any:
+    """[n] WITH_ERROR: the value or the error's message, the other NULL; both NULL for a NULL prompt."""
+    columns = filled(columns)
+    details, wanted = flag(columns[4], "show_details"), flag(columns[5], "return_error_details")
+    asked = (*columns[:2], options_column(len(columns[0]), columns[2], columns[3]))
+
+    def pick(answers: Answers, group: CallGroup) -> Any:
+        messages = pa.array([c.error.message if wanted and c.error else None for c in answers.completions], pa.string())
+        parts = [whole(texts(answers, group, details)), whole(answers.plan.scatter(messages))]
+        return pa.StructArray.from_arrays(parts, fields=list(WITH_ERROR))
+
+    return answered(session, asked, pick, WITH_ERROR)
+
+
+def filled(columns: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All six arguments, NULL where one was not given; a third one that is no object is a misplaced named argument."""
+    if not 2 <= len(columns) <= 6:
+        raise InputError(f"{len(columns)} arguments were given. Write {FORM}.")
+    if len(columns) > 2 and pa.types.is_boolean(columns[2].type):
+        raise InputError(f"The third argument, model_parameters, is true or false. Write {FORM}.")
+    return (*columns, *[pa.nulls(len(columns[0]))] * (6 - len(columns)))
+
+
+CORTEX_TYPES: dict[str, tuple[Callable[..., Any], str]] = {
+    **CORTEX_TASKS,
+    "ai_complete": (ai_complete, "VARCHAR"),
+    "try_ai_complete": (try_ai_complete, "VARCHAR"),
+    "ai_complete_with_error": (ai_complete_with_error, 'STRUCT("value" VARCHAR, error VARCHAR)'),
+}
+
+
+def refuse_clash(con: duckdb.DuckDBPyConnection) -> None:
+    """The name must be free.
+
+    Raises:
+        InputError: a catalog named snowflake is there already; the message has its file.
+    """
+    query = "SELECT database_name, path FROM duckdb_databases() WHERE lower(database_name) = 'snowflake'"
+    with con.cursor() as cursor:
+        found = cursor.execute(query).fetchone()
+    if found is not None:
+        raise InputError(
+            f"A catalog named {found[0]!r} is open ({found[1] or 'in memory'}), and cortex=True needs the name. "
+            "Attach yours under another (ATTACH '...' AS other), or register without cortex and write complete(...)."
+        )
+
+
+class Catalog:
+    """The catalog `snowflake` of one database, shared by its cursors, and AI_COMPLETE's macros on one connection."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection) -> None:
+        self.con = con
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        with con.cursor() as cursor:
+            if cursor.execute("SELECT current_setting('access_mode')").fetchall() == [("read_only",)]:
+                cursor.execute(f"ATTACH '{self.file()}' AS snowflake (READ_ONLY)")
+            else:
+                cursor.execute("ATTACH ':memory:' AS snowflake")
+                cursor.execute(sql("cortex_catalog.sql"))
+        con.execute(sql("cortex_names.sql"))
+
+    def file(self) -> Path:
+        """The catalog as a temporary file: a read-only database takes no other in memory."""
+        self.folder = tempfile.TemporaryDirectory(prefix="complete-fn-")
+        path = Path(self.folder.name) / "snowflake.duckdb"
+        with duckdb.connect() as builder:
+            for name in ("complete", "try_complete", "count_tokens", *CORTEX_TYPES):
+                builder.create_function(name, lambda *columns: columns[0], None, "VARCHAR", type=ARROW)
+            builder.execute(f"ATTACH '{path}' AS snowflake")
+            builder.execute(sql("cortex_catalog.sql"))
+        return path
+
+    def detach(self) -> None:
+        macros = [f"DROP MACRO IF EXISTS temp.main.{name}" for name in NAMED]
+        for statement in (*macros, "DETACH snowflake"):
+            with contextlib.suppress(duckdb.Error):
+                self.con.execute(statement)
+        if self.folder is not None:
+            self.folder.cleanup()
+
+
+def sql(name: str) -> str:
+    return files("complete_fn_sql").joinpath(name).read_text("utf-8")

@@ -1,0 +1,105 @@
+"""A DuckDB file that rows are read from and answers written to, for `complete-fn run` and jobs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from complete_fn.errors import InputError
+from complete_fn.rows.databases import Query
+from complete_fn.rows.readers import BATCH_ROWS
+from complete_fn.rows.result_tables import refuse_keys, refuse_name
+from complete_fn_connectors.duckdb_query.json_versions import read_batches
+
+
+def open_database(url: str, read_only: bool, seconds: float | None) -> DuckDatabase:
+    """Args: url: duckdb:///relative.duckdb or duckdb:////absolute.duckdb."""
+    path = url.partition("://")[2].removeprefix("/")
+    if not path:
+        raise InputError("A DuckDB URL names a file: duckdb:///relative.duckdb or duckdb:////absolute.duckdb.")
+    return DuckDatabase(path, read_only, seconds)
+
+
+class DuckDatabase:
+    """As `row_databases.Database`. Somebody else's SQL runs without files, network, extensions or settings."""
+
+    def __init__(self, path: str, read_only: bool, seconds: float | None) -> None:
+        self.path, self.read_only, self.seconds = path, read_only, seconds
+
+    @contextmanager
+    def connected(self, reading: bool) -> Iterator[Any]:
+        settings: dict[str, Any] = {}
+        if self.read_only:
+            settings = {"enable_external_access": "false", "lock_configuration": "true"}
+        timer: threading.Timer | None = None
+        try:
+            with duckdb.connect(self.path, read_only=reading, config=settings) as connection:
+                if self.seconds is not None:
+                    timer = threading.Timer(self.seconds, connection.interrupt)
+                    timer.daemon = True
+                    timer.start()
+                yield connection
+        except duckdb.InterruptException as error:
+            raise InputError(f"The query takes longer than the {self.seconds:g} s that it may.") from error
+        except duckdb.Error as error:
+            raise InputError(f"DuckDB refuses: {str(error).splitlines()[0]}") from error
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def batches(self, query: Query) -> Iterator[Any]:
+        sql, values = query.sql, []
+        if query.key is not None:
+            name = quoted(query.key)
+            behind = "" if query.after is None else f"WHERE {name} {'=' if query.at else '>'} ? "
+            values = [] if query.after is None else [query.after]
+            sql = f"SELECT * FROM ({sql}\n) AS q {behind}ORDER BY {name}"
+        with self.connected(self.read_only) as connection:
+            statements = connection.extract_statements(sql)
+            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                raise InputError("The SQL must be one SELECT.")
+            reader = read_batches(connection.execute(sql, values), BATCH_ROWS)
+            yield pa.RecordBatch.from_pylist([], reader.schema)
+            yield from reader
+
+    def has(self, table: str, key: str, value: Any) -> bool:
+        target = ".".join(quoted(part) for part in table.split("."))
+        try:
+            with self.connected(False) as connection:
+                one = connection.execute(f"SELECT 1 FROM {target} WHERE {quoted(key)} = ? LIMIT 1", [value]).fetchone()
+                return one is not None
+        except InputError:
+            return False  # there is no such table
+
+    def upsert(self, table: str, key: str, rows: Any) -> None:
+        refuse_keys(rows.column(key), key)
+        refuse_name(table)
+        with self.connected(False) as connection:
+            target = ".".join(quoted(part) for part in table.split("."))
+            others = ", ".join(f"{quoted(n)} = excluded.{quoted(n)}" for n in rows.column_names if n != key)
+            columns = ", ".join(quoted(n) for n in rows.column_names)
+            connection.begin()
+            connection.register("new_answers", rows)
+            types = connection.execute("DESCRIBE SELECT * FROM new_answers").fetchall()
+            made = ", ".join(f"{quoted(n)} {kind}{' PRIMARY KEY' if n == key else ''}" for n, kind, *_ in types)
+            connection.execute(f"CREATE TABLE IF NOT EXISTS {target} ({made})")
+            there = {name for name, *_ in connection.execute(f"DESCRIBE {target}").fetchall()}
+            if missing := [n for n in rows.column_names if n not in there]:
+                raise InputError(f"The table {table!r} is there and has no column {missing[0]!r}. Name another one.")
+            connection.execute(
+                f"INSERT INTO {target} ({columns}) SELECT {columns} FROM new_answers "
+                f"ON CONFLICT ({quoted(key)}) DO UPDATE SET {others}"
+            )
+            connection.commit()
+
+    def close(self) -> None:
+        pass
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,352 @@
+"""DuckDB: `register(con)` gives a connection, its database and all its cursors the completion functions."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from duckdb.func import ARROW, SPECIAL
+
+from complete_fn.engines.base import Engine
+from complete_fn.engines.stoppable import let_finish
+from complete_fn.errors import CompleteError, InputError
+from complete_fn.execution import answers as arrow_answers
+from complete_fn.interrupts import INTERRUPTS
+from complete_fn.types import Asker
+from complete_fn_connectors import functions
+from complete_fn_connectors.duckdb import cortex as snowflake
+from complete_fn_connectors.duckdb.recent_failures import RecentFailures
+from complete_fn_connectors.duckdb_query import planner as query
+from complete_fn_connectors.duckdb_query.call_sites import SITE
+from complete_fn_connectors.duckdb_query.collect import Memory, PlanTimeError, Remembering
+from complete_fn_connectors.duckdb_query.estimate import QueryEstimate, estimate_query
+from complete_fn_connectors.duckdb_query.explain import Explanation, explain_query
+from complete_fn_connectors.duckdb_query.json_versions import drop_unread_rows
+from complete_fn_connectors.duckdb_query.syntax_tree import Parameters
+from complete_fn_connectors.functions import QuerySession
+from complete_fn_connectors.tasks import TASKS
+
+Column = Any
+Function = Callable[..., Column]
+
+WHOSE = "complete_fn_registration"  # says whose functions a cursor sees
+DETAILS = (
+    'STRUCT("value" VARCHAR, error STRUCT(code VARCHAR, message VARCHAR), finish_reason VARCHAR, '
+    "usage STRUCT(prompt_tokens BIGINT, cached_tokens BIGINT, completion_tokens BIGINT), "
+    "cost DECIMAL(18,9), source VARCHAR, scores MAP(VARCHAR, DOUBLE), field_order VARCHAR[])"
+)
+SQL_TYPES = {pa.large_string(): "VARCHAR", pa.bool_(): "BOOLEAN", arrow_answers.DETAILS: DETAILS}
+FUNCTIONS: dict[str, tuple[Function, str]] = {
+    "complete": (functions.complete, "VARCHAR"),
+    "try_complete": (functions.try_complete, "VARCHAR"),
+    "complete_details": (functions.complete_details, DETAILS),
+    "prompt": (functions.prompt, "STRUCT(template VARCHAR, fields MAP(VARCHAR, VARCHAR))"),
+    "count_tokens": (functions.count_tokens, "BIGINT"),
+    **{name: (function, SQL_TYPES[kind]) for name, (function, kind) in TASKS.items()},
+}
+UNPLANNED = ("prompt", "count_tokens")  # cost nothing, so a whole query is not planned around them
+
+
+class Registration:
+    """The functions on one connection. Also a context manager: leaving it closes it.
+
+    The connection keeps it alive through its functions; it lasts until close(), the connection's close() or the end
+    of the process. It keeps the connection alive in turn, because DuckDB crashes when a cursor calls a function
+    whose connection is gone.
+
+    Attributes:
+        session: what answers; its budget is shared by all queries of the registration.
+        error: the last error a function raised, as it was before DuckDB turned it into text.
+    """
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, session: QuerySession) -> None:
+        self.con, self.session = con, session
+        self.names: list[str] = []
+        self.answering: list[Memory] = []
+        self.catalog: snowflake.Catalog | None = None
+        self.error: CompleteError | None = None
+        self.failures = RecentFailures()
+
+    def summary(self) -> str:
+        """One line on all queries since the last call: rows, distinct, tokens, cost and its basis, failures."""
+        return self.session.take_summary()
+
+    def interrupt(self) -> None:
+        """Stop all completions of this process, as Ctrl-C does; finished rows are kept. Add it to `con.interrupt()`,
+        which stops a query only between two calls of a function."""
+        INTERRUPTS.raise_all()
+
+    def close(self) -> None:
+        """Take the functions from the database, without touching its data; answers stay in the state folder.
+
+        Raises:
+            duckdb.Error: a query of the connection is still being read; DuckDB 1 drops the rows left of it instead.
+        """
+        if self.names:
+            drop_unread_rows(self.con)
+        while self.names:
+            with contextlib.suppress(duckdb.ConnectionException, duckdb.InvalidInputException):
+                self.con.remove_function(self.names[-1])  # both mean that it is gone already
+            self.names.pop()
+        if self.catalog is not None:
+            self.catalog.detach()
+            self.catalog = None
+        self.session.close()
+        if REGISTERED.get(self.con, no_one)() is self:
+            del REGISTERED[self.con]
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def planned_names(self) -> dict[str, str]:
+        """The functions whose calls `sql` plans, by the name in a query."""
+        legacy = {f"snowflake.cortex.{n}": n for n in ("complete", "try_complete")} if self.catalog else {}
+        return legacy | {n.removeprefix(SITE): n.removeprefix(SITE) for n in self.names if n.startswith(SITE)}
+
+    def add(self, name: str, function: Function, kind: str) -> None:
+        """Make a function, and beside it the one that `sql` calls in its place while it collects."""
+
+        def call(*columns: Column) -> Column:
+            memories = list(self.answering)
+            session = Remembering(self.session, memories) if memories else self.session
+            return self.tried(name, function, session, columns)
+
+        def collect(token: Column, *columns: Column) -> Column:
+            run, _, site = token[0].as_py().rpartition(":")
+            collector = query.COLLECTING.get(run)
+            if collector is None:
+                raise PlanTimeError
+            try:
+                return function(collector.at(int(site)), *columns)
+            except CompleteError as error:  # in a round, raising would abort the user's transaction
+                if collector.phase == "plan":
+                    raise
+                collector.fault = error
+                return pa.nulls(len(token))
+
+        self.create(name, call, kind)
+        if name not in UNPLANNED:
+            self.create(SITE + name, collect, kind)
+
+    def tried(self, name: str, function: Function, session: Any, columns: tuple[Column, ...]) -> Column:
+        try:
+            self.failures.raise_again(name, columns)
+            return function(session, *columns)
+        except BaseException as error:
+            self.failures.note(name, columns, error)
+            if isinstance(error, CompleteError):
+                self.error = error
+            raise
+
+    def create(self, name: str, call: Function, kind: str) -> None:
+        try:
+            self.con.create_function(name, call, None, kind, type=ARROW, null_handling=SPECIAL)
+        except (duckdb.CatalogException, duckdb.NotImplementedException) as error:
+            raise InputError(
+                f"This database has a function named {name!r} already. If another connection or cursor of it was "
+                "registered, its functions work here too; close() that registration to set them up anew."
+            ) from error
+        self.names.append(name)
+
+
+REGISTERED: weakref.WeakKeyDictionary[duckdb.DuckDBPyConnection, Callable[[], Registration | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def no_one() -> None:
+    """What a dead weak reference says."""
+
+
+def refuse_transaction(con: duckdb.DuckDBPyConnection) -> None:
+    """Functions made inside a transaction are gone with its rollback, and cursors do not see them before.
+
+    Raises:
+        InputError: the connection is inside one.
+    """
+    first, second = (con.execute("SELECT txid_current()").fetchall() for _ in range(2))
+    if first == second:
+        raise InputError("The connection is inside a transaction. COMMIT or ROLLBACK it, then register.")
+
+
+def register(
+    con: duckdb.DuckDBPyConnection | ModuleType,
+    *,
+    engine: Engine | str | None = None,
+    max_cost: Any = None,
+    max_total_tokens: int | None = None,
+    home: Path | str | None = None,
+    models_file: Path | str | None = None,
+    cortex: bool = False,
+    task_model: str | None = None,
+    query_tag: str | None = None,
+    progress: bool | None = None,
+) -> Registration:
+    """Add complete, try_complete, complete_details, prompt, count_tokens and the semantic functions to the database.
+
+    All its cursors have them; nothing is written into the database. A second call on the same connection replaces
+    the first.
+
+    Args:
+        con: a connection, or the module `duckdb` for its default connection.
+        engine: URL of an OpenAI-compatible server or an `Engine`, for every model; None takes each model's own.
+        max_cost: all queries together never spend more; what it does not cover is NULL with `budget_exceeded`.
+        max_total_tokens: the same for tokens, those of prompts and answers together.
+        home: folder of answers and ledger; None takes COMPLETE_FN_HOME or the platform's.
+        models_file: TOML over the built-in catalogue.
+        cortex: also answer to AI_COMPLETE, AI_CLASSIFY, AI_FILTER and their like, and to SNOWFLAKE.CORTEX.*.
+        task_model: the model behind those of them that name none.
+        query_tag: marks the ledger's lines.
+        progress: show a bar; None shows one when a person is looking.
+
+    Raises:
+        InputError: the connection is inside a transaction; or the database has functions of these names, or a
+            catalog `snowflake` with `cortex`.
+        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
+    """
+    session = QuerySession(
+        engine=engine,
+        home=home,
+        models_file=models_file,
+        max_cost=max_cost,
+        max_total_tokens=max_total_tokens,
+        who=Asker(query_tag=query_tag),
+        progress=progress,
+        task_model=task_model,
+    )
+    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    refuse_transaction(con)
+    earlier = REGISTERED.get(con, no_one)()
+    if earlier is not None:
+        earlier.close()
+    if cortex:
+        snowflake.refuse_clash(con)
+    INTERRUPTS.listen()
+    registration = Registration(con, session)
+    try:
+        for name, (function, kind) in (FUNCTIONS | (snowflake.CORTEX_TYPES if cortex else {})).items():
+            registration.add(name, function, kind)
+        me = str(id(registration))
+        registration.create(WHOSE, lambda column: pa.array([me] * len(column)), "VARCHAR")
+        if cortex:
+            registration.catalog = snowflake.Catalog(con)
+    except BaseException:
+        registration.close()
+        raise
+    REGISTERED[con] = weakref.ref(registration)
+    return registration
+
+
+def registration_of(con: duckdb.DuckDBPyConnection | ModuleType) -> Registration:
+    """Who registered the functions that the connection, or the cursor, sees.
+
+    Raises:
+        InputError: nobody did.
+    """
+    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    found = REGISTERED.get(con, no_one)()
+    if found is not None:
+        return found
+    rows = con.execute(f"SELECT {WHOSE}(0)").fetchall() if has_function(con, WHOSE) else []
+    for reference in REGISTERED.values():
+        registration = reference()
+        if registration is not None and rows == [(str(id(registration)),)]:
+            return registration
+    raise InputError("The connection has no completion functions. Call register(con) first.")
+
+
+def has_function(con: duckdb.DuckDBPyConnection, name: str) -> bool:
+    return bool(con.execute("SELECT 1 FROM duckdb_functions() WHERE function_name = ?", [name]).fetchall())
+
+
+def sql(
+    con: duckdb.DuckDBPyConnection | ModuleType,
+    query_text: str,
+    params: Parameters = None,
+    *,
+    max_cost: Any = None,
+    max_total_tokens: int | None = None,
+) -> Any:
+    """Run a query once, with its completions planned as a whole instead of 2,048 rows at a time.
+
+    The query is first run in collect mode: what its calls would ask is noted, then asked as one plan for each model,
+    round by round where calls depend on each other; the run itself then finds every answer known. A query that succeeds
+    never pays for a prompt that `con.execute` would not pay for, and has its result. One that fails as it runs (a cast
+    of an answer, `strict`) may have paid for all its rows, where `con.execute` stops at the piece of 2,048 that fails.
+    What cannot be planned (see the README) runs as `con.execute` would. Works on registered connections and their
+    cursors, inside an open transaction too.
+
+    Args:
+        params: values of a prepared query's parameters, a sequence or a mapping by name.
+        max_cost: never spend more on this query, in the catalogue's currency; what it does not cover is NULL with
+            `budget_exceeded`. The registration's own cap holds too. Whatever else the registration is asked meanwhile,
+            from other threads, counts as well.
+        max_total_tokens: the same for tokens, those of prompts and answers together.
+
+    Returns:
+        A relation over the rows, which are not computed again; what `con.execute` returns for INSERT, CREATE and COPY
+        (with a cap a relation of it).
+
+    Raises:
+        InputError: the connection is not registered, or another query of it has caps of its own now.
+        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
+        duckdb.Error: as `con.execute`.
+    """
+    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    registration = registration_of(con)
+    with registration.session.braked(max_cost, max_total_tokens):
+        return query.run_query(con, registration, query_text, params)
+
+
+def explain(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params: Parameters = None) -> Explanation:
+    """What `sql` would do: its rounds, each call's prompts and guards, and what is known. Nothing is asked.
+
+    The query runs in collect mode as far as answers are known; counts that depend on others are left open. Below a
+    LIMIT that stops early the counts are upper bounds.
+
+    Raises:
+        InputError: the connection is not registered.
+        duckdb.Error: the query is none.
+    """
+    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    return explain_query(con, registration_of(con), query_text, params)
+
+
+def estimate(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params: Parameters = None) -> QueryEstimate:
+    """What `sql` would take: rows, tokens, cached share, price and device-seconds of each model. Nothing is asked.
+
+    Calls whose prompts depend on answers not yet given are listed as open.
+
+    Raises:
+        InputError: the connection is not registered.
+        duckdb.Error: the query is none.
+    """
+    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    return estimate_query(con, registration_of(con), query_text, params)
+
+
+def close_all() -> None:
+    """At exit: without it nanobind reports the functions and their connections as leaked."""
+    INTERRUPTS.raise_all()
+    let_finish(1.0)
+    for con, reference in list(REGISTERED.items()):
+        registration = reference()
+        with contextlib.suppress(duckdb.Error, AttributeError):  # DuckDB 1 has no abort() and needs none
+            con.abort()
+        if registration is not None:
+            with contextlib.suppress(duckdb.Error):
+                registration.close()
+
+
+atexit.register(close_all)

@@ -1,0 +1,1 @@
+"""A whole DuckDB query as one plan."""

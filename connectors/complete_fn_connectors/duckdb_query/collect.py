@@ -1,0 +1,345 @@
+"""Collect mode: the query runs with NULL for what is not known, and what it would have asked is noted, site by site."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import pyarrow as pa
+
+from complete_fn.errors import CompleteError
+from complete_fn.execution.answers import Answers
+from complete_fn.execution.summary import Summary
+from complete_fn.planning import BatchPlan, make_plan
+from complete_fn.prompts.options import Options, parse_options
+from complete_fn.types import Completion
+from complete_fn_connectors.concurrent_runs import Wanted, complete_together
+from complete_fn_connectors.duckdb_query.dependencies import LimitWindow, Order
+from complete_fn_connectors.functions import QuerySession
+
+Phase = Literal["plan", "check", "collect"]
+PENDING = Completion.failed("pending", "Not asked yet.")
+Choice = Mapping[str, Any] | Options | None
+
+
+class PlanTimeError(CompleteError):
+    """Nothing is completed while a query is planned."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a group of rows is asked with: one model, one set of options. Equal by `key`."""
+
+    model: str
+    options: Choice
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Asked) and self.key == other.key
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}\n{self.parsed}"
+
+    @property
+    def parsed(self) -> Options:
+        return self.options if isinstance(self.options, Options) else parse_options(self.options)
+
+    def lenient(self) -> Choice:
+        """The options without `strict`: while collecting, a failed row is only noted."""
+        if isinstance(self.options, Options):
+            return replace(self.options, strict=False)
+        return None if self.options is None else {k: v for k, v in self.options.items() if k != "strict"}
+
+
+class Memory:
+    """The answers of one query, failed rows too, which no store keeps. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, dict[str, Completion]] = {}
+        self.lock = threading.Lock()
+
+    def of(self, asked: Asked) -> dict[str, Completion]:
+        with self.lock:
+            return self.answers.setdefault(asked.key, {})
+
+    def learn(self, asked: Asked, answers: Answers) -> None:
+        known = self.of(asked)
+        for low, texts in answers.plan.texts():
+            known.update(zip(texts, answers.completions[low : low + len(texts)], strict=True))
+
+    def give(self, known: dict[str, Completion], texts: list[str]) -> list[Completion]:
+        """The answers of known prompts; only the first time as computed, so that a cost is shown once."""
+        with self.lock:
+            found = [known[t] for t in texts]
+            known.update({t: replace(c, source="cache") for t, c in zip(texts, found, strict=True)})
+        return found
+
+
+class Remembering:
+    """In place of the session in the run itself: known answers from memory, the rest from the session.
+
+    A call does not say which query it is of, so `memories` are those of all that run now.
+    """
+
+    def __init__(self, session: QuerySession, memories: list[Memory]) -> None:
+        self.session, self.memories = session, memories
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+    def complete(self, model: str, prompts: Any, options: Choice = None, **more: Any) -> Answers:
+        asked = Asked(model, options)
+        chosen = asked.parsed
+        if not chosen.sampling.greedy:
+            return self.session.complete(model, prompts, options, **more)
+        plan = make_plan(prompts)
+        texts = distinct_texts(plan)
+        found = self.known(asked, texts)
+        missing = [t for t in texts if t not in found]
+        if missing:
+            self.memories[-1].learn(asked, self.session.complete(model, texts_column(missing), options, planned=True))
+            found |= self.known(asked, missing)
+        completions = [found[t] for t in texts]
+        rows = Summary(rows=len(plan.order) - len(missing), reused=len(plan.order) - len(missing))
+        answers = Answers(plan, completions, self.session.model(model).prices, rows)
+        if chosen.strict and any(c.error for c in completions):
+            self.session.report_failures(failed(answers), True)
+        return answers
+
+    def known(self, asked: Asked, texts: list[str]) -> dict[str, Completion]:
+        found: dict[str, Completion] = {}
+        for memory in self.memories:
+            known = memory.of(asked)
+            here = [t for t in texts if t in known and t not in found]
+            found.update(zip(here, memory.give(known, here), strict=True))
+        return found
+
+
+def failed(answers: Answers) -> Answers:
+    """The answers with the summary that a report of failures reads."""
+    counts: dict[str, int] = {}
+    for copies, c in zip(answers.plan.copies().tolist(), answers.completions, strict=True):
+        if c.error is not None:
+            counts[c.error.code] = counts.get(c.error.code, 0) + copies
+    summary = Summary(rows=len(answers.plan.prompts))
+    summary.failed.update(counts)
+    return replace(answers, summary=summary)
+
+
+@dataclass
+class Note:
+    """Prompts that one call of a site would have asked, in the order of the calls. `rows` of them were unknown."""
+
+    site: int
+    asked: Asked
+    texts: list[str]
+    rows: int
+
+
+@dataclass
+class Round:
+    """What one run of the query in collect mode met.
+
+    Attributes:
+        notes: in the order of the calls, sites below a LIMIT only as far as it can matter.
+        unknown: sites at which an answer was missing.
+        blocked: sites at which one was missing that cannot be collected: no answer is reusable there.
+        rows: rows of all calls of a site.
+        met: by site and what it is asked with, all its prompts, where they are counted.
+    """
+
+    notes: list[Note] = field(default_factory=list)
+    unknown: set[int] = field(default_factory=set)
+    blocked: set[int] = field(default_factory=set)
+    rows: dict[int, int] = field(default_factory=dict)
+    met: dict[int, dict[Asked, set[str]]] = field(default_factory=dict)
+    passed: int = 0
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A call that DuckDB evaluates while it plans, as all its arguments are constant, and the prompts it lacks."""
+
+    site: int
+    asked: Asked
+    texts: list[str]
+
+    @property
+    def is_reusable(self) -> bool:
+        return self.asked.parsed.sampling.greedy
+
+
+class Collector:
+    """Notes what the sites of one query would ask.
+
+    Attributes:
+        phase: `plan`: DuckDB only plans, a call that lacks an answer is refused and becomes one of `constants`;
+            `check`: DuckDB only plans, and its plan is not used: what is not known is NULL; `collect`: a round.
+        constants: calls that were refused in the phase `plan`, in DuckDB's order.
+        fault: what a call raised, which made it NULL instead.
+    """
+
+    def __init__(self, session: QuerySession, memory: Memory) -> None:
+        self.session, self.memory = session, memory
+        self.order = Order()
+        self.phase: Phase = "plan"
+        self.constants: list[Constant] = []
+        self.counting = False  # whether known prompts are noted too
+        self.fault: CompleteError | None = None
+        self.round = Round()
+        self.noted: dict[tuple[int, str], set[str]] = {}
+        self.filled: dict[int, int] = {}
+        self.lock = threading.Lock()
+
+    def begin(self) -> Round:
+        self.round, self.noted, self.filled = Round(), {}, {}
+        return self.round
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        self.phase = "check"
+        try:
+            yield
+        finally:
+            self.phase = "plan"
+
+    def at(self, site: int) -> Placeholders:
+        return Placeholders(self, site)
+
+    def note(self, site: int, asked: Asked, plan: BatchPlan, missing: list[str]) -> None:
+        rows = int(plan.copies().sum()) if missing else 0
+        with self.lock:
+            self.round.unknown.add(site)
+            window = self.order.windows.get(site)
+            if window is not None and self.filled.get(id(window), 0) > window.need:
+                return
+            seen = self.noted.setdefault((site, asked.key), set())
+            fresh = [t for t in missing if t not in seen]
+            seen.update(fresh)
+            if window is not None:
+                self.filled[id(window)] = self.filled.get(id(window), 0) + rows
+            self.round.notes.append(Note(site, asked, fresh, rows))
+
+
+class Placeholders:
+    """In place of the session at one site in collect mode: known answers, and nothing for what is not known."""
+
+    def __init__(self, collector: Collector, site: int) -> None:
+        self.collector, self.site = collector, site
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.collector.session, name)
+
+    def complete(self, model: str, prompts: Any, options: Choice = None, **_: Any) -> Answers:
+        asked = Asked(model, options)
+        prices = self.collector.session.model(model).prices
+        known = self.collector.memory.of(asked)
+        plan = make_plan(prompts)
+        texts = distinct_texts(plan)
+        if self.collector.phase != "collect":
+            missing = [t for t in texts if t not in known]
+            if missing and self.collector.phase == "plan":
+                self.collector.constants.append(Constant(self.site, asked, missing))
+                raise PlanTimeError
+            return Answers(plan, [known.get(t, PENDING) for t in texts], prices, Summary())
+        round_ = self.collector.round
+        with self.collector.lock:
+            round_.rows[self.site] = round_.rows.get(self.site, 0) + len(plan.order)
+        if texts and not asked.parsed.sampling.greedy:
+            round_.unknown.add(self.site)
+            round_.blocked.add(self.site)
+            return Answers(plan, [PENDING] * len(texts), prices, Summary())
+        missing = [t for t in texts if t not in known]
+        if self.collector.counting:
+            round_.met.setdefault(self.site, {}).setdefault(asked, set()).update(texts)
+        if missing:
+            self.collector.note(self.site, asked, plan, missing)
+        return Answers(plan, [known.get(t, PENDING) for t in texts], prices, Summary())
+
+
+def distinct_texts(plan: BatchPlan) -> list[str]:
+    return [t for _, texts in plan.texts() for t in texts]
+
+
+def texts_column(texts: list[str]) -> Any:
+    """Planned texts as a column; a lone surrogate goes back to the bytes it came from."""
+    try:
+        return pa.array(texts, pa.large_string())
+    except UnicodeEncodeError:
+        raw = pa.array([t.encode("utf-8", "surrogateescape") for t in texts], pa.large_binary())
+        return raw.view(pa.large_string())
+
+
+@dataclass
+class Batch:
+    """What a round has to ask: prompts by model and options, and the sites they are of.
+
+    `held_back`: whether the next run may meet more.
+    """
+
+    prompts: dict[str, tuple[Asked, list[str]]] = field(default_factory=dict)
+    sites: set[int] = field(default_factory=set)
+    held_back: bool = False
+
+
+def to_ask(round_: Round, order: Order) -> Batch:
+    """What of a round's notes depends on no placeholder.
+
+    Below a LIMIT only what it cannot do without: calls of the first site that lacked an answer, until all their rows
+    and those that came through would be enough.
+    """
+    batch = Batch()
+    windows: dict[int, tuple[int, int]] = {}  # id of the window -> (its site, rows taken)
+    for note in round_.notes:
+        waits = order.waits.get(note.site, set())
+        window = order.windows.get(note.site)
+        if note.site in order.unranked or note.site in round_.blocked or waits & outside(round_.unknown, window, order):
+            batch.held_back = True
+            continue
+        if window is not None and not within(window, note, windows, round_.passed):
+            batch.held_back = True
+            continue
+        batch.sites.add(note.site)
+        batch.prompts.setdefault(note.asked.key, (note.asked, []))[1].extend(note.texts)
+    batch.held_back |= bool(round_.unknown - batch.sites)
+    batch.held_back |= any(site in order.windows for site in batch.sites)
+    batch.held_back |= any(waits & batch.sites for site, waits in order.waits.items() if site not in order.unranked)
+    return batch
+
+
+def outside(unknown: Iterable[int], window: LimitWindow | None, order: Order) -> set[int]:
+    """Sites that another one waits for: within one window the order of the calls decides instead."""
+    return {s for s in unknown if window is None or order.windows.get(s) is not window}
+
+
+def within(window: LimitWindow, note: Note, windows: dict[int, tuple[int, int]], passed: int) -> bool:
+    site, taken = windows.get(id(window), (note.site, 0))
+    if site != note.site or (taken and taken + (passed if window.outermost else window.need) >= window.need):
+        return False
+    windows[id(window)] = (site, taken + note.rows)
+    return True
+
+
+class Functions(Protocol):
+    """What registered the functions on the connection."""
+
+    session: QuerySession
+    answering: list[Memory]
+
+    @property
+    def planned_names(self) -> dict[str, str]: ...
+
+
+def ask(collector: Collector, batch: Batch) -> None:
+    """Ask all prompts of a round: one plan for each model and its options."""
+    everything = list(batch.prompts.values())
+    wanted = [Wanted(a.model, texts_column(list(dict.fromkeys(texts))), a.lenient()) for a, texts in everything]
+    answers = complete_together(collector.session, wanted)
+    for (asked, _), answered in zip(everything, answers, strict=True):
+        collector.memory.learn(asked, answered)

@@ -1,0 +1,147 @@
+"""Completions last: in a WHERE, a condition without one decides first, and CASE keeps DuckDB to that order.
+
+DuckDB may evaluate any conjunct first, and does so for good after some thousand rows. In a filter, where NULL counts as
+false, `cheap AND ai` is `CASE WHEN cheap THEN ai ELSE false END`, and `cheap OR ai` is
+`CASE WHEN cheap THEN true ELSE ai END`. Several completions keep the order of DuckDB's own plan, so that none is asked
+about more rows than before. The cheap conditions stay where they are as well: scans and joins still use them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from complete_fn_connectors.duckdb_query.call_sites import sites_in
+from complete_fn_connectors.duckdb_query.dependencies import Order
+from complete_fn_connectors.duckdb_query.json_versions import Tree
+from complete_fn_connectors.duckdb_query.syntax_tree import nodes
+
+
+@dataclass
+class Guarding:
+    """Rewrites the WHERE clauses of a tagged tree.
+
+    Attributes:
+        order: from the plan of the same query without guards.
+        guards: for each site, the conditions that were put before it, as trees.
+    """
+
+    order: Order
+    guards: dict[int, list[Tree]] = field(default_factory=dict)
+
+    def apply(self, tree: Tree) -> Tree:
+        """A copy of the tree with guards; `guards` has what was done."""
+
+        def walk(node: Any) -> Any:
+            if isinstance(node, list):
+                return [walk(v) for v in node]
+            if not isinstance(node, dict) or node.get("class") == "SUBQUERY":  # its conditions may be on outer rows
+                return node
+            inner = {k: walk(v) for k, v in node.items()}
+            if node.get("type") == "SELECT_NODE" and node.get("where_clause"):
+                inner["where_clause"] = self.filter(inner["where_clause"], inner.get("from_table") or {})
+            return inner
+
+        found: Tree = walk(tree)
+        return found
+
+    def filter(self, where: Tree, source: Tree) -> Tree:
+        """A WHERE clause with its completions last; over a join, those of each table among its own conditions."""
+        parts = children_of(where, "CONJUNCTION_AND")
+        owners = ["" if source.get("type") != "JOIN" else owner(p) for p in parts]
+        chains, moved = [], []
+        for name in dict.fromkeys(o for o in owners if o is not None):
+            mine = [p for p, o in zip(parts, owners, strict=True) if o == name]
+            cheap, costly = [p for p in mine if self.may_guard(p)], [p for p in mine if self.may_move(p)]
+            if costly and (cheap or len(costly) > 1 or any(map(is_disjunction, costly))):
+                chains.append(self.chain(cheap, costly))
+                moved += costly
+        kept = [p for p in parts if not any(p is m for m in moved)]
+        return joined("CONJUNCTION_AND", [*kept, *chains]) if chains else where
+
+    def chain(self, cheap: list[Tree], costly: list[Tree]) -> Tree:
+        """Conditions of which each is evaluated only where all before it hold."""
+        ordered = self.in_order(costly)
+        found = self.alternatives(ordered[-1])
+        for part in ordered[-2::-1]:
+            found = case(self.alternatives(part), found, FALSE)
+        for part in ordered:
+            self.remember(part, cheap)
+        return case(joined("CONJUNCTION_AND", cheap), found, FALSE) if cheap else found
+
+    def alternatives(self, part: Tree) -> Tree:
+        """A disjunction with its cheap conditions first; another condition as it is."""
+        parts = children_of(part, "CONJUNCTION_OR")
+        cheap = [p for p in parts if self.may_guard(p)]
+        costly = [p for p in parts if self.may_move(p)]
+        if len(parts) < 2 or len(cheap) + len(costly) < len(parts):
+            return part
+        ordered = self.in_order(costly)
+        found = self.conjunction(ordered[-1])
+        for branch in ordered[-2::-1]:
+            found = case(self.conjunction(branch), TRUE, found)
+        return case(joined("CONJUNCTION_OR", cheap), TRUE, found) if cheap else found
+
+    def conjunction(self, part: Tree) -> Tree:
+        """A conjunction inside of a disjunction, ordered like the outermost one."""
+        parts = children_of(part, "CONJUNCTION_AND")
+        cheap = [p for p in parts if self.may_guard(p)]
+        costly = [p for p in parts if self.may_move(p)]
+        if len(parts) < 2 or len(cheap) + len(costly) < len(parts):
+            return part
+        return self.chain(cheap, costly)
+
+    def may_guard(self, part: Tree) -> bool:
+        return not sites_in(part) and not any(n.get("class") in ("SUBQUERY", "WINDOW", "LAMBDA") for n in nodes(part))
+
+    def may_move(self, part: Tree) -> bool:
+        """Whether all completions of a condition are evaluated in a filter: one that joins tables must stay."""
+        sites = sites_in(part)
+        moves = bool(sites) and not sites & self.order.elsewhere and not sites & set(self.order.unranked)
+        return moves and not any(n.get("class") in ("SUBQUERY", "WINDOW") for n in nodes(part))
+
+    def in_order(self, parts: list[Tree]) -> list[Tree]:
+        ranks = self.order.rank
+        return sorted(parts, key=lambda p: min((ranks.get(s, len(ranks)) for s in sites_in(p)), default=len(ranks)))
+
+    def remember(self, part: Tree, cheap: list[Tree]) -> None:
+        for site in sites_in(part):
+            self.guards.setdefault(site, []).extend(cheap)
+
+
+def owner(part: Tree) -> str | None:
+    """The table (as the query names it) that all columns of a condition are qualified with; None if that is unclear."""
+    columns = [n["column_names"] for n in nodes(part) if n.get("class") == "COLUMN_REF"]
+    names = {c[0].lower() if len(c) > 1 else None for c in columns}
+    return names.pop() if len(names) == 1 else None
+
+
+def is_disjunction(part: Tree) -> bool:
+    return bool(part.get("type") == "CONJUNCTION_OR")
+
+
+def children_of(part: Tree, kind: str) -> list[Tree]:
+    """The conditions of nested conjunctions (or disjunctions) of one kind, in the order written."""
+    if part.get("type") != kind:
+        return [part]
+    return [leaf for child in part["children"] for leaf in children_of(child, kind)]
+
+
+def joined(kind: str, parts: list[Tree]) -> Tree:
+    if len(parts) == 1:
+        return parts[0]
+    return {"class": "CONJUNCTION", "type": kind, "alias": "", "query_location": 0, "children": parts}
+
+
+def case(when: Tree, then: Tree, otherwise: Tree) -> Tree:
+    checks = [{"when_expr": when, "then_expr": then}]
+    shape = {"class": "CASE", "type": "CASE_EXPR", "alias": "", "query_location": 0}
+    return {**shape, "case_checks": checks, "else_expr": otherwise}
+
+
+def boolean(text: str) -> Tree:
+    literal = {"kind": "BOOLEAN", "text": text}
+    return {"class": "CONSTANT", "type": "VALUE_CONSTANT", "alias": "", "query_location": 0, "literal": literal}
+
+
+TRUE, FALSE = boolean("true"), boolean("false")

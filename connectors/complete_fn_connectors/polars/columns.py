@@ -1,0 +1,76 @@
+"""Polars: several columns of answers as one plan.
+
+Polars evaluates each expression for itself, so two `complete()` of one frame are two plans that reach the engine at the
+same time. `complete_columns` is one expression over all their prompts instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from complete_fn.errors import InputError
+from complete_fn.prompts.options import parse_options
+from complete_fn.session import Session
+from complete_fn_connectors.arrow import prompt_column
+from complete_fn_connectors.concurrent_runs import Wanted, complete_together
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One column of answers: `complete(model, prompt, **options)` as part of `complete_columns`."""
+
+    model: str
+    prompt: pl.Expr
+    options: Mapping[str, Any]
+
+    def check(self, session: Session) -> None:
+        session.model(self.model)
+        parse_options(self.options)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.model, json.dumps(self.options, sort_keys=True, default=str)
+
+
+def answer_together(session: Session, asks: Mapping[str, Ask], prompts: pl.DataFrame) -> pl.DataFrame:
+    """[n] rows, a String column a name: columns of equal model and options are one run, runs of a model go together.
+
+    Args:
+        prompts: [n] rows, a column of prompts for each name of `asks`.
+    """
+    together: dict[tuple[str, str], list[str]] = {}
+    for name, ask in asks.items():
+        together.setdefault(ask.key, []).append(name)
+    wanted = [joined([prompts[name] for name in names], asks[names[0]]) for names in together.values()]
+    found: dict[str, pl.Series] = {}
+    for names, answers in zip(together.values(), complete_together(session, wanted), strict=True):
+        for number, name in enumerate(names):
+            part = answers.text.slice(number * len(prompts), len(prompts))
+            found[name] = pl.Series(name, part if isinstance(part, pa.Array) else part.combine_chunks(), pl.String())
+    return pl.DataFrame([found[name] for name in asks])
+
+
+def joined(prompts: list[pl.Series], ask: Ask) -> Wanted:
+    """The prompts of several columns as one run."""
+    apart = ask.options.get("reorder_fields") is True
+    columns = [prompt_column(arrow_of(column), reorder_fields=apart) for column in prompts]
+    whole = pa.chunked_array([c for column in columns for c in chunks(column)], pa.large_string())
+    return Wanted(ask.model, whole, ask.options)
+
+
+def arrow_of(column: pl.Series) -> Any:
+    """Raises InputError: Arrow has no such type (128-bit integers)."""
+    try:
+        return column.to_arrow()
+    except pa.ArrowInvalid as error:
+        raise InputError(f"Arrow has no {column.dtype}. Cast it: pl.col('x').cast(pl.String).") from error
+
+
+def chunks(column: Any) -> list[Any]:
+    return list(column.chunks) if isinstance(column, pa.ChunkedArray) else [column]

@@ -1,0 +1,1 @@
+"""What warehouses send, and the replies they take."""
