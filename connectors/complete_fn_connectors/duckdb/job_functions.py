@@ -92,7 +92,7 @@ def progress(client: Client, job: str) -> dict[str, Any]:
         "done": rows["done"],
         "failed": rows["failed"],
         "cost": Decimal(state["cost"]["amount"]),
-        "seconds_left": state.get("seconds_left"),
+        "seconds_left": state.get("eta_seconds"),
         "error": state.get("error"),
     }
 

@@ -74,7 +74,7 @@ json_serialize_plan:LOGICAL_MATERIALIZED_CTE  children
 json_serialize_plan:LOGICAL_RECURSIVE_CTE  children
 json_serialize_plan:LOGICAL_SAMPLE  type
 json_serialize_plan:qname  path
-    dependencies.py and may_fail.py, to know in which order DuckDB evaluates calls. EXPLAIN (FORMAT json) lacks expressions.
+    dependencies.py and may_fail.py, to know in which order DuckDB evaluates calls. EXPLAIN (FORMAT json) lacks them.
 json_serialize_plan:BOUND_FUNCTION  expression_class type children arguments return_type qname function_data
 json_serialize_plan:function_data  try_cast lambda_expr
 json_serialize_plan:return_type  id type_info
