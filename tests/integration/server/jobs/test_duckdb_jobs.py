@@ -6,13 +6,14 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import duckdb
 import pytest
 
 from complete_fn.client import Client
-from complete_fn_connectors.duckdb.job_functions import register_jobs
+from complete_fn_connectors.duckdb.job_functions import progress, register_jobs
 from tests.integration.server.call_outs.test_server_dialects import Counting
 from tests.integration.server.conftest import Running
 
@@ -82,3 +83,14 @@ def test_a_job_is_cancelled_and_strangers_do_not_see_it(serve: Callable[..., Run
 def test_faults_name_the_value(shared: Running, query: str, message: str) -> None:
     with connected(shared) as con, pytest.raises(duckdb.Error, match=message):
         con.execute(query).fetchall()
+
+
+def test_progress_tells_the_seconds_that_the_service_expects(serve: Callable[..., Running]) -> None:
+    running = serve(engine=Counting())
+    with connected(running) as con:
+        con.execute("CREATE TABLE docs AS SELECT 'row ' || i AS body FROM range(3) t(i)")
+        job = one(con, "SELECT complete_submit('FROM docs', 'echo', 'say {body}')")
+        assert finished(con, job)["seconds_left"] is None  # of a job that is over
+    expected = {**Client(running.url).job(job).state(), "eta_seconds": 12.5}
+    client = SimpleNamespace(job=lambda _: SimpleNamespace(state=lambda: expected))
+    assert progress(client, job)["seconds_left"] == 12.5  # type: ignore[arg-type]
