@@ -88,5 +88,5 @@ def test_the_console_script_and_the_vllm_plugin_are_declared(wheel: Path) -> Non
     with zipfile.ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
         text = archive.read(name).decode()
-    assert "complete-fn = complete_fn.cli:main" in text
+    assert "complete-fn = complete_fn.cli.main:main" in text
     assert "[vllm.general_plugins]" in text
