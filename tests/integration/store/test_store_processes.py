@@ -16,8 +16,9 @@ from complete_fn.store.tables import answers, attempts, ledger
 WRITER = """
 import sys, time
 from pathlib import Path
-from complete_fn.ledger.ledger import LedgerLine
-from complete_fn.store.store import Store, Stored
+from complete_fn.store.attempts import StoredAnswer
+from complete_fn.store.records import LedgerLine
+from complete_fn.store.store import Store
 from complete_fn.types import Asker, Completion, Usage
 path, worker, start = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 while time.time() < start:
@@ -27,7 +28,7 @@ attempt = store.begin(Asker(), "m", "USD", "example")
 for n in range(30):
     store.admit(attempt, 1, 5)
     key = (worker * 1000 + n).to_bytes(32, "big")
-    store.commit(attempt, [Stored(key, Completion("x", usage=Usage(5, 0, 1)))], [LedgerLine("input", 1, 5, 5)], 1, 5)
+    store.commit(attempt, [StoredAnswer(key, Completion("x", usage=Usage(5, 0, 1)))], [LedgerLine("input", 1, 5, 5)], 1, 5)
 store.finish(attempt, "done")
 """
 
