@@ -28,7 +28,8 @@ attempt = store.begin(Asker(), "m", "USD", "example")
 for n in range(30):
     store.admit(attempt, 1, 5)
     key = (worker * 1000 + n).to_bytes(32, "big")
-    store.commit(attempt, [StoredAnswer(key, Completion("x", usage=Usage(5, 0, 1)))], [LedgerLine("input", 1, 5, 5)], 1, 5)
+    answer = StoredAnswer(key, Completion("x", usage=Usage(5, 0, 1)))
+    store.commit(attempt, [answer], [LedgerLine("input", 1, 5, 5)], 1, 5)
 store.finish(attempt, "done")
 """
 
