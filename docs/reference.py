@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from importlib.resources import files
 from types import ModuleType
@@ -23,7 +23,8 @@ from complete_fn.cli import main as cli
 from complete_fn.client import Client, RemoteJob
 from complete_fn.engines import http_engine
 from complete_fn.engines.catalogue import Model, Prices, load_catalogue
-from complete_fn.errors import CompleteError, InputError, InvalidOptionError
+from complete_fn.errors import CompleteError, InvalidOptionError
+from complete_fn.execution.answers import DETAILS
 from complete_fn.ledger.usage import GROUPS, UsageLine
 from complete_fn.prompts.options import OPTION_NAMES, Options, parse_options
 from complete_fn.registry import VERBS, resolve
@@ -33,10 +34,10 @@ from complete_fn.session import Session
 from complete_fn.types import SamplingParams
 from complete_fn_connectors import duckdb as in_duckdb
 from complete_fn_connectors import polars as in_polars
-from complete_fn_connectors.duckdb.cortex import CORTEX_TYPES
 from complete_fn_connectors.duckdb.job_functions import register_jobs
-from complete_fn_connectors.duckdb.register import DETAILS, FUNCTIONS
+from complete_fn_connectors.duckdb.register import sql_type
 from complete_fn_connectors.polars import expressions
+from complete_fn_connectors.sql_functions import FUNCTIONS, SqlFunction, functions_of
 from complete_fn_workers.swiftkv.cli import USAGE as SWIFTKV_USAGE
 from complete_fn_workers.swiftkv.cli import VERBS as SWIFTKV_VERBS
 from docs.markdown import block, code, documented, page, sentence, table, text
@@ -65,7 +66,6 @@ OPTIONS = {
 }
 POLARS = ("ask", "complete", "configure", "count_tokens", "prompt", "summary", "try_complete")  # beginnings of names
 WRONG = b""  # no option takes it, so its refusal says what an option takes
-ARGUMENTS = {"prompt": "prompt(template, {fields})"}  # the one function whose refusal does not show its form
 
 
 def pages() -> dict[str, str]:
@@ -124,30 +124,21 @@ def options_page() -> str:
     )
 
 
-def form_of(name: str, function: Callable[..., Any]) -> str:
-    """How a function is called, as its refusal of a call without arguments shows it."""
-    if name in ARGUMENTS:
-        return ARGUMENTS[name]
-    try:
-        function(None)
-    except InputError as error:
-        found = re.search(r"[Ww]rite ([^(]+)(\(.*\))[;.]", str(error).partition("; in a cursor")[0] + ".")
-        if found:
-            return f"{name.upper() if name.startswith('ai_') else name}{found[2]}"
-    raise AssertionError(f"{name}() does not say how it is called.")
-
-
 def meaning(function: Callable[..., Any]) -> str:
     """The first paragraph of a docstring, without the shape that our own functions begin with."""
     told = (inspect.getdoc(function) or "").partition("\n\n")[0]
     return sentence(re.sub(r"^\[n\] ([A-Z]+|\w+\d*)[:;] |^\[n\] ", "", told))
 
 
-def function_rows(functions: dict[str, tuple[Callable[..., Any], str]]) -> list[tuple[str, ...]]:
+def function_rows(functions: Mapping[str, SqlFunction]) -> list[tuple[str, ...]]:
     short = {DETAILS: "[details](#details)"}
     return [
-        (code(form_of(name, function)), short.get(kind, code(kind)), meaning(function))
-        for name, (function, kind) in functions.items()
+        (
+            code(entry.form.partition("; in a cursor")[0]),
+            short.get(entry.result, code(sql_type(entry.result))),
+            meaning(entry.function),
+        )
+        for entry in functions.values()
     ]
 
 
@@ -169,8 +160,8 @@ def cortex_macros() -> list[str]:
 
 
 def functions_page() -> str:
-    ours = {name: found for name, found in CORTEX_TYPES.items() if name.startswith("ai_") and "_with_" not in name}
-    details = ",\n".join(f"    {field}" for field in re.split(r", (?![^(]*\))", DETAILS[len("STRUCT(") : -1]))
+    ours = {name: found for name, found in FUNCTIONS.items() if name.startswith("ai_") and "_with_" not in name}
+    details = ",\n".join(f"    {field}" for field in re.split(r", (?![^(]*\))", sql_type(DETAILS)[len("STRUCT(") : -1]))
     made = r'CREATE OR REPLACE FUNCTION :"schema"\.(\w+)\((.*?)\)\s+(RETURNS .*?)?\s*LANGUAGE'
     external = r"CREATE OR REPLACE (?:EXTERNAL )?FUNCTION (?:`[^`]*`\.)?(\w+)\((.*?)\)\s+RETURNS (\S+(?:\(\d+\))?)"
     warehouses = [
@@ -182,7 +173,7 @@ def functions_page() -> str:
         "Functions",
         "Every SQL function with its arguments and its result.",
         "## DuckDB\n",
-        table(("call", "result", "what it gives"), function_rows(FUNCTIONS)),
+        table(("call", "result", "what it gives"), function_rows(functions_of(cortex=False))),
         "`options` is a struct; see [options](options.md). `labels` is a list of texts or of `{label, description}`; "
         "`fields` is a list of names or a struct of questions by name.\n",
         "### Details\n",
@@ -193,7 +184,7 @@ def functions_page() -> str:
         "\n".join(f"- {calls}" for calls in cortex_macros()) + "\n",
         "## Polars\n",
         "Every expression is also a method of the namespace `.llm`, where the expression is the prompt: "
-        + ", ".join(code(f".llm.{n}") for n, _ in public(expressions.Llm))
+        + ", ".join(code(f".llm.{n}") for n in llm_names())
         + ".\n",
         *(documented(name, function) for name, function in public(in_polars) if name.startswith(POLARS)),
         "## PostgreSQL\n",
@@ -207,6 +198,13 @@ def functions_page() -> str:
         "## Warehouses\n",
         table(("in", "call", "result"), warehouses),
     )
+
+
+def llm_names() -> list[str]:
+    """The methods of the namespace `.llm`, those that come from the table of functions as well."""
+    own = [name for name, _ in public(expressions.Llm)]
+    of_table = [name.removeprefix("complete_") for name in functions_of(cortex=False) if name.startswith("complete_")]
+    return own + [name for name in of_table if name not in own and name != "details"]
 
 
 def public(home: ModuleType | type) -> Iterator[tuple[str, Callable[..., Any]]]:

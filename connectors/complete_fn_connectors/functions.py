@@ -21,6 +21,7 @@ from complete_fn.session import Session, warn
 from complete_fn.spending.budget import NO_BRAKE, Brake
 from complete_fn_connectors.arrow import CallGroup, by_group, groups, is_text, prompt_column, prompt_structs, whole
 from complete_fn_connectors.query_progress import QueryBar
+from complete_fn_connectors.sql_functions import FUNCTIONS
 
 VECTOR = 2048  # rows of a full call by DuckDB: another one of the same query is likely to follow
 PAUSE = 0.25  # seconds without a call after which the next one belongs to another query
@@ -125,7 +126,7 @@ def answered(
 ) -> Any:
     """[n] values of `kind` for the columns model, prompt and perhaps options. `lenient`: query faults are NULL too."""
     if len(columns) not in (2, 3):
-        raise InputError(f"{len(columns)} arguments were given; write complete(model, prompt [, options]).")
+        raise InputError(f"{len(columns)} arguments were given; write {FUNCTIONS['complete'].form}.")
     length = len(columns[1])
 
     def answer(group: CallGroup) -> Any:
@@ -182,7 +183,7 @@ def count_tokens(session: Session, *columns: Any) -> Any:
         InputError: the text is no text. UnknownModelError: no such model.
     """
     if len(columns) != 2:
-        raise InputError(f"{len(columns)} arguments were given; write count_tokens(model, text).")
+        raise InputError(f"{len(columns)} arguments were given; write {FUNCTIONS['count_tokens'].form}.")
     texts = whole(columns[1])
     if not (is_text(texts.type) or pa.types.is_null(texts.type)):
         raise InputError(f"count_tokens(model, text): the text is {texts.type}. Cast it: CAST(x AS VARCHAR).")

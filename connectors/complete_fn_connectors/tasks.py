@@ -20,23 +20,17 @@ from complete_fn.session import Session
 from complete_fn.text import as_text
 from complete_fn_connectors.arrow import is_constant, is_list, is_text, option_mapping, python_values, whole
 from complete_fn_connectors.functions import answered
+from complete_fn_connectors.sql_functions import FUNCTIONS
 
 SENTIMENTS = ("positive", "negative", "neutral", "mixed")
 YES_NO = ("yes", "no")
-FORMS = {
-    "classify": "complete_classify(model, text, labels [, options])",
-    "filter": "complete_filter(model, predicate, text [, options])",
-    "sentiment": "complete_sentiment(model, text [, options])",
-    "summarize": "complete_summarize(model, text [, options])",
-    "translate": "complete_translate(model, text, language [, options])",
-    "extract": "complete_extract(model, text, fields [, options])",
-}
 VERSION = re.compile(r"v\d+")
 
 
-def task_of(function: str) -> str:
-    """The task of a function: `classify` of `complete_classify_details`."""
-    return function.split("_")[1]
+def form_of(task: str) -> str:
+    """How the function of a task is called; of a prompt without one its name, as `holds`."""
+    function = FUNCTIONS.get(f"complete_{task}")
+    return task if function is None else function.form
 
 
 @cache
@@ -121,18 +115,19 @@ def options_of(task: str, own: Mapping[str, Any] | None, given: Any) -> tuple[st
     template = template_of(task, found.pop("template", None))
     for name in (*own, "reorder_fields"):
         if found.get(name) is not None:
-            raise InvalidOptionError(f"{name} = {found[name]!r}: {FORMS.get(task, task)} sets {name} itself.")
+            raise InvalidOptionError(f"{name} = {found[name]!r}: {form_of(task)} sets {name} itself.")
     return template, json.dumps({**found, **own}, default=str)
 
 
-def split(task: str, columns: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+def split(task: str, columns: tuple[Any, ...]) -> tuple[Any, ...]:
     """The columns and then the options or None.
 
     Raises:
         InputError: too few or too many.
     """
+    count = len(FUNCTIONS[f"complete_{task}"].arguments)
     if len(columns) not in (count, count + 1):
-        raise InputError(f"{len(columns)} arguments were given; write {FORMS[task]}.")
+        raise InputError(f"{len(columns)} arguments were given; write {form_of(task)}.")
     return (*columns, *([None] if len(columns) == count else []))
 
 
@@ -140,7 +135,7 @@ def text_argument(column: Any, task: str, name: str) -> Any:
     """Raises InputError: it is no text."""
     values = whole(column)
     if not (is_text(values.type) or pa.types.is_null(values.type)):
-        raise InputError(f"{FORMS[task]}: {name} is {values.type}. Cast it: CAST(x AS VARCHAR).")
+        raise InputError(f"{form_of(task)}: {name} is {values.type}. Cast it: CAST(x AS VARCHAR).")
     return values.cast(pa.large_string())
 
 
@@ -169,7 +164,7 @@ def label_lists(column: Any) -> list[Any]:
     inner = values.type.value_type if is_list(values.type) else values.type
     structs = pa.types.is_struct(inner) and {"label"} <= set(inner.names) <= {"label", "description"}
     if not is_list(values.type) or not (is_text(inner) or pa.types.is_null(inner) or structs):
-        raise InputError(f"{FORMS['classify']}: labels is {values.type}. Write them as a list: ['bug', 'question'].")
+        raise InputError(f"{form_of('classify')}: labels is {values.type}. Write them as a list: ['bug', 'question'].")
     return list((values[:1] if is_constant(values) else values).to_pylist())
 
 
@@ -184,7 +179,7 @@ def described(label: Any) -> str:
 
 
 def classification(session: Session, columns: tuple[Any, ...], pick: Callable[[Answers], Any], kind: Any) -> Any:
-    model, text, labels, options = split("classify", columns, 3)
+    model, text, labels, options = split("classify", columns)
     text = text_argument(text, "classify", "text")
     chosen = label_lists(labels)
     listed = pa.array([None if c is None else ", ".join(map(described, c)) for c in chosen], pa.large_string())
@@ -213,7 +208,7 @@ def is_yes(answers: Answers) -> Any:
 
 def complete_filter(session: Session, *columns: Any) -> Any:
     """[n] bool: whether the predicate holds for the text; NULL for a NULL in either and for a row that failed."""
-    model, predicate, text, options = split("filter", columns, 3)
+    model, predicate, text, options = split("filter", columns)
     fields = {
         "predicate": text_argument(predicate, "filter", "predicate"),
         "text": text_argument(text, "filter", "text"),
@@ -223,21 +218,21 @@ def complete_filter(session: Session, *columns: Any) -> Any:
 
 def complete_sentiment(session: Session, *columns: Any) -> Any:
     """[n] large_string: positive, negative, neutral or mixed."""
-    model, text, options = split("sentiment", columns, 2)
+    model, text, options = split("sentiment", columns)
     fields = {"text": text_argument(text, "sentiment", "text")}
     return ask(session, "sentiment", model, fields, [{"choices": SENTIMENTS}], options, value, pa.large_string())
 
 
 def complete_summarize(session: Session, *columns: Any) -> Any:
     """[n] large_string: at most three sentences."""
-    model, text, options = split("summarize", columns, 2)
+    model, text, options = split("summarize", columns)
     fields = {"text": text_argument(text, "summarize", "text")}
     return ask(session, "summarize", model, fields, [{}], options, value, pa.large_string())
 
 
 def complete_translate(session: Session, *columns: Any) -> Any:
     """[n] large_string: the text in another language, named in words ('French')."""
-    model, text, target, options = split("translate", columns, 3)
+    model, text, target, options = split("translate", columns)
     text = text_argument(text, "translate", "text")
     source = pa.repeat(pa.scalar("its own language", pa.large_string()), len(text))
     fields = {"source": source, "target": text_argument(target, "translate", "language"), "text": text}
@@ -254,7 +249,7 @@ def questions_of(fields: Any) -> dict[str, str]:
         fields = {name: f"What is the {name}?" for name in fields}
     if not isinstance(fields, Mapping) or not fields or not all(isinstance(q, str) for q in fields.values()):
         raise InputError(
-            f"{FORMS['extract']}: fields is {fields!r}. Write names, ['author', 'year'], or questions, "
+            f"{form_of('extract')}: fields is {fields!r}. Write names, ['author', 'year'], or questions, "
             "{'author': 'Who wrote it?'}."
         )
     return dict(fields)
@@ -275,7 +270,7 @@ def extraction(fields: Any) -> tuple[str, dict[str, Any]]:
 
 def complete_extract(session: Session, *columns: Any) -> Any:
     """[n] large_string: a JSON object with a text or null for each field."""
-    model, text, asked, options = split("extract", columns, 3)
+    model, text, asked, options = split("extract", columns)
     text = text_argument(text, "extract", "text")
     values = whole(asked)
     wanted = python_values(values[:1] if is_constant(values) else values)
@@ -284,15 +279,3 @@ def complete_extract(session: Session, *columns: Any) -> Any:
     fields = {"questions": spread(listed, len(text)), "text": text}
     own = [None if f is None else f[1] for f in found]
     return ask(session, "extract", model, fields, own, options, value, pa.large_string())
-
-
-# Name, function and what it answers, for the dialects to register.
-TASKS: dict[str, tuple[Callable[..., Any], Any]] = {
-    "complete_classify": (complete_classify, pa.large_string()),
-    "complete_classify_details": (complete_classify_details, DETAILS),
-    "complete_filter": (complete_filter, pa.bool_()),
-    "complete_sentiment": (complete_sentiment, pa.large_string()),
-    "complete_summarize": (complete_summarize, pa.large_string()),
-    "complete_translate": (complete_translate, pa.large_string()),
-    "complete_extract": (complete_extract, pa.large_string()),
-}

@@ -188,10 +188,10 @@ def test_the_models_page_has_every_model_with_its_prices(site: Path) -> None:
 
 @pytest.mark.engine
 def test_the_functions_page_has_every_function(site: Path) -> None:
-    from complete_fn_connectors.duckdb.register import FUNCTIONS
+    from complete_fn_connectors.sql_functions import functions_of
 
     page = reference(site, "functions")
-    for name in FUNCTIONS:
+    for name in functions_of(cortex=False):
         assert f"| `{name}(" in page, name
     for name in ("complete_table(query text", "AI_CLASSIFY(input, categories", "SNOWFLAKE.CORTEX.TRY_COMPLETE(model"):
         assert f"`{name}" in page, name

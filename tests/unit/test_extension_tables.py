@@ -8,12 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from complete_fn import EchoEngine, planning
 from complete_fn.cli.main import main
 from complete_fn.engines.catalogue import Model
+from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn.planning import BatchPlan, make_plan
 from complete_fn.registry import DIALECTS, ENGINES, VERBS, Table, Verb, resolve
 from complete_fn.rows.formats import FORMATS, Format, TableRows, place_of
@@ -24,6 +28,12 @@ from complete_fn.settings import Settings
 from complete_fn.store.backends import BACKENDS
 from complete_fn.store.sqlite_backend import SqliteBackend
 from complete_fn.store.store import Store
+from complete_fn_connectors import polars as polars_connector
+from complete_fn_connectors.duckdb import explain, register, sql
+from complete_fn_connectors.duckdb.register import sql_type
+from complete_fn_connectors.functions import complete
+from complete_fn_connectors.polars.expressions import DEFAULT, dtype_of
+from complete_fn_connectors.sql_functions import FUNCTIONS, SqlFunction
 
 HERE = __name__
 
@@ -114,6 +124,43 @@ def test_a_planning_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_warehouse_dialect() -> None:
     with added(DIALECTS, "mine", "complete_fn_connectors.warehouses.snowflake:Snowflake"):
         assert type(resolve(DIALECTS["mine"])()).__name__ == "Snowflake"
+
+
+def complete_shout(session: Session, *columns: Any) -> Any:
+    """The answer in capitals."""
+    return pc.utf8_upper(complete(session, *columns))
+
+
+def test_a_sql_function(tmp_path: Path) -> None:
+    entry = SqlFunction(f"{HERE}:complete_shout", "complete_shout(model, text [, options])", pa.large_string())
+    engine = EchoEngine()
+    query = "SELECT complete_shout('m', 'row ' || i) AS a FROM range(6000) r(i) WHERE i % 2000 = 7"
+    with added(FUNCTIONS, "complete_shout", entry):
+        with duckdb.connect() as con, register(con, engine=engine, home=tmp_path):
+            assert explain(con, query).plainly is None
+            assert sorted(sql(con, query).fetchall()) == [("ROW 2007",), ("ROW 4007",), ("ROW 7",)]
+        polars_connector.configure(engine=engine, home=tmp_path)
+        frame = pl.DataFrame({"text": ["one", None]})
+        for shouted in (polars_connector.complete_shout("m", "text"), pl.col("text").llm.shout("m", max_tokens=3)):
+            assert frame.select(shouted).to_series().to_list() == ["ONE", None]
+        with pytest.raises(InputError, match=r"1 arguments were given; write complete_shout\(model, text"):
+            polars_connector.complete_shout("m")
+        with pytest.raises(InvalidOptionError, match="max_tokens"):
+            polars_connector.complete_shout("m", "text", max_tokens="many")
+    DEFAULT.clear()
+    with pytest.raises(AttributeError, match="complete_shout"):
+        polars_connector.complete_shout  # noqa: B018
+    with pytest.raises(AttributeError, match="shout"):
+        pl.col("text").llm.shout  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_every_function_of_the_table_resolves_and_has_a_type_everywhere() -> None:
+    for name, entry in FUNCTIONS.items():
+        assert callable(entry.function), name
+        assert sql_type(entry.result), name
+        assert dtype_of(entry.result) is not None, name
+        assert entry.form.lower().startswith((name, name.removeprefix("try_"), "snowflake.cortex.", "ai_")), name
+        assert entry.arguments, name
 
 
 def test_a_name_is_added_once() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,9 @@ from complete_fn.execution.answers import Answers
 from complete_fn.session import Session
 from complete_fn.types import Completion
 from complete_fn_connectors.arrow import CallGroup, is_constant, option_mapping, python_values, whole
-from complete_fn_connectors.duckdb.cortex_tasks import CORTEX_TASKS
 from complete_fn_connectors.duckdb_query.call_sites import NAMED
 from complete_fn_connectors.functions import answered
-
-WITH_ERROR = pa.struct([("value", pa.large_string()), ("error", pa.string())])
-FORM = (
-    "AI_COMPLETE(model, prompt [, model_parameters, response_format, show_details, return_error_details]); "
-    "in a cursor write the arguments by position"
-)
+from complete_fn_connectors.sql_functions import AI_COMPLETE, FUNCTIONS, TEXT_OR_ERROR
 
 
 def cortex_options(parameters: Any, response_format: Any = None) -> dict[str, Any]:
@@ -67,7 +60,7 @@ def flag(column: Any, name: str) -> bool:
     """
     values = whole(column)
     if not (pa.types.is_boolean(values.type) or pa.types.is_null(values.type)):
-        raise InputError(f"{name} is {values.type}; it must be true or false. Write {FORM}.")
+        raise InputError(f"{name} is {values.type}; it must be true or false. Write {AI_COMPLETE}.")
     if not is_constant(values):
         raise InputError(f"{name} must be the same in every row.")
     return bool(len(values) and values[0].as_py())
@@ -106,7 +99,9 @@ def ai_complete(session: Session, *columns: Any, lenient: bool = False) -> Any:
     """[n] large_string: the answer, or Snowflake's JSON object with `show_details`."""
     columns = filled(columns)
     if flag(columns[5], "return_error_details"):
-        raise InputError(f"return_error_details changes the type of the result and needs its name. Write {FORM}.")
+        raise InputError(
+            f"return_error_details changes the type of the result and needs its name. Write {AI_COMPLETE}."
+        )
     details = flag(columns[4], "show_details")
     asked = (*columns[:2], options_column(len(columns[0]), columns[2], columns[3]))
     return answered(session, asked, lambda a, g: texts(a, g, details), pa.large_string(), lenient)
@@ -117,7 +112,7 @@ def try_ai_complete(session: Session, *columns: Any) -> Any:
 
 
 def ai_complete_with_error(session: Session, *columns: Any) -> Any:
-    """[n] WITH_ERROR: the value or the error's message, the other NULL; both NULL for a NULL prompt."""
+    """[n] TEXT_OR_ERROR: the value or the error's message, the other NULL; both NULL for a NULL prompt."""
     columns = filled(columns)
     details, wanted = flag(columns[4], "show_details"), flag(columns[5], "return_error_details")
     asked = (*columns[:2], options_column(len(columns[0]), columns[2], columns[3]))
@@ -125,26 +120,18 @@ def ai_complete_with_error(session: Session, *columns: Any) -> Any:
     def pick(answers: Answers, group: CallGroup) -> Any:
         messages = pa.array([c.error.message if wanted and c.error else None for c in answers.completions], pa.string())
         parts = [whole(texts(answers, group, details)), whole(answers.plan.scatter(messages))]
-        return pa.StructArray.from_arrays(parts, fields=list(WITH_ERROR))
+        return pa.StructArray.from_arrays(parts, fields=list(TEXT_OR_ERROR))
 
-    return answered(session, asked, pick, WITH_ERROR)
+    return answered(session, asked, pick, TEXT_OR_ERROR)
 
 
 def filled(columns: tuple[Any, ...]) -> tuple[Any, ...]:
     """All six arguments, NULL where one was not given; a third one that is no object is a misplaced named argument."""
     if not 2 <= len(columns) <= 6:
-        raise InputError(f"{len(columns)} arguments were given. Write {FORM}.")
+        raise InputError(f"{len(columns)} arguments were given. Write {AI_COMPLETE}.")
     if len(columns) > 2 and pa.types.is_boolean(columns[2].type):
-        raise InputError(f"The third argument, model_parameters, is true or false. Write {FORM}.")
+        raise InputError(f"The third argument, model_parameters, is true or false. Write {AI_COMPLETE}.")
     return (*columns, *[pa.nulls(len(columns[0]))] * (6 - len(columns)))
-
-
-CORTEX_TYPES: dict[str, tuple[Callable[..., Any], str]] = {
-    **CORTEX_TASKS,
-    "ai_complete": (ai_complete, "VARCHAR"),
-    "try_ai_complete": (try_ai_complete, "VARCHAR"),
-    "ai_complete_with_error": (ai_complete_with_error, 'STRUCT("value" VARCHAR, error VARCHAR)'),
-}
 
 
 def refuse_clash(con: duckdb.DuckDBPyConnection) -> None:
@@ -181,8 +168,9 @@ class Catalog:
         """The catalog as a temporary file: a read-only database takes no other in memory."""
         self.folder = tempfile.TemporaryDirectory(prefix="complete-fn-")
         path = Path(self.folder.name) / "snowflake.duckdb"
+        cortex_names = [name for name, function in FUNCTIONS.items() if function.is_cortex]
         with duckdb.connect() as builder:
-            for name in ("complete", "try_complete", "count_tokens", *CORTEX_TYPES):
+            for name in ("complete", "try_complete", "count_tokens", *cortex_names):
                 builder.create_function(name, lambda *columns: columns[0], None, "VARCHAR", type=ARROW)
             builder.execute(f"ATTACH '{path}' AS snowflake")
             builder.execute(sql("cortex_catalog.sql"))

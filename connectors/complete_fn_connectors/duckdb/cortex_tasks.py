@@ -15,16 +15,7 @@ from complete_fn.types import Completion
 from complete_fn_connectors import tasks
 from complete_fn_connectors.arrow import is_constant, option_mapping, prompt_column, python_values, whole
 from complete_fn_connectors.functions import QuerySession
-
-# Snowflake's descriptions of what only Snowflake's form has.
-ARGUMENTS = {
-    "AI_CLASSIFY": "AI_CLASSIFY(input, categories [, {'output_mode': 'single'}])",
-    "AI_FILTER": "AI_FILTER(text or PROMPT('... {0}', column))",
-    "AI_SENTIMENT": "AI_SENTIMENT(text)",
-    "AI_TRANSLATE": "AI_TRANSLATE(text, source_language, target_language)",
-    "AI_EXTRACT": "AI_EXTRACT(text, responseFormat)",
-    "SUMMARIZE": "SNOWFLAKE.CORTEX.SUMMARIZE(text)",
-}
+from complete_fn_connectors.sql_functions import FUNCTIONS
 
 
 def model_of(session: QuerySession, name: str) -> str:
@@ -38,7 +29,7 @@ def model_of(session: QuerySession, name: str) -> str:
 
 def taken(name: str, columns: tuple[Any, ...], *counts: int) -> None:
     if len(columns) not in counts:
-        raise InputError(f"{len(columns)} arguments were given; write {ARGUMENTS[name]}.")
+        raise InputError(f"{len(columns)} arguments were given; write {FUNCTIONS[name].form}.")
 
 
 def as_object(make: Callable[[Completion], Any]) -> Callable[[Answers], Any]:
@@ -52,11 +43,11 @@ def as_object(make: Callable[[Completion], Any]) -> Callable[[Answers], Any]:
 
 
 def classified(session: QuerySession, columns: tuple[Any, ...], make: Callable[[Completion], Any]) -> Any:
-    taken("AI_CLASSIFY", columns, 2, 3)
+    taken("ai_classify", columns, 2, 3)
     for config in python_values(whole(columns[2])) if len(columns) == 3 else []:
         given = {k: v for k, v in (option_mapping(config) or {}).items() if v is not None}
         if given.pop("output_mode", "single") != "single" or given:
-            raise InputError(f"The configuration {config!r} is not supported; write {ARGUMENTS['AI_CLASSIFY']}.")
+            raise InputError(f"The configuration {config!r} is not supported; write {FUNCTIONS['ai_classify'].form}.")
     asked = (model_of(session, "AI_CLASSIFY"), *columns[:2])
     return tasks.classification(session, asked, as_object(make), pa.large_string())
 
@@ -73,14 +64,14 @@ def classify_text(session: QuerySession, *columns: Any) -> Any:
 
 def ai_filter(session: QuerySession, *columns: Any) -> Any:
     """[n] bool: whether the statement, or the question of a PROMPT, is answered with yes."""
-    taken("AI_FILTER", columns, 1)
+    taken("ai_filter", columns, 1)
     fields = {"text": prompt_column(columns[0])}
     own = [{"choices": tasks.YES_NO}]
     return tasks.ask(session, "holds", model_of(session, "AI_FILTER"), fields, own, None, tasks.is_yes, pa.bool_())
 
 
 def sentiments(session: QuerySession, columns: tuple[Any, ...], pick: Callable[[Answers], Any], kind: Any) -> Any:
-    taken("AI_SENTIMENT", columns, 1)
+    taken("ai_sentiment", columns, 1)
     fields = {"text": tasks.text_argument(columns[0], "sentiment", "text")}
     own = [{"choices": tasks.SENTIMENTS}]
     return tasks.ask(session, "sentiment", model_of(session, "AI_SENTIMENT"), fields, own, None, pick, kind)
@@ -105,7 +96,7 @@ def cortex_sentiment(session: QuerySession, *columns: Any) -> Any:
 
 def ai_translate(session: QuerySession, *columns: Any) -> Any:
     """[n] large_string. An empty source language means the text's own."""
-    taken("AI_TRANSLATE", columns, 3)
+    taken("ai_translate", columns, 3)
     text, source, target = (tasks.text_argument(c, "translate", "an argument") for c in columns)
     named = pa.array([s if s is None or s.strip() else "its own language" for s in source.to_pylist()])
     fields = {"source": named.cast(pa.large_string()), "target": target, "text": text}
@@ -115,7 +106,7 @@ def ai_translate(session: QuerySession, *columns: Any) -> Any:
 
 def ai_extract(session: QuerySession, *columns: Any) -> Any:
     """[n] large_string: Snowflake's object, {"error": null, "response": {...}}."""
-    taken("AI_EXTRACT", columns, 2)
+    taken("ai_extract", columns, 2)
     if not is_constant(whole(columns[1])):
         raise InputError("AI_EXTRACT: responseFormat must be the same in every row.")
     text = tasks.text_argument(columns[0], "extract", "text")
@@ -127,17 +118,5 @@ def ai_extract(session: QuerySession, *columns: Any) -> Any:
 
 
 def cortex_summarize(session: QuerySession, *columns: Any) -> Any:
-    taken("SUMMARIZE", columns, 1)
+    taken("cortex_summarize", columns, 1)
     return tasks.complete_summarize(session, model_of(session, "SUMMARIZE"), *columns)
-
-
-CORTEX_TASKS: dict[str, tuple[Callable[..., Any], str]] = {
-    "ai_classify": (ai_classify, "VARCHAR"),
-    "ai_filter": (ai_filter, "BOOLEAN"),
-    "ai_sentiment": (ai_sentiment, "VARCHAR"),
-    "ai_translate": (ai_translate, "VARCHAR"),
-    "ai_extract": (ai_extract, "VARCHAR"),
-    "cortex_classify_text": (classify_text, "VARCHAR"),
-    "cortex_sentiment": (cortex_sentiment, "DOUBLE"),
-    "cortex_summarize": (cortex_summarize, "VARCHAR"),
-}

@@ -15,6 +15,7 @@ from complete_fn.rows.databases import Query
 from complete_fn.rows.readers import BATCH_ROWS
 from complete_fn.rows.result_tables import refuse_keys, refuse_name
 from complete_fn_connectors.duckdb_query.json_versions import read_batches
+from complete_fn_connectors.duckdb_query.materialise import quoted
 
 
 def open_database(url: str, read_only: bool, seconds: float | None) -> DuckDatabase:
@@ -99,7 +100,3 @@ class DuckDatabase:
 
     def close(self) -> None:
         pass
-
-
-def quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

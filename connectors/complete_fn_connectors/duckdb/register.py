@@ -17,10 +17,8 @@ from duckdb.func import ARROW, SPECIAL
 from complete_fn.engines.base import Engine
 from complete_fn.engines.stoppable import let_finish
 from complete_fn.errors import CompleteError, InputError
-from complete_fn.execution import answers as arrow_answers
 from complete_fn.interrupts import INTERRUPTS
 from complete_fn.types import Asker
-from complete_fn_connectors import functions
 from complete_fn_connectors.duckdb import cortex as snowflake
 from complete_fn_connectors.duckdb.recent_failures import RecentFailures
 from complete_fn_connectors.duckdb_query import planner as query
@@ -31,27 +29,19 @@ from complete_fn_connectors.duckdb_query.explain import Explanation, explain_que
 from complete_fn_connectors.duckdb_query.json_versions import drop_unread_rows
 from complete_fn_connectors.duckdb_query.syntax_tree import Parameters
 from complete_fn_connectors.functions import QuerySession
-from complete_fn_connectors.tasks import TASKS
+from complete_fn_connectors.sql_functions import SqlFunction, functions_of
 
 Column = Any
 Function = Callable[..., Column]
 
-WHOSE = "complete_fn_registration"  # says whose functions a cursor sees
-DETAILS = (
-    'STRUCT("value" VARCHAR, error STRUCT(code VARCHAR, message VARCHAR), finish_reason VARCHAR, '
-    "usage STRUCT(prompt_tokens BIGINT, cached_tokens BIGINT, completion_tokens BIGINT), "
-    "cost DECIMAL(18,9), source VARCHAR, scores MAP(VARCHAR, DOUBLE), field_order VARCHAR[])"
-)
-SQL_TYPES = {pa.large_string(): "VARCHAR", pa.bool_(): "BOOLEAN", arrow_answers.DETAILS: DETAILS}
-FUNCTIONS: dict[str, tuple[Function, str]] = {
-    "complete": (functions.complete, "VARCHAR"),
-    "try_complete": (functions.try_complete, "VARCHAR"),
-    "complete_details": (functions.complete_details, DETAILS),
-    "prompt": (functions.prompt, "STRUCT(template VARCHAR, fields MAP(VARCHAR, VARCHAR))"),
-    "count_tokens": (functions.count_tokens, "BIGINT"),
-    **{name: (function, SQL_TYPES[kind]) for name, (function, kind) in TASKS.items()},
+SQL_TYPES = {
+    pa.large_string(): "VARCHAR",
+    pa.string(): "VARCHAR",
+    pa.bool_(): "BOOLEAN",
+    pa.int64(): "BIGINT",
+    pa.float64(): "DOUBLE",
 }
-UNPLANNED = ("prompt", "count_tokens")  # cost nothing, so a whole query is not planned around them
+WHOSE = "complete_fn_registration"  # says whose functions a cursor sees
 
 
 class Registration:
@@ -114,8 +104,9 @@ class Registration:
         legacy = {f"snowflake.cortex.{n}": n for n in ("complete", "try_complete")} if self.catalog else {}
         return legacy | {n.removeprefix(SITE): n.removeprefix(SITE) for n in self.names if n.startswith(SITE)}
 
-    def add(self, name: str, function: Function, kind: str) -> None:
+    def add(self, name: str, entry: SqlFunction) -> None:
         """Make a function, and beside it the one that `sql` calls in its place while it collects."""
+        function, kind = entry.function, sql_type(entry.result)
 
         def call(*columns: Column) -> Column:
             memories = list(self.answering)
@@ -136,7 +127,7 @@ class Registration:
                 return pa.nulls(len(token))
 
         self.create(name, call, kind)
-        if name not in UNPLANNED:
+        if entry.asks:
             self.create(SITE + name, collect, kind)
 
     def tried(self, name: str, function: Function, session: Any, columns: tuple[Column, ...]) -> Column:
@@ -165,6 +156,19 @@ REGISTERED: weakref.WeakKeyDictionary[duckdb.DuckDBPyConnection, Callable[[], Re
 )
 
 
+def sql_type(kind: pa.DataType) -> str:
+    """An Arrow type as DuckDB writes it."""
+    if pa.types.is_struct(kind):
+        return f"STRUCT({', '.join(f'{field.name} {sql_type(field.type)}' for field in kind)})"
+    if pa.types.is_map(kind):
+        return f"MAP({sql_type(kind.key_type)}, {sql_type(kind.item_type)})"
+    if pa.types.is_list(kind):
+        return f"{sql_type(kind.value_type)}[]"
+    if pa.types.is_decimal(kind):
+        return f"DECIMAL({kind.precision},{kind.scale})"
+    return SQL_TYPES[kind]
+
+
 def no_one() -> None:
     """What a dead weak reference says."""
 
@@ -175,8 +179,7 @@ def refuse_transaction(con: duckdb.DuckDBPyConnection) -> None:
     Raises:
         InputError: the connection is inside one.
     """
-    first, second = (con.execute("SELECT txid_current()").fetchall() for _ in range(2))
-    if first == second:
+    if query.in_transaction(con):
         raise InputError("The connection is inside a transaction. COMMIT or ROLLBACK it, then register.")
 
 
@@ -235,8 +238,8 @@ def register(
     INTERRUPTS.listen()
     registration = Registration(con, session)
     try:
-        for name, (function, kind) in (FUNCTIONS | (snowflake.CORTEX_TYPES if cortex else {})).items():
-            registration.add(name, function, kind)
+        for name, function in functions_of(cortex).items():
+            registration.add(name, function)
         me = str(id(registration))
         registration.create(WHOSE, lambda column: pa.array([me] * len(column)), "VARCHAR")
         if cortex:

@@ -57,7 +57,7 @@ class Guarding:
                 chains.append(self.chain(cheap, costly))
                 moved += costly
         kept = [p for p in parts if not any(p is m for m in moved)]
-        return joined("CONJUNCTION_AND", [*kept, *chains]) if chains else where
+        return join_conditions("CONJUNCTION_AND", [*kept, *chains]) if chains else where
 
     def chain(self, cheap: list[Tree], costly: list[Tree]) -> Tree:
         """Conditions of which each is evaluated only where all before it hold."""
@@ -67,7 +67,7 @@ class Guarding:
             found = case(self.alternatives(part), found, FALSE)
         for part in ordered:
             self.remember(part, cheap)
-        return case(joined("CONJUNCTION_AND", cheap), found, FALSE) if cheap else found
+        return case(join_conditions("CONJUNCTION_AND", cheap), found, FALSE) if cheap else found
 
     def alternatives(self, part: Tree) -> Tree:
         """A disjunction with its cheap conditions first; another condition as it is."""
@@ -80,7 +80,7 @@ class Guarding:
         found = self.conjunction(ordered[-1])
         for branch in ordered[-2::-1]:
             found = case(self.conjunction(branch), TRUE, found)
-        return case(joined("CONJUNCTION_OR", cheap), TRUE, found) if cheap else found
+        return case(join_conditions("CONJUNCTION_OR", cheap), TRUE, found) if cheap else found
 
     def conjunction(self, part: Tree) -> Tree:
         """A conjunction inside of a disjunction, ordered like the outermost one."""
@@ -127,7 +127,7 @@ def children_of(part: Tree, kind: str) -> list[Tree]:
     return [leaf for child in part["children"] for leaf in children_of(child, kind)]
 
 
-def joined(kind: str, parts: list[Tree]) -> Tree:
+def join_conditions(kind: str, parts: list[Tree]) -> Tree:
     if len(parts) == 1:
         return parts[0]
     return {"class": "CONJUNCTION", "type": kind, "alias": "", "query_location": 0, "children": parts}

@@ -24,7 +24,7 @@ CHECKS = (
     *("OPERATOR_NOT", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "OPERATOR_COALESCE"),
     *("COMPARE_IN", "COMPARE_NOT_IN"),
 )
-FUNCTIONS = (
+TOTAL_FUNCTIONS = (
     *("||", "concat", "~~", "!~~", "~~*", "!~~*", "lower", "upper", "length", "trim", "ltrim", "rtrim"),
     *("contains", "prefix", "suffix", "starts_with", "ends_with", "struct_pack", "struct_extract", "list_value"),
     "prompt",
@@ -56,7 +56,7 @@ def is_total(node: Tree) -> bool:
     if is_cast(node):
         return is_constant(node) or cannot_fail(node)
     if kind == "BOUND_FUNCTION":
-        return form.startswith("COMPARE_") or name in FUNCTIONS or name.startswith(SITE)
+        return form.startswith("COMPARE_") or name in TOTAL_FUNCTIONS or name.startswith(SITE)
     return kind in EXPRESSIONS or form in CHECKS
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 
 from complete_fn_connectors.duckdb_query.call_sites import called
-from complete_fn_connectors.duckdb_query.guards import children_of, joined
+from complete_fn_connectors.duckdb_query.guards import children_of, join_conditions
 from complete_fn_connectors.duckdb_query.json_versions import Tree
 from complete_fn_connectors.duckdb_query.syntax_tree import common_tables, nodes, parse, replaced, table_path
 
@@ -118,7 +118,7 @@ class Narrowing:
                 self.put(leaf, self.among(self.inside(mine, leaf), other, source, its))
             if leaf.select.get("where_clause"):
                 where = [c for c in where if not self.moved(c, leaf, known, alone)]
-        select["where_clause"] = joined("CONJUNCTION_AND", where) if where else None
+        select["where_clause"] = join_conditions("CONJUNCTION_AND", where) if where else None
 
     def equalities(
         self, leaf: Leaf, leaves: list[Leaf], conditions: list[Tree], using: list[str], known: Mapping[str, Leaf]
@@ -267,7 +267,7 @@ class Narrowing:
         within["child"] = mine
         select: Tree = within["subquery"]["node"]
         select["select_list"], select["from_table"] = [{**other, "alias": ""}], copy.deepcopy(source.node)
-        select["where_clause"] = joined("CONJUNCTION_AND", its) if its else None
+        select["where_clause"] = join_conditions("CONJUNCTION_AND", its) if its else None
         return within
 
     def put(self, leaf: Leaf, condition: Tree | None) -> None:
@@ -276,7 +276,7 @@ class Narrowing:
             return
         where = leaf.select.get("where_clause")
         parts = [*(children_of(where, "CONJUNCTION_AND") if where else []), copy.deepcopy(condition)]
-        leaf.select["where_clause"] = joined("CONJUNCTION_AND", parts)
+        leaf.select["where_clause"] = join_conditions("CONJUNCTION_AND", parts)
         self.changed = True
 
 

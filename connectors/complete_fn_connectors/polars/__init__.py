@@ -1,5 +1,8 @@
 """Polars: expressions, and the namespace `.llm` of columns, which importing this registers."""
 
+from collections.abc import Callable
+from typing import Any
+
 from complete_fn_connectors.polars.expressions import (
     ask,
     complete,
@@ -14,10 +17,12 @@ from complete_fn_connectors.polars.expressions import (
     complete_translate,
     configure,
     count_tokens,
+    named,
     prompt,
     summary,
     try_complete,
 )
+from complete_fn_connectors.sql_functions import functions_of
 
 __all__ = [
     "ask",
@@ -37,3 +42,10 @@ __all__ = [
     "summary",
     "try_complete",
 ]
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """A function of the table that has no signature of its own here."""
+    if name in functions_of(cortex=False):
+        return named(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

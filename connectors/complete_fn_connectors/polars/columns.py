@@ -47,7 +47,7 @@ def answer_together(session: Session, asks: Mapping[str, Ask], prompts: pl.DataF
     together: dict[tuple[str, str], list[str]] = {}
     for name, ask in asks.items():
         together.setdefault(ask.key, []).append(name)
-    wanted = [joined([prompts[name] for name in names], asks[names[0]]) for names in together.values()]
+    wanted = [as_one_run([prompts[name] for name in names], asks[names[0]]) for names in together.values()]
     found: dict[str, pl.Series] = {}
     for names, answers in zip(together.values(), complete_together(session, wanted), strict=True):
         for number, name in enumerate(names):
@@ -56,7 +56,7 @@ def answer_together(session: Session, asks: Mapping[str, Ask], prompts: pl.DataF
     return pl.DataFrame([found[name] for name in asks])
 
 
-def joined(prompts: list[pl.Series], ask: Ask) -> Wanted:
+def as_one_run(prompts: list[pl.Series], ask: Ask) -> Wanted:
     """The prompts of several columns as one run."""
     apart = ask.options.get("reorder_fields") is True
     columns = [prompt_column(arrow_of(column), reorder_fields=apart) for column in prompts]

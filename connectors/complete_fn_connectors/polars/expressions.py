@@ -9,9 +9,9 @@ df.with_columns(answer=pl.col("text").llm.complete("demo-llama-swiftkv", max_tok
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from complete_fn.engines.base import Engine
 from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.execution import answers
 from complete_fn.interrupts import INTERRUPTS
 from complete_fn.prompts.choices import parse_choices
 from complete_fn.prompts.options import parse_options
@@ -28,22 +29,23 @@ from complete_fn.types import Asker
 from complete_fn_connectors import functions, tasks
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.polars.columns import Ask, answer_together, arrow_of
+from complete_fn_connectors.sql_functions import FUNCTIONS, SqlFunction, functions_of
 
 IntoExpr = pl.Expr | str
 
-USAGE = pl.Struct({"prompt_tokens": pl.Int64, "cached_tokens": pl.Int64, "completion_tokens": pl.Int64})
-DETAILS = pl.Struct(
-    {
-        "value": pl.String,
-        "error": pl.Struct({"code": pl.String, "message": pl.String}),
-        "finish_reason": pl.String,
-        "usage": USAGE,
-        "cost": pl.Decimal(18, 9),
-        "source": pl.String,
-        "scores": pl.List(pl.Struct({"key": pl.String, "value": pl.Float64})),
-        "field_order": pl.List(pl.String),
-    }
-)
+
+def dtype_of(kind: pa.DataType) -> pl.DataType:
+    """An Arrow type as Polars has it; a map as a list of structs, as not all versions have maps."""
+    if pa.types.is_struct(kind):
+        return pl.Struct({field.name: dtype_of(field.type) for field in kind})
+    if pa.types.is_map(kind):
+        return pl.List(pl.Struct({"key": dtype_of(kind.key_type), "value": dtype_of(kind.item_type)}))
+    if pa.types.is_list(kind):
+        return pl.List(dtype_of(kind.value_type))
+    return pl.Series(pa.array([], kind)).dtype
+
+
+DETAILS = dtype_of(answers.DETAILS)
 
 LOCK = threading.Lock()
 DEFAULT: list[QuerySession] = []
@@ -172,46 +174,41 @@ def complete_classify(
     Raises:
         UnknownModelError, InvalidOptionError: at once, not when the query runs.
     """
-    given = pa.array([parse_choices(labels)])
-    own = {"choices": list(labels)}
-    return task("complete_classify", pl.String(), model, text, session, options, own, lambda t: (t, given))
+    return expression("complete_classify", model, {"text": text, "labels": parse_choices(labels)}, session, options)
 
 
 def complete_classify_details(
     model: str, text: IntoExpr, labels: Sequence[str], *, session: QuerySession | None = None, **options: Any
 ) -> pl.Expr:
     """As `complete_classify`, with usage, cost and `scores` (each label's probability), as a Struct."""
-    given = pa.array([parse_choices(labels)])
-    own = {"choices": list(labels)}
-    return task("complete_classify_details", DETAILS, model, text, session, options, own, lambda t: (t, given))
+    arguments = {"text": text, "labels": parse_choices(labels)}
+    return expression("complete_classify_details", model, arguments, session, options)
 
 
 def complete_filter(
     model: str, predicate: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any
 ) -> pl.Expr:
     """Whether the predicate, a text that is the same for all rows, holds for the text, Boolean."""
-    same = one_text("predicate", predicate)
-    arguments = lambda t: (pa.repeat(same, len(t)), t)  # noqa: E731
-    return task("complete_filter", pl.Boolean(), model, text, session, options, {"choices": tasks.YES_NO}, arguments)
+    arguments = {"predicate": one_text("predicate", predicate), "text": text}
+    return expression("complete_filter", model, arguments, session, options)
 
 
 def complete_sentiment(model: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
     """positive, negative, neutral or mixed, String."""
-    return task("complete_sentiment", pl.String(), model, text, session, options, {"choices": tasks.SENTIMENTS})
+    return expression("complete_sentiment", model, {"text": text}, session, options)
 
 
 def complete_summarize(model: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
     """At most three sentences, String. Options as `complete`, and `template`."""
-    return task("complete_summarize", pl.String(), model, text, session, options, {})
+    return expression("complete_summarize", model, {"text": text}, session, options)
 
 
 def complete_translate(
     model: str, text: IntoExpr, language: str, *, session: QuerySession | None = None, **options: Any
 ) -> pl.Expr:
     """The text in another language, named in words ('French'), String. Options as `complete`, and `template`."""
-    same = one_text("language", language)
-    arguments = lambda t: (t, pa.repeat(same, len(t)))  # noqa: E731
-    return task("complete_translate", pl.String(), model, text, session, options, {}, arguments)
+    arguments = {"text": text, "language": one_text("language", language)}
+    return expression("complete_translate", model, arguments, session, options)
 
 
 def complete_extract(
@@ -232,33 +229,72 @@ def complete_extract(
     """
     plain = isinstance(fields, Mapping | str)  # a text is a sequence too, of its letters
     questions = tasks.questions_of(fields if plain else list(fields))
-    given, own = pa.array([questions]), tasks.extraction(questions)[1]
-    return task("complete_extract", pl.String(), model, text, session, options, own, lambda t: (t, given))
+    return expression("complete_extract", model, {"text": text, "fields": questions}, session, options)
 
 
-def task(
-    name: str,
-    dtype: pl.DataType,
-    model: str,
-    text: IntoExpr,
-    session: QuerySession | None,
-    options: dict[str, Any],
-    own: Mapping[str, Any],
-    arguments: Callable[[Any], tuple[Any, ...]] = lambda t: (t,),
+class Checked(Exception):
+    """What a call would ask is in order. It never leaves this module."""
+
+
+class CheckingSession:
+    """In place of a session: checks what a call asks, and asks nothing."""
+
+    def __init__(self, session: QuerySession) -> None:
+        self.session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+    def complete(self, model: str, prompts: Any, options: Any = None, **_: Any) -> Any:
+        self.session.model(model)
+        parse_options(options)
+        raise Checked
+
+
+def expression(
+    name: str, model: str, arguments: Mapping[str, Any], session: QuerySession | None, options: dict[str, Any]
 ) -> pl.Expr:
-    """A semantic function; `arguments` makes the columns between model and options from the texts.
+    """A function of the table `FUNCTIONS` over a column of texts; its other arguments are the same for all rows.
 
     Args:
-        own: the options that the task itself sets; those beside them are checked together with them.
+        arguments: by their names in the function's form, without the model.
+
+    Raises:
+        UnknownModelError, InvalidOptionError, InputError: at once, by a call for one row that asks nothing.
     """
-    _, together = tasks.options_of(tasks.task_of(name), own, options) or (None, "{}")
-    parse_options(json.loads(together))
-    function = tasks.TASKS[name][0]
+    entry = FUNCTIONS[name]
+    function, asked = entry.function, column_argument(entry)
 
-    def answer(chosen: QuerySession, model: str, texts: Any, *_: Any) -> Any:
-        return function(chosen, model, *arguments(texts), options)
+    def answer(chosen: Any, model: str, texts: Any, *_: Any) -> Any:
+        given = [
+            texts if argument == asked else pa.repeat(pa.scalar(arguments[argument]), len(texts))
+            for argument in entry.arguments[1:]
+        ]
+        return function(chosen, model, *given, options)
 
-    return call(answer, dtype, model, text, session, None)
+    chosen = session or default_session()
+    chosen.model(one_text("model", model))
+    if entry.asks:
+        with suppress(Checked):
+            answer(CheckingSession(chosen), model, pa.array(["any text"], pa.large_string()))
+    return call(answer, dtype_of(entry.result), model, arguments[asked], chosen, None)
+
+
+def column_argument(entry: SqlFunction) -> str:
+    """The argument of a function that is a column."""
+    return next(argument for argument in entry.arguments if argument in ("text", "prompt"))
+
+
+def named(name: str) -> Callable[..., pl.Expr]:
+    """A function of the table by name, with its arguments in their order and options as keywords."""
+    entry = FUNCTIONS[name]
+
+    def make(model: str, *arguments: Any, session: QuerySession | None = None, **options: Any) -> pl.Expr:
+        if len(arguments) != len(entry.arguments) - 1:
+            raise InputError(f"{len(arguments) + 1} arguments were given; write {entry.form}.")
+        return expression(name, model, dict(zip(entry.arguments[1:], arguments, strict=True)), session, options)
+
+    return make
 
 
 def count_tokens(model: str, text: IntoExpr, *, session: QuerySession | None = None) -> pl.Expr:
@@ -341,3 +377,14 @@ class Llm:
 
     def filter(self, model: str, predicate: str, **options: Any) -> pl.Expr:
         return complete_filter(model, predicate, self.expression, **options)
+
+    def __getattr__(self, name: str) -> Callable[..., pl.Expr]:
+        full = f"complete_{name}"
+        if full not in functions_of(cortex=False):
+            raise AttributeError(f"The namespace llm has no function {name!r}.")
+        before = FUNCTIONS[full].arguments.index(column_argument(FUNCTIONS[full])) - 1
+
+        def make(model: str, *others: Any, **options: Any) -> pl.Expr:
+            return named(full)(model, *others[:before], self.expression, *others[before:], **options)
+
+        return make
