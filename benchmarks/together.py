@@ -22,19 +22,19 @@ import pyarrow.parquet as pq
 
 from complete_fn import Session
 from complete_fn_connectors import concurrent_runs as together
-from complete_fn_connectors.concurrent_runs import Wanted, complete_together
+from complete_fn_connectors.concurrent_runs import WantedRun, complete_together
 
 SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
 LABELS = ["libdevel", "python", "doc", "net", "admin", "utils", "science", "games"]
 SERIAL = count(1)
 
 
-def asked(model: str, texts: list[str]) -> list[Wanted]:
+def asked(model: str, texts: list[str]) -> list[WantedRun]:
     number = next(SERIAL)
     labels = [f"{number} Name the section: {text}" for text in texts]
     synopses = [f"{number} Write a one-line synopsis: {text}" for text in texts]
     columns = [pa.array(prompts, pa.large_string()) for prompts in (labels, synopses)]
-    return [Wanted(model, columns[0], {"choices": LABELS}), Wanted(model, columns[1], {"max_tokens": 32})]
+    return [WantedRun(model, columns[0], {"choices": LABELS}), WantedRun(model, columns[1], {"max_tokens": 32})]
 
 
 def main() -> None:

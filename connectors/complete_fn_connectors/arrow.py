@@ -1,4 +1,4 @@
-"""Columns to prompts and back: the one place that knows about NULL, prompt types and options that vary by row."""
+"""Columns become prompts, and answers columns: NULL, prompt types and options by row are handled here alone."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class CallGroup:
     rows: Any = None
 
 
-def whole(column: Any) -> Any:
-    """The column as one Array; extension and dictionary types as what they store."""
+def one_array(column: Any) -> Any:
+    """The column as one Array. Extension and dictionary types become the type that they store."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # more than 2 GiB of text stays in chunks
         array = pa.concat_arrays([c.cast(pa.large_string()) for c in array.chunks])
@@ -57,16 +57,16 @@ def prompt_column(column: Any, reorder_fields: bool = False) -> Any:
         InputError: another type; the message has it and the cast.
         InvalidOptionError: a template cannot be used.
     """
-    array = whole(column)
+    array = one_array(column)
     kind = array.type
     if is_text(kind):
         return escaped(array.cast(pa.large_string()))
     if pa.types.is_null(kind):
         return pa.nulls(len(array), pa.large_string())
     if pa.types.is_struct(kind) and {"template", "fields"} <= set(kind.names):
-        return rendered(array, reorder_fields)
+        return render_structs(array, reorder_fields)
     if is_list(kind) and pa.types.is_struct(kind.value_type) and {"role", "content"} <= set(kind.value_type.names):
-        return pa.array([conversation(row) for row in array.to_pylist()], pa.large_string())
+        return pa.array([pack_conversation(row) for row in array.to_pylist()], pa.large_string())
     raise InputError(
         f"The prompt is {kind}; it must be text, prompt(template, {{fields}}) or messages with role and content. "
         "Cast it: complete(model, CAST(x AS VARCHAR)) in SQL, pl.col('x').cast(pl.String) in Polars."
@@ -77,14 +77,14 @@ def is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def conversation(messages: list[Mapping[str, str] | None] | None) -> str | None:
-    """Packed messages; NULL if the list, a message, a role or a content is."""
+def pack_conversation(messages: list[Mapping[str, str] | None] | None) -> str | None:
+    """The messages packed as one text; NULL if the list, a message, a role or a content is NULL."""
     if messages is None or any(m is None or m["role"] is None or m["content"] is None for m in messages):
         return None
     return pack_messages([m for m in messages if m is not None])
 
 
-def rendered(structs: Any, reorder_fields: bool) -> Any:
+def render_structs(structs: Any, reorder_fields: bool) -> Any:
     """[n] large_string from [n] structs of template and fields (a STRUCT or a MAP), template by template."""
     parts = dict(zip(structs.type.names, structs.flatten(), strict=True))
     templates = as_text(parts["template"], "template")
@@ -92,7 +92,7 @@ def rendered(structs: Any, reorder_fields: bool) -> Any:
     for template in pc.unique(templates).drop_null().to_pylist():
         columns = field_columns(template, parts["fields"])
         texts = render_column(template, columns, len(structs), reorder_fields)
-        out = pc.if_else(pc.fill_null(pc.equal(templates, template), False), whole(texts), out)
+        out = pc.if_else(pc.fill_null(pc.equal(templates, template), False), one_array(texts), out)
     return out
 
 
@@ -116,7 +116,7 @@ def prompt_structs(columns: list[Any]) -> Any:
         InvalidOptionError: a template cannot be used.
         InputError: a field has no text form, or a template names a field that is not given.
     """
-    template, *rest = [whole(c) for c in columns]
+    template, *rest = [one_array(c) for c in columns]
     if not (is_text(template.type) or pa.types.is_null(template.type)):
         raise InputError(f"The template of prompt() is {template.type}; it must be text.")
     template = template.cast(pa.large_string())
@@ -124,8 +124,8 @@ def prompt_structs(columns: list[Any]) -> Any:
         names, values = named_fields(rest[0])
     else:
         names, values = [f"_{n}" for n in range(len(rest))], rest
-        template = numbered(template)
-    texts = [as_text(whole(v), n).cast(pa.string()) for n, v in zip(names, values, strict=True)]
+        template = name_positions(template)
+    texts = [as_text(one_array(v), n).cast(pa.string()) for n, v in zip(names, values, strict=True)]
     for text in pc.unique(template).drop_null().to_pylist():
         if missing := sorted(set(template_fields(text)) - set(names)):
             shown, field = (NUMBERED.sub(r"{\1}", t) for t in (text, f"{{{missing[0]}}}"))
@@ -141,8 +141,8 @@ def named_fields(fields: Any) -> tuple[list[str], list[Any]]:
     return names, [pc.map_lookup(fields, name, "first") for name in names]
 
 
-def numbered(template: Any) -> Any:
-    """`{0}` is no name: the fields of a positional prompt are called `_0`, `_1`, ..."""
+def name_positions(template: Any) -> Any:
+    """The template with `{_0}` for `{0}`: a number is no name, so the fields of a positional prompt get names."""
     changed = {t: POSITION.sub(r"{_\1}", t) for t in pc.unique(template).drop_null().to_pylist()}
     return pa.array([changed.get(t) for t in template.to_pylist()], pa.large_string())
 
@@ -174,10 +174,10 @@ def groups(model: Any, options: Any | None) -> Iterator[CallGroup]:
     if isinstance(model, str):
         yield CallGroup(model, options)
         return
-    models = whole(model)
+    models = one_array(model)
     if not (is_text(models.type) or pa.types.is_null(models.type)):
         raise InputError(f"The model is {models.type}; it must be a name (text).")
-    chosen = None if options is None else whole(options)
+    chosen = None if options is None else one_array(options)
     if len(models) == 0 or models.null_count == len(models):
         return
     if is_constant(models) and (chosen is None or is_constant(chosen)):
@@ -195,16 +195,16 @@ def groups(model: Any, options: Any | None) -> Iterator[CallGroup]:
 
 
 def python_values(column: Any) -> list[Any]:
-    return [plain(v) for v in column.to_pylist(maps_as_pydicts="strict")]
+    return [plain_value(v) for v in column.to_pylist(maps_as_pydicts="strict")]
 
 
-def plain(value: Any) -> Any:
-    """SQL numbers as Python's: DECIMAL literals become int or float, so that 0.5 and 16 mean what they say."""
+def plain_value(value: Any) -> Any:
+    """A DECIMAL, which is what SQL makes of the literals 0.5 and 16, as int or float; other values as they are."""
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, list) else value
+        return {k: plain_value(v) for k, v in value.items()}
+    return [plain_value(v) for v in value] if isinstance(value, list) else value
 
 
 def option_mapping(value: Any) -> Mapping[str, Any] | None:
@@ -226,7 +226,7 @@ def option_mapping(value: Any) -> Mapping[str, Any] | None:
 def by_group(length: int, chosen: list[CallGroup], answer: Callable[[CallGroup], Any], kind: Any) -> Any:
     """[length] values of `kind`: the answers of each group at its rows, NULL at the rows of none."""
     if len(chosen) == 1 and chosen[0].rows is None:
-        return whole(answer(chosen[0]))
+        return one_array(answer(chosen[0]))
     if not chosen:
         return pa.nulls(length, kind)
     where = np.full(length, -1, np.int64)
@@ -234,5 +234,5 @@ def by_group(length: int, chosen: list[CallGroup], answer: Callable[[CallGroup],
     for group in chosen:
         where[group.rows] = np.arange(at, at + len(group.rows))
         at += len(group.rows)
-        parts.append(whole(answer(group)))
+        parts.append(one_array(answer(group)))
     return pa.concat_arrays(parts).take(pa.array(where, mask=where < 0))

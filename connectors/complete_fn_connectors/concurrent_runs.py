@@ -1,7 +1,7 @@
-"""The runs that one query needs at a time: those of one model go through its engine together.
+"""One query may need several runs at a time. The runs of one model go through its engine together.
 
-While the prompts of one are computed, the answers of another are written: a step of the engine has room for both, and
-no run waits for the last answers of the one before. So the run with the longest answers for its prompts goes first.
+A step of the engine has room for the prompts of one run and the tokens of another run's answers, and no run waits for
+the last answers of the run before it. The run with the longest answers for its prompts starts first.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from complete_fn.interrupts import NextInterrupt, uninterrupted
 from complete_fn.prompts.options import Options, parse_options
 from complete_fn.session import Session
 
-AT_ONCE = 4  # runs of a model
+AT_ONCE = 4  # runs of one model
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A run: a planned column of prompts, as `Session.complete` takes it, for one model with one set of options."""
+class WantedRun:
+    """A planned column of prompts, as `Session.complete` takes it, for one model with one set of options."""
 
     model: str
     prompts: Any
     options: Mapping[str, Any] | Options | None
 
     def decoding(self, session: Session) -> float:
-        """Tokens that an answer may have for a byte of its prompt."""
+        """The most tokens of an answer per byte of its prompt."""
         chosen = parse_options(self.options)
         limit = 1 if chosen.choices else chosen.sampling.max_tokens or session.model(self.model).default_max_tokens
         return float(limit * len(self.prompts) / max(1, self.prompts.nbytes))
 
 
-def complete_together(session: Session, wanted: Sequence[Wanted]) -> list[Answers]:
+def complete_together(session: Session, wanted: Sequence[WantedRun]) -> list[Answers]:
     """The answers of each run, in their order. Models take turns: each may need the whole device.
 
     Raises:
@@ -49,15 +49,15 @@ def complete_together(session: Session, wanted: Sequence[Wanted]) -> list[Answer
     for numbers in by_model.values():
         if len(numbers) > 1:
             numbers.sort(key=lambda n: -wanted[n].decoding(session))
-        found |= zip(numbers, at_the_same_time(session, [wanted[n] for n in numbers]), strict=True)
+        found |= zip(numbers, complete_at_once(session, [wanted[n] for n in numbers]), strict=True)
     return [found[n] for n in range(len(wanted))]
 
 
-def at_the_same_time(session: Session, wanted: list[Wanted]) -> list[Answers]:
+def complete_at_once(session: Session, wanted: list[WantedRun]) -> list[Answers]:
     interrupt, failure = NextInterrupt(), threading.Event()
     stop = EitherStop(interrupt, failure)
 
-    def run(one: Wanted) -> Answers:
+    def run(one: WantedRun) -> Answers:
         if stop.is_set():
             raise KeyboardInterrupt
         return session.complete(one.model, one.prompts, one.options, planned=True, stop=stop)

@@ -1,4 +1,4 @@
-"""The functions themselves, over Arrow columns: what DuckDB and Polars both call."""
+"""`complete` and its like over Arrow columns. DuckDB and Polars both call these functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from complete_fn.progress import Progress, Quiet
 from complete_fn.prompts.options import Options
 from complete_fn.session import Session, warn
 from complete_fn.spending.budget import NO_BRAKE, Brake
-from complete_fn_connectors.arrow import CallGroup, by_group, groups, is_text, prompt_column, prompt_structs, whole
+from complete_fn_connectors.arrow import CallGroup, by_group, groups, is_text, one_array, prompt_column, prompt_structs
 from complete_fn_connectors.query_progress import QueryBar
 from complete_fn_connectors.sql_functions import FUNCTIONS
 
@@ -29,8 +29,10 @@ LOUD, WITHIN = 5, 1.0  # at most so many warnings in so many seconds
 
 
 class QuerySession(Session):
-    """A session that is called in pieces by a query engine, on any thread: it can be interrupted, and it warns of
-    failed rows at the first piece of a query, then each time there are ten times as many, not at every piece."""
+    """A session that a query engine calls in pieces, on any thread.
+
+    It warns of failed rows at the first piece of a query, and again each time their number has grown tenfold.
+    """
 
     def __init__(self, *, task_model: str | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -44,7 +46,7 @@ class QuerySession(Session):
 
     @contextmanager
     def braked(self, max_cost: Any, max_total_tokens: int | None) -> Iterator[None]:
-        """Caps for what is asked meanwhile, besides the session's own.
+        """Hold everything that is asked meanwhile to these caps as well as to the session's own.
 
         Raises:
             InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
@@ -117,7 +119,7 @@ class QuerySession(Session):
         return summary.line()
 
 
-def answered(
+def answer_rows(
     session: Session,
     columns: tuple[Any, ...],
     pick: Callable[[Answers, CallGroup], Any],
@@ -130,26 +132,26 @@ def answered(
     length = len(columns[1])
 
     def answer(group: CallGroup) -> Any:
-        chosen = prompts if not reorders(group) else prompt_column(columns[1], reorder_fields=True)
+        chosen = prompts if not has_reordered_fields(group) else prompt_column(columns[1], reorder_fields=True)
         rows = chosen if group.rows is None else chosen.take(pa.array(group.rows))
         try:
             return pick(session.complete(group.model, rows, group.options, planned=True), group)
         except (RequestError, EngineError) as error:
-            return swallowed(error, len(rows), kind, lenient)
+            return null_or_raise(error, len(rows), kind, lenient)
 
     try:
         prompts = prompt_column(columns[1])
         found = list(groups(columns[0], columns[2] if len(columns) == 3 else None))
     except RequestError as error:
-        return swallowed(error, length, kind, lenient)
+        return null_or_raise(error, length, kind, lenient)
     return by_group(length, found, answer, kind)
 
 
-def reorders(group: CallGroup) -> bool:
+def has_reordered_fields(group: CallGroup) -> bool:
     return isinstance(group.options, Mapping) and group.options.get("reorder_fields") is True
 
 
-def swallowed(error: Exception, length: int, kind: Any, lenient: bool) -> Any:
+def null_or_raise(error: Exception, length: int, kind: Any, lenient: bool) -> Any:
     if not lenient:
         raise error
     warn(f"Rows that are NULL because the query is at fault: {length:,}. {error}")
@@ -158,17 +160,17 @@ def swallowed(error: Exception, length: int, kind: Any, lenient: bool) -> Any:
 
 def complete(session: Session, *columns: Any) -> Any:
     """[n] large_string: the answers; NULL for a NULL prompt or model and for a row that failed."""
-    return answered(session, columns, lambda a, _: a.text, pa.large_string())
+    return answer_rows(session, columns, lambda a, _: a.text, pa.large_string())
 
 
 def try_complete(session: Session, *columns: Any) -> Any:
     """As `complete`, and NULL instead of an error where the query itself is at fault."""
-    return answered(session, columns, lambda a, _: a.text, pa.large_string(), lenient=True)
+    return answer_rows(session, columns, lambda a, _: a.text, pa.large_string(), lenient=True)
 
 
 def complete_details(session: Session, *columns: Any) -> Any:
     """[n] DETAILS: value, error, finish_reason, usage, cost, source, scores and field_order of each row."""
-    return answered(session, columns, lambda a, _: a.details, DETAILS)
+    return answer_rows(session, columns, lambda a, _: a.details, DETAILS)
 
 
 def prompt(session: Session, *columns: Any) -> Any:
@@ -184,7 +186,7 @@ def count_tokens(session: Session, *columns: Any) -> Any:
     """
     if len(columns) != 2:
         raise InputError(f"{len(columns)} arguments were given; write {FUNCTIONS['count_tokens'].form}.")
-    texts = whole(columns[1])
+    texts = one_array(columns[1])
     if not (is_text(texts.type) or pa.types.is_null(texts.type)):
         raise InputError(f"count_tokens(model, text): the text is {texts.type}. Cast it: CAST(x AS VARCHAR).")
 

@@ -12,7 +12,7 @@ PAUSE = 0.5  # seconds without a piece after which the query is taken to be over
 
 
 class QueryBar:
-    """A bar whose total grows with each piece; the rows still to come are the query engine's secret.
+    """A bar whose total grows with each piece, as the query engine does not say how many rows are still to come.
 
     Safe to call from several threads: their pieces share the bar.
     """

@@ -1,4 +1,4 @@
-"""The semantic functions: versioned prompts of `complete_fn_sql/tasks.toml` over the same call as `complete`."""
+"""The semantic functions fill a versioned prompt of `complete_fn_sql/tasks.toml` and ask it as `complete` does."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from complete_fn.execution.answers import DETAILS, Answers
 from complete_fn.prompts.templates import template_fields
 from complete_fn.session import Session
 from complete_fn.text import as_text
-from complete_fn_connectors.arrow import is_constant, is_list, is_text, option_mapping, python_values, whole
-from complete_fn_connectors.functions import answered
+from complete_fn_connectors.arrow import is_constant, is_list, is_text, one_array, option_mapping, python_values
+from complete_fn_connectors.functions import answer_rows
 from complete_fn_connectors.sql_functions import FUNCTIONS
 
 SENTIMENTS = ("positive", "negative", "neutral", "mixed")
@@ -28,7 +28,7 @@ VERSION = re.compile(r"v\d+")
 
 
 def form_of(task: str) -> str:
-    """How the function of a task is called; of a prompt without one its name, as `holds`."""
+    """How the function of a task is called. A prompt without a function, such as `holds`, gives its own name."""
     function = FUNCTIONS.get(f"complete_{task}")
     return task if function is None else function.form
 
@@ -64,7 +64,7 @@ def template_of(task: str, given: Any) -> str:
     return given
 
 
-def ask(
+def ask_task(
     session: Session,
     task: str,
     model: Any,
@@ -82,7 +82,7 @@ def ask(
         options: a column of the caller's options or one mapping; `template` is the task's, the rest `complete`'s.
     """
     n = len(fields["text"])
-    constant = len(own) == 1 and (options is None or isinstance(options, Mapping) or is_constant(whole(options)))
+    constant = len(own) == 1 and (options is None or isinstance(options, Mapping) or is_constant(one_array(options)))
     chosen = [
         options_of(task, values, given) for values, given in zip(*rows_of(own, options, n, constant), strict=True)
     ]
@@ -95,15 +95,15 @@ def ask(
         [template, pa.StructArray.from_arrays(texts, list(fields))], ["template", "fields"], mask=pc.is_null(template)
     )
     models = pa.repeat(pa.scalar(model), n) if isinstance(model, str) else model
-    return answered(session, (models, prompts, asked), lambda answers, _: pick(answers), kind)
+    return answer_rows(session, (models, prompts, asked), lambda answers, _: pick(answers), kind)
 
 
 def rows_of(own: Any, options: Any, n: int, constant: bool) -> tuple[list[Any], list[Any]]:
     """The task's and the caller's options: of all rows at once where they are `constant`, else row by row."""
     plain = options is None or isinstance(options, Mapping)
     if constant:
-        return list(own), [options] if plain else [*python_values(whole(options)[:1]), None][:1]
-    given = [options] * n if plain else python_values(whole(options))
+        return list(own), [options] if plain else [*python_values(one_array(options)[:1]), None][:1]
+    given = [options] * n if plain else python_values(one_array(options))
     return (list(own) * n if len(own) == 1 else list(own)), given
 
 
@@ -119,8 +119,8 @@ def options_of(task: str, own: Mapping[str, Any] | None, given: Any) -> tuple[st
     return template, json.dumps({**found, **own}, default=str)
 
 
-def split(task: str, columns: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The columns and then the options or None.
+def split_options(task: str, columns: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The columns with the options as the last one; None stands for options that were not given.
 
     Raises:
         InputError: too few or too many.
@@ -133,14 +133,14 @@ def split(task: str, columns: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def text_argument(column: Any, task: str, name: str) -> Any:
     """Raises InputError: it is no text."""
-    values = whole(column)
+    values = one_array(column)
     if not (is_text(values.type) or pa.types.is_null(values.type)):
         raise InputError(f"{form_of(task)}: {name} is {values.type}. Cast it: CAST(x AS VARCHAR).")
     return values.cast(pa.large_string())
 
 
-def spread(values: Any, n: int) -> Any:
-    """[n] values from [n] or [1]."""
+def repeat_single(values: Any, n: int) -> Any:
+    """[n] values: a single value is repeated."""
     return pa.repeat(values[0], n) if len(values) == 1 else values
 
 
@@ -158,7 +158,7 @@ def label_lists(column: Any) -> list[Any]:
     Raises:
         InputError: no list of these.
     """
-    values = whole(column)
+    values = one_array(column)
     if pa.types.is_null(values.type):
         return [None]
     inner = values.type.value_type if is_list(values.type) else values.type
@@ -172,20 +172,20 @@ def name_of(label: Any) -> Any:
     return label["label"] if isinstance(label, Mapping) else label
 
 
-def described(label: Any) -> str:
+def label_line(label: Any) -> str:
     """A label as the prompt lists it."""
     more = label.get("description") if isinstance(label, Mapping) else None
     return f"{name_of(label)} ({more})" if more else str(name_of(label))
 
 
 def classification(session: Session, columns: tuple[Any, ...], pick: Callable[[Answers], Any], kind: Any) -> Any:
-    model, text, labels, options = split("classify", columns)
+    model, text, labels, options = split_options("classify", columns)
     text = text_argument(text, "classify", "text")
     chosen = label_lists(labels)
-    listed = pa.array([None if c is None else ", ".join(map(described, c)) for c in chosen], pa.large_string())
-    fields = {"labels": spread(listed, len(text)), "text": text}
+    listed = pa.array([None if c is None else ", ".join(map(label_line, c)) for c in chosen], pa.large_string())
+    fields = {"labels": repeat_single(listed, len(text)), "text": text}
     own = [None if c is None else {"choices": list(map(name_of, c))} for c in chosen]
-    return ask(session, "classify", model, fields, own, options, pick, kind)
+    return ask_task(session, "classify", model, fields, own, options, pick, kind)
 
 
 def complete_classify(session: Session, *columns: Any) -> Any:
@@ -208,35 +208,35 @@ def is_yes(answers: Answers) -> Any:
 
 def complete_filter(session: Session, *columns: Any) -> Any:
     """[n] bool: whether the predicate holds for the text; NULL for a NULL in either and for a row that failed."""
-    model, predicate, text, options = split("filter", columns)
+    model, predicate, text, options = split_options("filter", columns)
     fields = {
         "predicate": text_argument(predicate, "filter", "predicate"),
         "text": text_argument(text, "filter", "text"),
     }
-    return ask(session, "filter", model, fields, [{"choices": YES_NO}], options, is_yes, pa.bool_())
+    return ask_task(session, "filter", model, fields, [{"choices": YES_NO}], options, is_yes, pa.bool_())
 
 
 def complete_sentiment(session: Session, *columns: Any) -> Any:
     """[n] large_string: positive, negative, neutral or mixed."""
-    model, text, options = split("sentiment", columns)
+    model, text, options = split_options("sentiment", columns)
     fields = {"text": text_argument(text, "sentiment", "text")}
-    return ask(session, "sentiment", model, fields, [{"choices": SENTIMENTS}], options, value, pa.large_string())
+    return ask_task(session, "sentiment", model, fields, [{"choices": SENTIMENTS}], options, value, pa.large_string())
 
 
 def complete_summarize(session: Session, *columns: Any) -> Any:
     """[n] large_string: at most three sentences."""
-    model, text, options = split("summarize", columns)
+    model, text, options = split_options("summarize", columns)
     fields = {"text": text_argument(text, "summarize", "text")}
-    return ask(session, "summarize", model, fields, [{}], options, value, pa.large_string())
+    return ask_task(session, "summarize", model, fields, [{}], options, value, pa.large_string())
 
 
 def complete_translate(session: Session, *columns: Any) -> Any:
     """[n] large_string: the text in another language, named in words ('French')."""
-    model, text, target, options = split("translate", columns)
+    model, text, target, options = split_options("translate", columns)
     text = text_argument(text, "translate", "text")
     source = pa.repeat(pa.scalar("its own language", pa.large_string()), len(text))
     fields = {"source": source, "target": text_argument(target, "translate", "language"), "text": text}
-    return ask(session, "translate", model, fields, [{}], options, value, pa.large_string())
+    return ask_task(session, "translate", model, fields, [{}], options, value, pa.large_string())
 
 
 def questions_of(fields: Any) -> dict[str, str]:
@@ -255,7 +255,7 @@ def questions_of(fields: Any) -> dict[str, str]:
     return dict(fields)
 
 
-def extraction(fields: Any) -> tuple[str, dict[str, Any]]:
+def extraction_of(fields: Any) -> tuple[str, dict[str, Any]]:
     """(the questions as lines, the schema of the answer)."""
     questions = questions_of(fields)
     one = {"type": ["string", "null"]}
@@ -270,12 +270,12 @@ def extraction(fields: Any) -> tuple[str, dict[str, Any]]:
 
 def complete_extract(session: Session, *columns: Any) -> Any:
     """[n] large_string: a JSON object with a text or null for each field."""
-    model, text, asked, options = split("extract", columns)
+    model, text, asked, options = split_options("extract", columns)
     text = text_argument(text, "extract", "text")
-    values = whole(asked)
+    values = one_array(asked)
     wanted = python_values(values[:1] if is_constant(values) else values)
-    found = [None if w is None else extraction(w) for w in wanted]
+    found = [None if w is None else extraction_of(w) for w in wanted]
     listed = pa.array([None if f is None else f[0] for f in found], pa.large_string())
-    fields = {"questions": spread(listed, len(text)), "text": text}
+    fields = {"questions": repeat_single(listed, len(text)), "text": text}
     own = [None if f is None else f[1] for f in found]
-    return ask(session, "extract", model, fields, own, options, value, pa.large_string())
+    return ask_task(session, "extract", model, fields, own, options, value, pa.large_string())

@@ -18,9 +18,9 @@ from complete_fn.errors import InputError, InvalidOptionError
 from complete_fn.execution.answers import Answers
 from complete_fn.session import Session
 from complete_fn.types import Completion
-from complete_fn_connectors.arrow import CallGroup, is_constant, option_mapping, python_values, whole
+from complete_fn_connectors.arrow import CallGroup, is_constant, one_array, option_mapping, python_values
 from complete_fn_connectors.duckdb_query.call_sites import NAMED
-from complete_fn_connectors.functions import answered
+from complete_fn_connectors.functions import answer_rows
 from complete_fn_connectors.sql_functions import AI_COMPLETE, FUNCTIONS, TEXT_OR_ERROR
 
 
@@ -44,7 +44,7 @@ def cortex_options(parameters: Any, response_format: Any = None) -> dict[str, An
 
 def options_column(length: int, parameters: Any, response_format: Any) -> Any:
     """[length] options as JSON text, from the columns of both."""
-    columns = [whole(c) for c in (parameters, response_format)]
+    columns = [one_array(c) for c in (parameters, response_format)]
     if all(is_constant(c) for c in columns):
         first = [python_values(c.slice(0, 1))[0] for c in columns]
         return pa.repeat(json.dumps(cortex_options(*first), default=str), length)
@@ -52,13 +52,13 @@ def options_column(length: int, parameters: Any, response_format: Any) -> Any:
     return pa.array([json.dumps(cortex_options(*row), default=str) for row in rows])
 
 
-def flag(column: Any, name: str) -> bool:
+def read_flag(column: Any, name: str) -> bool:
     """Whether the argument is true, the same for all rows; NULL and not given are false.
 
     Raises:
         InputError: it is no BOOLEAN, or differs by row.
     """
-    values = whole(column)
+    values = one_array(column)
     if not (pa.types.is_boolean(values.type) or pa.types.is_null(values.type)):
         raise InputError(f"{name} is {values.type}; it must be true or false. Write {AI_COMPLETE}.")
     if not is_constant(values):
@@ -87,9 +87,9 @@ def completion_object(model: str, structured: bool, completion: Completion) -> s
     return json.dumps(answer, ensure_ascii=False)
 
 
-def texts(answers: Answers, group: CallGroup, show_details: bool) -> Any:
+def answer_texts(answers: Answers, group: CallGroup, show_details: bool) -> Any:
     if not show_details:
-        return whole(answers.text)
+        return one_array(answers.text)
     structured = bool(group.options and group.options.get("response_format"))
     objects = [completion_object(group.model, structured, c) for c in answers.completions]
     return answers.plan.scatter(pa.array(objects, pa.large_string()))
@@ -97,14 +97,14 @@ def texts(answers: Answers, group: CallGroup, show_details: bool) -> Any:
 
 def ai_complete(session: Session, *columns: Any, lenient: bool = False) -> Any:
     """[n] large_string: the answer, or Snowflake's JSON object with `show_details`."""
-    columns = filled(columns)
-    if flag(columns[5], "return_error_details"):
+    columns = fill_arguments(columns)
+    if read_flag(columns[5], "return_error_details"):
         raise InputError(
             f"return_error_details changes the type of the result and needs its name. Write {AI_COMPLETE}."
         )
-    details = flag(columns[4], "show_details")
+    details = read_flag(columns[4], "show_details")
     asked = (*columns[:2], options_column(len(columns[0]), columns[2], columns[3]))
-    return answered(session, asked, lambda a, g: texts(a, g, details), pa.large_string(), lenient)
+    return answer_rows(session, asked, lambda a, g: answer_texts(a, g, details), pa.large_string(), lenient)
 
 
 def try_ai_complete(session: Session, *columns: Any) -> Any:
@@ -113,20 +113,21 @@ def try_ai_complete(session: Session, *columns: Any) -> Any:
 
 def ai_complete_with_error(session: Session, *columns: Any) -> Any:
     """[n] TEXT_OR_ERROR: the value or the error's message, the other NULL; both NULL for a NULL prompt."""
-    columns = filled(columns)
-    details, wanted = flag(columns[4], "show_details"), flag(columns[5], "return_error_details")
+    columns = fill_arguments(columns)
+    details, wanted = read_flag(columns[4], "show_details"), read_flag(columns[5], "return_error_details")
     asked = (*columns[:2], options_column(len(columns[0]), columns[2], columns[3]))
 
     def pick(answers: Answers, group: CallGroup) -> Any:
         messages = pa.array([c.error.message if wanted and c.error else None for c in answers.completions], pa.string())
-        parts = [whole(texts(answers, group, details)), whole(answers.plan.scatter(messages))]
+        parts = [one_array(answer_texts(answers, group, details)), one_array(answers.plan.scatter(messages))]
         return pa.StructArray.from_arrays(parts, fields=list(TEXT_OR_ERROR))
 
-    return answered(session, asked, pick, TEXT_OR_ERROR)
+    return answer_rows(session, asked, pick, TEXT_OR_ERROR)
 
 
-def filled(columns: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All six arguments, NULL where one was not given; a third one that is no object is a misplaced named argument."""
+def fill_arguments(columns: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All six arguments; an argument that was not given is NULL. A third argument that is true or false was meant by
+    name."""
     if not 2 <= len(columns) <= 6:
         raise InputError(f"{len(columns)} arguments were given. Write {AI_COMPLETE}.")
     if len(columns) > 2 and pa.types.is_boolean(columns[2].type):
@@ -135,7 +136,7 @@ def filled(columns: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def refuse_clash(con: duckdb.DuckDBPyConnection) -> None:
-    """The name must be free.
+    """Refuse a database that has a catalog named snowflake already.
 
     Raises:
         InputError: a catalog named snowflake is there already; the message has its file.
@@ -161,11 +162,11 @@ class Catalog:
                 cursor.execute(f"ATTACH '{self.file()}' AS snowflake (READ_ONLY)")
             else:
                 cursor.execute("ATTACH ':memory:' AS snowflake")
-                cursor.execute(sql("cortex_catalog.sql"))
-        con.execute(sql("cortex_names.sql"))
+                cursor.execute(read_sql("cortex_catalog.sql"))
+        con.execute(read_sql("cortex_names.sql"))
 
     def file(self) -> Path:
-        """The catalog as a temporary file: a read-only database takes no other in memory."""
+        """The catalog as a temporary file. A read-only database cannot attach a catalog in memory."""
         self.folder = tempfile.TemporaryDirectory(prefix="complete-fn-")
         path = Path(self.folder.name) / "snowflake.duckdb"
         cortex_names = [name for name, function in FUNCTIONS.items() if function.is_cortex]
@@ -173,7 +174,7 @@ class Catalog:
             for name in ("complete", "try_complete", "count_tokens", *cortex_names):
                 builder.create_function(name, lambda *columns: columns[0], None, "VARCHAR", type=ARROW)
             builder.execute(f"ATTACH '{path}' AS snowflake")
-            builder.execute(sql("cortex_catalog.sql"))
+            builder.execute(read_sql("cortex_catalog.sql"))
         return path
 
     def detach(self) -> None:
@@ -185,5 +186,5 @@ class Catalog:
             self.folder.cleanup()
 
 
-def sql(name: str) -> str:
+def read_sql(name: str) -> str:
     return files("complete_fn_sql").joinpath(name).read_text("utf-8")

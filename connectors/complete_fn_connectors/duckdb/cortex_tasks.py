@@ -13,7 +13,7 @@ from complete_fn.errors import InputError
 from complete_fn.execution.answers import Answers
 from complete_fn.types import Completion
 from complete_fn_connectors import tasks
-from complete_fn_connectors.arrow import is_constant, option_mapping, prompt_column, python_values, whole
+from complete_fn_connectors.arrow import is_constant, one_array, option_mapping, prompt_column, python_values
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.sql_functions import FUNCTIONS
 
@@ -27,7 +27,7 @@ def model_of(session: QuerySession, name: str) -> str:
     return session.task_model
 
 
-def taken(name: str, columns: tuple[Any, ...], *counts: int) -> None:
+def check_count(name: str, columns: tuple[Any, ...], *counts: int) -> None:
     if len(columns) not in counts:
         raise InputError(f"{len(columns)} arguments were given; write {FUNCTIONS[name].form}.")
 
@@ -42,9 +42,9 @@ def as_object(make: Callable[[Completion], Any]) -> Callable[[Answers], Any]:
     return pick
 
 
-def classified(session: QuerySession, columns: tuple[Any, ...], make: Callable[[Completion], Any]) -> Any:
-    taken("ai_classify", columns, 2, 3)
-    for config in python_values(whole(columns[2])) if len(columns) == 3 else []:
+def classify(session: QuerySession, columns: tuple[Any, ...], make: Callable[[Completion], Any]) -> Any:
+    check_count("ai_classify", columns, 2, 3)
+    for config in python_values(one_array(columns[2])) if len(columns) == 3 else []:
         given = {k: v for k, v in (option_mapping(config) or {}).items() if v is not None}
         if given.pop("output_mode", "single") != "single" or given:
             raise InputError(f"The configuration {config!r} is not supported; write {FUNCTIONS['ai_classify'].form}.")
@@ -54,27 +54,27 @@ def classified(session: QuerySession, columns: tuple[Any, ...], make: Callable[[
 
 def ai_classify(session: QuerySession, *columns: Any) -> Any:
     """[n] large_string: Snowflake's object, {"labels": ["..."]}."""
-    return classified(session, columns, lambda c: {"labels": [c.text]})
+    return classify(session, columns, lambda c: {"labels": [c.text]})
 
 
 def classify_text(session: QuerySession, *columns: Any) -> Any:
     """[n] large_string: the older {"label": "..."}."""
-    return classified(session, columns, lambda c: {"label": c.text})
+    return classify(session, columns, lambda c: {"label": c.text})
 
 
 def ai_filter(session: QuerySession, *columns: Any) -> Any:
     """[n] bool: whether the statement, or the question of a PROMPT, is answered with yes."""
-    taken("ai_filter", columns, 1)
+    check_count("ai_filter", columns, 1)
     fields = {"text": prompt_column(columns[0])}
     own = [{"choices": tasks.YES_NO}]
-    return tasks.ask(session, "holds", model_of(session, "AI_FILTER"), fields, own, None, tasks.is_yes, pa.bool_())
+    return tasks.ask_task(session, "holds", model_of(session, "AI_FILTER"), fields, own, None, tasks.is_yes, pa.bool_())
 
 
 def sentiments(session: QuerySession, columns: tuple[Any, ...], pick: Callable[[Answers], Any], kind: Any) -> Any:
-    taken("ai_sentiment", columns, 1)
+    check_count("ai_sentiment", columns, 1)
     fields = {"text": tasks.text_argument(columns[0], "sentiment", "text")}
     own = [{"choices": tasks.SENTIMENTS}]
-    return tasks.ask(session, "sentiment", model_of(session, "AI_SENTIMENT"), fields, own, None, pick, kind)
+    return tasks.ask_task(session, "sentiment", model_of(session, "AI_SENTIMENT"), fields, own, None, pick, kind)
 
 
 def ai_sentiment(session: QuerySession, *columns: Any) -> Any:
@@ -83,7 +83,7 @@ def ai_sentiment(session: QuerySession, *columns: Any) -> Any:
     return sentiments(session, columns, pick, pa.large_string())
 
 
-def balance(answers: Answers) -> Any:
+def sentiment_score(answers: Answers) -> Any:
     """[n] double: probability of positive less that of negative; NULL where the engine gives no scores."""
     found = [c.scores and (c.scores["positive"] or 0.0) - (c.scores["negative"] or 0.0) for c in answers.completions]
     return answers.plan.scatter(pa.array(found, pa.float64()))
@@ -91,32 +91,34 @@ def balance(answers: Answers) -> Any:
 
 def cortex_sentiment(session: QuerySession, *columns: Any) -> Any:
     """[n] double: the older score from -1 (negative) to 1 (positive)."""
-    return sentiments(session, columns, balance, pa.float64())
+    return sentiments(session, columns, sentiment_score, pa.float64())
 
 
 def ai_translate(session: QuerySession, *columns: Any) -> Any:
     """[n] large_string. An empty source language means the text's own."""
-    taken("ai_translate", columns, 3)
+    check_count("ai_translate", columns, 3)
     text, source, target = (tasks.text_argument(c, "translate", "an argument") for c in columns)
     named = pa.array([s if s is None or s.strip() else "its own language" for s in source.to_pylist()])
     fields = {"source": named.cast(pa.large_string()), "target": target, "text": text}
     model = model_of(session, "AI_TRANSLATE")
-    return tasks.ask(session, "translate", model, fields, [{}], None, tasks.value, pa.large_string())
+    return tasks.ask_task(session, "translate", model, fields, [{}], None, tasks.value, pa.large_string())
 
 
 def ai_extract(session: QuerySession, *columns: Any) -> Any:
     """[n] large_string: Snowflake's object, {"error": null, "response": {...}}."""
-    taken("ai_extract", columns, 2)
-    if not is_constant(whole(columns[1])):
+    check_count("ai_extract", columns, 2)
+    if not is_constant(one_array(columns[1])):
         raise InputError("AI_EXTRACT: responseFormat must be the same in every row.")
     text = tasks.text_argument(columns[0], "extract", "text")
-    first = python_values(whole(columns[1])[:1])[0]
-    questions, own = tasks.extraction(option_mapping(first) if isinstance(first, str) else first)
+    first = python_values(one_array(columns[1])[:1])[0]
+    questions, own = tasks.extraction_of(option_mapping(first) if isinstance(first, str) else first)
     fields = {"questions": pa.repeat(pa.scalar(questions, pa.large_string()), len(text)), "text": text}
     pick = as_object(lambda c: {"error": None, "response": json.loads(c.text or "null")})
-    return tasks.ask(session, "extract", model_of(session, "AI_EXTRACT"), fields, [own], None, pick, pa.large_string())
+    return tasks.ask_task(
+        session, "extract", model_of(session, "AI_EXTRACT"), fields, [own], None, pick, pa.large_string()
+    )
 
 
 def cortex_summarize(session: QuerySession, *columns: Any) -> Any:
-    taken("cortex_summarize", columns, 1)
+    check_count("cortex_summarize", columns, 1)
     return tasks.complete_summarize(session, model_of(session, "SUMMARIZE"), *columns)

@@ -1,4 +1,4 @@
-"""A DuckDB file that rows are read from and answers written to, for `complete-fn run` and jobs."""
+"""`complete-fn run` and jobs read rows from a DuckDB file and write answers to one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from complete_fn.rows.databases import Query
 from complete_fn.rows.readers import BATCH_ROWS
 from complete_fn.rows.result_tables import refuse_keys, refuse_name
 from complete_fn_connectors.duckdb_query.json_versions import read_batches
-from complete_fn_connectors.duckdb_query.materialise import quoted
+from complete_fn_connectors.duckdb_query.materialise import quote_name
 
 
 def open_database(url: str, read_only: bool, seconds: float | None) -> DuckDatabase:
@@ -27,7 +27,7 @@ def open_database(url: str, read_only: bool, seconds: float | None) -> DuckDatab
 
 
 class DuckDatabase:
-    """As `row_databases.Database`. Somebody else's SQL runs without files, network, extensions or settings."""
+    """As `rows.databases.RowDatabase`. SQL of a tenant runs without files, network, extensions or settings."""
 
     def __init__(self, path: str, read_only: bool, seconds: float | None) -> None:
         self.path, self.read_only, self.seconds = path, read_only, seconds
@@ -56,7 +56,7 @@ class DuckDatabase:
     def batches(self, query: Query) -> Iterator[Any]:
         sql, values = query.sql, []
         if query.key is not None:
-            name = quoted(query.key)
+            name = quote_name(query.key)
             behind = "" if query.after is None else f"WHERE {name} {'=' if query.at else '>'} ? "
             values = [] if query.after is None else [query.after]
             sql = f"SELECT * FROM ({sql}\n) AS q {behind}ORDER BY {name}"
@@ -69,10 +69,12 @@ class DuckDatabase:
             yield from reader
 
     def has(self, table: str, key: str, value: Any) -> bool:
-        target = ".".join(quoted(part) for part in table.split("."))
+        target = ".".join(quote_name(part) for part in table.split("."))
         try:
             with self.connected(False) as connection:
-                one = connection.execute(f"SELECT 1 FROM {target} WHERE {quoted(key)} = ? LIMIT 1", [value]).fetchone()
+                one = connection.execute(
+                    f"SELECT 1 FROM {target} WHERE {quote_name(key)} = ? LIMIT 1", [value]
+                ).fetchone()
                 return one is not None
         except InputError:
             return False  # there is no such table
@@ -81,20 +83,20 @@ class DuckDatabase:
         refuse_keys(rows.column(key), key)
         refuse_name(table)
         with self.connected(False) as connection:
-            target = ".".join(quoted(part) for part in table.split("."))
-            others = ", ".join(f"{quoted(n)} = excluded.{quoted(n)}" for n in rows.column_names if n != key)
-            columns = ", ".join(quoted(n) for n in rows.column_names)
+            target = ".".join(quote_name(part) for part in table.split("."))
+            others = ", ".join(f"{quote_name(n)} = excluded.{quote_name(n)}" for n in rows.column_names if n != key)
+            columns = ", ".join(quote_name(n) for n in rows.column_names)
             connection.begin()
             connection.register("new_answers", rows)
             types = connection.execute("DESCRIBE SELECT * FROM new_answers").fetchall()
-            made = ", ".join(f"{quoted(n)} {kind}{' PRIMARY KEY' if n == key else ''}" for n, kind, *_ in types)
+            made = ", ".join(f"{quote_name(n)} {kind}{' PRIMARY KEY' if n == key else ''}" for n, kind, *_ in types)
             connection.execute(f"CREATE TABLE IF NOT EXISTS {target} ({made})")
             there = {name for name, *_ in connection.execute(f"DESCRIBE {target}").fetchall()}
             if missing := [n for n in rows.column_names if n not in there]:
                 raise InputError(f"The table {table!r} is there and has no column {missing[0]!r}. Name another one.")
             connection.execute(
                 f"INSERT INTO {target} ({columns}) SELECT {columns} FROM new_answers "
-                f"ON CONFLICT ({quoted(key)}) DO UPDATE SET {others}"
+                f"ON CONFLICT ({quote_name(key)}) DO UPDATE SET {others}"
             )
             connection.commit()
 

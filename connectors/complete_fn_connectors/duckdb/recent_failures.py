@@ -1,9 +1,9 @@
-"""Failures that a query meets again: DuckDB may drop what a call raises.
+"""A failed constant call raises the same failure again for a second, as DuckDB may drop what a call raises.
 
-DuckDB evaluates a call whose arguments are all constant while it plans, and at most places takes an exception as a sign
-to try again later, in the end when the query runs. Without memory an engine that cannot start would be started a dozen
-times, a row that fails under `strict` paid as often, and Ctrl-C end nothing. So a failure of a call of one row (folding
-makes no other) is raised again where the same would be tried within a second.
+DuckDB evaluates a call whose arguments are all constant while it plans, and in most places takes an exception as a sign
+to try again later, at the latest when the query runs. Without memory an engine that cannot start would be started a
+dozen times, a row that fails under `strict` paid as often, and Ctrl-C end nothing. So a failure of a call of one row
+(folding makes no other) is raised again where the same would be tried within a second.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from complete_fn.errors import RequestError, RowFailedError
 
-SECONDS = 1.0  # DuckDB tries again at once; a person, or a loop that waits between its attempts, does not
+SECONDS = 1.0  # DuckDB tries again within milliseconds; a person, or a loop that waits between attempts, takes longer
 Key = tuple[Any, ...]
 
 
@@ -34,7 +34,7 @@ class RecentFailures:
                 return
             now = self.clock()
             self.failures = {k: (at, e) for k, (at, e) in self.failures.items() if now - at < SECONDS}
-            for key in ((), *keys(name, columns)):
+            for key in ((), *failure_keys(name, columns)):
                 if key in self.failures:
                     raise self.failures[key][1]
 
@@ -43,7 +43,7 @@ class RecentFailures:
         failed row its call; a wrong request costs nothing to meet again."""
         if len(columns[0]) != 1:
             return
-        model, call = keys(name, columns)
+        model, call = failure_keys(name, columns)
         if isinstance(error, RowFailedError):
             key: Key = call
         elif isinstance(error, RequestError):
@@ -54,7 +54,7 @@ class RecentFailures:
             self.failures[key] = (self.clock(), error)
 
 
-def keys(name: str, columns: tuple[Any, ...]) -> tuple[Key, Key]:
+def failure_keys(name: str, columns: tuple[Any, ...]) -> tuple[Key, Key]:
     """(what all calls of its model have in common, what the same call has), by a call's first row."""
     values = tuple(str(column[0]) if len(column) else "" for column in columns)
     return values[:1], (name, *values)

@@ -41,7 +41,7 @@ SQL_TYPES = {
     pa.int64(): "BIGINT",
     pa.float64(): "DOUBLE",
 }
-WHOSE = "complete_fn_registration"  # says whose functions a cursor sees
+WHOSE = "complete_fn_registration"  # a function that tells which registration a cursor sees
 
 
 class Registration:
@@ -105,7 +105,7 @@ class Registration:
         return legacy | {n.removeprefix(SITE): n.removeprefix(SITE) for n in self.names if n.startswith(SITE)}
 
     def add(self, name: str, entry: SqlFunction) -> None:
-        """Make a function, and beside it the one that `sql` calls in its place while it collects."""
+        """Create a function, and the function that stands for its calls while `sql` collects prompts."""
         function, kind = entry.function, sql_type(entry.result)
 
         def call(*columns: Column) -> Column:
@@ -170,11 +170,11 @@ def sql_type(kind: pa.DataType) -> str:
 
 
 def no_one() -> None:
-    """What a dead weak reference says."""
+    """Stands for a weak reference whose object is gone."""
 
 
 def refuse_transaction(con: duckdb.DuckDBPyConnection) -> None:
-    """Functions made inside a transaction are gone with its rollback, and cursors do not see them before.
+    """Refuse a connection inside a transaction: a rollback would remove the functions, and cursors would not see them.
 
     Raises:
         InputError: the connection is inside one.
@@ -252,10 +252,10 @@ def register(
 
 
 def registration_of(con: duckdb.DuckDBPyConnection | ModuleType) -> Registration:
-    """Who registered the functions that the connection, or the cursor, sees.
+    """The registration whose functions the connection or cursor sees.
 
     Raises:
-        InputError: nobody did.
+        InputError: There is none.
     """
     con = duckdb.default_connection() if isinstance(con, ModuleType) else con
     found = REGISTERED.get(con, no_one)()
@@ -340,7 +340,7 @@ def estimate(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, param
 
 
 def close_all() -> None:
-    """At exit: without it nanobind reports the functions and their connections as leaked."""
+    """Close all registrations at exit. Otherwise nanobind reports functions and connections as leaked."""
     INTERRUPTS.raise_all()
     let_finish(1.0)
     for con, reference in list(REGISTERED.items()):

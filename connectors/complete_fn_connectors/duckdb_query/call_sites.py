@@ -1,4 +1,4 @@
-"""Call sites: every completion in a query gets a number, as the first argument of a function that only we call."""
+"""Every completion in a query gets a number: the call becomes a call of our own function with the number in front."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from complete_fn_connectors.duckdb_query.json_versions import Tree
-from complete_fn_connectors.duckdb_query.syntax_tree import RunsPlainly, nodes, replaced
+from complete_fn_connectors.duckdb_query.syntax_tree import RunsPlainly, nodes, replace_nodes
 
 SITE = "complete_fn_site_"
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place of the query where a function is called. Equal calls of one clause are one site.
+    """One place of a query at which a function is called. Equal calls in one clause are one site.
 
     Attributes:
         name: of the function, as registered.
@@ -31,7 +31,7 @@ class Site:
 
 @dataclass
 class Tagged:
-    """A tree whose calls carry `run:number`, its sites and the calls as they were."""
+    """A tree whose calls have `run:number` as their first argument, with its sites and the original calls."""
 
     run: str
     tree: Tree = field(default_factory=dict)
@@ -40,13 +40,13 @@ class Tagged:
     keys: dict[tuple[int, str, str], int] = field(default_factory=dict)
 
     def untagged(self, tree: Tree) -> Tree:
-        """The tree with the calls as they were."""
+        """The tree with the original calls."""
 
         def change(node: Tree) -> Tree | None:
             number = site_of(node)
             return None if number is None else {**self.calls[number], "alias": node.get("alias", "")}
 
-        found: Tree = replaced(tree, change)
+        found: Tree = replace_nodes(tree, change)
         return found
 
 
@@ -71,7 +71,7 @@ def tag_calls(tree: Tree, text: str, names: Mapping[str, str], run: str) -> Tagg
             scopes.append(len(scopes))
             scope, clause = scopes[-1], ""
         inner = {k: walk(v, scope, clause_of(node, k, clause)) for k, v in node.items()}
-        name = names.get(called(node))
+        name = names.get(called_name(node))
         return inner if name is None else with_number(inner, node, name, scope, clause)
 
     def with_number(inner: Tree, node: Tree, name: str, scope: int, clause: str) -> Tree:
@@ -80,10 +80,10 @@ def tag_calls(tree: Tree, text: str, names: Mapping[str, str], run: str) -> Tagg
         if number == len(tagged.sites):
             at, length = node.get("query_location", 0), node.get("query_location_length", 0)
             written = raw[at : at + length].decode(errors="replace")
-            shown = " ".join(written.split()) if written.lower().startswith(called(node)) else f"{name}(...)"
+            shown = " ".join(written.split()) if written.lower().startswith(called_name(node)) else f"{name}(...)"
             tagged.sites.append(Site(number, name, shown, clause or "SELECT"))
             tagged.calls.append(node)
-        token = {"name": "", "expression": text_constant(f"{tagged.run}:{number}")}
+        token = {"name": "", "expression": make_text_constant(f"{tagged.run}:{number}")}
         path = {"qualified_name": {"path": [SITE + name]}, "schema": "", "catalog": ""}
         return {**inner, **path, "function_name": SITE + name, "arguments": [token, *inner["arguments"]]}
 
@@ -100,8 +100,11 @@ def clause_of(node: Tree, key: str, clause: str) -> str:
     return {"where_clause": "WHERE", "from_table": "FROM"}.get(key, "")
 
 
-def called(node: Tree) -> str:
-    """The function that an expression calls by position and without decoration, lower-case; '' for none."""
+def called_name(node: Tree) -> str:
+    """The name of the function that a node calls, in lower case.
+
+    '' for another node, and for a call with FILTER, DISTINCT, ORDER BY or named arguments.
+    """
     if node.get("class") != "FUNCTION" or node.get("is_operator") or node.get("filter") or node.get("distinct"):
         return ""
     if node["order_bys"]["orders"] or any(a["name"] for a in node["arguments"]):
@@ -110,11 +113,11 @@ def called(node: Tree) -> str:
         node["function_name"].lower()
     ]
     if path[:-1] == ["snowflake", "cortex"] and len(node["arguments"]) == 2:
-        return ".".join(path)  # these forms of the macros are the functions themselves
+        return ".".join(path)  # these two macros only call the functions
     return path[-1] if path[:-1] in ([], ["main"], ["system", "main"]) else ""
 
 
-def text_constant(text: str) -> Tree:
+def make_text_constant(text: str) -> Tree:
     literal = {"kind": "STRING", "text": text}
     return {"class": "CONSTANT", "type": "VALUE_CONSTANT", "alias": "", "query_location": 0, "literal": literal}
 

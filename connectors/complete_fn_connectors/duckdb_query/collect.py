@@ -1,4 +1,4 @@
-"""Collect mode: the query runs with NULL for what is not known, and what it would have asked is noted, site by site."""
+"""In collect mode a query runs with NULL for each unknown answer, and the prompts it would have asked are noted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from complete_fn.execution.summary import Summary
 from complete_fn.planning import BatchPlan, make_plan
 from complete_fn.prompts.options import Options, parse_options
 from complete_fn.types import Completion
-from complete_fn_connectors.concurrent_runs import Wanted, complete_together
+from complete_fn_connectors.concurrent_runs import WantedRun, complete_together
 from complete_fn_connectors.duckdb_query.dependencies import LimitWindow, Order
 from complete_fn_connectors.functions import QuerySession
 
@@ -26,12 +26,12 @@ Choice = Mapping[str, Any] | Options | None
 
 
 class PlanTimeError(CompleteError):
-    """Nothing is completed while a query is planned."""
+    """A call was evaluated while DuckDB planned a query, when nothing is completed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What a group of rows is asked with: one model, one set of options. Equal by `key`."""
+    """One model with one set of options. Two are equal if their `key` is."""
 
     model: str
     options: Choice
@@ -51,14 +51,14 @@ class Asked:
         return self.options if isinstance(self.options, Options) else parse_options(self.options)
 
     def lenient(self) -> Choice:
-        """The options without `strict`: while collecting, a failed row is only noted."""
+        """The options without `strict`. While prompts are collected, a failed row is only noted."""
         if isinstance(self.options, Options):
             return replace(self.options, strict=False)
         return None if self.options is None else {k: v for k, v in self.options.items() if k != "strict"}
 
 
 class Memory:
-    """The answers of one query, failed rows too, which no store keeps. Safe to use from several threads."""
+    """The answers of one query, with those of failed rows, which no store keeps. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self.answers: dict[str, dict[str, Completion]] = {}
@@ -74,7 +74,8 @@ class Memory:
             known.update(zip(texts, answers.completions[low : low + len(texts)], strict=True))
 
     def give(self, known: dict[str, Completion], texts: list[str]) -> list[Completion]:
-        """The answers of known prompts; only the first time as computed, so that a cost is shown once."""
+        """The answers of known prompts. An answer has its cost the first time only, so that costs add up to the
+        bill."""
         with self.lock:
             found = [known[t] for t in texts]
             known.update({t: replace(c, source="cache") for t, c in zip(texts, found, strict=True)})
@@ -82,9 +83,9 @@ class Memory:
 
 
 class Remembering:
-    """In place of the session in the run itself: known answers from memory, the rest from the session.
+    """Stands for the session in the final run: known answers come from memory, the others from the session.
 
-    A call does not say which query it is of, so `memories` are those of all that run now.
+    A call does not say which query it belongs to, so `memories` holds those of all queries that run now.
     """
 
     def __init__(self, session: QuerySession, memories: list[Memory]) -> None:
@@ -109,7 +110,7 @@ class Remembering:
         rows = Summary(rows=len(plan.order) - len(missing), reused=len(plan.order) - len(missing))
         answers = Answers(plan, completions, self.session.model(model).prices, rows)
         if chosen.strict and any(c.error for c in completions):
-            self.session.report_failures(failed(answers), True)
+            self.session.report_failures(count_failures(answers), True)
         return answers
 
     def known(self, asked: Asked, texts: list[str]) -> dict[str, Completion]:
@@ -121,8 +122,8 @@ class Remembering:
         return found
 
 
-def failed(answers: Answers) -> Answers:
-    """The answers with the summary that a report of failures reads."""
+def count_failures(answers: Answers) -> Answers:
+    """The answers with a summary that counts their failures."""
     counts: dict[str, int] = {}
     for copies, c in zip(answers.plan.copies().tolist(), answers.completions, strict=True):
         if c.error is not None:
@@ -134,7 +135,7 @@ def failed(answers: Answers) -> Answers:
 
 @dataclass
 class Note:
-    """Prompts that one call of a site would have asked, in the order of the calls. `rows` of them were unknown."""
+    """The unknown prompts of one call of a site. `rows` counts the rows that need them."""
 
     site: int
     asked: Asked
@@ -144,14 +145,14 @@ class Note:
 
 @dataclass
 class Round:
-    """What one run of the query in collect mode met.
+    """What one run of a query in collect mode found.
 
     Attributes:
-        notes: in the order of the calls, sites below a LIMIT only as far as it can matter.
-        unknown: sites at which an answer was missing.
-        blocked: sites at which one was missing that cannot be collected: no answer is reusable there.
-        rows: rows of all calls of a site.
-        met: by site and what it is asked with, all its prompts, where they are counted.
+        notes: In the order of the calls. Below a LIMIT, notes end where more rows cannot matter.
+        unknown: Sites at which an answer was missing.
+        blocked: Sites whose answers may not be reused, so that they cannot be collected.
+        rows: Rows of all calls, by site.
+        met: All prompts by site, model and options, known ones too; filled for `explain` and `estimate` only.
     """
 
     notes: list[Note] = field(default_factory=list)
@@ -164,7 +165,8 @@ class Round:
 
 @dataclass(frozen=True)
 class Constant:
-    """A call that DuckDB evaluates while it plans, as all its arguments are constant, and the prompts it lacks."""
+    """A call with constant arguments only, which DuckDB evaluates while it plans, and the prompts whose answers it
+    lacks."""
 
     site: int
     asked: Asked
@@ -176,13 +178,13 @@ class Constant:
 
 
 class Collector:
-    """Notes what the sites of one query would ask.
+    """Notes the prompts that the sites of one query would ask.
 
     Attributes:
         phase: `plan`: DuckDB only plans, a call that lacks an answer is refused and becomes one of `constants`;
             `check`: DuckDB only plans, and its plan is not used: what is not known is NULL; `collect`: a round.
         constants: calls that were refused in the phase `plan`, in DuckDB's order.
-        fault: what a call raised, which made it NULL instead.
+        fault: The last error of a call. The call itself gave NULL, as an error would abort the user's transaction.
     """
 
     def __init__(self, session: QuerySession, memory: Memory) -> None:
@@ -228,7 +230,7 @@ class Collector:
 
 
 class Placeholders:
-    """In place of the session at one site in collect mode: known answers, and nothing for what is not known."""
+    """Stands for the session at one site in collect mode: gives known answers, and NULL for unknown ones."""
 
     def __init__(self, collector: Collector, site: int) -> None:
         self.collector, self.site = collector, site
@@ -268,7 +270,7 @@ def distinct_texts(plan: BatchPlan) -> list[str]:
 
 
 def texts_column(texts: list[str]) -> Any:
-    """Planned texts as a column; a lone surrogate goes back to the bytes it came from."""
+    """Planned texts as a column. A lone surrogate becomes the byte that it stands for."""
     try:
         return pa.array(texts, pa.large_string())
     except UnicodeEncodeError:
@@ -278,9 +280,9 @@ def texts_column(texts: list[str]) -> Any:
 
 @dataclass
 class Batch:
-    """What a round has to ask: prompts by model and options, and the sites they are of.
+    """The prompts that a round asks, by model and options, and their sites.
 
-    `held_back`: whether the next run may meet more.
+    `held_back`: whether the next round may find more prompts.
     """
 
     prompts: dict[str, tuple[Asked, list[str]]] = field(default_factory=dict)
@@ -288,21 +290,25 @@ class Batch:
     held_back: bool = False
 
 
-def to_ask(round_: Round, order: Order) -> Batch:
-    """What of a round's notes depends on no placeholder.
+def choose_prompts(round_: Round, order: Order) -> Batch:
+    """The prompts of a round that depend on no placeholder.
 
-    Below a LIMIT only what it cannot do without: calls of the first site that lacked an answer, until all their rows
-    and those that came through would be enough.
+    Below a LIMIT, only the prompts that it needs in any case: calls of the first site that lacked an answer, until
+    their rows together with the rows that came through would fill the LIMIT.
     """
     batch = Batch()
     windows: dict[int, tuple[int, int]] = {}  # id of the window -> (its site, rows taken)
     for note in round_.notes:
         waits = order.waits.get(note.site, set())
         window = order.windows.get(note.site)
-        if note.site in order.unranked or note.site in round_.blocked or waits & outside(round_.unknown, window, order):
+        if (
+            note.site in order.unranked
+            or note.site in round_.blocked
+            or waits & needed_outside(round_.unknown, window, order)
+        ):
             batch.held_back = True
             continue
-        if window is not None and not within(window, note, windows, round_.passed):
+        if window is not None and not fits_window(window, note, windows, round_.passed):
             batch.held_back = True
             continue
         batch.sites.add(note.site)
@@ -313,12 +319,12 @@ def to_ask(round_: Round, order: Order) -> Batch:
     return batch
 
 
-def outside(unknown: Iterable[int], window: LimitWindow | None, order: Order) -> set[int]:
-    """Sites that another one waits for: within one window the order of the calls decides instead."""
+def needed_outside(unknown: Iterable[int], window: LimitWindow | None, order: Order) -> set[int]:
+    """The unknown sites outside of a window. Within one window the order of the calls decides, not the plan."""
     return {s for s in unknown if window is None or order.windows.get(s) is not window}
 
 
-def within(window: LimitWindow, note: Note, windows: dict[int, tuple[int, int]], passed: int) -> bool:
+def fits_window(window: LimitWindow, note: Note, windows: dict[int, tuple[int, int]], passed: int) -> bool:
     site, taken = windows.get(id(window), (note.site, 0))
     if site != note.site or (taken and taken + (passed if window.outermost else window.need) >= window.need):
         return False
@@ -327,7 +333,7 @@ def within(window: LimitWindow, note: Note, windows: dict[int, tuple[int, int]],
 
 
 class Functions(Protocol):
-    """What registered the functions on the connection."""
+    """The registration of the functions, as far as the planner needs it."""
 
     session: QuerySession
     answering: list[Memory]
@@ -336,10 +342,10 @@ class Functions(Protocol):
     def planned_names(self) -> dict[str, str]: ...
 
 
-def ask(collector: Collector, batch: Batch) -> None:
-    """Ask all prompts of a round: one plan for each model and its options."""
+def ask_batch(collector: Collector, batch: Batch) -> None:
+    """Ask all prompts of a round, with one plan for each model and set of options."""
     everything = list(batch.prompts.values())
-    wanted = [Wanted(a.model, texts_column(list(dict.fromkeys(texts))), a.lenient()) for a, texts in everything]
+    wanted = [WantedRun(a.model, texts_column(list(dict.fromkeys(texts))), a.lenient()) for a, texts in everything]
     answers = complete_together(collector.session, wanted)
     for (asked, _), answered in zip(everything, answers, strict=True):
         collector.memory.learn(asked, answered)

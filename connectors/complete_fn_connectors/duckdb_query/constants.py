@@ -1,4 +1,5 @@
-"""Calls whose arguments are all constant: answered in DuckDB's order before the query is planned."""
+"""Calls with constant arguments only are answered before the query is planned, in the order in which DuckDB meets
+them."""
 
 from __future__ import annotations
 
@@ -12,25 +13,25 @@ from complete_fn_connectors.duckdb_query.collect import (
     Batch,
     Collector,
     Constant,
-    ask,
+    ask_batch,
 )
-from complete_fn_connectors.duckdb_query.dependencies import optimised, read_plan, refuse_volatile
+from complete_fn_connectors.duckdb_query.dependencies import optimised_plan, read_plan, refuse_volatile
 from complete_fn_connectors.duckdb_query.json_versions import Tree
 from complete_fn_connectors.duckdb_query.syntax_tree import (
     Parameters,
     RunsPlainly,
     Statement,
     nodes,
+    put_values_in,
     to_text,
-    with_values,
 )
 
 WORD = re.compile(r"\w+")
-CONSTANTS = 40  # each costs a submission: a query with more constant calls goes on plainly
+CONSTANTS = 40  # each costs a submission of one prompt; a query with more of them runs plainly
 
 
 def outside_views(statement: Statement, called: Mapping[str, str], run: str) -> Tree:
-    """The statement's own SELECT with its calls numbered, if it has any beside those in views."""
+    """The statement's own SELECT with its calls numbered; unchanged if all its calls are in views."""
     try:
         return tag_calls(statement.tree, statement.select, called, run).tree
     except RunsPlainly:
@@ -38,7 +39,7 @@ def outside_views(statement: Statement, called: Mapping[str, str], run: str) -> 
 
 
 def refuse_hidden(con: duckdb.DuckDBPyConnection, tagged: Tree, called: Mapping[str, str]) -> None:
-    """Calls without a number would be asked wherever DuckDB evaluates constants.
+    """Refuse a query with calls that got no number: DuckDB could evaluate them while it plans, which would ask them.
 
     Raises:
         RunsPlainly: a function of `called` is called inside a macro, a lambda or with named arguments.
@@ -60,7 +61,7 @@ def refuse_hidden(con: duckdb.DuckDBPyConnection, tagged: Tree, called: Mapping[
 
 
 class OpenConstants(Exception):
-    """The query is not planned further: first the answers of constant calls must be known. Never leaves this package.
+    """DuckDB needs the answers of constant calls before it can plan. This exception never leaves this package.
 
     Attributes:
         tagged: the query with its calls numbered.
@@ -83,19 +84,21 @@ def answer_constants(
 ) -> None:
     """Answer the constant calls of a query that DuckDB evaluates while it plans: the plan depends on their values.
 
-    Only the first call that DuckDB lacks is answered, then DuckDB plans anew: up to there the plain query is planned
-    alike, so it pays for that call too. What DuckDB tries after a refusal it may never ask.
+    Only the first call without an answer is answered; then DuckDB plans again. The plain query is planned in the same
+    way up to that call, so it pays for the call too. After a refusal, DuckDB may try calls that the plain query never
+    makes.
 
     Raises:
-        RunsPlainly: there are too many, or the query has to be run once. OpenConstants: `learn` does not know one.
+        RunsPlainly: There are too many constant calls, or the query may be run only once.
+        OpenConstants: `learn` does not know an answer.
     """
-    constant = with_values(con, tagged.tree, parameters)
+    constant = put_values_in(con, tagged.tree, parameters)
     for _ in range(CONSTANTS):
         collector.constants.clear()
         try:
             written = read_plan(con, to_text(con, constant), optimise=False)
             refuse_volatile(con, written, names)  # first: to optimise calls that it hides would ask them
-            optimised(con, constant)
+            optimised_plan(con, constant)
         except RunsPlainly:
             if not collector.constants:
                 raise
@@ -107,12 +110,12 @@ def answer_constants(
 
 
 def ask_constant(collector: Collector, constant: Constant) -> bool:
-    """Ask what DuckDB needs to plan.
+    """Ask the prompts of a constant call.
 
     Raises:
-        RunsPlainly: the answer may not be reused.
+        RunsPlainly: The answer may not be reused.
     """
     if not constant.is_reusable:
         raise RunsPlainly("a constant call's answers may not be reused")
-    ask(collector, Batch({constant.asked.key: (constant.asked, constant.texts)}))
+    ask_batch(collector, Batch({constant.asked.key: (constant.asked, constant.texts)}))
     return True

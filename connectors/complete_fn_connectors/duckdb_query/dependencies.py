@@ -1,10 +1,16 @@
-"""Which call site waits for which: read from the plan that DuckDB's own optimiser makes of the numbered query.
+"""The plan of DuckDB's optimiser says which call site must wait for the answers of which other.
 
-A site must not be asked while anything it depends on is a placeholder, else a placeholder buys a prompt. What a site
-depends on is what its plan shows: calls inside its arguments; calls that guard it in CASE, COALESCE, AND and OR; calls
-in the operators below it; on the other side of a join what is read first (the right side builds the hash table, and
-both whether the left is read at all and which rows of it follow from that). Too many dependencies cost a round each,
-one too few would cost money, so what is not known is a dependency, and what depends on itself is not planned at all.
+A prompt made from a placeholder would be paid for nothing, so a site is asked only when all sites it depends on have
+their answers. By its place in the plan, a site depends on:
+
+1. the calls in its arguments,
+2. the calls that guard it in CASE, COALESCE, AND and OR,
+3. the calls in the operators below it,
+4. the calls on the side of a join that is read first: the right side builds the hash table, which decides whether the
+   left side is read at all, and which of its rows.
+
+A missing dependency can buy a wrong prompt; an extra one costs only a round. So what is not known is a dependency. A
+site that depends on itself is not planned.
 """
 
 from __future__ import annotations
@@ -20,9 +26,9 @@ from complete_fn_connectors.duckdb_query.call_sites import SITE, without_places
 from complete_fn_connectors.duckdb_query.json_versions import Tree, modern_plan
 from complete_fn_connectors.duckdb_query.syntax_tree import (
     RunsPlainly,
+    fetch_value,
     nodes,
-    one,
-    replaced,
+    replace_nodes,
     to_text,
 )
 
@@ -54,15 +60,15 @@ class LimitWindow:
 
 @dataclass
 class Order:
-    """What each site waits for.
+    """The order in which sites may be asked.
 
     Attributes:
-        waits: sites whose answers must be known before a site is asked.
-        rank: place of a site's first evaluation in the plan.
-        windows: of sites below a LIMIT.
-        unranked: sites that are not planned, with the reason.
-        elsewhere: sites that are evaluated not only in filters and scans.
-        early: sites of a filter in which a condition without any comes after them.
+        waits: By site, the sites whose answers must be known before.
+        rank: The order of the sites' first evaluations in the plan.
+        windows: By site below a LIMIT, the window of the LIMIT.
+        unranked: Sites that are not planned, with the reason.
+        elsewhere: Sites that are evaluated outside of filters and scans.
+        early: Sites of a filter that come before a condition without calls, unless this condition guards them.
     """
 
     waits: dict[int, set[int]] = field(default_factory=dict)
@@ -73,7 +79,7 @@ class Order:
     early: set[int] = field(default_factory=set)
 
     def close(self) -> None:
-        """Waits of waits; a site in a circle is unranked."""
+        """Add the dependencies of dependencies. A site that depends on itself becomes unranked."""
         for middle in list(self.waits):
             for waits in self.waits.values():
                 if middle in waits:
@@ -90,7 +96,7 @@ def read_plan(con: duckdb.DuckDBPyConnection, select: str, optimise: bool = True
         RunsPlainly: DuckDB cannot plan or serialise it.
     """
     query = "SELECT json_serialize_plan(?::VARCHAR, optimize := ?, skip_default := true)"
-    text = one(con, query, select, optimise)
+    text = fetch_value(con, query, select, optimise)
     try:
         found = json.loads(text or "")
     except ValueError:  # a constant in it is no valid JSON, as NaN
@@ -101,7 +107,7 @@ def read_plan(con: duckdb.DuckDBPyConnection, select: str, optimise: bool = True
 
 
 def refuse_volatile(con: duckdb.DuckDBPyConnection, plan: Tree, ours: Iterable[str]) -> None:
-    """What may differ from run to run is run once.
+    """Refuse a query whose rows may differ from run to run: it may be run only once.
 
     Args:
         plan: not optimised, so that nothing is folded away; views and macros are expanded in it.
@@ -110,7 +116,8 @@ def refuse_volatile(con: duckdb.DuckDBPyConnection, plan: Tree, ours: Iterable[s
         RunsPlainly: a function that is not constant, a table that is not DuckDB's, or a call hidden in a macro.
     """
     query = "SELECT list(DISTINCT function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
-    changing = set(one(con, query) or ()) - {"error"}  # 1.4 puts it beside each subquery that may have one row only
+    # DuckDB 1.4 puts error() beside each subquery that may give one row only.
+    changing = set(fetch_value(con, query) or ()) - {"error"}
     hidden = set(ours)
     for node in nodes(plan):
         name = (node.get("qname") or {}).get("path", [""])[-1]
@@ -126,7 +133,7 @@ def refuse_volatile(con: duckdb.DuckDBPyConnection, plan: Tree, ours: Iterable[s
 
 
 def read_order(plan: Tree) -> Order:
-    """What waits for what in an optimised plan."""
+    """The order of the sites in an optimised plan."""
     reader = Reader()
     reader.visit(plan, frozenset(), None, True)
     reader.order.close()
@@ -142,15 +149,15 @@ class Reader:
 
     def __init__(self) -> None:
         self.order = Order()
-        self.clean: dict[int, bool] = {}  # sites below: whether every row that came up has asked them
+        self.clean: dict[int, bool] = {}  # site -> whether all rows that came up from below have been asked there
 
     def visit(self, op: Tree, before: Sites, window: LimitWindow | None, top: bool) -> Sites:
-        """Read an operator and those below it; returns their sites.
+        """Read an operator and the operators below it; returns their sites.
 
         Args:
-            before: sites elsewhere that are evaluated first.
-            window: of the LIMIT above, if it can stop this operator early.
-            top: whether only projections lie above.
+            before: Sites of other branches that are evaluated first.
+            window: The window of a LIMIT above that can stop this operator early.
+            top: Whether only projections lie above.
         """
         kind, children = op["type"], op.get("children", [])
         below = self.children(op, kind, children, before, window, top and kind == "LOGICAL_PROJECTION")
@@ -200,35 +207,35 @@ class Reader:
         elif kind in BLOCKING:
             window = None
         found = NONE
-        for child in children:  # the parts of a UNION; below a LIMIT the first may spare the second
+        for child in children:  # of a UNION; below a LIMIT the first part may make the second unnecessary
             found |= self.visit(child, before | (found if window else NONE), window, top)
         return found
 
     def limited(self, op: Tree, kind: str, outer: LimitWindow | None, top: bool) -> LimitWindow | None:
-        """The window below a LIMIT; below ORDER BY with LIMIT only where rows found so far spare others."""
+        """The window below a LIMIT. ORDER BY with LIMIT has one only if the rows found so far filter the others."""
         if kind == "LOGICAL_TOP_N":
             if "DYNAMIC_FILTER" not in json.dumps(op):
                 return None
             return LimitWindow(op.get("limit", 0) + op.get("offset", 0), top and outer is None, filters_only=True)
         if "PERCENT" in (op.get("limit_val") or {}).get("type", ""):
             return None
-        need = sum(constant_of(op.get(k)) for k in ("limit_val", "offset_val"))
+        need = sum(limit_number(op.get(k)) for k in ("limit_val", "offset_val"))
         return LimitWindow(0 if outer else need, top and outer is None)
 
 
-def constant_of(limit: Tree | None) -> int:
+def limit_number(limit: Tree | None) -> int:
     """The number of a LIMIT or OFFSET, 0 where it is none."""
     return int((limit or {}).get("constant_integer", 0))
 
 
 @dataclass(frozen=True)
 class ExpressionPlace:
-    """Where in the expressions of an operator a part of them is.
+    """The place of a part in the expressions of an operator.
 
     Attributes:
-        guards: sites that decide whether it is evaluated.
-        conditional: whether a row may come up without it having been evaluated.
-        holds: whether only those rows come up for which it is true, so that they have been through all of an AND.
+        guards: Sites that decide whether the part is evaluated.
+        conditional: Whether a row may pass the operator without an evaluation of the part.
+        holds: Whether only rows pass for which the part is true. Such rows have been through all of an AND.
     """
 
     guards: Sites = NONE
@@ -247,7 +254,7 @@ class Expressions:
     in_lambda: set[int] = field(default_factory=set)
 
     def read(self, own: list[Any]) -> Iterator[tuple[int, Sites, bool]]:
-        """(site, sites that decide whether or what it is asked, whether a row may come up without asking it)."""
+        """(site, sites that decide about it or make its prompts, whether a row may pass without asking it)."""
         yield from self.walk(own, ExpressionPlace(holds=self.sequence))
 
     def walk(self, node: Any, at: ExpressionPlace) -> Iterator[tuple[int, Sites, bool]]:
@@ -281,7 +288,7 @@ class Expressions:
             yield number, (at.guards | inner) - {number}, at.conditional
 
     def in_turn(self, parts: list[Any], at: ExpressionPlace, ordered: bool) -> Iterator[tuple[int, Sites, bool]]:
-        """Parts of which each decides, if `ordered`, whether the next is evaluated."""
+        """Read parts one after the other. If they are `ordered`, each decides whether the next is evaluated."""
         for n, part in enumerate(parts):
             for found in self.walk(part, at):
                 yield found
@@ -316,25 +323,25 @@ def planned_site(node: Tree) -> int | None:
 
 
 def early_sites(conditions: list[Tree]) -> set[int]:
-    """The sites of the conditions of a filter before one that has none, and that is not their guard as well."""
+    """The sites of conditions that a filter has before a condition without calls, unless this condition guards them."""
     sites = [sites_below(c) for c in conditions]
     found: set[int] = set()
     for n, condition in enumerate(conditions):
-        cheap = {written(c) for c, its in zip(conditions[n + 1 :], sites[n + 1 :], strict=True) if not its}
+        cheap = {text_without_places(c) for c, its in zip(conditions[n + 1 :], sites[n + 1 :], strict=True) if not its}
         if not cheap <= guards_of(condition):
             found |= sites[n]
     return found
 
 
 def guards_of(condition: Tree) -> set[str]:
-    """The conditions that must hold before more of a condition is evaluated."""
+    """The conditions of a CASE that must hold before its other parts are evaluated, as text."""
     if condition.get("type") != "CASE_EXPR" or not is_guard(condition):
         return set()
     when = condition["case_checks"][0]["when_expr"]
-    return {written(part) for part in (when["children"] if when["type"] == "CONJUNCTION_AND" else [when])}
+    return {text_without_places(part) for part in (when["children"] if when["type"] == "CONJUNCTION_AND" else [when])}
 
 
-def written(expression: Tree) -> str:
+def text_without_places(expression: Tree) -> str:
     """An expression of a plan as text, without its places in the query."""
     return json.dumps(without_places(expression), sort_keys=True)
 
@@ -343,12 +350,13 @@ def sites_below(op: Tree) -> Sites:
     return frozenset(n for n in map(planned_site, nodes(op)) if n is not None)
 
 
-def optimised(con: duckdb.DuckDBPyConnection, constant: Tree) -> Tree:
-    """DuckDB's plan; with LIMITs that it fetches late made larger for the look, as it cannot serialise those."""
+def optimised_plan(con: duckdb.DuckDBPyConnection, constant: Tree) -> Tree:
+    """DuckDB's plan. A small LIMIT is made larger where DuckDB would fetch columns late: it cannot serialise such a
+    plan."""
     try:
         return read_plan(con, to_text(con, constant))
     except RunsPlainly:
-        return read_plan(con, to_text(con, replaced(constant, larger_limit)))
+        return read_plan(con, to_text(con, replace_nodes(constant, larger_limit)))
 
 
 def larger_limit(node: Tree) -> Tree | None:

@@ -13,20 +13,20 @@ import duckdb
 from complete_fn.errors import CompleteError
 from complete_fn.estimates.estimate import Estimate
 from complete_fn.estimates.estimate_report import report
-from complete_fn_connectors.duckdb_query.collect import Asked, Functions, Memory, texts_column, to_ask
+from complete_fn_connectors.duckdb_query.collect import Asked, Functions, Memory, choose_prompts, texts_column
 from complete_fn_connectors.duckdb_query.constants import OpenConstants
-from complete_fn_connectors.duckdb_query.explain import boxes, look_up, look_up_round, ready
+from complete_fn_connectors.duckdb_query.explain import draw_boxes, is_ready, look_up, look_up_round
 from complete_fn_connectors.duckdb_query.planner import collecting, plan_query, run_round, why_plainly
 from complete_fn_connectors.duckdb_query.syntax_tree import Parameters, RunsPlainly, read_statement
 
 
 @dataclass
 class QueryEstimate:
-    """The estimate of a query, printed as boxes: one for each model and its options, one for what is left open.
+    """The estimate of a query. It is printed as boxes: one for each model and set of options, one for what stays open.
 
     Attributes:
-        parts: what is certain to be asked; below a LIMIT that stops early it is the most.
-        open: calls whose prompts depend on answers not yet given, or that run plainly, by their text.
+        parts: What is certain to be asked; below a LIMIT that stops early, the most that may be asked.
+        open: The texts of calls that run plainly, or whose prompts depend on answers that are not known yet.
         plainly: why the query is not planned at all, so that nothing is known before; None if it is.
     """
 
@@ -57,7 +57,7 @@ class QueryEstimate:
             shown.append(("NOT KNOWN BEFORE", [[f"The query runs as it is: {self.plainly}"]]))
         if self.open:
             shown.append(("NOT KNOWN BEFORE", [self.open]))
-        return boxes(shown or [("ESTIMATE", [["Nothing is asked."]])])
+        return draw_boxes(shown or [("ESTIMATE", [["Nothing is asked."]])])
 
     __repr__ = __str__
 
@@ -76,7 +76,7 @@ def estimate_query(
         except OpenConstants as found:
             first = found.constants[0]
             others = [site.text for site in found.tagged.sites if site.number != first.site]
-            return QueryEstimate([of(functions, first.asked, first.texts)], others)
+            return QueryEstimate([estimate_prompts(functions, first.asked, first.texts)], others)
         collector.order, collector.phase, collector.counting = planned.order, "collect", True
         asked: dict[Asked, dict[str, None]] = {}
         left = {site.number: site.text for site in planned.sites}
@@ -85,17 +85,19 @@ def estimate_query(
                 round_ = run_round(con, planned, collector, parameters)
             except (duckdb.Error, CompleteError) as error:
                 return QueryEstimate(plainly=why_plainly(con, error))
-            batch = to_ask(round_, planned.order)
+            batch = choose_prompts(round_, planned.order)
             look_up_round(collector, round_)
-            for number in [n for n in left if n not in round_.blocked and ready(n, round_, planned.order)]:
+            for number in [n for n in left if n not in round_.blocked and is_ready(n, round_, planned.order)]:
                 del left[number]
                 for one, texts in round_.met.get(number, {}).items():
                     asked.setdefault(one, {}).update(dict.fromkeys(sorted(texts)))
             if not all(set(texts) <= memory.of(one).keys() for one, texts in batch.prompts.values()):
                 break
-        return QueryEstimate([of(functions, one, list(texts)) for one, texts in asked.items()], list(left.values()))
+        return QueryEstimate(
+            [estimate_prompts(functions, one, list(texts)) for one, texts in asked.items()], list(left.values())
+        )
 
 
-def of(functions: Any, asked: Asked, texts: list[str]) -> Estimate:
+def estimate_prompts(functions: Any, asked: Asked, texts: list[str]) -> Estimate:
     found: Estimate = functions.session.estimate(asked.model, texts_column(texts), asked.options, planned=True)
     return found

@@ -1,4 +1,5 @@
-"""What `sql` would do with a query: rounds, prompts of each call site, guards, what is known. Nothing is paid."""
+"""`explain` shows what `sql` would do with a query: rounds, prompts of each call, guards, known answers. It pays
+nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from complete_fn_connectors.duckdb_query.collect import (
     Functions,
     Memory,
     Round,
+    choose_prompts,
     texts_column,
-    to_ask,
 )
 from complete_fn_connectors.duckdb_query.constants import OpenConstants
 from complete_fn_connectors.duckdb_query.dependencies import Order
@@ -30,10 +31,11 @@ WIDTH = 76  # columns of a box, borders included
 
 @dataclass
 class SitePlan:
-    """One call site. `prompts` and `known` are distinct ones, None as long as they depend on answers not yet given.
+    """One call site. `prompts` and `known` count distinct prompts; None while these depend on answers that are not
+    known yet.
 
     Attributes:
-        constant: DuckDB plans by its answer, so it is asked before all others.
+        constant: Whether DuckDB needs its answer to plan, so that it is asked before all others.
     """
 
     site: Site
@@ -51,7 +53,7 @@ class SitePlan:
 
 @dataclass
 class Explanation:
-    """The plan of a query; printed as boxes from the first round to the query itself.
+    """The plan of a query. It is printed as boxes, from the first round to the query itself.
 
     Attributes:
         plainly: why the query is not planned at all; None if it is.
@@ -68,7 +70,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if self.plainly is not None:
-            return boxes(
+            return draw_boxes(
                 [
                     (
                         "AS IT IS",
@@ -84,10 +86,10 @@ class Explanation:
         drawn = []
         for number in range(1, self.rounds + 1):
             chosen = [s for s in self.sites if s.round == number and s.unplanned is None]
-            drawn.append((f"ROUND {number}", [described(s) for s in chosen]))
-        plain = [described(s) for s in self.sites if s.unplanned is not None]
+            drawn.append((f"ROUND {number}", [site_lines(s) for s in chosen]))
+        plain = [site_lines(s) for s in self.sites if s.unplanned is not None]
         drawn.append(("QUERY", [[self.final], *plain]))
-        return boxes(drawn)
+        return draw_boxes(drawn)
 
     __repr__ = __str__
 
@@ -106,10 +108,10 @@ def explain_query(
         except OpenConstants as open_:
             return Explanation(before_planning(open_, collector), " ".join(statement.text.split()))
         collector.order, collector.phase, collector.counting = planned.order, "collect", True
-        found = {site.number: described_site(site, planned) for site in planned.sites}
+        found = {site.number: plan_site(site, planned) for site in planned.sites}
         try:
             for _ in range(max((s.round for s in found.values()), default=0)):
-                if not look(con, planned, collector, parameters, found):
+                if not look_ahead(con, planned, collector, parameters, found):
                     break
         except (duckdb.Error, CompleteError) as error:
             return Explanation(final=query, plainly=why_plainly(con, error))
@@ -117,7 +119,8 @@ def explain_query(
 
 
 def before_planning(found: OpenConstants, collector: Collector) -> list[SitePlan]:
-    """The sites of a query that DuckDB plans by the value of a constant call not yet asked: that one alone is sure."""
+    """The sites of a query that DuckDB cannot plan before it has the answer of a constant call. Only this call is
+    certain."""
     first = found.constants[0]
     plans = []
     for site in found.tagged.sites:
@@ -131,42 +134,42 @@ def before_planning(found: OpenConstants, collector: Collector) -> list[SitePlan
     return plans
 
 
-def described_site(site: Site, planned: Planned) -> SitePlan:
+def plan_site(site: Site, planned: Planned) -> SitePlan:
     waits = sorted(n + 1 for n in planned.order.waits.get(site.number, ()))
     reason = planned.order.unranked.get(site.number)
     guards, windowed = planned.guards.get(site.number, []), site.number in planned.order.windows
-    return SitePlan(site, level(site.number, planned.order), waits, guards, unplanned=reason, windowed=windowed)
+    return SitePlan(site, round_of(site.number, planned.order), waits, guards, unplanned=reason, windowed=windowed)
 
 
-def level(number: int, order: Order, depth: int = 0) -> int:
+def round_of(number: int, order: Order, depth: int = 0) -> int:
     """The round in which a site is asked: one after the last site it waits for."""
     waits = order.waits.get(number, set()) - {number}
-    return 1 + max((level(w, order, depth + 1) for w in waits), default=0) if depth < 50 else 1
+    return 1 + max((round_of(w, order, depth + 1) for w in waits), default=0) if depth < 50 else 1
 
 
-def look(
+def look_ahead(
     con: duckdb.DuckDBPyConnection,
     planned: Planned,
     collector: Collector,
     parameters: Parameters,
     found: dict[int, SitePlan],
 ) -> bool:
-    """One round without asking: counts what it would ask; whether the answers of all of it are known."""
+    """Count what a round would ask, without asking. Returns whether all its answers are known already."""
     round_ = run_round(con, planned, collector, parameters)
-    batch = to_ask(round_, planned.order)
+    batch = choose_prompts(round_, planned.order)
     look_up_round(collector, round_)
     for number in round_.blocked:
         found[number].unplanned = "its answers may not be reused"
     for number, plan in found.items():
-        if plan.rows is None and ready(number, round_, planned.order):
+        if plan.rows is None and is_ready(number, round_, planned.order):
             count(plan, number, round_, collector.memory)
     return bool(batch.prompts) and all(
         set(texts) <= collector.memory.of(asked).keys() for asked, texts in batch.prompts.values()
     )
 
 
-def ready(number: int, round_: Round, order: Order) -> bool:
-    """Whether what a site would ask is certain: nothing it waits for is missing."""
+def is_ready(number: int, round_: Round, order: Order) -> bool:
+    """Whether a site's prompts are certain: all answers that it waits for are known."""
     return not (order.waits.get(number, set()) & round_.unknown) and number not in order.unranked
 
 
@@ -195,7 +198,7 @@ def look_up(collector: Collector, constant: Constant) -> bool:
     return found.keys() >= {*constant.texts}
 
 
-def described(plan: SitePlan) -> list[str]:
+def site_lines(plan: SitePlan) -> list[str]:
     """The lines of one call site."""
     lines = [f"#{plan.site.number + 1} {plan.site.text}"]
     if plan.unplanned is not None:
@@ -215,7 +218,7 @@ def described(plan: SitePlan) -> list[str]:
     return [*lines, f"{counts['known']:,} known, {'at most ' * plan.windowed}{counts['ask']:,} to ask"]
 
 
-def boxes(drawn: list[tuple[str, list[list[str]]]]) -> str:
+def draw_boxes(drawn: list[tuple[str, list[list[str]]]]) -> str:
     """Boxes below each other, each with a title and blocks of lines, as DuckDB draws its plans."""
     inner, middle = WIDTH - 2, (WIDTH - 2) // 2
     edge = "─" * middle + "┬" + "─" * (inner - middle - 1)

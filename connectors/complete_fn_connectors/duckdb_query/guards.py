@@ -1,7 +1,7 @@
-"""Completions last: in a WHERE, a condition without one decides first, and CASE keeps DuckDB to that order.
+"""In a WHERE, conditions without a completion decide first: CASE keeps DuckDB to that order.
 
-DuckDB may evaluate any conjunct first, and does so for good after some thousand rows. In a filter, where NULL counts as
-false, `cheap AND ai` is `CASE WHEN cheap THEN ai ELSE false END`, and `cheap OR ai` is
+DuckDB may evaluate any conjunct first, and after some thousand rows it settles on an order of its own. In a filter,
+where NULL counts as false, `cheap AND ai` is `CASE WHEN cheap THEN ai ELSE false END`, and `cheap OR ai` is
 `CASE WHEN cheap THEN true ELSE ai END`. Several completions keep the order of DuckDB's own plan, so that none is asked
 about more rows than before. The cheap conditions stay where they are as well: scans and joins still use them.
 """
@@ -22,15 +22,15 @@ class Guarding:
     """Rewrites the WHERE clauses of a tagged tree.
 
     Attributes:
-        order: from the plan of the same query without guards.
-        guards: for each site, the conditions that were put before it, as trees.
+        order: The order of the sites in the plan without guards.
+        guards: By site, the conditions that were put before it, as trees.
     """
 
     order: Order
     guards: dict[int, list[Tree]] = field(default_factory=dict)
 
     def apply(self, tree: Tree) -> Tree:
-        """A copy of the tree with guards; `guards` has what was done."""
+        """A copy of the tree with guards, which `guards` then lists."""
 
         def walk(node: Any) -> Any:
             if isinstance(node, list):
@@ -64,10 +64,10 @@ class Guarding:
         ordered = self.in_order(costly)
         found = self.alternatives(ordered[-1])
         for part in ordered[-2::-1]:
-            found = case(self.alternatives(part), found, FALSE)
+            found = make_case(self.alternatives(part), found, FALSE)
         for part in ordered:
             self.remember(part, cheap)
-        return case(join_conditions("CONJUNCTION_AND", cheap), found, FALSE) if cheap else found
+        return make_case(join_conditions("CONJUNCTION_AND", cheap), found, FALSE) if cheap else found
 
     def alternatives(self, part: Tree) -> Tree:
         """A disjunction with its cheap conditions first; another condition as it is."""
@@ -79,8 +79,8 @@ class Guarding:
         ordered = self.in_order(costly)
         found = self.conjunction(ordered[-1])
         for branch in ordered[-2::-1]:
-            found = case(self.conjunction(branch), TRUE, found)
-        return case(join_conditions("CONJUNCTION_OR", cheap), TRUE, found) if cheap else found
+            found = make_case(self.conjunction(branch), TRUE, found)
+        return make_case(join_conditions("CONJUNCTION_OR", cheap), TRUE, found) if cheap else found
 
     def conjunction(self, part: Tree) -> Tree:
         """A conjunction inside of a disjunction, ordered like the outermost one."""
@@ -95,7 +95,7 @@ class Guarding:
         return not sites_in(part) and not any(n.get("class") in ("SUBQUERY", "WINDOW", "LAMBDA") for n in nodes(part))
 
     def may_move(self, part: Tree) -> bool:
-        """Whether all completions of a condition are evaluated in a filter: one that joins tables must stay."""
+        """Whether all completions of a condition are evaluated in a filter. A condition that joins tables must stay."""
         sites = sites_in(part)
         moves = bool(sites) and not sites & self.order.elsewhere and not sites & set(self.order.unranked)
         return moves and not any(n.get("class") in ("SUBQUERY", "WINDOW") for n in nodes(part))
@@ -133,15 +133,15 @@ def join_conditions(kind: str, parts: list[Tree]) -> Tree:
     return {"class": "CONJUNCTION", "type": kind, "alias": "", "query_location": 0, "children": parts}
 
 
-def case(when: Tree, then: Tree, otherwise: Tree) -> Tree:
+def make_case(when: Tree, then: Tree, otherwise: Tree) -> Tree:
     checks = [{"when_expr": when, "then_expr": then}]
     shape = {"class": "CASE", "type": "CASE_EXPR", "alias": "", "query_location": 0}
     return {**shape, "case_checks": checks, "else_expr": otherwise}
 
 
-def boolean(text: str) -> Tree:
+def make_boolean(text: str) -> Tree:
     literal = {"kind": "BOOLEAN", "text": text}
     return {"class": "CONSTANT", "type": "VALUE_CONSTANT", "alias": "", "query_location": 0, "literal": literal}
 
 
-TRUE, FALSE = boolean("true"), boolean("false")
+TRUE, FALSE = make_boolean("true"), make_boolean("false")

@@ -1,4 +1,4 @@
-"""The final run of a query: executed once, its rows kept as DuckDB has them."""
+"""The final run of a query: it is executed once, and its rows are kept with DuckDB's own values and types."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from complete_fn_connectors.duckdb_query.syntax_tree import (
 )
 
 
-def finish(
+def run_at_last(
     con: duckdb.DuckDBPyConnection, functions: Functions, query: str, selects: bool, parameters: Parameters
 ) -> Any:
     if selects:
-        return materialised(con, query, parameters)
+        return materialise(con, query, parameters)
     if not functions.session.brake:
         return as_caller(con.execute, query, parameters or [])
     *before, last = statement_texts(con, query)
     for statement in before:
         as_caller(con.execute, statement)
-    return materialised(con, last, parameters)  # what streams would ask when the brake is off again
+    return materialise(con, last, parameters)  # what streams would ask when the brake is off again
 
 
 def as_caller(method: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a method of DuckDB as if the user's code did: it reads data frames by the variables of who calls it."""
+    """Call a method of DuckDB as if the user's code called it. DuckDB finds data frames by the caller's variables."""
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn_connectors"):
         frame = frame.f_back
@@ -43,8 +43,8 @@ def as_caller(method: Callable[..., Any], *arguments: Any) -> Any:
     return FunctionType((lambda _method, _arguments: _method(*_arguments)).__code__, scope)(method, arguments)
 
 
-def ends(con: duckdb.DuckDBPyConnection, error: Exception) -> bool:
-    """Whether no other run may follow an error: the user interrupted, or the user's transaction is aborted."""
+def forbids_another_run(con: duckdb.DuckDBPyConnection, error: Exception) -> bool:
+    """Whether an error forbids another run: the user interrupted the query, or the user's transaction is aborted."""
     if isinstance(error, duckdb.InterruptException):
         return True
     try:
@@ -61,44 +61,45 @@ def is_query(con: duckdb.DuckDBPyConnection, query: str) -> bool:
     return len(statements) == 1 and list(statements[0].expected_result_type) == only_rows
 
 
-def materialised(con: duckdb.DuckDBPyConnection, query: str, parameters: Parameters) -> Any:
-    """Execute one statement once; a relation over its rows, with DuckDB's own values, names and types.
+def materialise(con: duckdb.DuckDBPyConnection, query: str, parameters: Parameters) -> Any:
+    """Execute one statement once, and return a relation over its rows with DuckDB's own values, names and types.
 
-    `con.sql` keeps the rows of what it executes at once. A SELECT it executes whenever it is read, but not EXECUTE.
+    `con.sql` executes a SELECT each time it is read. It executes an EXECUTE once and keeps the rows, so the statement
+    is prepared.
     """
     statement, *more = con.extract_statements(query)
     name = f"complete_fn_run{next(RUNS)}"
     if more:
-        return kept(con, name, query, parameters)
+        return materialise_pivot(con, name, query, parameters)
     if statement.type not in (duckdb.StatementType.SELECT, duckdb.StatementType.MULTI):
         done = as_caller(partial(con.sql, query, params=parameters or None))
         return con if done is None else done
     given = dict(parameters) if isinstance(parameters, Mapping) else dict(enumerate(parameters or (), 1))
-    if {str(parameter) for parameter in given} != statement.named_parameters or not prepared(con, name, query):
+    if {str(parameter) for parameter in given} != statement.named_parameters or not try_prepare(con, name, query):
         return as_caller(con.execute, query, parameters or [])  # says what is wrong in its own words
-    found = executed(con, name, given)
+    found = execute_prepared(con, name, given)
     if not any(column.rpartition("_")[2].isdigit() for column in found.columns):
         return found
     names = [row[0] for row in as_caller(con.execute, f"DESCRIBE {query}", parameters or []).fetchall()]
-    renamed = [f"{quoted(have)} AS {quoted(column)}" for have, column in zip(found.columns, names, strict=True)]
+    renamed = [f"{quote_name(have)} AS {quote_name(column)}" for have, column in zip(found.columns, names, strict=True)]
     return found.project(", ".join(renamed))  # of two columns `a` it makes `a` and `a_1`
 
 
-def prepared(con: duckdb.DuckDBPyConnection, name: str, query: str) -> bool:
+def try_prepare(con: duckdb.DuckDBPyConnection, name: str, query: str) -> bool:
     try:
         as_caller(con.execute, f"PREPARE {name} AS {query}")
     except duckdb.Error as error:
-        if ends(con, error):
+        if forbids_another_run(con, error):
             raise
         return False
     return True
 
 
-def executed(con: duckdb.DuckDBPyConnection, name: str, given: Mapping[Any, Any]) -> Any:
-    """EXECUTE what was prepared; its parameters are handed over as variables, as EXECUTE takes none."""
+def execute_prepared(con: duckdb.DuckDBPyConnection, name: str, given: Mapping[Any, Any]) -> Any:
+    """EXECUTE a prepared statement. EXECUTE takes no parameters from Python, so they are handed over as variables."""
     variables = {parameter: f"{name}_{number}" for number, parameter in enumerate(given)}
     arguments = [
-        f"{quoted(p) + ' := ' if isinstance(p, str) else ''}getvariable('{variable}')"
+        f"{quote_name(p) + ' := ' if isinstance(p, str) else ''}getvariable('{variable}')"
         for p, variable in variables.items()
     ]
     try:
@@ -111,18 +112,18 @@ def executed(con: duckdb.DuckDBPyConnection, name: str, given: Mapping[Any, Any]
                 con.execute(statement)
 
 
-def quoted(name: str) -> str:
+def quote_name(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
 RUNS = itertools.count(1)
 
 
-def kept(con: duckdb.DuckDBPyConnection, name: str, pivot: str, parameters: Parameters) -> Any:
-    """A relation over the rows of a PIVOT, which 1.x cannot prepare: it makes two statements of it."""
+def materialise_pivot(con: duckdb.DuckDBPyConnection, name: str, pivot: str, parameters: Parameters) -> Any:
+    """A relation over the rows of a PIVOT. DuckDB 1.x makes two statements of a PIVOT and cannot prepare it."""
     as_caller(con.execute, f"CREATE TEMP TABLE {name} AS {pivot}", parameters or [])
     try:
         con.execute(f"PREPARE {name} AS FROM {name}")
-        return executed(con, name, {})
+        return execute_prepared(con, name, {})
     finally:
         con.execute(f"DROP TABLE {name}")

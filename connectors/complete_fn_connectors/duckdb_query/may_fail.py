@@ -1,8 +1,9 @@
-"""Whether a query can fail while it runs: inside a transaction, a failure would undo what the user has not committed.
+"""Inside a transaction a query that can fail is not planned: a failure would undo what the user has not committed.
 
-In collect mode a placeholder brings values to where no answer would (`coalesce(complete(...), 'none')::INT`), and a
-guard an expression to rows that a completion would have spared. So inside a transaction all that a query evaluates must
-have a value for every row. A list of what has is kept here: arithmetic, patterns, JSON and most casts can fail.
+In collect mode a placeholder can reach an expression that no answer would reach (`coalesce(complete(...),
+'none')::INT`), and a guard evaluates an expression for rows that a completion would have excluded. So inside a
+transaction every expression must have a value for every row. The lists below name the expressions that always have one;
+arithmetic, patterns, JSON and most casts can fail.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ WIDENING = ("BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "F
 
 
 def may_fail(written: Tree, optimised: Tree) -> str | None:
-    """What of a query may fail for a row, as an error can name it; None if nothing can.
+    """A description of the first part of a query that may fail for a row; None if no part can.
 
     Args:
         written: its plan as bound, where nothing is folded away.
@@ -42,15 +43,15 @@ def may_fail(written: Tree, optimised: Tree) -> str | None:
     """
     for node in nodes(written):
         if "expression_class" in node and not is_total(node):
-            return named(node)
+            return describe_node(node)
         if str(node.get("type")).startswith("LOGICAL_") and not runs_always(node):
-            return named(node)
-    return next((named(n) for n in nodes(optimised) if is_cast(n) and is_constant(n)), None)
+            return describe_node(node)
+    return next((describe_node(n) for n in nodes(optimised) if is_cast(n) and is_constant(n)), None)
 
 
 def is_total(node: Tree) -> bool:
-    """Whether an expression, without its parts, has a value for any of their values."""
-    kind, form, name = node["expression_class"], node["type"], name_of(node)
+    """Whether an expression has a value for all values of its parts."""
+    kind, form, name = node["expression_class"], node["type"], function_name(node)
     if kind == "BOUND_AGGREGATE":
         return name in AGGREGATES and len(node.get("children", [])) < 2
     if is_cast(node):
@@ -61,10 +62,10 @@ def is_total(node: Tree) -> bool:
 
 
 def runs_always(op: Tree) -> bool:
-    """Whether an operator, without its expressions, cannot fail."""
+    """Whether an operator cannot fail, apart from its expressions."""
     kind = op["type"].removeprefix("LOGICAL_")
     if kind == "GET":
-        return name_of(op) in SCANS and not op.get("children")
+        return function_name(op) in SCANS and not op.get("children")
     if kind == "LIMIT":
         limits = [(op.get(k) or {}).get("type", "UNSET") for k in ("limit_val", "offset_val")]
         return not any("EXPRESSION" in limit for limit in limits)
@@ -80,22 +81,22 @@ def cannot_fail(cast: Tree) -> bool:
 
 
 def is_cast(node: Tree) -> bool:
-    return name_of(node) == "__cast"
+    return function_name(node) == "__cast"
 
 
 def is_constant(node: Tree) -> bool:
     return node.get("type") == "VALUE_CONSTANT" or (is_cast(node) and all(map(is_constant, node.get("children", []))))
 
 
-def name_of(node: Tree) -> str:
+def function_name(node: Tree) -> str:
     path: list[Any] = (node.get("qname") or {}).get("path") or [""]
     return str(path[-1])
 
 
-def named(node: Tree) -> str:
-    """A node for people."""
+def describe_node(node: Tree) -> str:
+    """A node in words."""
     if is_cast(node):
         return f"a cast to {node.get('return_type', {}).get('id')}"
-    if name_of(node):
-        return f"{name_of(node)}()"
+    if function_name(node):
+        return f"{function_name(node)}()"
     return str(node["type"]).removeprefix("LOGICAL_").replace("_", " ").lower()

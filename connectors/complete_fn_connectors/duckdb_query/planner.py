@@ -1,7 +1,9 @@
-"""A whole query as one plan: `run_query` is what `duckdb.sql` does. Read it first.
+"""`sql(con, query)` plans the completions of a whole query: `run_query` is the main path. Read it first.
 
-number the calls --DuckDB's plan--> what waits for what --guards--> run in collect mode, ask what was noted, again until
-nothing new is asked --> the query itself, with every answer in memory. What is in doubt, the query itself asks.
+1. Number the calls, and read from DuckDB's plan which call waits for which.
+2. Put guards, so that conditions without a call decide first.
+3. Run the query in collect mode and ask the prompts that were noted, until no new prompt is asked.
+4. Run the query itself, with every answer in memory. Calls that could not be planned are asked by this run.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from complete_fn_connectors.duckdb_query.collect import (
     Memory,
     Remembering,
     Round,
-    ask,
-    to_ask,
+    ask_batch,
+    choose_prompts,
 )
 from complete_fn_connectors.duckdb_query.constants import (
     answer_constants,
@@ -33,27 +35,27 @@ from complete_fn_connectors.duckdb_query.constants import (
     outside_views,
     refuse_hidden,
 )
-from complete_fn_connectors.duckdb_query.dependencies import Order, optimised, read_order, read_plan
+from complete_fn_connectors.duckdb_query.dependencies import Order, optimised_plan, read_order, read_plan
 from complete_fn_connectors.duckdb_query.guards import Guarding
 from complete_fn_connectors.duckdb_query.json_versions import Tree, read_batches
-from complete_fn_connectors.duckdb_query.materialise import RUNS, ends, finish, is_query
+from complete_fn_connectors.duckdb_query.materialise import RUNS, forbids_another_run, is_query, run_at_last
 from complete_fn_connectors.duckdb_query.may_fail import may_fail
-from complete_fn_connectors.duckdb_query.pushdown import narrowed
+from complete_fn_connectors.duckdb_query.pushdown import push_conditions_down
 from complete_fn_connectors.duckdb_query.syntax_tree import (
     Parameters,
     RunsPlainly,
     Statement,
     nodes,
+    put_values_in,
     read_statement,
-    replaced,
+    replace_nodes,
     to_text,
-    with_values,
 )
-from complete_fn_connectors.duckdb_query.views import with_views
+from complete_fn_connectors.duckdb_query.views import inline_views
 from complete_fn_connectors.functions import QuerySession
 
-ROUNDS = 40  # a query under LIMIT that needs more of them goes on plainly
-COLLECTING: dict[str, Collector] = {}  # by the run's name, which every numbered call carries
+ROUNDS = 40  # a query with a LIMIT that needs more of them runs plainly from there
+COLLECTING: dict[str, Collector] = {}  # by the name of the run, which each numbered call has in its first argument
 
 
 @dataclass
@@ -61,9 +63,9 @@ class Planned:
     """A query that is planned as a whole.
 
     Attributes:
-        collecting: the SELECT with numbered calls and guards, run in collect mode.
-        final: the whole statement with guards, run at the end.
-        guards: by site, the conditions before it as text.
+        collecting: The SELECT with numbered calls and guards, for collect mode.
+        final: The whole statement with guards, for the final run.
+        guards: By site, the conditions before it as text.
     """
 
     collecting: str
@@ -87,23 +89,23 @@ def run_query(con: duckdb.DuckDBPyConnection, functions: Functions, query: str, 
                 con, functions, statement, parameters, run, collector, partial(ask_constant, collector)
             )
             collector.order, collector.phase = planned.order, "collect"
-            collect(con, planned, collector, parameters)
+            ask_in_rounds(con, planned, collector, parameters)
             final, selects = planned.final, statement.returns_rows
             guarded = final != statement.text
         except RunsPlainly:
             final, selects = query, is_query(con, query)
         except (duckdb.Error, CompleteError) as error:
-            if ends(con, error):
+            if forbids_another_run(con, error):
                 raise
             final, selects = query, is_query(con, query)
     with remembering(functions, memory):
         try:
-            return finish(con, functions, final, selects, parameters)
+            return run_at_last(con, functions, final, selects, parameters)
         except duckdb.Error as error:
-            if not guarded or ends(con, error):
+            if not guarded or forbids_another_run(con, error):
                 raise
         # A guard failed for a row that a completion would have spared.
-        return finish(con, functions, query, selects, parameters)
+        return run_at_last(con, functions, query, selects, parameters)
 
 
 @contextlib.contextmanager
@@ -118,7 +120,7 @@ def collecting(session: QuerySession, memory: Memory) -> Iterator[tuple[str, Col
 
 @contextlib.contextmanager
 def remembering(functions: Functions, memory: Memory) -> Iterator[None]:
-    """The functions answer from memory first. Queries at the same time see each other's answers, as from the store."""
+    """Let the functions answer from memory first. Queries that run at the same time see each other's answers."""
     functions.answering.append(memory)
     try:
         yield
@@ -135,27 +137,27 @@ def plan_query(
     collector: Collector,
     learn: Callable[[Constant], bool],
 ) -> Planned:
-    """Put views in, answer the constants, narrow what is asked, number the calls, read what waits for what, put guards.
+    """Inline views, answer constant calls, push conditions down, number the calls, read their order, put guards.
 
     Args:
-        learn: gives the memory the answer of a constant call; False if it cannot without paying.
+        learn: Brings the answer of a constant call into memory. Returns False if that would cost money.
 
     Raises:
-        RunsPlainly: something in the query does not allow it.
-        OpenConstants: DuckDB needs the answer of a constant call, which `learn` does not give.
-        duckdb.Error: what is around the SELECT is at fault, as an INSERT into a table that is not there.
+        RunsPlainly: The query cannot be planned; the text says why.
+        OpenConstants: DuckDB needs the answer of a constant call, and `learn` does not know it.
+        duckdb.Error: The statement around the SELECT is wrong, such as an INSERT into a table that does not exist.
     """
     names = functions.planned_names
-    called = {name: names[name] for name in names.keys() - macros(con)}
-    tree, text = with_views(con, statement.tree, statement.select, called)
+    called = {name: names[name] for name in names.keys() - macro_names(con)}
+    tree, text = inline_views(con, statement.tree, statement.select, called)
     as_it_is = tag_calls(tree, text, called, run)
     refuse_hidden(con, as_it_is.tree, called)
     answer_constants(con, as_it_is, parameters, {*names.values()}, collector, learn)
     if tree is not statement.tree:
         read_plan(
-            con, to_text(con, with_values(con, outside_views(statement, called, run), parameters)), optimise=False
+            con, to_text(con, put_values_in(con, outside_views(statement, called, run), parameters)), optimise=False
         )
-    fewer = narrowed(con, tree, called)
+    fewer = push_conditions_down(con, tree, called)
     found = None
     if fewer is not tree:
         with contextlib.suppress(RunsPlainly, duckdb.Error):
@@ -176,8 +178,8 @@ def plan_tree(
     collector: Collector,
     changed: bool,
 ) -> Planned:
-    """Read what waits for what, put guards. `changed`: whether the tree asks less than the statement."""
-    constant = with_values(con, tagged.tree, parameters)
+    """Read the order of the calls and put guards. `changed`: whether conditions were pushed down in the tree."""
+    constant = put_values_in(con, tagged.tree, parameters)
     written = read_plan(con, to_text(con, constant), optimise=False)
     if not statement.returns_rows:
         tried = statement.with_select(to_text(con, tagged.tree))
@@ -185,64 +187,68 @@ def plan_tree(
             con.execute(f"EXPLAIN {tried}", parameters or []).fetchall()
 
     def final_text(tree: Tree) -> str:
-        return statement.with_select(to_text(con, with_names(con, tagged.untagged(tree), statement.tree)))
+        return statement.with_select(to_text(con, restore_column_names(con, tagged.untagged(tree), statement.tree)))
 
-    plan = optimised(con, constant)
+    plan = optimised_plan(con, constant)
     if in_transaction(con) and (failing := may_fail(written, plan)):
         raise RunsPlainly(f"inside a transaction, which {failing} would abort where it fails")
     order = read_order(plan)
     guarding = Guarding(order)
     guarded = guarding.apply(tagged.tree)
     if guarded != tagged.tree:
-        after = read_order(optimised(con, with_values(con, guarded, parameters)))
-        if keeps(order, after):
+        after = read_order(optimised_plan(con, put_values_in(con, guarded, parameters)))
+        if keeps_dependencies(order, after):
             return Planned(
-                to_text(con, guarded), final_text(guarded), tagged.sites, after, shown(con, tagged, guarding)
+                to_text(con, guarded), final_text(guarded), tagged.sites, after, guard_texts(con, tagged, guarding)
             )
     return Planned(
         to_text(con, tagged.tree), final_text(tagged.tree) if changed else statement.text, tagged.sites, order
     )
 
 
-def with_names(con: duckdb.DuckDBPyConnection, tree: Any, written: Any) -> Any:
-    """The tree with the names that the columns of all its SELECTs have as written: DuckDB names an expression by its
-    text. What stands in place of something else, as a subquery for a view, has its own names."""
+def restore_column_names(con: duckdb.DuckDBPyConnection, tree: Any, written: Any) -> Any:
+    """The tree with the column names of the written query. DuckDB names a column by the text of its expression.
+
+    A part that stands for something else, such as a subquery for a view, keeps its own names.
+    """
     if tree == written or type(tree) is not type(written):
         return tree
     if isinstance(tree, list):
         return (
-            [with_names(con, *pair) for pair in zip(tree, written, strict=True)] if len(tree) == len(written) else tree
+            [restore_column_names(con, *pair) for pair in zip(tree, written, strict=True)]
+            if len(tree) == len(written)
+            else tree
         )
     if not isinstance(tree, dict) or tree.get("type") != written.get("type"):
         return tree
-    named = {k: with_names(con, v, written.get(k)) for k, v in tree.items()}
+    named = {k: restore_column_names(con, v, written.get(k)) for k, v in tree.items()}
     if tree.get("type") == "SELECT_NODE":
         pairs = zip(named["select_list"], written["select_list"], strict=True)
         named["select_list"] = [
-            now if keeps_name(now, was) else {**now, "alias": text_of(con, was)} for now, was in pairs
+            now if has_same_name(now, was) else {**now, "alias": expression_text(con, was)} for now, was in pairs
         ]
     return named
 
 
-def keeps_name(now: Tree, before: Tree) -> bool:
-    """Whether an item of a SELECT has the name that it had: one with a star is named by its columns."""
-    own = replaced(before, lambda node: {} if node.get("class") == "SUBQUERY" else None)
+def has_same_name(now: Tree, before: Tree) -> bool:
+    """Whether an item of a SELECT still has its name. An item with a star gets its names from the columns."""
+    own = replace_nodes(before, lambda node: {} if node.get("class") == "SUBQUERY" else None)
     return now == before or bool(before["alias"]) or any(n.get("class") == "STAR" for n in nodes(own))
 
 
-def macros(con: duckdb.DuckDBPyConnection) -> set[str]:
-    """Names that a user's macro has, which hides a function. Those of `cortex` are the functions by other names."""
+def macro_names(con: duckdb.DuckDBPyConnection) -> set[str]:
+    """The names of the user's macros, which hide functions of the same name. Cortex's macros are ours."""
     query = "SELECT lower(function_name), database_name FROM duckdb_functions() WHERE function_type = 'macro'"
     found = con.execute(f"{query} AND NOT internal AND database_name <> 'snowflake'").fetchall()
     return {name for name, database in found if database != "temp" or name not in NAMED}
 
 
-def keeps(before: Order, after: Order) -> bool:
-    """Whether all that a site waited for without guards it waits for with them, and none comes to be evaluated, or
-    to be evaluated earlier.
+def keeps_dependencies(before: Order, after: Order) -> bool:
+    """Whether each site still waits for all sites that it waited for without guards, and no site is evaluated earlier
+    or anew.
 
-    DuckDB pushes conditions of HAVING, of aliases and of joined tables into the filter that is guarded, where a guard
-    would turn their order round; and it sees contradictions that a guard hides.
+    DuckDB pushes conditions of HAVING, of aliases and of joined tables into the guarded filter, where a guard could
+    turn their order round. It also sees contradictions that a guard would hide.
     """
     if after.early - before.early:
         return False
@@ -250,12 +256,12 @@ def keeps(before: Order, after: Order) -> bool:
     return not more and all(waits <= after.waits.get(site, set()) for site, waits in before.waits.items())
 
 
-def shown(con: duckdb.DuckDBPyConnection, tagged: Tagged, guarding: Guarding) -> dict[int, list[str]]:
+def guard_texts(con: duckdb.DuckDBPyConnection, tagged: Tagged, guarding: Guarding) -> dict[int, list[str]]:
     """The guards as SQL."""
-    return {site: [text_of(con, tagged.untagged(g)) for g in found] for site, found in guarding.guards.items()}
+    return {site: [expression_text(con, tagged.untagged(g)) for g in found] for site, found in guarding.guards.items()}
 
 
-def text_of(con: duckdb.DuckDBPyConnection, tree: Tree) -> str:
+def expression_text(con: duckdb.DuckDBPyConnection, tree: Tree) -> str:
     """An expression as DuckDB writes it."""
     select = {"node": {**EMPTY_SELECT, "select_list": [tree]}, "named_param_map": []}
     return to_text(con, select).removeprefix("SELECT ")
@@ -276,14 +282,16 @@ EMPTY_SELECT: Tree = {
 }
 
 
-def collect(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Collector, parameters: Parameters) -> None:
-    """Run in collect mode and ask what was noted, until there is nothing new that may be asked."""
+def ask_in_rounds(
+    con: duckdb.DuckDBPyConnection, planned: Planned, collector: Collector, parameters: Parameters
+) -> None:
+    """Run in collect mode and ask the prompts that were noted, until there are no new ones."""
     for _ in range(ROUNDS):
         round_ = run_round(con, planned, collector, parameters)
-        batch = to_ask(round_, planned.order)
+        batch = choose_prompts(round_, planned.order)
         if not batch.prompts:
             return
-        ask(collector, batch)
+        ask_batch(collector, batch)
         if not batch.held_back:
             return
 
@@ -292,8 +300,8 @@ def run_round(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Colle
     """Run in collect mode once.
 
     Raises:
-        CompleteError: a call is at fault.
-        duckdb.Error: the query is, or a placeholder made it fail.
+        CompleteError: A call is wrong.
+        duckdb.Error: The query is wrong, or a placeholder made it fail.
     """
     round_ = collector.begin()
     relation = con.sql(planned.collecting, params=parameters or None)
@@ -308,18 +316,18 @@ def run_round(con: duckdb.DuckDBPyConnection, planned: Planned, collector: Colle
 
 
 def in_transaction(con: duckdb.DuckDBPyConnection) -> bool:
-    """Whether the user has begun a transaction: its number stays, else every statement has its own."""
+    """Whether the user has begun a transaction. Outside of one, each statement has a transaction number of its own."""
     first, second = (con.execute("SELECT txid_current()").fetchall() for _ in range(2))
     return first == second
 
 
 def why_plainly(con: duckdb.DuckDBPyConnection, error: Exception) -> str:
-    """The reason for `explain` where a round failed, after which `sql` runs the query plainly.
+    """The reason that `explain` shows for a query of which a round failed. `sql` then runs it plainly.
 
     Raises:
-        duckdb.Error: the error itself, where no plain run can follow.
+        duckdb.Error: The error forbids a plain run.
     """
-    if ends(con, error):
+    if forbids_another_run(con, error):
         raise error
     return f"it fails before its answers are known: {str(error).splitlines()[0].rstrip('.')}"
 

@@ -1,10 +1,10 @@
-"""Conditions and joins that narrow a subquery with completions, put into it, so that fewer rows are asked.
+"""Conditions and joins of the outer query are copied into a subquery with completions, so that fewer rows are asked.
 
 DuckDB moves a filter below a projection only if neither can fail, and a join never: over
 `(SELECT id, complete(model, text) AS a FROM docs)` the condition `id % 100 = 0` and a join with a table of ten rows
 still leave every row of `docs` asked. Here a condition on columns that the subquery hands through becomes one of its
-own, and an equality with a column of another table `column IN (SELECT ... FROM table)`. Both stay in the outer query
-too, so that only rows are spared that it would drop.
+own, and an equality with a column of another table `column IN (SELECT ... FROM table)`. The outer
+query keeps them too, so its rows cannot change; only rows that it would discard are not asked.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 import duckdb
 
-from complete_fn_connectors.duckdb_query.call_sites import called
+from complete_fn_connectors.duckdb_query.call_sites import called_name
 from complete_fn_connectors.duckdb_query.guards import children_of, join_conditions
 from complete_fn_connectors.duckdb_query.json_versions import Tree
-from complete_fn_connectors.duckdb_query.syntax_tree import common_tables, nodes, parse, replaced, table_path
+from complete_fn_connectors.duckdb_query.syntax_tree import common_tables, nodes, parse, replace_nodes, table_path
 
 # Join types that drop or repeat rows of a side, but never fill it with NULLs: a filter on it may come before the join.
 KEEPS_LEFT, KEEPS_RIGHT = ("INNER", "LEFT", "SEMI", "ANTI"), ("INNER", "RIGHT")
@@ -30,19 +30,24 @@ OPAQUE = ("SUBQUERY", "WINDOW", "LAMBDA", "STAR", "DEFAULT")
 VIRTUAL = ("rowid", "filename", "file_row_number", "file_index")  # columns that no star shows
 
 
-def narrowed(con: duckdb.DuckDBPyConnection, tree: Tree, functions: Mapping[str, str]) -> Tree:
+def push_conditions_down(con: duckdb.DuckDBPyConnection, tree: Tree, functions: Mapping[str, str]) -> Tree:
     """A copy of the tree in which subqueries and common tables that call `functions` have conditions of their readers;
     the tree itself if there is none."""
     found = copy.deepcopy(tree)
-    work = Narrowing(con, functions, found)
+    work = ConditionPushdown(con, functions, found)
     work.visit(found)
     return found if work.changed else tree
 
 
 @dataclass
-class Leaf:
-    """A table in FROM. `select`: what may be narrowed, None for nothing; `names`: its columns' names, if given;
-    `made`: names that its reader gives to other values, which a condition may mean too."""
+class FromTable:
+    """A table in FROM.
+
+    Attributes:
+        select: The SELECT that may take over conditions; None if there is none.
+        names: The names of its columns, if they are given.
+        made: Names that the outer SELECT gives to other values. A condition may mean these values.
+    """
 
     node: Tree
     select: Tree | None = None
@@ -55,8 +60,8 @@ class Leaf:
 
 
 @dataclass
-class Narrowing:
-    """Changes `tree` in place."""
+class ConditionPushdown:
+    """Pushes conditions down in `tree`, in place."""
 
     con: duckdb.DuckDBPyConnection
     functions: Mapping[str, str]
@@ -77,7 +82,7 @@ class Narrowing:
 
     @cached_property
     def not_by_row(self) -> set[str]:
-        """Functions that do not, or may not, make one value of one row."""
+        """Functions that may not make one value of one row: aggregates, macros, table functions."""
         query = "SELECT DISTINCT function_name FROM duckdb_functions() WHERE function_type <> 'scalar'"
         return self.names(query) - {*self.functions} | {"unnest", "unlist"}
 
@@ -85,7 +90,7 @@ class Narrowing:
         return {row[0].lower() for row in self.con.execute(query).fetchall()}
 
     def visit(self, node: Any) -> None:
-        """The outer SELECTs first; of common tables the later first, as they may read those before."""
+        """Visit outer SELECTs first, and later common tables before earlier ones, which they may read."""
         if isinstance(node, list):
             for value in node:
                 self.visit(value)
@@ -121,8 +126,13 @@ class Narrowing:
         select["where_clause"] = join_conditions("CONJUNCTION_AND", where) if where else None
 
     def equalities(
-        self, leaf: Leaf, leaves: list[Leaf], conditions: list[Tree], using: list[str], known: Mapping[str, Leaf]
-    ) -> Iterator[tuple[Tree, Tree, Leaf]]:
+        self,
+        leaf: FromTable,
+        leaves: list[FromTable],
+        conditions: list[Tree],
+        using: list[str],
+        known: Mapping[str, FromTable],
+    ) -> Iterator[tuple[Tree, Tree, FromTable]]:
         """(expression of the leaf, expression of another table that it must equal, that table)."""
         for condition in conditions:
             if condition["type"] == "COMPARE_EQUAL":
@@ -134,26 +144,29 @@ class Narrowing:
         if len(leaves) == 2:
             source = leaves[leaves[0] is leaf]
             for name in using:
-                yield column_of(leaf.alias, name), column_of(source.alias, name), source
+                yield make_column(leaf.alias, name), make_column(source.alias, name), source
 
-    def moved(self, condition: Tree, leaf: Leaf, known: Mapping[str, Leaf], alone: Leaf | None) -> bool:
-        """Move a condition on answers beside the conditions that spare answers: DuckDB would, and may put it first."""
+    def moved(self, condition: Tree, leaf: FromTable, known: Mapping[str, FromTable], alone: FromTable | None) -> bool:
+        """Move a condition on answers into the subquery, behind the conditions that reduce the answers.
+
+        DuckDB would move it as well, and may evaluate it first.
+        """
         if not self.is_plain(condition, asking=True) or self.owner(condition, known, alone) is not leaf:
             return False
         inside = self.inside(condition, leaf, asking=True)
-        if inside is None or not any(called(n) in self.functions for n in nodes(inside)):
+        if inside is None or not any(called_name(n) in self.functions for n in nodes(inside)):
             return False
         self.put(leaf, inside)
         return True
 
-    def read(self, source: Tree) -> tuple[list[Leaf], list[Tree], list[str]]:
+    def read(self, source: Tree) -> tuple[list[FromTable], list[Tree], list[str]]:
         """(tables whose rows a filter may drop before the joins, conditions that all rows meet, USING columns)."""
         if source["type"] != "JOIN":
             return [self.leaf(source)], [], []
         kind = source["join_type"]
         if source["ref_type"] not in JOINS:
             return [], [], []
-        leaves: list[Leaf] = []
+        leaves: list[FromTable] = []
         inner = kind == "INNER"
         conditions = children_of(source["condition"], "CONJUNCTION_AND") if inner and source.get("condition") else []
         using = list(source["using_columns"]) if inner else []
@@ -163,21 +176,21 @@ class Narrowing:
                 leaves, conditions, using = leaves + found, conditions + more, using + others
         return leaves, conditions, using
 
-    def leaf(self, source: Tree) -> Leaf:
+    def leaf(self, source: Tree) -> FromTable:
         names = list(source.get("column_name_alias") or [])
-        found = Leaf(source)
+        found = FromTable(source)
         if source.get("sample"):
             return found
         if source["type"] == "SUBQUERY":
-            return Leaf(source, self.narrowable(source["subquery"]["node"]), names)
+            return FromTable(source, self.narrowable(source["subquery"]["node"]), names)
         value = self.read_once(source)
         if value is not None:
             given = list(value.get("aliases") or [])
-            return Leaf(source, self.narrowable(value["query_node"]), [*names, *given[len(names) :]])
+            return FromTable(source, self.narrowable(value["query_node"]), [*names, *given[len(names) :]])
         return found
 
     def narrowable(self, select: Tree) -> Tree | None:
-        """The SELECT itself if it makes one row of each row of its FROM, with a completion in it."""
+        """The SELECT if it has a completion and makes one row of each row of its FROM; else None."""
         if select["type"] != "SELECT_NODE" or not self.asks(select):
             return None
         if any(select.get(k) for k in ("group_expressions", "group_sets", "having", "qualify", "sample")):
@@ -188,28 +201,28 @@ class Narrowing:
         return select if by_row and select["aggregate_handling"] == "STANDARD_HANDLING" else None
 
     def asks(self, tree: Tree) -> bool:
-        """Whether it calls a completion, itself or in a common table that it alone reads."""
+        """Whether a tree calls a completion, itself or in a common table that only this tree reads."""
         read = list(filter(None, map(self.read_once, nodes(tree))))
-        return any(called(n) in self.functions for n in nodes([tree, read]))
+        return any(called_name(n) in self.functions for n in nodes([tree, read]))
 
     def read_once(self, node: Tree) -> Tree | None:
-        """The common table that a reference is the only one to; None for another node."""
+        """The common table that only this node refers to; None if there is none."""
         path = table_path(node)
         return self.common[path[0]] if len(path) == 1 and path[0] in self.once else None
 
     def is_of_many(self, node: Tree) -> bool:
-        """Whether it may be an aggregate or make several rows: macros too, of which nothing is known."""
+        """Whether a node may be an aggregate or make several rows. Nothing is known of macros, so they count too."""
         return node.get("class") == "FUNCTION" and node["function_name"].lower() in self.not_by_row
 
     def is_plain(self, condition: Tree, asking: bool = False) -> bool:
-        """Whether it has a value for each row by itself; one that costs nothing, if not `asking`."""
+        """Whether a condition can be evaluated row by row, and for free unless `asking` is true."""
         return not any(
-            n.get("class") in OPAQUE or self.is_of_many(n) or (called(n) in self.functions and not asking)
+            n.get("class") in OPAQUE or self.is_of_many(n) or (called_name(n) in self.functions and not asking)
             for n in nodes(condition)
         )
 
-    def owner(self, part: Tree, known: Mapping[str, Leaf], alone: Leaf | None) -> Leaf | None:
-        """The table that all columns of a part are of; None if it has none, or that is unclear."""
+    def owner(self, part: Tree, known: Mapping[str, FromTable], alone: FromTable | None) -> FromTable | None:
+        """The table to which all columns of a part belong; None if there is no column or it is unclear."""
         found = set()
         for column in columns_in(part):
             names = column["column_names"]
@@ -219,8 +232,8 @@ class Narrowing:
                 found.add(names[0].lower() if len(names) == 2 else "")
         return known.get(found.pop()) if len(found) == 1 else None
 
-    def inside(self, part: Tree, leaf: Leaf, asking: bool = False) -> Tree | None:
-        """The part with what the subquery calls its columns; None if one of them is not simply handed through."""
+    def inside(self, part: Tree, leaf: FromTable, asking: bool = False) -> Tree | None:
+        """The part in the names of the subquery; None if a column is not simply handed through."""
         outputs = self.outputs(leaf, asking)
         missing = False
 
@@ -232,18 +245,18 @@ class Narrowing:
             missing = missing or found is None
             return found
 
-        changed: Tree = replaced(part, change)
+        changed: Tree = replace_nodes(part, change)
         return None if missing else {**changed, "alias": ""}
 
-    def outputs(self, leaf: Leaf, asking: bool) -> Callable[[str], Tree | None]:
-        """name -> the expression that a narrowable subquery gives under it, or None."""
+    def outputs(self, leaf: FromTable, asking: bool) -> Callable[[str], Tree | None]:
+        """A function: name of a column -> the expression in the subquery, or None."""
         items: list[Tree] = leaf.select["select_list"] if leaf.select else []
         stars = [i for i in items if i.get("class") == "STAR"]
         named = [(leaf.names[n : n + 1] or [name_of(item)])[0].lower() for n, item in enumerate(items)]
         counts = Counter(named)
         aliases = {i["alias"].lower() for i in items if i.get("alias")}
         unseen = {*aliases, *leaf.made, *VIRTUAL, *(tables_in(leaf.select["from_table"]) if leaf.select else ())}
-        if stars and (leaf.names or len(stars) > 1 or not is_all(stars[0])):
+        if stars and (leaf.names or len(stars) > 1 or not is_plain_star(stars[0])):
             return lambda name: None
 
         def output(name: str) -> Tree | None:
@@ -254,11 +267,11 @@ class Narrowing:
                 columns = [c["column_names"] for c in columns_in(item)]
                 by_alias = any(len(c) == 1 and c[0].lower() in aliases for c in columns)
                 return item if columns and not by_alias and self.is_plain(item, asking) else None
-            return column_of(stars[0]["relation_name"], name) if stars and name not in unseen else None
+            return make_column(stars[0]["relation_name"], name) if stars and name not in unseen else None
 
         return output
 
-    def among(self, mine: Tree | None, other: Tree, source: Leaf, its: list[Tree]) -> Tree | None:
+    def among(self, mine: Tree | None, other: Tree, source: FromTable, its: list[Tree]) -> Tree | None:
         """`mine IN (SELECT other FROM source WHERE its conditions)`, for a source that is a table."""
         path = table_path(source.node)
         if mine is None or not path or path[-1] not in self.tables or source.node.get("sample"):
@@ -270,7 +283,7 @@ class Narrowing:
         select["where_clause"] = join_conditions("CONJUNCTION_AND", its) if its else None
         return within
 
-    def put(self, leaf: Leaf, condition: Tree | None) -> None:
+    def put(self, leaf: FromTable, condition: Tree | None) -> None:
         """AND the condition to the subquery's own."""
         if condition is None or leaf.select is None:
             return
@@ -285,18 +298,18 @@ def columns_in(tree: Any) -> Iterator[Tree]:
 
 
 def tables_in(source: Tree) -> set[str]:
-    """Names that a FROM gives to tables, each of which is also a column that no star shows: the row."""
+    """The names of the tables in a FROM. Each is also the name of a hidden column: the whole row."""
     sources = [n for n in nodes(source) if isinstance(n.get("alias"), str) and "sample" in n]
     return {str(n["alias"] or n.get("table_name") or "").lower() for n in sources}
 
 
-def column_of(table: str, name: str) -> Tree:
+def make_column(table: str, name: str) -> Tree:
     names = [table, name] if table else [name]
     return {"class": "COLUMN_REF", "type": "COLUMN_REF", "alias": "", "query_location": 0, "column_names": names}
 
 
 def name_of(item: Tree) -> str:
-    """The name of a column of a SELECT, '' where DuckDB makes one up."""
+    """The name of a column of a SELECT; '' where DuckDB makes a name from the expression."""
     names: list[str] = item.get("column_names") or [""]
     return str(item.get("alias") or names[-1])
 
@@ -307,7 +320,7 @@ def is_made(item: Tree) -> bool:
     return bool(item.get("alias")) and item["alias"].lower() != names[-1].lower()
 
 
-def is_all(star: Tree) -> bool:
+def is_plain_star(star: Tree) -> bool:
     """Whether a star is `*` or `t.*` and nothing else."""
     lists = ("exclude_list", "replace_list", "qualified_exclude_list", "rename_list")
     return not star.get("columns") and star.get("expr") is None and not any(star.get(k) for k in lists)

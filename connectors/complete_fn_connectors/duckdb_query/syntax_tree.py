@@ -1,4 +1,4 @@
-"""One SQL statement: the SELECT inside it, as DuckDB's own serialised syntax tree, and back to text."""
+"""One SQL statement: its SELECT is found, parsed by DuckDB into a syntax tree, and written as text again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BEGINS_SELECT = ("SELECT", "WITH", "FROM", "VALUES")
 
 
 class RunsPlainly(Exception):
-    """The statement is not planned as a whole; the text says why. It never leaves this package."""
+    """The statement is not planned as a whole; the text says why. This exception never leaves this package."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Statement:
     """`text` is one statement; `text[start:stop]` its SELECT, of which `tree` is DuckDB's serialisation.
 
     Attributes:
-        returns_rows: a SELECT of its own, not one inside CREATE TABLE, INSERT or COPY.
+        returns_rows: Whether the statement is the SELECT itself, not a CREATE TABLE, INSERT or COPY around one.
     """
 
     text: str
@@ -52,8 +52,8 @@ def read_statement(con: duckdb.DuckDBPyConnection, text: str) -> Statement:
     """Find the SELECT of a statement.
 
     Raises:
-        RunsPlainly: several statements, or none that has a SELECT we may run on its own.
-        duckdb.Error: no SQL.
+        RunsPlainly: There are several statements, or no SELECT that may be run by itself.
+        duckdb.Error: The text is no SQL.
     """
     statements = con.extract_statements(text)
     if len(statements) != 1:
@@ -77,7 +77,7 @@ def inner_select(con: duckdb.DuckDBPyConnection, kind: Any, text: str) -> tuple[
     """Where the SELECT of CREATE TABLE AS, INSERT or COPY (...) TO begins and ends.
 
     Raises:
-        RunsPlainly: there is none that can be told from the rest.
+        RunsPlainly: The SELECT cannot be told from the rest of the statement.
     """
     words = list(tokens(text))
     if kind == duckdb.StatementType.INSERT and words[0].word == "INSERT":
@@ -144,16 +144,16 @@ def create_select(con: duckdb.DuckDBPyConnection, words: list[Token], text: str)
 
 
 def plan_error(con: duckdb.DuckDBPyConnection, select: str) -> dict[str, Any]:
-    """{} if DuckDB can plan the SELECT, else what it says."""
+    """{} if DuckDB can plan the SELECT, else the error as DuckDB gives it."""
     try:
-        found = json.loads(one(con, "SELECT json_serialize_plan(?::VARCHAR)", select) or "")
+        found = json.loads(fetch_value(con, "SELECT json_serialize_plan(?::VARCHAR)", select) or "")
     except ValueError:  # a plan with a constant that is no valid JSON, as a default of NaN
         return {}
     return found if found.get("error") else {}
 
 
-def one(con: duckdb.DuckDBPyConnection, query: str, *parameters: Any) -> Any:
-    """The first value of a result, which is read to its end: an unfinished one would block the connection."""
+def fetch_value(con: duckdb.DuckDBPyConnection, query: str, *parameters: Any) -> Any:
+    """The first value of a result. The result is read to its end, as an unfinished one would block the connection."""
     rows = con.execute(query, list(parameters)).fetchall()
     return rows[0][0] if rows else None
 
@@ -162,9 +162,9 @@ def parse(con: duckdb.DuckDBPyConnection, select: str) -> Tree:
     """The tree of a SELECT: `node` and `named_param_map`.
 
     Raises:
-        RunsPlainly: DuckDB does not serialise it.
+        RunsPlainly: DuckDB does not serialise the SELECT.
     """
-    found = json.loads(one(con, "SELECT json_serialize_sql(?::VARCHAR)", select))
+    found = json.loads(fetch_value(con, "SELECT json_serialize_sql(?::VARCHAR)", select))
     if found.get("error"):
         raise RunsPlainly(f"DuckDB does not serialise it: {found.get('error_message')}")
     try:
@@ -176,10 +176,10 @@ def parse(con: duckdb.DuckDBPyConnection, select: str) -> Tree:
 def to_text(con: duckdb.DuckDBPyConnection, tree: Tree) -> str:
     """The SELECT of a tree."""
     whole = json.dumps({"error": False, "statements": [tree_to_write(tree)]})
-    return str(one(con, "SELECT json_deserialize_sql(?::JSON)", whole))
+    return str(fetch_value(con, "SELECT json_deserialize_sql(?::JSON)", whole))
 
 
-def expression(con: duckdb.DuckDBPyConnection, text: str) -> Tree:
+def parse_expression(con: duckdb.DuckDBPyConnection, text: str) -> Tree:
     """The tree of one expression."""
     found: Tree = parse(con, f"SELECT {text}")["node"]["select_list"][0]
     return found
@@ -197,33 +197,33 @@ def nodes(tree: Any) -> Iterator[Tree]:
 
 
 def table_path(node: Tree) -> tuple[str, ...]:
-    """The parts of the name that a reference to a table or view is written with, lower-case; () of another node."""
-    return lower(node["qualified_name"]["path"]) if node.get("type") == "BASE_TABLE" else ()
+    """The parts of the name in a reference to a table or view, in lower case; () for another node."""
+    return lower_path(node["qualified_name"]["path"]) if node.get("type") == "BASE_TABLE" else ()
 
 
-def lower(path: Sequence[str]) -> tuple[str, ...]:
+def lower_path(path: Sequence[str]) -> tuple[str, ...]:
     return tuple(part.lower() for part in path)
 
 
 def common_tables(tree: Any) -> list[tuple[str, Tree]]:
-    """(name, what stands for it) of all common table expressions, wherever they are; names lower-case."""
+    """(name in lower case, definition) of all common table expressions in a tree."""
     entries = [entry for node in nodes(tree) for entry in node.get("cte_map", {}).get("map", [])]
     return [(entry["key"].lower(), entry["value"]) for entry in entries]
 
 
-def replaced(tree: Any, change: Any) -> Any:
-    """A copy of the tree in which `change(object)` stands wherever it is not None."""
+def replace_nodes(tree: Any, change: Any) -> Any:
+    """A copy of the tree in which `change(node)` replaces each node for which it is not None."""
     if isinstance(tree, dict):
         changed = change(tree)
-        return changed if changed is not None else {k: replaced(v, change) for k, v in tree.items()}
-    return [replaced(v, change) for v in tree] if isinstance(tree, list) else tree
+        return changed if changed is not None else {k: replace_nodes(v, change) for k, v in tree.items()}
+    return [replace_nodes(v, change) for v in tree] if isinstance(tree, list) else tree
 
 
-def with_values(con: duckdb.DuckDBPyConnection, tree: Tree, parameters: Parameters) -> Tree:
-    """The tree with its parameters as constants, for planning: DuckDB plans a query with their values too.
+def put_values_in(con: duckdb.DuckDBPyConnection, tree: Tree, parameters: Parameters) -> Tree:
+    """The tree with constants for its parameters. DuckDB plans a query by the values of its parameters as well.
 
     Raises:
-        RunsPlainly: a parameter is missing, or has a value that is not written as a constant.
+        RunsPlainly: A parameter is missing, or its value cannot be written as a constant.
     """
     wanted = [p["key"] for p in tree["named_param_map"]]
     if not wanted and not parameters:
@@ -232,20 +232,20 @@ def with_values(con: duckdb.DuckDBPyConnection, tree: Tree, parameters: Paramete
     values = given if isinstance(given, Mapping) else {str(n): v for n, v in enumerate(given, 1)}
     if set(values) != set(wanted):
         raise RunsPlainly("parameters outside of the SELECT")
-    constants = {name: expression(con, literal(value)) for name, value in values.items()}
+    constants = {name: parse_expression(con, sql_literal(value)) for name, value in values.items()}
 
     def change(node: Tree) -> Tree | None:
         return constants[node["identifier"]] if node.get("type") == "VALUE_PARAMETER" else None
 
-    found: Tree = replaced(tree, change)
+    found: Tree = replace_nodes(tree, change)
     return found | {"named_param_map": []}
 
 
-def literal(value: Any) -> str:
+def sql_literal(value: Any) -> str:
     """A Python value as SQL writes it.
 
     Raises:
-        RunsPlainly: it is none of the plain types.
+        RunsPlainly: The value has another type than the plain ones.
     """
     if value is None or isinstance(value, bool | int):
         return "NULL" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Views that call completions, as subqueries in the tree of the query that reads them, so that it is planned whole."""
+"""Views that call completions become subqueries of the query that reads them, so that it is planned as a whole."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ from typing import Any, TypeAlias
 
 import duckdb
 
-from complete_fn_connectors.duckdb_query.call_sites import called
+from complete_fn_connectors.duckdb_query.call_sites import called_name
 from complete_fn_connectors.duckdb_query.json_versions import Tree
 from complete_fn_connectors.duckdb_query.syntax_tree import (
     RunsPlainly,
     common_tables,
-    lower,
+    lower_path,
     nodes,
     parse,
-    replaced,
+    replace_nodes,
     table_path,
     tokens,
 )
 
 Path: TypeAlias = tuple[str, ...]
-UNKNOWN = 2**63  # DuckDB's place of what was not written is 2^64 - 1
+UNKNOWN = 2**63  # DuckDB gives 2^64 - 1 as the place of a node that was not written
 
 
-def with_views(con: duckdb.DuckDBPyConnection, tree: Tree, text: str, functions: Mapping[str, str]) -> tuple[Tree, str]:
-    """The tree with each view that calls one of `functions` put in its place, and the text that its places are in.
+def inline_views(
+    con: duckdb.DuckDBPyConnection, tree: Tree, text: str, functions: Mapping[str, str]
+) -> tuple[Tree, str]:
+    """The tree with a subquery for each view that calls one of `functions`, and the text to which its places refer.
 
-    Only where no name can come to mean something else: one that several schemas have, or that is also the name of a
-    common table expression, is left as it is.
+    A view stays where a name could come to mean something else: a name that several schemas have, or that is also the
+    name of a common table expression.
     """
     views, hidden = Views(con, functions, text), common_names(tree)
-    found = replaced(tree, lambda node: views.opened(node, hidden))
+    found = replace_nodes(tree, lambda node: views.opened(node, hidden))
     return (found, views.text) if found != tree else (tree, text)
 
 
 @dataclass
 class Views:
-    """The views of a connection. `text` grows by the text of each that is put in."""
+    """The views of a connection. `text` grows by the text of each view that is inlined."""
 
     con: duckdb.DuckDBPyConnection
     functions: Mapping[str, str]
@@ -51,20 +53,20 @@ class Views:
     def sql(self) -> dict[Path, str]:
         """(database, schema, name) -> the statement that made it, of every view but DuckDB's own."""
         query = "SELECT database_name, schema_name, view_name, sql FROM duckdb_views() WHERE NOT internal"
-        return {lower(row[:3]): row[3] for row in self.con.execute(query).fetchall()}
+        return {lower_path(row[:3]): row[3] for row in self.con.execute(query).fetchall()}
 
     @cached_property
     def known(self) -> Counter[Path]:
-        """How many tables and views a name may mean, by the last one, two or three parts of their names."""
+        """The number of tables and views that a name may mean, by its last one, two or three parts."""
         query = (
             "SELECT database_name, schema_name, table_name FROM duckdb_tables() "
             "UNION ALL SELECT database_name, schema_name, view_name FROM duckdb_views()"
         )
-        full = [lower(row) for row in self.con.execute(query).fetchall()]
+        full = [lower_path(row) for row in self.con.execute(query).fetchall()]
         return Counter(path[first:] for path in full for first in range(3))
 
     def opened(self, node: Tree, hidden: frozenset[str]) -> Tree | None:
-        """A reference to such a view as a subquery; None for anything else. `hidden`: names of common tables."""
+        """The subquery for a reference to such a view; None for another node. `hidden`: names of common tables."""
         path = table_path(node)
         if not path or node.get("sample") or node.get("at_clause") or not self.plain(path, hidden):
             return None
@@ -97,11 +99,11 @@ class Views:
             return None
         begin = len(self.text.encode()) + 1
         self.text += f"\n{text}"
-        whole: Tree = replaced(moved(tree, begin), lambda node: self.opened(node, hidden | own))
-        return whole if any(called(node) in self.functions for node in nodes(whole)) else None
+        whole: Tree = replace_nodes(shift_places(tree, begin), lambda node: self.opened(node, hidden | own))
+        return whole if any(called_name(node) in self.functions for node in nodes(whole)) else None
 
     def plain(self, path: Path, hidden: frozenset[str]) -> bool:
-        """Whether a name means the same wherever it is written."""
+        """Whether a name means the same table or view everywhere."""
         return path[-1] not in hidden and self.known[path] == 1
 
     def columns(self, view: Path) -> list[str]:
@@ -117,15 +119,15 @@ def common_names(tree: Tree) -> frozenset[str]:
 
 
 def select_of(statement: str) -> str:
-    """The SELECT of a CREATE VIEW as DuckDB keeps it."""
+    """The SELECT of a CREATE VIEW statement as DuckDB stores it."""
     begin = next(word.at for word in tokens(statement) if word.depth == 0 and word.word == "AS")
     return statement[begin + 2 :]
 
 
-def moved(tree: Any, by: int) -> Any:
+def shift_places(tree: Any, by: int) -> Any:
     """The tree with its places in a text that lies `by` bytes further on."""
     if isinstance(tree, dict):
-        found = {k: moved(v, by) for k, v in tree.items()}
+        found = {k: shift_places(v, by) for k, v in tree.items()}
         place = tree.get("query_location")
         return found if place is None or place >= UNKNOWN else {**found, "query_location": place + by}
-    return [moved(v, by) for v in tree] if isinstance(tree, list) else tree
+    return [shift_places(v, by) for v in tree] if isinstance(tree, list) else tree

@@ -17,7 +17,7 @@ from complete_fn_connectors.polars.expressions import (
     complete_translate,
     configure,
     count_tokens,
-    named,
+    function_expression,
     prompt,
     summary,
     try_complete,
@@ -47,5 +47,5 @@ __all__ = [
 def __getattr__(name: str) -> Callable[..., Any]:
     """A function of the table that has no signature of its own here."""
     if name in functions_of(cortex=False):
-        return named(name)
+        return function_expression(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

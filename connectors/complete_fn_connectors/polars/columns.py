@@ -18,7 +18,7 @@ from complete_fn.errors import InputError
 from complete_fn.prompts.options import parse_options
 from complete_fn.session import Session
 from complete_fn_connectors.arrow import prompt_column
-from complete_fn_connectors.concurrent_runs import Wanted, complete_together
+from complete_fn_connectors.concurrent_runs import WantedRun, complete_together
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Ask:
 
 
 def answer_together(session: Session, asks: Mapping[str, Ask], prompts: pl.DataFrame) -> pl.DataFrame:
-    """[n] rows, a String column a name: columns of equal model and options are one run, runs of a model go together.
+    """[n] rows with a String column for each name.
+
+    Columns of equal model and options are one run. The runs of one model go through its engine together.
 
     Args:
         prompts: [n] rows, a column of prompts for each name of `asks`.
@@ -56,12 +58,12 @@ def answer_together(session: Session, asks: Mapping[str, Ask], prompts: pl.DataF
     return pl.DataFrame([found[name] for name in asks])
 
 
-def as_one_run(prompts: list[pl.Series], ask: Ask) -> Wanted:
+def as_one_run(prompts: list[pl.Series], ask: Ask) -> WantedRun:
     """The prompts of several columns as one run."""
     apart = ask.options.get("reorder_fields") is True
     columns = [prompt_column(arrow_of(column), reorder_fields=apart) for column in prompts]
     whole = pa.chunked_array([c for column in columns for c in chunks(column)], pa.large_string())
-    return Wanted(ask.model, whole, ask.options)
+    return WantedRun(ask.model, whole, ask.options)
 
 
 def arrow_of(column: pl.Series) -> Any:

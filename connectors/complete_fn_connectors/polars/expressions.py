@@ -111,7 +111,7 @@ def complete(model: str, prompt: IntoExpr, *, session: QuerySession | None = Non
     Raises:
         UnknownModelError, InvalidOptionError: at once, not when the query runs.
     """
-    return call(functions.complete, pl.String(), model, prompt, session, options)
+    return map_column(functions.complete, pl.String(), model, prompt, session, options)
 
 
 def ask(model: str, prompt: IntoExpr, **options: Any) -> Ask:
@@ -154,12 +154,12 @@ def complete_columns(*, session: QuerySession | None = None, **asks: Ask) -> pl.
 
 def try_complete(model: str, prompt: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
     """As `complete`, and NULL also where the query itself is at fault."""
-    return call(functions.try_complete, pl.String(), model, prompt, session, options, lenient=True)
+    return map_column(functions.try_complete, pl.String(), model, prompt, session, options, lenient=True)
 
 
 def complete_details(model: str, prompt: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
     """value, error, finish_reason, usage, cost, source, scores and field_order of each row, as a Struct."""
-    return call(functions.complete_details, DETAILS, model, prompt, session, options)
+    return map_column(functions.complete_details, DETAILS, model, prompt, session, options)
 
 
 def complete_classify(
@@ -174,7 +174,9 @@ def complete_classify(
     Raises:
         UnknownModelError, InvalidOptionError: at once, not when the query runs.
     """
-    return expression("complete_classify", model, {"text": text, "labels": parse_choices(labels)}, session, options)
+    return task_expression(
+        "complete_classify", model, {"text": text, "labels": parse_choices(labels)}, session, options
+    )
 
 
 def complete_classify_details(
@@ -182,7 +184,7 @@ def complete_classify_details(
 ) -> pl.Expr:
     """As `complete_classify`, with usage, cost and `scores` (each label's probability), as a Struct."""
     arguments = {"text": text, "labels": parse_choices(labels)}
-    return expression("complete_classify_details", model, arguments, session, options)
+    return task_expression("complete_classify_details", model, arguments, session, options)
 
 
 def complete_filter(
@@ -190,17 +192,17 @@ def complete_filter(
 ) -> pl.Expr:
     """Whether the predicate, a text that is the same for all rows, holds for the text, Boolean."""
     arguments = {"predicate": one_text("predicate", predicate), "text": text}
-    return expression("complete_filter", model, arguments, session, options)
+    return task_expression("complete_filter", model, arguments, session, options)
 
 
 def complete_sentiment(model: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
     """positive, negative, neutral or mixed, String."""
-    return expression("complete_sentiment", model, {"text": text}, session, options)
+    return task_expression("complete_sentiment", model, {"text": text}, session, options)
 
 
 def complete_summarize(model: str, text: IntoExpr, *, session: QuerySession | None = None, **options: Any) -> pl.Expr:
     """At most three sentences, String. Options as `complete`, and `template`."""
-    return expression("complete_summarize", model, {"text": text}, session, options)
+    return task_expression("complete_summarize", model, {"text": text}, session, options)
 
 
 def complete_translate(
@@ -208,7 +210,7 @@ def complete_translate(
 ) -> pl.Expr:
     """The text in another language, named in words ('French'), String. Options as `complete`, and `template`."""
     arguments = {"text": text, "language": one_text("language", language)}
-    return expression("complete_translate", model, arguments, session, options)
+    return task_expression("complete_translate", model, arguments, session, options)
 
 
 def complete_extract(
@@ -229,11 +231,11 @@ def complete_extract(
     """
     plain = isinstance(fields, Mapping | str)  # a text is a sequence too, of its letters
     questions = tasks.questions_of(fields if plain else list(fields))
-    return expression("complete_extract", model, {"text": text, "fields": questions}, session, options)
+    return task_expression("complete_extract", model, {"text": text, "fields": questions}, session, options)
 
 
 class Checked(Exception):
-    """What a call would ask is in order. It never leaves this module."""
+    """The check of a call is over: it asks nothing wrong. This exception never leaves this module."""
 
 
 class CheckingSession:
@@ -251,7 +253,7 @@ class CheckingSession:
         raise Checked
 
 
-def expression(
+def task_expression(
     name: str, model: str, arguments: Mapping[str, Any], session: QuerySession | None, options: dict[str, Any]
 ) -> pl.Expr:
     """A function of the table `FUNCTIONS` over a column of texts; its other arguments are the same for all rows.
@@ -277,7 +279,7 @@ def expression(
     if entry.asks:
         with suppress(Checked):
             answer(CheckingSession(chosen), model, pa.array(["any text"], pa.large_string()))
-    return call(answer, dtype_of(entry.result), model, arguments[asked], chosen, None)
+    return map_column(answer, dtype_of(entry.result), model, arguments[asked], chosen, None)
 
 
 def column_argument(entry: SqlFunction) -> str:
@@ -285,21 +287,21 @@ def column_argument(entry: SqlFunction) -> str:
     return next(argument for argument in entry.arguments if argument in ("text", "prompt"))
 
 
-def named(name: str) -> Callable[..., pl.Expr]:
+def function_expression(name: str) -> Callable[..., pl.Expr]:
     """A function of the table by name, with its arguments in their order and options as keywords."""
     entry = FUNCTIONS[name]
 
     def make(model: str, *arguments: Any, session: QuerySession | None = None, **options: Any) -> pl.Expr:
         if len(arguments) != len(entry.arguments) - 1:
             raise InputError(f"{len(arguments) + 1} arguments were given; write {entry.form}.")
-        return expression(name, model, dict(zip(entry.arguments[1:], arguments, strict=True)), session, options)
+        return task_expression(name, model, dict(zip(entry.arguments[1:], arguments, strict=True)), session, options)
 
     return make
 
 
 def count_tokens(model: str, text: IntoExpr, *, session: QuerySession | None = None) -> pl.Expr:
     """Tokens of each text by the model's own tokenizer, Int64."""
-    return call(functions.count_tokens, pl.Int64(), model, text, session, None)
+    return map_column(functions.count_tokens, pl.Int64(), model, text, session, None)
 
 
 def prompt(template: str, **fields: IntoExpr) -> pl.Expr:
@@ -317,7 +319,7 @@ def prompt(template: str, **fields: IntoExpr) -> pl.Expr:
 
 
 def one_text(argument: str, given: Any) -> str:
-    """Raises InputError: it is no text, so an expression, which may differ by row."""
+    """Raises InputError: The argument is no text; an expression could differ by row."""
     if not isinstance(given, str):
         kind = type(given).__name__
         raise InputError(f"The {argument} is of type {kind}; it must be one text for all rows. Only prompts differ.")
@@ -328,7 +330,7 @@ def as_expression(column: IntoExpr) -> pl.Expr:
     return pl.col(column) if isinstance(column, str) else column
 
 
-def call(
+def map_column(
     function: Callable[..., Any],
     dtype: pl.DataType,
     model: str,
@@ -385,6 +387,6 @@ class Llm:
         before = FUNCTIONS[full].arguments.index(column_argument(FUNCTIONS[full])) - 1
 
         def make(model: str, *others: Any, **options: Any) -> pl.Expr:
-            return named(full)(model, *others[:before], self.expression, *others[before:], **options)
+            return function_expression(full)(model, *others[:before], self.expression, *others[before:], **options)
 
         return make

@@ -18,7 +18,8 @@ RETRY = {"Retry-After": "5"}
 
 
 class BigQuery:
-    """BigQuery waits 20 minutes for a reply and knows no 202, so a request stays open until its rows are done."""
+    """The dialect of BigQuery. BigQuery waits 20 minutes for a reply and knows no 202, so a request waits for its
+    rows."""
 
     seconds = 1_100.0
     patience = 1_140.0
@@ -45,7 +46,8 @@ class BigQuery:
         return reply
 
     def refuse(self, error: CompleteError) -> Reply:
-        """503 is tried again, 400 fails the query at once: what another try would meet again must be 400."""
+        """BigQuery tries 503 again and fails the query at 400. An error that another try would meet again must be
+        400."""
         status = for_good(error)
         if status in (401, 403):
             return json_reply(status, {"errorMessage": str(error)})

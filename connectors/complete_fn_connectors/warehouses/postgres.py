@@ -12,7 +12,8 @@ BATCH = "complete-batch-id"
 
 
 class Postgres:
-    """A statement waits as long as its user likes; it asks often, as it can be cancelled only between two requests."""
+    """The dialect of our PostgreSQL functions. A statement asks again often, as it can be cancelled only between
+    requests."""
 
     seconds = 86_400.0
     patience = 0.5

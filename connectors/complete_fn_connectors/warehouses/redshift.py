@@ -16,7 +16,8 @@ BATCH = "complete-batch-id"
 
 
 class Redshift:
-    """A Lambda function runs for 15 minutes at most; the forwarder asks again with GET when a request ends with 202."""
+    """The dialect of Redshift. A Lambda function runs for 15 minutes at most; after a 202 the forwarder asks again with
+    GET."""
 
     seconds = 840.0
     patience = 20.0
@@ -41,7 +42,7 @@ class Redshift:
         return json_reply(200, {"success": True, "num_records": len(results), "results": results})
 
     def refuse(self, error: CompleteError) -> Reply:
-        """The status is for the forwarder: it tries 429 and 5xx again and gives Redshift the body of the rest."""
+        """The forwarder reads the status: it tries 429 and 5xx again, and gives Redshift the body of other replies."""
         return json_reply(for_good(error), {"success": False, "error_msg": str(error)})
 
     def busy(self, batch: str) -> Reply:

@@ -19,7 +19,8 @@ QUERY = "sf-external-function-current-query-id"
 
 
 class Snowflake:
-    """A batch ends within 600 s or its query fails, so rows end before; a gateway holds a request for about 29 s."""
+    """The dialect of Snowflake. A query fails if a batch takes more than 600 s, and a gateway holds a request about 29
+    s."""
 
     seconds = 540.0
     patience = 20.0
@@ -47,7 +48,7 @@ class Snowflake:
         return Reply(200, reply.body, {**reply.headers, "Content-MD5": digest})
 
     def refuse(self, error: CompleteError) -> Reply:
-        """429 and 5xx are tried again with the same batch id, anything else fails the query with this body."""
+        """Snowflake tries 429 and 5xx again with the same batch id. Other statuses fail the query with this body."""
         status = for_good(error)
         headers = {"Retry-After": "2"} if status in (429, 503) else {}
         return json_reply(status, {"error": str(error)}, headers)

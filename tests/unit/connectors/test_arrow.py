@@ -16,7 +16,7 @@ from complete_fn_connectors.arrow import (
     by_group,
     groups,
     option_mapping,
-    plain,
+    plain_value,
     prompt_column,
     prompt_structs,
 )
@@ -148,7 +148,7 @@ def test_options_that_are_no_object_are_refused(value: Any) -> None:
 
 
 def test_decimals_become_what_they_look_like() -> None:
-    assert plain({"a": Decimal("2.00"), "b": [Decimal("0.25")]}) == {"a": 2, "b": [0.25]}
+    assert plain_value({"a": Decimal("2.00"), "b": [Decimal("0.25")]}) == {"a": 2, "b": [0.25]}
 
 
 def test_a_lone_surrogate_never_gets_into_a_column() -> None:

@@ -14,13 +14,13 @@ from complete_fn import EchoEngine, Session
 from complete_fn.errors import EngineError
 from complete_fn.interrupts import INTERRUPTS
 from complete_fn.types import Completion, CompletionRequest
-from complete_fn_connectors.concurrent_runs import Wanted, complete_together
+from complete_fn_connectors.concurrent_runs import WantedRun, complete_together
 
 LONG, SHORT, ONE = {"max_tokens": 50}, {"max_tokens": 2}, {"choices": ["a", "b"]}
 
 
-def wanted(options: dict[str, Any], *prompts: str, model: str = "echo") -> Wanted:
-    return Wanted(model, pa.array(prompts, pa.large_string()), options)
+def wanted(options: dict[str, Any], *prompts: str, model: str = "echo") -> WantedRun:
+    return WantedRun(model, pa.array(prompts, pa.large_string()), options)
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import pytest
 from duckdb.func import ARROW, SPECIAL
 
 from complete_fn_connectors.duckdb_query import json_versions as duckdb_versions
-from complete_fn_connectors.duckdb_query.call_sites import SITE, tag_calls, text_constant
+from complete_fn_connectors.duckdb_query.call_sites import SITE, make_text_constant, tag_calls
 from complete_fn_connectors.duckdb_query.dependencies import read_plan
-from complete_fn_connectors.duckdb_query.guards import FALSE, TRUE, case, join_conditions
+from complete_fn_connectors.duckdb_query.guards import FALSE, TRUE, join_conditions, make_case
 from complete_fn_connectors.duckdb_query.json_versions import Tree
-from complete_fn_connectors.duckdb_query.planner import text_of
-from complete_fn_connectors.duckdb_query.pushdown import column_of
+from complete_fn_connectors.duckdb_query.planner import expression_text
+from complete_fn_connectors.duckdb_query.pushdown import make_column
 from complete_fn_connectors.duckdb_query.syntax_tree import RunsPlainly, nodes, parse, to_text
 from tests.canaries import Need, complaint, needs_in
 
@@ -130,14 +130,14 @@ def test_every_entry_says_who_reads_it_for_what_and_why_not_publicly() -> None:
 
 
 def test_what_we_make_is_taken(con: duckdb.DuckDBPyConnection) -> None:
-    column = column_of("d", "k")
+    column = make_column("d", "k")
     both = join_conditions("CONJUNCTION_AND", [column, TRUE])
     for tree, written in (
         (both, "(d.k AND true)"),
         (join_conditions("CONJUNCTION_OR", [column, FALSE]), "(d.k OR false)"),
-        (case(both, text_constant("it's"), FALSE), "CASE WHEN (d.k AND true) THEN 'it''s' ELSE false END"),
+        (make_case(both, make_text_constant("it's"), FALSE), "CASE WHEN (d.k AND true) THEN 'it''s' ELSE false END"),
     ):
-        assert plain(text_of(con, tree)) == plain(written)
+        assert plain(expression_text(con, tree)) == plain(written)
 
 
 def plain(text: str) -> str:

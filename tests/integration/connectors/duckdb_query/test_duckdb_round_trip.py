@@ -8,8 +8,8 @@ import duckdb
 import pytest
 
 from complete_fn_connectors.duckdb_query.call_sites import without_places
-from complete_fn_connectors.duckdb_query.planner import text_of
-from complete_fn_connectors.duckdb_query.syntax_tree import RunsPlainly, nodes, parse, to_text, with_values
+from complete_fn_connectors.duckdb_query.planner import expression_text
+from complete_fn_connectors.duckdb_query.syntax_tree import RunsPlainly, nodes, parse, put_values_in, to_text
 
 QUERIES = [
     "FROM docs",
@@ -118,7 +118,7 @@ def test_names_of_arguments_are_kept(con: duckdb.DuckDBPyConnection) -> None:
     assert [argument["name"] for argument in call["arguments"]] == ["", "b"]
     moved = {**call["arguments"][1]["expression"], "alias": "other"}
     changed = {**call, "arguments": [call["arguments"][0], {"name": "b", "expression": moved}]}
-    assert con.execute(f"SELECT {text_of(con, changed)}").fetchall() == [(34,)]
+    assert con.execute(f"SELECT {expression_text(con, changed)}").fetchall() == [(34,)]
 
 
 def test_literals_are_read_and_written_alike(con: duckdb.DuckDBPyConnection) -> None:
@@ -129,7 +129,7 @@ def test_literals_are_read_and_written_alike(con: duckdb.DuckDBPyConnection) -> 
         {"kind": "INTEGER", "text": "3000000000"},
         None,
     ]
-    valued = with_values(con, tree, [True])
+    valued = put_values_in(con, tree, [True])
     assert con.execute(to_text(con, valued)).fetchall() == [("a", 7, 3000000000, True)]
     assert without_places(parse(con, to_text(con, valued))["node"]) == without_places(valued["node"])
 
