@@ -29,7 +29,7 @@ json_serialize_sql:SELECT_NODE  aggregate_handling having sample qualify
     pushdown.py and planner.py, to change and to make SELECTs. DuckDB has no other syntax tree for Python.
 json_serialize_sql:LIMIT_MODIFIER  type limit
 json_serialize_sql:ORDER_MODIFIER  type
-    planner.py and pushdown.py, to look at a query with a larger LIMIT, and to leave one with a LIMIT alone. As above.
+    dependencies.py and pushdown.py, to look at a query with a larger LIMIT, and to leave such queries alone. As above.
 json_serialize_sql:cte_map  map
 json_serialize_sql:map  key value
 json_serialize_sql:value  aliases query_node
