@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
 from complete_fn.prompts.options import parse_options
@@ -54,7 +55,7 @@ def answer_together(session: Session, asks: Mapping[str, Ask], prompts: pl.DataF
     for names, answers in zip(together.values(), complete_together(session, wanted), strict=True):
         for number, name in enumerate(names):
             part = answers.text.slice(number * len(prompts), len(prompts))
-            found[name] = pl.Series(name, part if isinstance(part, pa.Array) else part.combine_chunks(), pl.String())
+            found[name] = series_of(name, part, pl.String())
     return pl.DataFrame([found[name] for name in asks])
 
 
@@ -76,3 +77,22 @@ def arrow_of(column: pl.Series) -> Any:
 
 def chunks(column: Any) -> list[Any]:
     return list(column.chunks) if isinstance(column, pa.ChunkedArray) else [column]
+
+
+def series_of(name: str, values: Any, dtype: pl.DataType) -> pl.Series:
+    """An Arrow column as a Series."""
+    whole = values if isinstance(values, pa.Array) else values.combine_chunks()
+    return pl.Series(name, maps_as_lists(whole), dtype)
+
+
+def maps_as_lists(values: Any) -> Any:
+    """Maps become lists of structs, also inside structs: old versions of Polars cannot read maps."""
+    kind = values.type
+    if pa.types.is_map(kind):
+        entries = pa.StructArray.from_arrays([values.keys, values.items], ["key", "value"])
+        starts = pc.if_else(values.is_null(), None, values.offsets[:-1])
+        return pa.ListArray.from_arrays(pa.concat_arrays([starts, values.offsets[-1:]]), entries)
+    if pa.types.is_struct(kind):
+        fields = [maps_as_lists(field) for field in values.flatten()]
+        return pa.StructArray.from_arrays(fields, list(kind.names), mask=values.is_null())
+    return values

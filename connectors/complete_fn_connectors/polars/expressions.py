@@ -28,7 +28,7 @@ from complete_fn.prompts.templates import template_fields
 from complete_fn.types import Asker
 from complete_fn_connectors import functions, tasks
 from complete_fn_connectors.functions import QuerySession
-from complete_fn_connectors.polars.columns import Ask, answer_together, arrow_of
+from complete_fn_connectors.polars.columns import Ask, answer_together, arrow_of, series_of
 from complete_fn_connectors.sql_functions import FUNCTIONS, SqlFunction, functions_of
 
 IntoExpr = pl.Expr | str
@@ -350,7 +350,7 @@ def map_column(
         if series.is_empty():
             return pl.Series(series.name, [], dtype)
         values = function(chosen, model, arrow_of(series), *([] if options is None else [options]))
-        return pl.Series(series.name, values if isinstance(values, pa.Array) else values.combine_chunks(), dtype)
+        return series_of(series.name, values, dtype)
 
     return as_expression(column).map_batches(answer, return_dtype=dtype, is_elementwise=True)
 
