@@ -258,8 +258,8 @@ def test_several_columns_are_one_plan(engine: Blocking, how: Any) -> None:
     assert found["second"].to_list() == found["third"].to_list() == [None if t is None else t + "!" for t in TEXTS]
     assert found["short"].to_list() == ["a", "c", None, "a", "", "d"]
     if how == "in-memory":
-        # The distinct prompts of three columns, and those with the option. Old versions of Polars evaluate it once more,
-        # when all answers are known.
+        # The distinct prompts of three columns, and those with the option. Old versions of Polars evaluate the column
+        # once more, when all answers are known.
         assert sorted(filter(None, submissions)) == [4, 8]
     with pytest.raises(InputError, match="asks for no column"):
         llm.complete_columns()
