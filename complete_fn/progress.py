@@ -11,7 +11,7 @@ from complete_fn.types import Usage
 
 
 class Progress(Protocol):
-    """Told how many rows there are, then of each committed slice."""
+    """Told how many rows there are, then of each committed slice. A further start() adds rows."""
 
     def start(self, rows: int) -> None: ...
     def advance(self, rows: int, usage: Usage, cost: Decimal, currency: str) -> None: ...
@@ -37,12 +37,11 @@ class Bar:
         self.bar: Any = None
 
     def start(self, rows: int) -> None:
+        if self.bar is not None:
+            self.bar.total += rows
+            return
         self.tokens, self.cost, self.began = 0, Decimal(0), time.monotonic()
         self.bar = bar_type()(total=rows, desc=self.label, unit=" rows", delay=1, smoothing=0.1, dynamic_ncols=True)
-
-    def grow(self, rows: int) -> None:
-        """So many rows more than start() knew of."""
-        self.bar.total += rows
 
     def advance(self, rows: int, usage: Usage, cost: Decimal, currency: str) -> None:
         self.tokens += usage.prompt_tokens + usage.completion_tokens

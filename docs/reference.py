@@ -233,7 +233,7 @@ def python_page() -> str:
             for n, f in public(in_duckdb.Registration)
             if n in ("summary", "interrupt", "close")
         ),
-        "From `complete_fn_connectors.duckdb_jobs`.\n",
+        "From `complete_fn_connectors.duckdb.job_functions`.\n",
         documented("register_jobs", register_jobs),
         "## A service's client\n",
         "From `complete_fn`.\n",

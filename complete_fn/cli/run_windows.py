@@ -24,7 +24,7 @@ from complete_fn.execution.answers import DETAILS, Answers
 from complete_fn.execution.run_state import ASKED_AGAIN
 from complete_fn.execution.summary import Summary
 from complete_fn.interrupts import off_main
-from complete_fn.progress import Bar, Progress, progress_for
+from complete_fn.progress import Progress, progress_for
 from complete_fn.prompts.options import Options
 from complete_fn.prompts.templates import render_column
 from complete_fn.rows.databases import QuerySource, RowDatabase
@@ -257,11 +257,11 @@ class OneBar:
         self.inner, self.rows, self.begun = inner, rows, False
 
     def start(self, rows: int) -> None:
-        if not self.begun:
-            self.inner.start(rows if self.rows is None else self.rows)
-            self.begun = True
-        elif self.rows is None and isinstance(self.inner, Bar):
-            self.inner.grow(rows)
+        if self.rows is None:
+            self.inner.start(rows)
+        elif not self.begun:
+            self.inner.start(self.rows)
+        self.begun = True
 
     def advance(self, rows: int, usage: Usage, cost: Decimal, currency: str) -> None:
         self.inner.advance(rows, usage, cost, currency)

@@ -31,9 +31,7 @@ class QueryBar:
                 self.timer.cancel()
             if self.bar is None:
                 self.bar = Bar(self.label)
-                self.bar.start(rows)
-            else:
-                self.bar.grow(rows)
+            self.bar.start(rows)
 
     def advance(self, rows: int, usage: Usage, cost: Decimal, currency: str) -> None:
         with self.lock:
