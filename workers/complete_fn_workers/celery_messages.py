@@ -34,9 +34,10 @@ class Messages:
         def work(**_: Any) -> None:
             bell.ring(until_looked=True)
 
-        # Celery shares a task with all its applications, its default one among them: that is the one whose tasks the
-        # pool's threads run.
-        self.app.task(name=TASK, typing=False)(work)
+        # The pool's threads run the default application's tasks. A task that all applications share would stay the first
+        # one that this process made.
+        self.app.set_default()
+        self.app.task(name=TASK, typing=False, shared=False)(work)
 
     def start(self) -> None:
         logging.getLogger("celery").setLevel(logging.ERROR)  # it repeats every try to reach a broker that is away

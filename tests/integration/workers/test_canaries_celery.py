@@ -73,7 +73,8 @@ def assert_ends(messages: Messages) -> None:
     assert not messages.thread.is_alive(), "Celery's worker does not look at celery.worker.state.should_stop any more."
 
 
-def test_a_message_rings_and_its_worker_ends(broker: Redis, running_again: None) -> None:
+def test_a_message_rings_its_own_worker_which_ends(broker: Redis, running_again: None) -> None:
+    Messages(broker.url, ["a"], Bell(), 1)  # the process has had another before
     queue = CeleryQueue(broker.url)
     messages = Messages(broker.url, ["a"], queue.bell, 1)
     messages.start()
