@@ -34,8 +34,8 @@ class Messages:
         def work(**_: Any) -> None:
             bell.ring(until_looked=True)
 
-        # The pool's threads run the default application's tasks. A task that all applications share would stay the first
-        # one that this process made.
+        # The pool's threads run the default application's tasks. Of a task that all applications share, Celery keeps
+        # the first function that this process registered.
         self.app.set_default()
         self.app.task(name=TASK, typing=False, shared=False)(work)
 
