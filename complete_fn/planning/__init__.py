@@ -1,4 +1,4 @@
-"""From a column of prompts to work in execution order: `make_plan` applies the passes in `PASSES`."""
+"""`make_plan` turns a column of prompts into work in execution order, by the passes in `PASSES`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_plan(prompts: Any, mergeable: bool = True, sizes: TokenSizes = BY_BYTES
     Args:
         prompts: Array or ChunkedArray of any string type.
         mergeable: False where equal prompts may have different answers (temperature above 0).
-        sizes: how tokens are counted; asked only where prompts have fields that may be put in any order.
+        sizes: counts tokens; used only where prompts have fields whose order the planner may choose.
     """
     chunked = prompts if isinstance(prompts, pa.ChunkedArray) else pa.chunked_array([prompts])
     plan = BatchPlan(chunked.cast(pa.large_string()), mergeable, sizes=sizes)

@@ -1,4 +1,4 @@
-"""Pass: equal prompts become one. After sorting they are neighbours, so no hash table and no copy is needed."""
+"""Pass: equal prompts become one. Sorting has made them neighbours, so the pass needs no hash table and no copy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from complete_fn.planning.plan import BatchPlan, with_first
 
-WINDOW = 65_536  # rows compared at a time; bounds the memory for their texts
+WINDOW = 65_536  # rows compared at a time: bounds the memory for their texts
 
 
 def merge_duplicates(plan: BatchPlan) -> BatchPlan:

@@ -1,4 +1,4 @@
-"""Pass: the order of the fields of each prompt that has them apart (see `field_prompts`), and of the prompts by it."""
+"""Pass: chooses the order of each prompt's fields, if they are kept apart (`prompts.fields`), then that of the rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from complete_fn.prompts.fields import FIELDS_MARK, FieldPrompt, has_fields, hea
 from complete_fn.text import to_texts
 from complete_fn.tokens import BYTES_PER_TOKEN, TokenSizes
 
-WINDOW = 50_000  # rows arranged at a time; a larger table is first sorted by its best fixed order
-MOST_FIXED = 24  # fixed orders that are tried
+WINDOW = 50_000  # rows arranged at a time: bounds memory; a larger table is first sorted by its best fixed order
+MOST_FIXED = 24  # fixed orders tried at most: the permutations of four fields
 
 
 def order_fields(plan: BatchPlan) -> BatchPlan:
-    """Distinct prompts in the order of what the model will see, each with the order of its fields.
+    """The plan with an order of fields for each distinct prompt, and the prompts in the order of their rendered texts.
 
-    Groups of one template stay together, behind the prompts that are plain texts.
+    Prompts of one template stay together. Prompts that are plain texts come first.
     """
     packed = packed_prompts(plan)
     if not len(packed):
@@ -45,7 +45,7 @@ def order_fields(plan: BatchPlan) -> BatchPlan:
 
 
 def packed_prompts(plan: BatchPlan) -> Ints:
-    """Numbers of the distinct prompts that have fields apart."""
+    """The numbers of the distinct prompts whose fields are kept apart."""
     marked = [pc.starts_with(c, FIELDS_MARK).fill_null(False) for c in plan.prompts.chunks]
     if not any(pc.any(m).as_py() for m in marked):
         return np.empty(0, np.int64)
@@ -53,7 +53,7 @@ def packed_prompts(plan: BatchPlan) -> Ints:
 
 
 def reordered(plan: BatchPlan, sequence: Ints) -> BatchPlan:
-    """The plan with its distinct prompts in this sequence of their present numbers."""
+    """The plan with its distinct prompts in a new order; `sequence` lists their present numbers."""
     number = np.empty(len(sequence), np.int64)
     number[sequence] = np.arange(len(sequence))
     distinct = number[plan.distinct]
@@ -64,7 +64,7 @@ def reordered(plan: BatchPlan, sequence: Ints) -> BatchPlan:
 
 
 def arrange_prompts(prompts: list[FieldPrompt], sizes: TokenSizes) -> tuple[Ints, Ints]:
-    """([n, m] order of the fields of each prompt, [n] order of the prompts). All have one template."""
+    """([n, m] order of the fields of each prompt, [n] order of the prompts). All prompts have one template."""
     cells = cells_of(prompts, sizes)
     fixed = best_fixed(cells)
     rows = row_order(cells, fixed)
@@ -84,7 +84,13 @@ def window(cells: Cells, rows: Ints) -> Cells:
 
 @dataclass(frozen=True)
 class Column:
-    """One field: [n] rank of each value among the sorted distinct ones, [k] tokens of their lines, what they share."""
+    """One field of all rows.
+
+    Attributes:
+        codes: [n] rank of each row's value among the k sorted distinct values.
+        tokens: [k] tokens of each distinct value's line.
+        near: the tokens that two values have in common at their beginnings.
+    """
 
     codes: Ints
     tokens: Ints
@@ -104,7 +110,7 @@ def cells_of(prompts: list[FieldPrompt], sizes: TokenSizes) -> Cells:
 
 
 def column_of(name: str, values: list[str], sizes: TokenSizes) -> Column:
-    """Only values that come more than once are tokenised, each once: no other's length is ever shared."""
+    """The column of one field. Only repeated values are tokenised, each once: a unique value's line is never shared."""
     raw = [v.encode("utf-8", "surrogatepass") for v in values]
     distinct, codes, counts = unique(raw)
     lengths = np.array([len(line(name, "")) + len(v) for v in distinct], np.float64)
@@ -120,7 +126,7 @@ def column_of(name: str, values: list[str], sizes: TokenSizes) -> Column:
 
 
 def unique(raw: list[bytes]) -> tuple[list[bytes], Ints, Ints]:
-    """(distinct values in byte order, [n] rank of each value, [distinct] how often each comes)."""
+    """(k distinct values in byte order, [n] rank of each value, [k] rows that have each distinct value)."""
     distinct = sorted(set(raw))
     rank = {value: number for number, value in enumerate(distinct)}
     codes = np.fromiter((rank[v] for v in raw), np.int64, len(raw))
@@ -128,7 +134,7 @@ def unique(raw: list[bytes]) -> tuple[list[bytes], Ints, Ints]:
 
 
 def common(a: bytes, b: bytes) -> int:
-    """Bytes that two values begin with in common, by halving: comparing slices is the interpreter's fastest way."""
+    """Length of the longest common beginning, in bytes. Bisection, because Python compares slices faster than bytes."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high
@@ -142,7 +148,11 @@ def common(a: bytes, b: bytes) -> int:
 
 
 def best_fixed(cells: Cells) -> Ints:
-    """[n, m] the best of the orders that all rows have alike: all of them, or those most likely to be it."""
+    """[n, m] the best order of fields that is the same for all rows.
+
+    Candidates are the template's order and up to `MOST_FIXED` orders, which begin with the four fields whose values
+    repeat the most tokens. A large table is judged by a sample of rows.
+    """
     n, m = cells.codes.shape
     gains = [repeats(cells, f) for f in range(m)]
     likely = sorted(range(m), key=lambda f: -gains[f])
@@ -161,7 +171,7 @@ def best_fixed(cells: Cells) -> Ints:
 
 
 def repeats(cells: Cells, field: int) -> int:
-    """Tokens in repeated cells of a field, the first of each value not counted."""
+    """Tokens in the cells of a field whose value another cell has too, without the first cell of each value."""
     codes = cells.codes[:, field]
     counts = np.bincount(codes)
     tokens = np.zeros(len(counts), np.int64)
@@ -170,7 +180,7 @@ def repeats(cells: Cells, field: int) -> int:
 
 
 def names_in_order(plan: BatchPlan) -> Iterator[list[str] | None]:
-    """The names of each distinct prompt's fields in the plan's order; None where they are not apart."""
+    """The names of each distinct prompt's fields in the order that the plan chose; None for a plain text."""
     if plan.field_order is None:
         yield from [None] * len(plan.first)
         return
@@ -181,7 +191,7 @@ def names_in_order(plan: BatchPlan) -> Iterator[list[str] | None]:
 
 
 def rendered(plan: BatchPlan, number: int, text: str) -> str:
-    """What the model sees of a packed prompt, its fields in the order of the plan."""
+    """The text that the model sees of a packed prompt, with its fields in the plan's order."""
     if plan.field_order is None:
         return unpack_fields(text).render()
     return unpack_fields(text).render([f for f in plan.field_order[number].tolist() if f >= 0])

@@ -1,9 +1,11 @@
-"""Greedy group recursion: for each row of a table the order of its fields in which most leading tokens are shared.
+"""Greedy group recursion chooses for each row the order of its fields in which rows share the most leading tokens.
 
-After "Optimizing LLM Queries in Relational Data Analytics Workloads" (GGR, arXiv 2403.05821), with these differences:
-gains are tokens as vLLM's prefix cache counts them, whole blocks; functional dependencies are read off each group (a
-column with one value in it) instead of being given; the greedy choice is made with a heap, so that a level costs
-n log n; and a second pass moves each row to the longest path that other rows have.
+After "Optimizing LLM Queries in Relational Data Analytics Workloads" (GGR, arXiv 2403.05821), with four differences:
+
+1. Gains are counted as vLLM's prefix cache counts them, in tokens of whole blocks.
+2. Functional dependencies are read off each group (a column with one value in it); the caller need not give them.
+3. A heap makes the greedy choice, so one level costs n log n.
+4. A second pass moves each row to the longest path that other rows have.
 """
 
 from __future__ import annotations
@@ -18,25 +20,25 @@ import numpy.typing as npt
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Path: TypeAlias = tuple[int, ...]
-BIASES = (0.0, 0.5, 1.0)  # starts of the search: gains in whole blocks, in tokens, and between
-PASSES = 4  # over the rows at most, to move each to a better path
+BIASES = (0.0, 0.5, 1.0)  # one search each: gains counted in whole blocks, halfway between, in tokens
+PASSES = 4  # passes over the rows at most, each of which moves rows to better paths
 
 
 class Near:
-    """For the k distinct values of a field in sorted order: tokens that any two have in common at their beginning.
+    """The tokens that any two of a field's k distinct values, in sorted order, have in common at their beginnings.
 
     Args:
-        tokens: [k - 1] what each value shares with the next one.
+        tokens: [k - 1] the tokens that each value shares with the next one.
     """
 
     def __init__(self, tokens: Ints) -> None:
-        self.least = [tokens]  # least[p][i]: the least of 2^p neighbours from i on (a sparse table)
+        self.least = [tokens]  # a sparse table: least[p][i] is the minimum of the 2^p entries from i on
         while len(self.least[-1]) > (step := 1 << (len(self.least) - 1)):
             last = self.least[-1]
             self.least.append(np.minimum(last[:-step], last[step:]))
 
     def between(self, low: Ints, high: Ints) -> Ints:
-        """[n] tokens that the values of ranks `low` and `high` share, low < high each."""
+        """[n] tokens that the values of ranks `low[i]` and `high[i]` share; low[i] < high[i]."""
         found = np.zeros(len(low), np.int64)
         power = np.log2(np.maximum(high - low, 1)).astype(np.int64)
         for p in np.unique(power).tolist():
@@ -46,20 +48,20 @@ class Near:
         return found
 
     def neighbours(self, ranks: Ints) -> int:
-        """Tokens that neighbours among sorted distinct `ranks` share, summed."""
+        """The sum of the tokens that neighbours share, over the values of `ranks` (sorted, distinct)."""
         return int(self.between(ranks[:-1], ranks[1:]).sum()) if len(ranks) > 1 else 0
 
 
 @dataclass(frozen=True)
 class Cells:
-    """A table as the recursion sees it: n rows, m fields.
+    """A table of n rows and m fields, as the recursion sees it.
 
     Attributes:
         codes: [n, m] rank of each cell among the sorted distinct values of its field.
         tokens: [n, m] tokens of each cell's line.
-        near: for each field what its values share at their beginnings.
-        base: tokens before the first field.
-        block: tokens of a KV block.
+        near: for each field, the tokens that two of its values share at their beginnings.
+        base: tokens of the instruction, before the first field.
+        block: tokens of one KV block.
     """
 
     codes: Ints
@@ -74,7 +76,11 @@ class Cells:
 
 @dataclass(order=True)
 class FieldGroup:
-    """Rows of one node that have one value in field `field`; `shared` are all fields with one value in these rows."""
+    """Rows of one node that have the same value in field `field`; `shared` lists all fields in which they are equal.
+
+    Attributes:
+        key: negated gains, so that the heap gives the best group first.
+    """
 
     key: tuple[float, float]
     field: int
@@ -87,10 +93,10 @@ class FieldGroup:
 
 
 def field_orders(cells: Cells, fixed: Ints) -> Ints:
-    """[n, m] for each row its fields in the order to render them: the best of what was found from several starts.
+    """[n, m] for each row the order in which to render its fields: the best result of several starts.
 
     Args:
-        fixed: [n, m] the best order that all rows have alike, one of the starts.
+        fixed: [n, m] the best order that is the same for all rows; it is one of the starts.
     """
     n, m = cells.codes.shape
     if n < 2 or m < 2:
@@ -104,7 +110,7 @@ def field_orders(cells: Cells, fixed: Ints) -> Ints:
 
 
 def arrange(cells: Cells, rows: Ints, left: Path, path: Path, prefix: int, bias: float, orders: Ints) -> None:
-    """Fill `orders` for `rows`, which share the fields `path` (`prefix` tokens) and have the fields `left` open."""
+    """Fill `orders` for `rows`. They share the fields of `path`, of `prefix` tokens; those of `left` are still open."""
     free = np.ones(len(rows), bool)
     where = np.full(len(cells.codes), -1, np.int64)
     where[rows] = np.arange(len(rows))
@@ -129,7 +135,7 @@ def arrange(cells: Cells, rows: Ints, left: Path, path: Path, prefix: int, bias:
 
 
 def groups(cells: Cells, rows: Ints, left: Path, prefix: int, bias: float) -> list[FieldGroup]:
-    """The groups of at least two rows, one for each repeated value of each open field."""
+    """One group for each value of each open field that at least two rows have."""
     found = []
     codes = cells.codes[rows]
     for field in left:
@@ -150,15 +156,17 @@ def groups(cells: Cells, rows: Ints, left: Path, prefix: int, bias: float) -> li
 
 
 def regroup(cells: Cells, mine: Ints, group: FieldGroup, left: Path, prefix: int, bias: float) -> FieldGroup:
-    """The group with the rows that no better one has taken."""
+    """The group with only those rows that no better group has taken."""
     codes = cells.codes[mine]
     same = (codes == codes[0]).all(axis=0)
     return group_of(cells, mine, group.field, tuple(f for f in left if same[f]), prefix, bias)
 
 
 def group_of(cells: Cells, mine: Ints, field: int, shared: Path, prefix: int, bias: float) -> FieldGroup:
-    """Its gain is what all but the first row find in the cache, in whole blocks; `bias` is the share that counts in
-    tokens, as the path may go on."""
+    """A group with its gain: the tokens that all its rows but the first find in the cache, in whole blocks.
+
+    `bias` is the share in which tokens beyond the last whole block count too: a longer path may fill the block.
+    """
     more = int(cells.tokens[mine[0], list(shared)].sum())
     whole = cells.hits(prefix + more) - cells.hits(prefix)
     copies = len(mine) - 1
@@ -166,13 +174,13 @@ def group_of(cells: Cells, mine: Ints, field: int, shared: Path, prefix: int, bi
 
 
 def ranked(cells: Cells, rows: Ints, row: int, shared: Path) -> Path:
-    """The shared fields, the value first that most rows of the node have: other groups may go along with it."""
+    """The shared fields, ordered by how many rows of the node have the value: other groups may share that beginning."""
     common = {f: int((cells.codes[rows, f] == cells.codes[row, f]).sum()) for f in shared}
     return tuple(sorted(shared, key=lambda f: (-common[f], f)))
 
 
 def by_likeness(cells: Cells, rows: Ints, left: Path) -> Path:
-    """An order for rows without a repeated cell: first the field whose values have the most beginning in common."""
+    """An order for rows without a repeated cell: the field whose values share the longest beginnings comes first."""
     if len(rows) == 1:
         return tuple(sorted(left))
     likeness = {f: cells.near[f].neighbours(np.unique(cells.codes[rows, f])) for f in left}
@@ -180,7 +188,7 @@ def by_likeness(cells: Cells, rows: Ints, left: Path) -> Path:
 
 
 class Tree:
-    """The trie of all rows' paths; a node is a number, the root 0."""
+    """The trie of all rows' paths. Nodes are numbers; the root is 0."""
 
     def __init__(self, cells: Cells) -> None:
         self.cells = cells
@@ -198,7 +206,7 @@ class Tree:
             self.count[node] += change
 
     def best(self, row: int, left: Path, node: int, tokens: int) -> tuple[int, Path]:
-        """(tokens shared, fields) of the longest path of other rows that this row can take from `node`."""
+        """(tokens shared, fields) of the longest path from `node` that other rows have and this row could take."""
         found: tuple[int, Path] = (tokens, ())
         for field in left:
             child = self.child.get((node, field, self.codes[row][field]))
@@ -211,7 +219,7 @@ class Tree:
 
 
 def improved(cells: Cells, orders: Ints) -> Ints:
-    """The orders with rows moved to longer paths of other rows, as long as that makes the whole better."""
+    """The orders after rows moved to longer paths of other rows. A pass that does not improve the total ends this."""
     best, most = orders, expected_hits(cells, orders, row_order(cells, orders))
     tree = Tree(cells)
     paths = [tuple(p) for p in orders.tolist()]
@@ -235,7 +243,7 @@ def improved(cells: Cells, orders: Ints) -> Ints:
 
 
 def shared_now(cells: Cells, orders: Ints) -> Ints:
-    """[n] tokens that each row shares with the row before or behind it, whichever is more."""
+    """[n] the larger number of tokens that each row shares with the row before it or the row behind it."""
     rows = row_order(cells, orders)
     between = shared_tokens(cells, orders, rows)
     now = np.zeros(len(rows), np.int64)
@@ -245,7 +253,7 @@ def shared_now(cells: Cells, orders: Ints) -> Ints:
 
 
 def row_order(cells: Cells, orders: Ints) -> Ints:
-    """[n] rows so that those with the longest common paths are neighbours: the order of their rendered texts."""
+    """[n] row numbers in the order of the rendered texts, so that rows with the longest common paths are neighbours."""
     n, m = orders.shape
     ordered = np.take_along_axis(cells.codes, orders, axis=1)
     keys = orders * (int(cells.codes.max(initial=0)) + 1) + ordered
@@ -253,13 +261,15 @@ def row_order(cells: Cells, orders: Ints) -> Ints:
 
 
 def expected_hits(cells: Cells, orders: Ints, rows: Ints) -> int:
-    """Tokens that each of `rows`, in this order, finds of the one before it, in whole blocks."""
+    """The sum of the tokens that each of `rows`, in this order, shares with the row before it, in whole blocks."""
     return int((shared_tokens(cells, orders, rows) // cells.block * cells.block).sum())
 
 
 def shared_tokens(cells: Cells, orders: Ints, rows: Ints) -> Ints:
-    """[n - 1] tokens that each of `rows` but the first shares with the one before it: equal leading cells, and the
-    beginning of the first that differs."""
+    """[n - 1] tokens that each of `rows` but the first shares with the row before it.
+
+    Shared are the leading cells that are equal, and the common beginning of the first cells that differ.
+    """
     chosen, m = orders[rows], orders.shape[1]
     codes, tokens = (np.take_along_axis(x[rows], chosen, axis=1) for x in (cells.codes, cells.tokens))
     same = (chosen[1:] == chosen[:-1]) & (codes[1:] == codes[:-1])

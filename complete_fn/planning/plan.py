@@ -1,4 +1,4 @@
-"""The BatchPlan. Columnar throughout: prompts stay where the caller has them."""
+"""A `BatchPlan` is a column of prompts in execution order, as row numbers: the prompts stay in the caller's arrays."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class BatchPlan:
     Attributes:
         prompts: the caller's column, large_string, n values, never copied.
         mergeable: whether equal prompts have equal answers (greedy sampling only).
-        order: [k] row numbers of the k rows that are not NULL, in byte order of their prompts.
-        distinct: [k] for each of `order`, the number of its distinct prompt; never decreasing.
+        order: [k] numbers of the k rows that are not NULL, in byte order of their prompts.
+        distinct: [k] for each entry of `order`, the number of its distinct prompt; never decreasing.
         first: [m] the row that stands for each distinct prompt, in execution order.
         parts: cuts of 0..m by estimated tokens: part p runs distinct prompts parts[p] to parts[p + 1].
         field_order: [m, most fields] for each distinct prompt the order of its fields, -1 beyond the last; None where
-            no prompt has its fields apart.
-        sizes: how tokens are counted, where a pass needs to.
+            no prompt's fields are kept apart.
+        sizes: counts tokens, for the passes that need counts.
     """
 
     prompts: pa.ChunkedArray
@@ -49,29 +49,29 @@ class BatchPlan:
         return Gatherer(self.prompts)
 
     def texts(self, start: int = 0, stop: int | None = None, step: int = 1024) -> Iterator[tuple[int, list[str]]]:
-        """(number of the first, texts) of distinct prompts start..stop in execution order, `step` at a time."""
+        """(number of the first, texts) of the distinct prompts start..stop, in execution order, `step` at a time."""
         end = len(self.first) if stop is None else stop
         for low in range(start, end, step):
             rows = self.first[low : min(low + step, end)]
             yield low, to_texts(self.gather.take(rows))
 
     def rows_of_distinct(self) -> Rows:
-        """[n] the distinct prompt of each row in the caller's order, -1 for NULL."""
+        """[n] the number of each row's distinct prompt, in the caller's order; -1 for NULL."""
         of_row = np.full(len(self.prompts), -1, np.int64)
         of_row[self.order] = self.distinct
         return of_row
 
     def rows_of(self, number: int) -> list[int]:
-        """The rows that ask one distinct prompt."""
+        """The rows that have one distinct prompt."""
         rows: list[int] = self.order[self.distinct == number].tolist()
         return rows
 
     def copies(self) -> Rows:
-        """[m] how many rows ask each distinct prompt."""
+        """[m] the number of rows that have each distinct prompt."""
         return np.bincount(self.distinct, minlength=len(self.first)).astype(np.int64)
 
     def moved(self) -> npt.NDArray[np.bool_]:
-        """[m] whether a distinct prompt has its fields in another order than its template."""
+        """[m] whether each distinct prompt's fields have another order than in its template."""
         if self.field_order is None:
             return np.zeros(len(self.first), bool)
         own = np.arange(self.field_order.shape[1])
@@ -79,12 +79,15 @@ class BatchPlan:
         return moved
 
     def bytes(self) -> Rows:
-        """[m] length of each distinct prompt."""
+        """[m] length of each distinct prompt in bytes."""
         lengths: Rows = pc.binary_length(self.prompts).to_numpy()[self.first].astype(np.int64)
         return lengths
 
     def scatter(self, answers: Any) -> Any:
-        """Answers of the m distinct prompts (an Arrow array) -> n answers in the caller's order, NULL for NULL."""
+        """The answers of the n rows in the caller's order, from the answers of the m distinct prompts (Arrow arrays).
+
+        A NULL prompt has a NULL answer.
+        """
         of_row = self.rows_of_distinct()
         return answers.take(pa.array(of_row, mask=of_row < 0))
 

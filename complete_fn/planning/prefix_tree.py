@@ -1,8 +1,7 @@
-"""The prefix tree of prompts in execution order, as the tokens that each shares with the one before it.
+"""The prefix tree of prompts in execution order is one number per prompt: the tokens shared with the prompt before.
 
-In an order in which common beginnings are neighbours (byte order, or the planner's order of fields), the longest
-beginning that a prompt shares with any earlier one is the one it shares with its neighbour, so that one number a prompt
-is the whole tree.
+In execution order (byte order, or the planner's order of fields) prompts with a common beginning are neighbours. A
+prompt shares its longest beginning with its neighbour, so these numbers hold the whole tree.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from complete_fn.planning.plan import BatchPlan
 from complete_fn.prompts.fields import has_fields
 from complete_fn.tokens import BYTES_PER_TOKEN
 
-SLACK = 0.25  # how far a part may be from its size, for a cut that costs less
+SLACK = 0.25  # share of its size by which a part may be smaller or larger, for a cheaper cut
 Ints = npt.NDArray[np.int64]
 
 
 def common_tokens(before: Sequence[int], tokens: Sequence[int]) -> int:
-    """Leading token ids that two prompts have in common."""
+    """The number of leading token ids that two prompts have in common."""
     for at, (a, b) in enumerate(zip(before, tokens, strict=False)):
         if a != b:
             return at
@@ -30,18 +29,19 @@ def common_tokens(before: Sequence[int], tokens: Sequence[int]) -> int:
 
 
 def hits(shared: int, length: int, block: int) -> int:
-    """Tokens that vLLM's prefix cache gives back: whole blocks, and never the last token of a prompt."""
+    """Tokens that vLLM's prefix cache returns: whole blocks only, and never the last token of a prompt."""
     return max(0, min(shared, length - 1)) // block * block
 
 
 def cut_tree(shared: Ints, tokens: Ints, part_tokens: int, slack: float = SLACK) -> Ints:
-    """Where to cut m prompts into parts of about `part_tokens`: [parts + 1] numbers, 0 and m included.
+    """[parts + 1] prompt numbers that cut m prompts into parts of about `part_tokens`; 0 and m are included.
 
-    Each cut is made where the least is shared with the prompt before, from `slack` below the size to `slack` above it;
-    among equals at the later place. What a part shares across its cut is computed again by its worker.
+    Each cut falls where a prompt shares the least with the prompt before it, at a part size between `slack` below and
+    `slack` above `part_tokens`; among equal places at the last. The next part's worker computes shared tokens again.
 
     Args:
-        shared: [m] tokens of each prompt that are in the cache from the one before it; `tokens`: [m] its tokens.
+        shared: [m] tokens of each prompt that the prompt before it has left in the cache.
+        tokens: [m] tokens of each prompt.
     """
     m, cuts = len(tokens), [0]
     ends = np.cumsum(tokens)
@@ -59,7 +59,7 @@ def cut_tree(shared: Ints, tokens: Ints, part_tokens: int, slack: float = SLACK)
 
 
 def shared_beginnings(plan: BatchPlan) -> Ints:
-    """[m] tokens that each distinct prompt shares with the one before it, from the bytes they begin with in common."""
+    """[m] tokens that each distinct prompt shares with the one before it, estimated from the bytes in common."""
     shared = np.zeros(len(plan.first), np.int64)
     before = b""
     for low, texts in plan.texts():

@@ -1,4 +1,4 @@
-"""Rows of a chunked column by number. Arrow's own `take` copies the whole column first, for every call."""
+"""`Gatherer` takes rows of a chunked column by number. Arrow's own `take` would copy the whole column at every call."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pyarrow as pa
 
 
 class Gatherer:
-    """Takes rows from the chunks they lie in, and only those."""
+    """Takes rows from their chunks, and copies only these rows."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self.column = column
         self.ends = np.cumsum([len(c) for c in column.chunks], dtype=np.int64)
 
     def take(self, rows: npt.NDArray[np.int64]) -> pa.Array:
-        """[k] row numbers -> [k] values, in that order."""
+        """[k] the values at [k] row numbers, in their order."""
         chunk = np.searchsorted(self.ends, rows, side="right")
         grouped = np.argsort(chunk, kind="stable")
         present, counts = np.unique(chunk, return_counts=True)

@@ -1,4 +1,4 @@
-"""`choices`: answers that are one of a few labels. What a list of them must be, and what an answer may take."""
+"""The option `choices` limits answers to a few labels. This module checks the list and bounds an answer's tokens."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 from complete_fn.errors import InvalidOptionError
 
-MOST_LABELS, LABEL_CHARACTERS = 128, 256  # vLLM scores at most 128 tokens of a step
-JSON_TOKENS = 32  # what an endpoint's JSON puts around a label, generously
+MOST_LABELS, LABEL_CHARACTERS = 128, 256  # vLLM scores at most 128 tokens in a step
+JSON_TOKENS = 32  # tokens of the JSON around a label in an endpoint's answer; a generous bound
 
 
 def parse_choices(given: Any) -> tuple[str, ...]:
-    """The labels in the order given.
+    """The labels in the given order.
 
     Raises:
-        InvalidOptionError: no list of 2 to 128 different texts, or a label that is blank, longer than 256
-            characters, has white space at an end or half a character.
+        InvalidOptionError: The value is no list of 2 to 128 different texts; or a label is blank, has more than 256
+            characters, white space at an end or half of a character.
     """
     if not isinstance(given, list | tuple) or not all(isinstance(label, str) for label in given):
         raise InvalidOptionError(f"choices = {given!r} is not a list of texts. Write ['yes', 'no'].")
@@ -41,8 +41,11 @@ def parse_choices(given: Any) -> tuple[str, ...]:
 
 
 def most_tokens(choices: tuple[str, ...], engine: str) -> int:
-    """What an answer may take at most: an engine of ours one token for each place where labels part, an endpoint a
-    label's tokens in JSON."""
+    """The most tokens that an answer takes.
+
+    An engine of ours takes one token for each place where labels differ, an endpoint the longest label's tokens in
+    JSON. A token is at least a byte, so the label's bytes are the bound.
+    """
     if engine == "http":
         return max(len(label.encode()) for label in choices) + JSON_TOKENS
     return len(choices) - 1

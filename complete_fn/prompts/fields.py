@@ -1,16 +1,16 @@
-"""Prompts whose fields may be put in any order, as `reorder_fields` asks: packed apart, rendered as labelled lines.
+"""With the option `reorder_fields` a prompt's fields are packed apart and rendered as labelled lines, in any order.
 
-What the model sees is the instruction, an empty line, and one line `name: value` a field:
+The model sees the instruction, an empty line, and one line `name: value` for each field:
 
     Name the section.
 
     maintainer: Debian Perl Group
     package: libfoo-perl
 
-The instruction is the template without the fields at its end (white space between them goes too); a field elsewhere
-in it is written as <name>. Which order a row's lines have is the planner's choice. It is no part of the answer's key,
-which holds template and fields in the template's order: equal rows are one prompt, and a resumed job finds its answers,
-whatever order each attempt chose for the rows it still had.
+The instruction is the template without the fields at its end and the white space between them; a field elsewhere in
+the template is written as <name>. The planner chooses the order of each row's lines. The order is no part of the
+answer's key, which holds the template, and the fields in the template's order. So equal rows are one prompt, and a
+resumed job finds its answers although each attempt may choose another order for the rows that are left.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ import pyarrow.compute as pc
 
 from complete_fn.errors import InputError, InvalidOptionError
 
-FIELDS_MARK = "\x00fields:"  # no text of a user's begins like this: `prompts.escape` doubles its NUL
+FIELDS_MARK = "\x00fields:"  # no user's text begins like this: `templates.escape` doubles a leading NUL
 
 
 @dataclass(frozen=True, slots=True)
 class FieldPrompt:
-    """One prompt: `names` and `values` of its fields in the template's order."""
+    """One prompt, with the names and values of its fields in the template's order."""
 
     instruction: str
     names: tuple[str, ...]
     values: tuple[str, ...]
 
     def render(self, order: Sequence[int] | None = None) -> str:
-        """The text that the model sees. `order`: numbers of fields, None for the template's order."""
+        """The text that the model sees. `order` lists field numbers; None keeps the template's order."""
         chosen = range(len(self.names)) if order is None else order
         return head(self.instruction) + "".join(line(self.names[f], self.values[f]) for f in chosen).removesuffix("\n")
 
@@ -55,7 +55,7 @@ def instruction_of(pieces: list[tuple[str, str | None]]) -> tuple[str, tuple[str
     """(instruction, names of the fields) of a parsed template.
 
     Raises:
-        InvalidOptionError: the template names no field.
+        InvalidOptionError: The template names no field.
     """
     names = tuple(dict.fromkeys(name for _, name in pieces if name is not None))
     if not names:
@@ -67,10 +67,10 @@ def instruction_of(pieces: list[tuple[str, str | None]]) -> tuple[str, tuple[str
 
 
 def pack_fields(template: list[tuple[str, str | None]], columns: Mapping[str, Any], length: int) -> pa.ChunkedArray:
-    """One planned prompt a row, large_string; a row with a NULL field is NULL.
+    """One planned prompt per row, large_string; a row with a NULL field is NULL.
 
     Args:
-        template: as `prompts.parse_template` gives it.
+        template: the pieces that `templates.parse_template` returns.
         columns: large_string arrays of `length` values by field name.
     """
     instruction, names = instruction_of(template)
@@ -92,7 +92,7 @@ def has_fields(text: str) -> bool:
 
 
 def unpack_fields(text: str) -> FieldPrompt:
-    """What `pack_fields` has packed."""
+    """The prompt that `pack_fields` packed into this text."""
     packed_head, lengths, values = text.removeprefix(FIELDS_MARK).split("\x00", 2)
     instruction, names = header(packed_head)
     at, found = 0, []

@@ -24,7 +24,7 @@ SCHEMA_BYTES, SCHEMA_DEPTH = 65_536, 16
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a caller may set for all rows of one call."""
+    """The options of one call, the same for all its rows."""
 
     sampling: SamplingParams = SamplingParams()
     response_format: str | None = None
@@ -50,10 +50,10 @@ OPTION_NAMES = (
 
 
 def parse_options(given: Mapping[str, Any] | Options | None) -> Options:
-    """Options from a mapping; entries that are None count as not given. Options that are parsed already stay.
+    """Options from a mapping. An entry of None counts as not given. Options that are parsed already are returned.
 
     Raises:
-        InvalidOptionError: an unknown name or a value out of range; the message has both.
+        InvalidOptionError: An option's name is unknown or its value out of range; the message has both.
     """
     if isinstance(given, Options):
         return given
@@ -87,7 +87,7 @@ def parse_options(given: Mapping[str, Any] | Options | None) -> Options:
 
 
 def refuse_beside_choices(found: Mapping[str, Any]) -> None:
-    """The likeliest label is the answer: nothing is drawn, written or cut."""
+    """With `choices` the likeliest label is the answer: nothing is drawn, written or cut, so these options do nothing."""
     meaningless = [n for n in ("top_p", "top_k", "max_tokens", "seed", "stop", "response_format") if n in found]
     if found.get("temperature"):
         meaningless.insert(0, "temperature")
@@ -136,10 +136,10 @@ def stops(value: Any) -> tuple[str, ...]:
 
 
 def canonical_schema(given: Any) -> str:
-    """A JSON schema as canonical text. Takes a bare schema, OpenAI's `json_schema` form, or Snowflake's `json` form.
+    """A JSON schema as canonical text, from a bare schema, OpenAI's `json_schema` form or Snowflake's `json` form.
 
     Raises:
-        InvalidOptionError: not a schema, larger than 64 KiB, or nested deeper than 16.
+        InvalidOptionError: The value is no JSON schema, has more than 64 KiB or more than 16 levels.
     """
     schema = given
     if isinstance(schema, str):
@@ -174,7 +174,7 @@ def canonical_schema(given: Any) -> str:
 
 
 def check_references(schema: Any) -> None:
-    """Raises InvalidOptionError for a `$ref` that leaves the schema, leads nowhere, or only leads to itself."""
+    """Refuse a `$ref` that leaves the schema, names nothing in it, or leads only to itself."""
     root = referencing.Registry().with_resource("", referencing.jsonschema.DRAFT202012.create_resource(schema))
     resolver = root.resolver()
     for given in references(schema):
@@ -208,14 +208,14 @@ def references(value: Any) -> Iterator[str]:
 
 
 def without_nulls(value: Any) -> Any:
-    """SQL struct literals give every sibling all fields, NULL where one was not written: those go."""
+    """The value without members that are NULL. SQL gives all structs of a list the same fields and fills in NULL."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def deeper(value: Any, levels: int) -> bool:
-    """Whether it has more levels, fields that are NULL left out. Takes no stack."""
+    """Whether the value has more levels, without members that are NULL. No recursion: a caller may nest at any depth."""
     level = [value]
     for _ in range(levels):
         level = [child for v in level for child in children(v)]

@@ -1,4 +1,4 @@
-"""What a service does not take in a response_format that strangers send."""
+"""A service refuses a response_format with regular expressions, because strangers send it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from complete_fn.errors import InvalidOptionError
 
 PATTERNS = ("pattern", "patternProperties")
-NAMED = ("properties", "$defs", "definitions", "dependentSchemas")  # their keys are names, not keywords
+NAMED = ("properties", "$defs", "definitions", "dependentSchemas")  # keys in these are names, not keywords
 VALUES = ("enum", "const", "default", "examples")
 
 
 def refuse_patterns(response_format: str | None) -> None:
-    """Answers are checked with Python's regular expressions, some of which never end and would stop the whole service.
+    """Python's regular expressions check the answers. Some never end, and one would stop the whole service.
 
     Raises:
-        InvalidOptionError: the schema has a pattern.
+        InvalidOptionError: The schema has a pattern.
     """
     if response_format is not None and has_pattern(json.loads(response_format)):
         raise InvalidOptionError("response_format has a regular expression (pattern), which a service does not take.")

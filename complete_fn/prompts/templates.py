@@ -1,4 +1,4 @@
-"""Templates: `{name}` is replaced by a field, `{{` and `}}` are braces, and nothing else is possible."""
+"""A template becomes a prompt: a field replaces `{name}`, a brace replaces `{{` and `}}`; there is nothing else."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NAME = re.compile(r"[^\W\d][\w ]*", re.UNICODE)
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
-    """(text, field that follows or None) pairs.
+    """Pairs of (text, name of the field behind the text); the last pair has no field but None.
 
     Raises:
-        InvalidOptionError: a lone brace, or a field that is more than a name.
+        InvalidOptionError: The template has a lone brace, or braces around more than a name.
     """
     pieces: list[tuple[str, str | None]] = []
     text, end = "", 0
@@ -54,12 +54,12 @@ def render_column(
     """One planned prompt (see `escaped`) per row, large_string; a row with a NULL field is NULL.
 
     Args:
-        columns: arrays of `length` values by field name; what is no string is cast as SQL casts it.
-        reorder_fields: keep the fields apart, so that the planner may order them row by row (see `field_prompts`).
+        columns: arrays of `length` values by field name; values that are no strings are cast as SQL casts them.
+        reorder_fields: keep the fields apart, so that the planner may order them row by row (see `fields`).
 
     Raises:
-        InvalidOptionError: the template cannot be used.
-        InputError: a field is no column.
+        InvalidOptionError: The template cannot be used.
+        InputError: The template names a field that is no column.
     """
     if reorder_fields:
         texts = {n: as_text(columns[n], n) for n in template_fields(template) if n in columns}
@@ -80,10 +80,10 @@ def render_column(
 
 
 def plain_column(prompts: Any) -> Any:
-    """Texts in any Arrow string type or as a Python sequence -> large_string.
+    """Texts of any Arrow string type, or of a Python sequence, as large_string.
 
     Raises:
-        InputError: the values are no text.
+        InputError: The values are no text.
     """
     if not isinstance(prompts, pa.Array | pa.ChunkedArray):
         return text_column(prompts)
@@ -94,11 +94,11 @@ def plain_column(prompts: Any) -> Any:
     return as_text(prompts, "prompt")
 
 
-MESSAGES_MARK = "\x00messages:"  # no text of a user's begins like this once it is escaped
+MESSAGES_MARK = "\x00messages:"  # no user's text begins like this once it is escaped
 
 
 def escape(text: str) -> str:
-    """A user's text as a planned prompt: a NUL in front is doubled, so that no data can pose as packed messages."""
+    """A user's text as a planned prompt. A leading NUL is doubled, so that no data can pose as packed messages."""
     return "\x00" + text if text.startswith("\x00") else text
 
 
@@ -114,7 +114,7 @@ def escaped(column: Any) -> Any:
 def pack_messages(messages: list[Mapping[str, str]]) -> str:
     """Messages as one canonical text, so that a conversation is planned, merged and stored like a string.
 
-    One message of a user is the bare prompt: engines make the same of both, so both are one and the same question.
+    A single message of a user becomes the bare prompt: an engine renders both alike, so both share one answer.
     """
     if len(messages) == 1 and messages[0].get("role") == "user":
         return escape(str(messages[0].get("content", "")))
@@ -123,7 +123,7 @@ def pack_messages(messages: list[Mapping[str, str]]) -> str:
 
 
 def unpack(text: str) -> str | tuple[Message, ...]:
-    """What a planned text stands for: itself, or the messages packed in it."""
+    """The prompt behind a planned text: a text, or the messages packed in it."""
     if not text.startswith("\x00"):
         return text
     if text.startswith(FIELDS_MARK):
