@@ -1,4 +1,4 @@
-"""The Engine protocol, and `EchoEngine`, a real implementation without a model for users' own tests."""
+"""`Engine` is the protocol of engines. `EchoEngine` implements it without a model, for users' own tests."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from complete_fn.types import Completion, CompletionRequest, Usage
 class Engine(Protocol):
     """Turns requests into completions. Implementations are safe to call from several threads at once.
 
-    An engine may have a text attribute `identity`: engines of one class and identity share stored answers. Without it
-    the answers of an object are reused by that object only.
+    An engine may have a text attribute `identity`: engines of one class and identity share stored answers. Without
+    that attribute only the same object reuses its answers.
     """
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
-        """Yield (position of the request, its completion) as each is done, in any order.
+        """Yield (position of the request, its completion) as each request is done, in any order.
 
-        Requests are drawn from the iterable only as fast as the engine takes them (back-pressure), so an endless
-        iterable is fine. A request that fails is a completion with an `error`; nothing is raised for one row.
-        `tenant` salts the prefix cache. Closing the iterator aborts what is still in flight; so does, within a second,
-        an iterable whose attribute `abandoned` becomes true. A request's `tell`, where it is called, gets pieces that
-        the completion's text begins with, each with the tokens that the row has taken so far.
+        The engine draws requests only as fast as it computes them (back-pressure), so the iterable may be endless. A
+        request that fails yields a completion with an `error`; no exception is raised for one row. `tenant` salts the
+        prefix cache. Requests in flight are aborted when the iterator is closed, or within a second after the
+        iterable's attribute `abandoned` becomes true. An engine may call a request's `tell` with the completion's
+        text piece by piece, each time with the tokens that the row has taken so far.
 
         Raises:
-            EngineError: the engine cannot start, or died and could not be restarted once.
+            EngineError: The engine cannot start, or it died and one restart failed.
         """
         ...
 
     def count_tokens(self, texts: list[str]) -> list[int]:
-        """Tokens of each bare text by the model's own tokenizer, no chat template, no special tokens."""
+        """Tokens of each text by the model's own tokenizer, without chat template and special tokens."""
         ...
 
     def close(self) -> None:
-        """Let go of the engine; a shared one ends when its last user has let go."""
+        """Release the engine. A shared engine ends when its last user releases it."""
         ...
 
 
 def prompt_text(request: CompletionRequest) -> str:
-    """The prompt as one text: a string as it is, messages one per line pair."""
+    """The prompt as one text: a string as it is, or the contents of the messages, one per line."""
     if isinstance(request.prompt, str):
         return request.prompt
     return "\n".join(m.content for m in request.prompt)
 
 
 class EchoEngine:
-    """Answers every prompt with itself; a token is a word, and told as such.
+    """Answers every prompt with the prompt's text. Each word counts, and is told, as one token.
 
-    Of `choices` it answers with the one that the prompt names most often, the earlier one of several. It remembers all
-    requests, for tests; one of the catalogue, which may be asked without end, does not.
+    With `choices` the answer is the label that the prompt names most often, or the earliest of several. The engine
+    remembers all requests, for tests. The catalogue's engine does not, because a service may ask it without end.
     """
 
     def __init__(self, context: int = 4096, row_seconds: float = 0.0, remembers: bool = True) -> None:
@@ -61,7 +61,7 @@ class EchoEngine:
         self.context = context
         self.row_seconds = row_seconds
         self.requests: list[CompletionRequest] = []
-        self.identity = f"context {context}"  # echoes of equal context are the same answers
+        self.identity = f"context {context}"  # engines with the same context give the same answers
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         for position, request in enumerate(requests):

@@ -1,4 +1,4 @@
-"""A call: the model and how it answers. An answer's key is a hash of everything that changes the answer."""
+"""A `Call` is a model and how it answers. An answer's key is a hash of everything that changes the answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from complete_fn.prompts.choices import most_tokens
 from complete_fn.prompts.options import Options
 from complete_fn.types import SamplingParams
 
-# engine_args that change how fast an answer comes, not what it says.
+# engine_args that change an answer's speed but not its text.
 SPEED_ONLY = frozenset(
     (
         "block_size",
@@ -34,7 +34,7 @@ SPEED_ONLY = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What all rows of one run share: the model and how it is to answer."""
+    """The model and the settings that all rows of one run share."""
 
     model: Model
     sampling: SamplingParams = SamplingParams()
@@ -50,8 +50,10 @@ class Call:
 
     @property
     def fingerprint(self) -> bytes:
-        """SHA-256 over checkpoint, revision, engine_args, limits, sampling, schema and choices (not the engine's
-        version)."""
+        """SHA-256 over checkpoint, revision, engine_args, limits, sampling, schema and choices.
+
+        The engine's version is left out.
+        """
         what = {
             "checkpoint": checkpoint_digest(self.model),
             "engine_args": {k: v for k, v in self.model.engine_args.items() if k not in SPEED_ONLY},
@@ -65,7 +67,7 @@ class Call:
 
 
 def answer_keys(fingerprint: bytes, texts: Iterable[str]) -> list[bytes]:
-    """One 32-byte key per text. Another key as `fingerprint` ties the result to it."""
+    """One 32-byte key per text. A caller may pass another key as `fingerprint`, to derive keys from that key."""
     base = hashlib.sha256(fingerprint)
     keys = []
     for text in texts:

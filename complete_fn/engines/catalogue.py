@@ -1,4 +1,4 @@
-"""Model names to checkpoints, limits, engine settings and prices. `models.toml` is the catalogue itself."""
+"""The catalogue maps model names to checkpoints, limits, engine settings and prices. `models.toml` holds it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILT_IN = Path(__file__).with_name("models.toml")
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Money per million tokens, and what the figures rest on."""
+    """Money per million tokens, and the basis of the figures: an example, the user's own, or metered."""
 
     input: Decimal = Decimal(0)
     cached_input: Decimal = Decimal(0)
@@ -52,7 +52,7 @@ class Model:
 
     @property
     def local_folder(self) -> Path | None:
-        """The checkpoint's folder if it is on this machine's disk, else None (a Hub id)."""
+        """The checkpoint's folder if it is on this machine, else None (for a Hub id)."""
         if self.checkpoint.startswith("package:"):
             package, _, inside = self.checkpoint.removeprefix("package:").partition("/")
             return installed_folder(package) / inside
@@ -61,7 +61,7 @@ class Model:
 
     @property
     def is_absent(self) -> bool:
-        """Whether the checkpoint is a folder, and not on this machine."""
+        """Whether the checkpoint is a path that does not exist on this machine."""
         names_path = self.checkpoint.startswith(("/", "./", "../", "~"))
         return self.engine == "embedded" and names_path and self.local_folder is None
 
@@ -99,7 +99,9 @@ NUMBERS = ("max_model_len", "default_max_tokens")
 
 
 def refuse_types(name: str, table: Mapping[str, Any], where: str) -> None:
-    """Raises InputError: a field of the entry has a value of another type than its own."""
+    """Raises:
+    InputError: A field of the entry has a value of the wrong type.
+    """
     is_texts = lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)  # noqa: E731
     forms: dict[str, tuple[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(TEXTS, ("a text", lambda v: isinstance(v, str))),
@@ -114,7 +116,7 @@ def refuse_types(name: str, table: Mapping[str, Any], where: str) -> None:
 
 
 def entry(name: str, table: Any, base: Model | None, where: str) -> Model:
-    """One entry from its TOML table, over an older entry of the same name."""
+    """A model from its TOML table. Fields that the table omits come from `base`, an older entry of the same name."""
     if not isinstance(table, Mapping):
         raise InputError(
             f"{where}: model {name!r} = {table!r} is no table. Write [models.{name}] and its fields below."
@@ -142,10 +144,10 @@ def entry(name: str, table: Any, base: Model | None, where: str) -> Model:
 
 
 def load_catalogue(models_file: Path | None = None) -> dict[str, Model]:
-    """All entries, the user's file over the built-in one.
+    """All entries. The user's file overrides the built-in one.
 
     Raises:
-        InputError: the file is missing, is not TOML, or has an unknown field or a value of another type.
+        InputError: The file is missing, is not TOML, or has an unknown field or a value of the wrong type.
     """
     found: dict[str, Model] = dict(built_in())
     if models_file is not None:
@@ -172,10 +174,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def find_model(name: str, models_file: Path | None = None) -> Model:
-    """The entry of that name; else a local folder or a Hub id (`owner/name`) as a model of its own.
+    """The catalogue's entry of this name, or a model made from a local folder or a Hub id (`owner/name`).
 
     Raises:
-        UnknownModelError: none of these; the message has the nearest names.
+        UnknownModelError: The name is none of these; the message has the nearest name.
     """
     catalogue = load_catalogue(models_file)
     if name in catalogue:

@@ -1,4 +1,4 @@
-"""The identity of a checkpoint: a digest of its content, the same on every machine."""
+"""A checkpoint's identity is a digest of its content, the same on every machine."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from complete_fn.engines.catalogue import Model
 from complete_fn.errors import EngineError
 
 CHECKPOINT_FILES = (".json", ".safetensors", ".jinja", ".model")
-SMALL = 64 * 1024 * 1024  # weights up to this size are hashed whole
-BLOCK, MOST_HEADER = 4096, 100_000_000  # bytes; the format bounds the header so
+SMALL = 64 * 1024 * 1024  # bytes; weights up to this size are hashed whole
+BLOCK, MOST_HEADER = 4096, 100_000_000  # bytes; the safetensors format sets the bound of the header
 
 
 def checkpoint_digest(model: Model) -> str:
-    """The checkpoint's identity: content of a local folder, the same on every machine; else id, revision and URL.
+    """The checkpoint's identity: a digest of a local folder's content, or else engine, id, revision and URL.
 
     Raises:
-        EngineError: the folder is not on this machine.
+        EngineError: The checkpoint's folder is not on this machine.
     """
     folder = model.local_folder
     if model.is_absent:
@@ -35,10 +35,10 @@ def checkpoint_digest(model: Model) -> str:
 
 @lru_cache(maxsize=256)
 def content_digest(path: Path, size: int, written_ns: int) -> str:
-    """A query engine asks for the checkpoint's identity at every call: an unchanged file is read once.
+    """A digest of a file's content. An unchanged file is read once: a query engine asks at every call.
 
-    Of large weights the header (https://github.com/huggingface/safetensors#format) and of each tensor the first, middle
-    and last 4 KiB: training, merging or quantising changes every part of the tensors that it changes.
+    The digest of large weights covers the header (https://github.com/huggingface/safetensors#format) and the first,
+    middle and last 4 KiB of each tensor: training, merging or quantising a tensor changes every part of it.
     """
     if size <= SMALL or path.suffix != ".safetensors":
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Any OpenAI-compatible endpoint as an engine: vLLM, Ollama, a hosted API.
+"""Any OpenAI-compatible endpoint serves as an engine: vLLM, Ollama, a hosted API.
 
-`Model.url` is the address up to and with `/v1`; the key is read from the environment variable `Model.api_key_env`
-names and goes nowhere but into the request. Of `Model.engine_args` this engine reads:
+`Model.url` is the address up to and including `/v1`. The API key comes from the environment variable that
+`Model.api_key_env` names, and appears only in the requests. This engine reads from `Model.engine_args`:
 
     concurrency       requests in flight (default 16)
     timeout           seconds until a row is given up (default 600)
@@ -13,8 +13,8 @@ names and goes nowhere but into the request. Of `Model.engine_args` this engine 
                       `structured_outputs`, vLLM's own field (the bare label)
     extra_body        fields to add to every request's body
 
-An endpoint that is busy (429, 503) is waited for as its Retry-After says, until it has served no row for two minutes;
-nothing that may have been paid for is sent twice.
+If the endpoint is busy (429, 503), the engine waits as Retry-After says, until the endpoint has served no row for two
+minutes. A request that may have been paid for is never sent twice.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from complete_fn.types import Completion, CompletionRequest
 
 CONCURRENCY, TIMEOUT_S = 16, 600.0
 CLOSE_S = 2.0
-LOOK_S = 0.2  # how often a stream that waits looks whether it is abandoned
+LOOK_S = 0.2  # seconds between a waiting stream's checks whether it is abandoned
 Number = TypeVar("Number", int, float)
 Outcome = tuple[int, Completion | BaseException]
 
 
 class Background:
-    """An event loop in a daemon thread: requests run there, and can be cancelled, which a blocking call cannot."""
+    """An event loop in a daemon thread. Requests run there because they can be cancelled; a blocking call cannot."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -61,10 +61,10 @@ class Background:
 
 
 def given_above_0(model: Model, name: str, default: float, kind: type[Number]) -> Number:
-    """An engine argument.
+    """A numeric engine argument.
 
     Raises:
-        RequestError: it is no number above 0.
+        RequestError: The argument is no number above 0.
     """
     given = model.engine_args.get(name, default)
     try:
@@ -89,13 +89,14 @@ class HttpEngine:
         self.endpoint: Endpoint | None = None
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
-        """As in `Engine.stream`; at most `concurrency` requests of a stream are drawn and in flight.
+        """As in `Engine.stream`, with at most `concurrency` requests of a stream in flight.
 
-        After a failure nothing more is drawn; it is raised once the endpoint has answered what it will bill.
+        After a failure the stream draws no more requests. It raises the failure once the requests in flight are
+        answered, because the endpoint bills them.
 
         Raises:
-            EngineError: nobody answers at the URL, the key is refused, or the model is not served there.
-            EngineBusyError: the endpoint stays busy for longer than it is waited for.
+            EngineError: No server answers at the URL, the server refuses the key, or it does not serve the model.
+            EngineBusyError: The endpoint stays busy for longer than this engine waits.
         """
         endpoint, background = self.open()
         feed = enumerate(requests)
@@ -134,7 +135,7 @@ class HttpEngine:
             return self.endpoint, self.background
 
     def count_tokens(self, texts: list[str]) -> list[int]:
-        """By the tokenizer.json on this machine, else by the endpoint's `/tokenize` (vLLM has it)."""
+        """Count by the tokenizer.json on this machine, or else by the endpoint's `/tokenize`, which vLLM has."""
         file = tokenizer_file(self.model)
         if file is not None:
             return count_with(file, texts)
@@ -153,7 +154,7 @@ class HttpEngine:
 
 
 def next_of(done: queue.SimpleQueue[Outcome]) -> Outcome | None:
-    """The next outcome, or None if there is none for a moment."""
+    """The next outcome, or None if none comes within `LOOK_S` seconds."""
     try:
         return done.get(timeout=LOOK_S)
     except queue.Empty:
@@ -172,7 +173,7 @@ async def answer(
 
 
 async def connect(model: Model, concurrency: int, seconds: float) -> Endpoint:
-    """The endpoint of a model; made on the event loop that will use it."""
+    """The endpoint of a model. A coroutine, so that its client is created on the event loop that uses it."""
     url = (model.url or "").rstrip("/")
     headers = {}
     if model.api_key_env is not None:
@@ -186,10 +187,10 @@ async def connect(model: Model, concurrency: int, seconds: float) -> Endpoint:
 
 
 def open_engine(model: Model, settings: Settings) -> HttpEngine:
-    """The engine for a catalogue entry with a `url`; nothing is asked of it yet.
+    """The engine for a catalogue entry with a `url`. No request is sent yet.
 
     Raises:
-        RequestError: the entry has no url, or one that is not http.
+        RequestError: The entry has no url, or its url is not http:// or https://.
     """
     if not (model.url or "").startswith(("http://", "https://")):
         raise RequestError(f"Model {model.name!r} has url {model.url!r}; it must be like http://localhost:8000/v1.")

@@ -1,4 +1,4 @@
-"""What a demonstration model was trained to do, and advice where it is asked something else."""
+"""A demonstration model knows a few instructions. This module advises a caller whose prompts are something else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from complete_fn.engines.catalogue import Model
 
 
 def advice_for(model: Model, prompts: Any) -> str | None:
-    """Advice where prompts begin with none of the model's instructions; None where there is nothing to say.
+    """Advice if some prompts begin with none of the model's instructions, else None.
 
     Args:
         prompts: [n] large_string.

@@ -1,4 +1,4 @@
-"""One chat completion over HTTP: the request's body, what the reply means, and whom to wait for."""
+"""One chat completion over HTTP: this module builds the request, waits for a busy endpoint and reads the reply."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from complete_fn.errors import EngineBusyError, EngineError, RequestError
 from complete_fn.tokens import BYTES_PER_TOKEN
 from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 
-BUSY = (429, 503)  # the endpoint says itself that it did nothing
-BROKEN = (502, 504)
+BUSY = (429, 503)  # statuses by which the endpoint says that it did no work
+BROKEN = (502, 504)  # statuses of a gateway: the endpoint behind it may have done the work
 WHOLE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")  # finish reasons, in lower case
 CUT = ("length", "model_length", "max_tokens")
 WAIT_S, FIRST_WAIT_S = 120.0, 1.0
-SPREAD_S = 1.0  # rows that wait for the same moment wake up within so long after it, or within the wait again
+SPREAD_S = 1.0  # rows that wait for one moment wake up spread over this long after it, or over the pause if shorter
 TOO_LONG = re.compile(
     r"context.{0,12}(length|window|size)|maximum (context|input|prompt)|max_model_len|too (long|many tokens)"
     r"|input length|longer than the (maximum )?model|max_(completion_)?tokens.{0,30}too large",
@@ -36,8 +36,10 @@ class Endpoint:
     """The endpoint of one model.
 
     Attributes:
-        quiet_until: when a busy endpoint wants to be asked again, by any row; `pause` seconds after it said so.
-        served_at: when it last gave any row a reply that was not busy.
+        quiet_until: the time before which a busy endpoint must not be asked, by any row.
+        pause: seconds from the busy reply to `quiet_until`.
+        served_at: the time of the last reply, to any row, that was not busy.
+        ours: whether the endpoint is a complete-fn service; None until it was asked.
     """
 
     def __init__(self, model: Model, url: str, client: httpx.AsyncClient) -> None:
@@ -55,7 +57,7 @@ class Endpoint:
         return str(given or (self.model.name if by_name else self.model.checkpoint))
 
     async def learn(self) -> None:
-        """Ask once whether this is a complete-fn service: it names models as the catalogue does."""
+        """Ask once whether the endpoint is a complete-fn service, which names models as the catalogue does."""
         async with self.asked:
             if self.ours is None:
                 try:
@@ -68,8 +70,8 @@ class Endpoint:
         """The completion, or the row's error.
 
         Raises:
-            EngineError: what concerns every row: no answer at the URL, key or model refused.
-            EngineBusyError: busy for longer than is waited.
+            EngineError: Every row fails: no server answers at the URL, or it refuses the key or the model.
+            EngineBusyError: The endpoint stays busy for longer than this engine waits.
         """
         await self.learn()
         body = self.body(request, tenant)
@@ -82,7 +84,7 @@ class Endpoint:
         try:
             reply = await self.ask(body)
             if reply.status_code == 400 and too_long(reply):
-                # Prompt and answer together may be too much: let the endpoint give the answer what room there is.
+                # Prompt and max_tokens together may exceed the context: let the endpoint bound the answer instead.
                 body.pop(self.max_tokens_field, None)
                 return await self.outcome(await self.ask(body), request, limited=False)
             return await self.outcome(reply, request, limited=request.sampling.max_tokens is not None)
@@ -105,7 +107,7 @@ class Endpoint:
         }
         if self.ours and sampling.max_tokens is None:
             del body[self.max_tokens_field]
-            body["default_max_tokens"] = True  # the same question as in a job there: its answer is paid once
+            body["default_max_tokens"] = True  # gives the same key as in a job there, so that the answer is paid once
         if sampling.top_k:
             body["top_k"] = sampling.top_k
         if sampling.seed is not None:
@@ -116,7 +118,7 @@ class Endpoint:
             schema = {"name": "answer", "schema": json.loads(request.response_format), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         if self.ours and request.priority >= 0:
-            body["service_tier"] = "flex"  # rows of a table need not overtake its jobs
+            body["service_tier"] = "flex"  # rows of a table need not overtake the service's jobs
         if request.choices:
             body |= self.one_of(request.choices)
         if self.model.engine_args.get("cache_salt") and tenant:
@@ -124,10 +126,10 @@ class Endpoint:
         return body | dict(self.model.engine_args.get("extra_body", {}))
 
     def one_of(self, choices: tuple[str, ...]) -> dict[str, Any]:
-        """The fields that hold an answer to the labels.
+        """The body's fields that restrict an answer to the labels.
 
         Raises:
-            RequestError: engine_args.choices is no way to ask for them.
+            RequestError: engine_args.choices has a value that this engine does not know.
         """
         how = self.model.engine_args.get("choices", "json_schema")
         if how == "structured_outputs":
@@ -138,10 +140,10 @@ class Endpoint:
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
     async def ask(self, body: dict[str, Any]) -> httpx.Response:
-        """The reply, after the waits that a busy endpoint asks for; each twice as long as the last where it names none.
+        """The reply, after the waits that a busy endpoint asks for. Without a Retry-After each wait doubles.
 
         Raises:
-            EngineBusyError: it has served no row for `WAIT_S` seconds, or will not.
+            EngineBusyError: By the end of the next wait the endpoint has served no row for `WAIT_S` seconds.
         """
         began = time.monotonic()
         while True:
@@ -161,7 +163,7 @@ class Endpoint:
             self.quiet_until, self.pause = max(self.quiet_until, now + pause), pause
 
     async def quiet(self) -> None:
-        """Wait until the endpoint may be asked, which another row's reply may put off meanwhile."""
+        """Wait until the endpoint may be asked. Another row's reply may extend the wait meanwhile."""
         while (left := self.quiet_until - time.monotonic()) > 0:
             await asyncio.sleep(left + random.uniform(0, min(self.pause, SPREAD_S)))
 
@@ -179,7 +181,7 @@ class Endpoint:
             raise EngineError(f"{self.url} broke the connection: {type(error).__name__}: {error}") from error
 
     async def outcome(self, reply: httpx.Response, request: CompletionRequest, limited: bool) -> Completion:
-        """What a reply means; `limited` is whether the caller's max_tokens bounds it."""
+        """The completion that a reply means; `limited`: whether the caller's max_tokens bounds the answer."""
         status, why = reply.status_code, complaint(reply)
         if status == 200 and not failed(reply):
             room = request.sampling.max_tokens or self.model.default_max_tokens
@@ -191,7 +193,7 @@ class Endpoint:
             raise EngineError(f"{self.url} does not serve {self.served_name!r} (404): {why} {await self.served()}")
         if 300 <= status < 400:
             raise EngineError(f"{self.url} points elsewhere ({status}); set the url to where it really is.")
-        if status in BROKEN:  # the row may have been paid for: it is not sent again behind the caller's back
+        if status in BROKEN:  # the row may have been paid for, so only the caller may send it again
             return Completion.failed("timeout", f"A gateway gave up on the row ({status}): {why}")
         if status == 413 or too_long(reply):
             return Completion.failed("prompt_too_long", why)
@@ -222,11 +224,13 @@ class Endpoint:
 
 
 def completion(reply: httpx.Response, request: CompletionRequest, room: int, limited: bool) -> Completion:
-    """The answer of a 200. Only one that is known to be whole has no error: it would be cached for all.
+    """The answer of a reply with status 200.
+
+    An answer that may not be whole gets an error, because an answer without one is stored for all callers.
 
     Args:
-        room: the tokens that an answer may have, and a cap has reserved.
-        limited: whether they are the caller's max_tokens, so that an answer cut there is whole.
+        room: the tokens that the answer may have, and that a cap has reserved.
+        limited: whether `room` is the caller's max_tokens, so that an answer cut there is whole.
     """
     try:
         found = reply.json()
@@ -253,7 +257,7 @@ def completion(reply: httpx.Response, request: CompletionRequest, room: int, lim
 
 
 def failed(reply: httpx.Response) -> bool:
-    """Whether a reply is an error whatever its status: some gateways pass on a row's failure as a 200."""
+    """Whether the reply's body is an error: some gateways pass on a row's failure with status 200."""
     try:
         return bool(reply.json().get("error"))
     except (ValueError, AttributeError):
@@ -261,10 +265,10 @@ def failed(reply: httpx.Response) -> bool:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content: itself, or of its parts.
+    """The text of a message's content, which is a text or a list of parts.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: The content is neither a text nor a list of parts.
     """
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
@@ -274,7 +278,7 @@ def text_of(content: Any) -> str:
 
 
 def reported(usage: Any) -> Usage | None:
-    """What the endpoint counted; None where it tells nothing that can be read."""
+    """The usage that the endpoint reports; None if it reports none or an unreadable one."""
     try:
         details = usage.get("prompt_tokens_details") or {}
         prompt = max(0, int(usage.get("prompt_tokens") or 0))
@@ -286,7 +290,7 @@ def reported(usage: Any) -> Usage | None:
 
 
 def guessed(request: CompletionRequest, answer: str, room: int) -> Usage:
-    """Where an endpoint reports no usage, a row is billed by its bytes rather than not at all."""
+    """The usage by bytes, for endpoints that report none: otherwise the row would cost nothing."""
     prompt = request.prompt
     asked = prompt if isinstance(prompt, str) else "".join(m.content for m in prompt)
     return Usage(
@@ -300,7 +304,7 @@ def too_long(reply: httpx.Response) -> bool:
 
 
 def complaint(reply: httpx.Response) -> str:
-    """The endpoint's own words, at most 500 characters."""
+    """The endpoint's error message, cut to 500 characters."""
     try:
         found = reply.json()
         error = found.get("error", found)
@@ -312,7 +316,7 @@ def complaint(reply: httpx.Response) -> str:
 
 
 def retry_after(reply: httpx.Response) -> float | None:
-    """Seconds that a Retry-After asks for: a number, or a date (RFC 9110, 10.2.3)."""
+    """Seconds that the Retry-After header asks for, as a number or a date (RFC 9110, 10.2.3); None without one."""
     value = reply.headers.get("retry-after")
     if value is None:
         return None

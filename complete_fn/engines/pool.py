@@ -1,4 +1,4 @@
-"""The engines of this process: one per model, opened on first use, shared by all sessions, closed at exit."""
+"""The pool holds this process's engines: one per model, opened on first use, shared by sessions, closed at exit."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from complete_fn.errors import RequestError
 from complete_fn.registry import ENGINES, resolve
 from complete_fn.settings import Settings, secret
 
-OPEN: dict[tuple[str, str, str], Engine] = {}  # by checkpoint, entry, and whose place it takes
+OPEN: dict[tuple[str, str, str], Engine] = {}  # by checkpoint digest, entry, and place (name, kind, settings)
 IDENTITIES: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
 LOCK = threading.Lock()
 
 
 def engine_for(model: Model, settings: Settings) -> Engine:
-    """The running engine of the model; starting it is left to its first use.
+    """The engine of the model. The engine starts at its first use.
 
-    One that the same settings had for an older form of the entry or its checkpoint is let go: its streams end by
-    themselves, and who still holds it can go on. An endpoint takes no memory here and stays.
+    If the entry or its checkpoint has changed, the older engine of the same settings is released: its streams end by
+    themselves, and callers that still hold it can go on. An endpoint's engine takes no memory here and stays.
 
     Raises:
-        EngineMissingError: a library of that engine is not installed; the message has the command that brings it.
-        RequestError: the catalogue names an engine kind that does not exist.
+        EngineMissingError: A library of the engine is not installed; the message has the command that installs it.
+        RequestError: The catalogue names an engine kind that does not exist.
     """
     if model.engine not in ENGINES:
         raise RequestError(f"Model {model.name!r} asks for engine {model.engine!r}; there are {', '.join(ENGINES)}.")
@@ -49,10 +49,10 @@ def engine_for(model: Model, settings: Settings) -> Engine:
 
 
 def at_engine(model: Model, engine: Engine | str | None) -> Model:
-    """The model as answered by another engine: a URL, or an object that implements `Engine`.
+    """The model, answered by another engine: a URL, or an object that implements `Engine`.
 
-    The service that COMPLETE_FN_URL names gets the key COMPLETE_FN_KEY. It bills; what is noted here has the price
-    basis `service`, so that no sum adds both.
+    The service that COMPLETE_FN_URL names gets the API key COMPLETE_FN_KEY. That service bills the rows. The local
+    ledger notes them with the price basis `service`, so that no sum counts them twice.
     """
     if engine is None:
         return model
@@ -69,13 +69,13 @@ def at_engine(model: Model, engine: Engine | str | None) -> Model:
 
 
 def of_service(url: str) -> bool:
-    """Whether this is the address that COMPLETE_FN_URL names."""
+    """Whether the URL has the address that COMPLETE_FN_URL names."""
     named = secret("COMPLETE_FN_URL")
     return bool(named) and urlsplit(named)[:2] == urlsplit(url)[:2]
 
 
 def identity(engine: Engine) -> str:
-    """What tells this engine's answers from another's: its own `identity`, else something no other object has."""
+    """The name under which this engine's answers are stored: its own `identity`, or else a random unique one."""
     own = getattr(engine, "identity", None)
     if isinstance(own, str):
         return own
@@ -83,13 +83,13 @@ def identity(engine: Engine) -> str:
 
 
 def after_fork() -> None:
-    """A forked child may have been born while another thread held the lock."""
+    """Give a forked child a new lock: another thread may have held the parent's lock during the fork."""
     global LOCK
     LOCK = threading.Lock()
 
 
 def let_go(engine: Engine) -> None:
-    """Close one engine; its model's next use opens another."""
+    """Close one engine. The next use of its model opens another."""
     with LOCK:
         for key in [key for key, opened in OPEN.items() if opened is engine]:
             del OPEN[key]

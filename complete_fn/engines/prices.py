@@ -1,4 +1,4 @@
-"""What tokens cost. Sums are exact: tokens times a decimal price, rounded to 1e-9 once per sum."""
+"""`amount` computes what tokens cost. Sums are exact: tokens times a decimal price, rounded to 1e-9 once per sum."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ NANO = Decimal("1e-9")
 
 
 def amount(prices: Prices, usage: Usage) -> Decimal:
-    """Money for the tokens: uncached input, cached input and output, each at its price per million."""
+    """The cost of uncached input, cached input and output tokens, each at its price per million."""
     fresh = usage.prompt_tokens - usage.cached_tokens
     total = fresh * prices.input + usage.cached_tokens * prices.cached_input + usage.completion_tokens * prices.output
     return (total / 1_000_000).quantize(NANO, ROUND_HALF_EVEN)
 
 
 def at_prices(basis: str) -> str:
-    """What a sum rests on, in words: "at example prices", "at your prices", "at metered prices"."""
+    """The basis of a sum in words: "at example prices", "at your prices", "at metered prices"."""
     return f"at {'your' if basis == 'yours' else basis} prices"
 
 

@@ -1,4 +1,4 @@
-"""Engine slots: which models have an engine in this process, and which model gets the next free slot."""
+"""Engine slots decide which models have an engine in this process, and which model gets the next free slot."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from pathlib import Path
 
 from complete_fn.engines.stoppable import Stop, Stopped
 
-TURN_SECONDS = 60.0  # a model that has work keeps its place so long though others wait
-TURN_STARTS = 10.0  # or so many times as long as its engine took to start, so that starts are a small part of it all
-GRACE_SECONDS = 1.0  # between two pieces of its work a model is not without any
-LOOK_SECONDS = 0.1
-ACCELERATORS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"))  # of NVIDIA, of AMD
+TURN_SECONDS = 60.0  # a model that has work keeps its slot at least this long while other models wait
+TURN_STARTS = 10.0  # or this many times its engine's start time, so that starts take a small share of all time
+GRACE_SECONDS = 1.0  # a model without a run for a shorter time is not idle: it may be between two pieces of work
+LOOK_SECONDS = 0.1  # between two looks of a waiting run at its stop
+ACCELERATORS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"))  # NVIDIA, AMD
 
 
 def usual_engines() -> int | None:
-    """On an accelerator vLLM takes most of the memory for one engine; on CPUs each takes what it was given."""
+    """The usual bound of engines at once: 1 on an accelerator, whose memory vLLM takes for one engine; None on CPUs."""
     return 1 if any(path.exists() for path in ACCELERATORS) else None
 
 
 @dataclass
 class Seat:
-    """A model's place: `running` rows' runs are on its engine."""
+    """A model's slot.
+
+    Attributes:
+        since: when the model got the slot.
+        last_used: when its last run ended.
+        bounded: whether the engine counts towards the most engines at once.
+        running: runs that use the engine now.
+        leaving: the engine is being closed, so no run may enter.
+    """
 
     since: float
     last_used: float
@@ -35,12 +43,12 @@ class Seat:
 
 
 class EngineRoom:
-    """Lets runs at their models' engines. Safe to use from several threads.
+    """Admits runs to their models' engines. Safe to use from several threads.
 
     Args:
         most: engines at once; None sets no bound.
-        unload: closes a model's engine; nothing runs on it, and nothing will until it returns.
-        started: seconds that a model's engine took to start, as far as is known.
+        unload: closes a model's engine; no run uses the engine before `unload` returns.
+        started: seconds that a model's engine took to start, or None if not known.
     """
 
     def __init__(
@@ -53,17 +61,17 @@ class EngineRoom:
         self.most, self.unload, self.started, self.clock = most, unload, started, clock
         self.changed = threading.Condition()
         self.seats: dict[str, Seat] = {}
-        self.waiting: dict[str, list[float]] = {}  # since when, of each run that waits
+        self.waiting: dict[str, list[float]] = {}  # by model, when each waiting run came
 
     @contextmanager
     def place(self, model: str, stop: Stop, bounded: bool = True) -> Iterator[None]:
-        """A place for one run. Without room for its engine it waits until another model's has no work, or had its turn.
+        """Admit one run. If no slot is free, it waits until another model's engine has no work or has had its turn.
 
         Args:
-            bounded: whether its engine counts; one elsewhere does not.
+            bounded: whether the engine counts towards `most`; an engine on another machine does not.
 
         Raises:
-            Stopped: `stop` was set meanwhile.
+            Stopped: `stop` was set during the wait.
         """
         self.enter(model, stop, bounded)
         try:
@@ -98,7 +106,7 @@ class EngineRoom:
                 self.changed.notify_all()
 
     def seated(self, model: str, bounded: bool) -> bool:
-        """Whether the run may go on; it counts as running then. The lock is held, as in what follows."""
+        """Admit the run if it may go on; then it counts as running. The caller holds the lock, also for those below."""
         seat = self.seats.get(model)
         if seat is None:
             if bounded and (self.full() or self.first() not in (None, model)):
@@ -113,7 +121,7 @@ class EngineRoom:
         return self.most is not None and sum(seat.bounded for seat in self.seats.values()) >= self.most
 
     def outside(self) -> list[str]:
-        """Models that wait for a place, the one that waits longest first."""
+        """The models that wait for a slot, the longest waiting first."""
         return sorted((m for m in self.waiting if m not in self.seats), key=lambda m: self.waiting[m][0])
 
     def first(self) -> str | None:
@@ -124,8 +132,10 @@ class EngineRoom:
         return self.clock() - self.seats[model].since > turn
 
     def idle(self, seconds: float | None = None) -> str | None:
-        """The model that had no work for longest, and for `seconds`; it takes on nothing more. None given: one whose
-        place another model can have."""
+        """The model that has been without work for longest, and for at least `seconds`; it is marked as leaving.
+
+        Without `seconds`: after `GRACE_SECONDS`, and only a model whose slot another model can use.
+        """
         before = self.clock() - (GRACE_SECONDS if seconds is None else seconds)
         still = {
             model: seat.last_used
@@ -148,7 +158,7 @@ class EngineRoom:
                 self.changed.notify_all()
 
     def vacate_idle(self, seconds: float) -> None:
-        """Close the engines that have had no work for so long."""
+        """Close the engines that have been without work for so long."""
         while True:
             with self.changed:
                 model = self.idle(seconds)

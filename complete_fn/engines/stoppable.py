@@ -1,4 +1,4 @@
-"""An engine whose streams end when a stop is set, also while they wait for a row."""
+"""A `StoppableEngine` ends its streams when a stop is set, even while they wait for a row."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from complete_fn.engines.base import Engine, close
 from complete_fn.interrupts import POLL_SECONDS
 from complete_fn.types import Completion, CompletionRequest
 
-AHEAD = 256  # outcomes that wait for a slow disk
+AHEAD = 256  # outcomes that may wait while the caller writes to a slow disk
 Outcome = tuple[int, Completion] | BaseException | None
 
 
 class Stopped(BaseException):
-    """The run was told to stop. Like KeyboardInterrupt no `Exception`: its attempt counts as cancelled."""
+    """The run was told to stop. Like KeyboardInterrupt it is no `Exception`, so the attempt counts as cancelled."""
 
 
 class Stop(Protocol):
-    """Says whether to stop: a threading.Event, or an `interrupts.NextInterrupt`."""
+    """A signal to stop: a threading.Event, or an `interrupts.NextInterrupt`."""
 
     def is_set(self) -> bool: ...
 
@@ -31,7 +31,7 @@ class Stop(Protocol):
 
 
 class EitherStop:
-    """Set once one of two is."""
+    """A stop that is set once one of two stops is set."""
 
     def __init__(self, one: Stop, other: Stop) -> None:
         self.one, self.other = one, other
@@ -40,7 +40,7 @@ class EitherStop:
         return self.one.is_set() or self.other.is_set()
 
     def wait(self, seconds: float, /) -> bool:
-        """Whether one was set within so many seconds."""
+        """Whether one of the stops was set within so many seconds."""
         end = time.monotonic() + seconds
         while not self.is_set() and (left := end - time.monotonic()) > 0:
             self.one.wait(min(left, POLL_SECONDS))
@@ -48,9 +48,9 @@ class EitherStop:
 
 
 class StoppableEngine:
-    """`engine`, whose streams raise `error` within a moment of `stop` being set. What is in flight is aborted.
+    """Wraps an engine so that its streams raise `error` as soon as `stop` is set. Requests in flight are aborted.
 
-    The engine runs on a thread of its own, so that nothing it is blocked in can hold the stop up.
+    The engine runs on its own thread, so that an engine that blocks cannot delay the stop.
     """
 
     def __init__(self, engine: Engine, stop: Stop, error: type[BaseException] = Stopped, why: str = "") -> None:
@@ -71,7 +71,7 @@ class StoppableEngine:
             gate.close()
 
     def wait_for(self, outcomes: queue.Queue[Outcome]) -> Outcome:
-        """The next outcome; what is done already is given out before the stop is raised."""
+        """The next outcome. Outcomes that are already done are returned before the stop is raised."""
         while True:
             with suppress(queue.Empty):
                 return outcomes.get(timeout=POLL_SECONDS)
@@ -82,7 +82,7 @@ class StoppableEngine:
             raise self.error(self.why)
 
     def pause(self, seconds: float) -> None:
-        """For `Tools.pause`: wait so long, or raise the stop."""
+        """Wait so long, or raise the stop's error (for `Tools.pause`)."""
         if self.stop.wait(seconds):
             raise self.error(self.why)
 
@@ -94,7 +94,7 @@ class StoppableEngine:
 
 
 class Gate:
-    """Hands requests on until it is closed. Once `close` has returned, the caller's iterable is not drawn from."""
+    """Passes requests on until it is closed. After `close` has returned, nothing draws from the caller's iterable."""
 
     def __init__(self, requests: Iterable[CompletionRequest], stop: Stop) -> None:
         self.requests = iter(requests)
@@ -113,7 +113,7 @@ class Gate:
 
     @property
     def abandoned(self) -> bool:
-        """As in `Engine.stream`: nobody wants the rows that are still in flight."""
+        """Whether the engine must abort the rows in flight, as `Engine.stream` says."""
         return self.closed or self.stop.is_set()
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ PUMPS: weakref.WeakSet[Pump] = weakref.WeakSet()
 
 
 class Pump(threading.Thread):
-    """Runs the engine's stream on a thread of its own: a generator can only be closed where it runs."""
+    """Runs and closes the engine's stream on its own thread: no other thread can close a generator that runs."""
 
     def __init__(self, engine: Engine, gate: Gate, tenant: str, outcomes: queue.Queue[Outcome]) -> None:
         super().__init__(daemon=True, name="complete-fn-pump")
@@ -145,7 +145,7 @@ class Pump(threading.Thread):
         self.put(last)
 
     def put(self, outcome: Outcome) -> bool:
-        """Whether the outcome could be put: False once nobody takes any more."""
+        """Queue the outcome. Returns False if the stream's caller is gone."""
         while not self.gate.closed:
             with suppress(queue.Full):
                 self.outcomes.put(outcome, timeout=POLL_SECONDS)
@@ -154,7 +154,7 @@ class Pump(threading.Thread):
 
 
 def let_finish(seconds: float) -> None:
-    """Wait, at most so long, until the engines' threads have noticed that nobody listens any more."""
+    """Wait, at most so long, until the threads of closed streams have ended."""
     end = time.monotonic() + seconds
     for pump in list(PUMPS):
         if pump.gate.closed:

@@ -1,4 +1,4 @@
-"""Answers under a response_format or choices: the text must satisfy them, whatever the engine promised."""
+"""An answer's text must satisfy response_format or choices. This module checks it, whatever the engine promised."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from complete_fn.types import Completion, CompletionRequest, RowError
 
 
 def checked(completion: Completion, request: CompletionRequest) -> Completion:
-    """The completion, or the same with a `schema_mismatch` and its text kept, where it breaks the JSON schema or is
-    none of the choices."""
+    """The completion, with the error `schema_mismatch` if its text breaks the JSON schema or is none of the choices.
+
+    The text is kept beside the error.
+    """
     if completion.error is not None or completion.text is None:
         return completion
     if request.choices:
@@ -28,7 +30,7 @@ def checked(completion: Completion, request: CompletionRequest) -> Completion:
 
 
 def chosen(completion: Completion, choices: tuple[str, ...]) -> Completion:
-    """The label of an answer: itself, or the `choice` of a JSON object (see `choice_schema`)."""
+    """The completion with its label as text. The answer is the label, or a JSON object as in `choice_schema`."""
     text = (completion.text or "").strip()
     if text not in choices:
         try:
@@ -44,7 +46,7 @@ def chosen(completion: Completion, choices: tuple[str, ...]) -> Completion:
 
 
 def choice_schema(choices: tuple[str, ...]) -> dict[str, Any]:
-    """The choices as a JSON schema, for endpoints that take only such."""
+    """The choices as a JSON schema, for endpoints that have no other way to restrict an answer."""
     one = {"type": "string", "enum": list(choices)}
     return {"type": "object", "properties": {"choice": one}, "required": ["choice"], "additionalProperties": False}
 
@@ -68,5 +70,5 @@ def validator(response_format: str) -> Any:
     import jsonschema
     import referencing
 
-    # An empty registry: a reference to elsewhere is an error, never a request over the network.
+    # With an empty registry, a reference outside the schema is an error and never a request over the network.
     return jsonschema.Draft202012Validator(json.loads(response_format), registry=referencing.Registry())

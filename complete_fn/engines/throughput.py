@@ -1,4 +1,4 @@
-"""Throughput: how fast a model is answered in this process, and how long its engine takes to start."""
+"""A `Pace` measures how fast a model answers in this process, and how long its engine takes to start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from complete_fn.engines.base import Engine
 from complete_fn.types import Completion, CompletionRequest
 
-HALVE_SECONDS = 60.0  # what is older counts for less and less
+HALVE_SECONDS = 60.0  # after so much work the sums are halved, so that older work counts less and less
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Throughput:
 
 
 class Pace:
-    """One model's, over all threads. The time of a cold start is kept apart from that of the work."""
+    """One model's throughput over all threads. The time of a cold start is kept apart from the time of work."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -54,7 +54,7 @@ class Pace:
             self.running -= 1
 
     def cool(self) -> None:
-        """The engine has gone."""
+        """Note that the engine is closed, so that the next answer measures a cold start."""
         with self.lock:
             self.warm = False
 
@@ -67,14 +67,14 @@ class Pace:
 
 @dataclass
 class Watch:
-    """What becomes of a run's rows: how many were answered. `fed` is called when the engine has been handed all."""
+    """Counts a run's answered rows. `fed` is called when the engine has drawn the last request."""
 
     fed: Callable[[], None] = lambda: None
     answered: int = 0
 
 
 class PacedEngine:
-    """`engine`, measured and watched."""
+    """Wraps an engine: `pace` measures its answers, `watch` counts them."""
 
     def __init__(self, engine: Engine, pace: Pace, watch: Watch) -> None:
         self.engine, self.pace, self.watch = engine, pace, watch

@@ -1,4 +1,4 @@
-"""Counting tokens with a model's own tokenizer.json, without an engine."""
+"""Tokens are counted by a model's own tokenizer.json, without an engine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from complete_fn.engines.catalogue import Model
 from complete_fn.tokens import TokenSizes, tokens_by_bytes
 
-BLOCK = 32  # tokens of a KV block: ours on a CPU; what is whole in it is whole in a GPU's blocks of 16 too
+BLOCK = 32  # tokens of a KV block on a CPU; a whole block of 32 is also whole in a GPU's blocks of 16
 
 
 def tokenizer_file(model: Model) -> Path | None:
-    """The model's tokenizer.json: in its folder, or in the Hub's cache on this machine; else None. No network."""
+    """The model's tokenizer.json in its folder or in the Hub's cache on this machine, else None. No network is used."""
     folder = model.local_folder
     if folder is not None:
         found = folder / "tokenizer.json"
@@ -30,22 +30,22 @@ def tokenizer_file(model: Model) -> Path | None:
 
 
 def count_with(file: Path, texts: list[str]) -> list[int]:
-    """Tokens of each bare text, no special tokens.
+    """Tokens of each text, without special tokens.
 
-    One text at a time: the library's own threads would warn on the terminal of a user who forks later.
+    Texts are encoded one at a time: the library's own threads would print a warning if the process forks later.
     """
     tokenizer = read(file, file.stat().st_mtime_ns)
     return [len(tokenizer.encode(encodable(text), add_special_tokens=False)) for text in texts]
 
 
 def ids_with(file: Path, texts: list[str]) -> list[list[int]]:
-    """Token ids of each bare text, no special tokens."""
+    """Token ids of each text, without special tokens."""
     tokenizer = read(file, file.stat().st_mtime_ns)
     return [tokenizer.encode(encodable(text), add_special_tokens=False).ids for text in texts]
 
 
 def token_sizes(model: Model) -> TokenSizes:
-    """How the planner counts for this model: by its tokenizer where it is on this machine, and its engine's blocks."""
+    """The planner's counter for this model, by its tokenizer if that is here, else by bytes; and its size of a block."""
 
     def count(texts: list[str]) -> list[int]:
         file = tokenizer_file(model)
@@ -55,7 +55,7 @@ def token_sizes(model: Model) -> TokenSizes:
 
 
 def encodable(text: str) -> str:
-    """The text with lone surrogates replaced, as nothing else can be tokenised."""
+    """The text with lone surrogates replaced, because they cannot be tokenised."""
     return text.encode("utf-8", "replace").decode() if not text.isascii() else text
 
 
@@ -70,7 +70,7 @@ def read(file: Path, written_ns: int) -> Any:
 
 
 def template_tokens(model: Model) -> int | None:
-    """Tokens that the chat template puts around one user message; None without a tokenizer or Jinja to render it."""
+    """Tokens that the chat template adds to one user message; None without a tokenizer, a template or Jinja."""
     file, around = tokenizer_file(model), template_around(model)
     if file is None or around is None or not any(around):
         return None
@@ -79,7 +79,10 @@ def template_tokens(model: Model) -> int | None:
 
 
 def template_around(model: Model) -> tuple[str, str] | None:
-    """What the chat template puts before and behind one user message, empty without a template; None as above."""
+    """The chat template's texts before and behind one user message, empty without a template.
+
+    None without a tokenizer or Jinja, or if the template fails.
+    """
     file = tokenizer_file(model)
     if file is None:
         return None
@@ -106,7 +109,7 @@ MARK = "-the-message-"
 
 
 def chat_template(folder: Any) -> str:
-    """The folder's chat template: a file of its own, or a field of tokenizer_config.json; empty if there is none."""
+    """The folder's chat template, from chat_template.jinja or tokenizer_config.json; empty if there is none."""
     own = folder / "chat_template.jinja"
     if own.exists():
         return str(own.read_text("utf-8"))

@@ -87,7 +87,7 @@ def parse_options(given: Mapping[str, Any] | Options | None) -> Options:
 
 
 def refuse_beside_choices(found: Mapping[str, Any]) -> None:
-    """With `choices` the likeliest label is the answer: nothing is drawn, written or cut, so these options do nothing."""
+    """With `choices` the likeliest label is the answer. Nothing is drawn, written or cut: other options do nothing."""
     meaningless = [n for n in ("top_p", "top_k", "max_tokens", "seed", "stop", "response_format") if n in found]
     if found.get("temperature"):
         meaningless.insert(0, "temperature")
@@ -215,7 +215,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def deeper(value: Any, levels: int) -> bool:
-    """Whether the value has more levels, without members that are NULL. No recursion: a caller may nest at any depth."""
+    """Whether the value has more levels, without members that are NULL. No recursion: callers may nest at any depth."""
     level = [value]
     for _ in range(levels):
         level = [child for v in level for child in children(v)]

@@ -1,4 +1,4 @@
-"""URIs under the roots that the operator allows: nothing else on this machine or its network can be named."""
+"""A job names files and objects only under the roots that the operator allows, and nothing else on the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = {"read": "COMPLETE_FN_SOURCES", "write": "COMPLETE_FN_SINKS"}
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """A file or object by its root (a folder, or s3://bucket/prefix) and the steps below it."""
+    """A file or object, as its root (a folder, or s3://bucket/prefix) and the path steps below the root."""
 
     root: str
     steps: tuple[str, ...]
@@ -32,7 +32,7 @@ class Allowed:
     @contextmanager
     def reading(self) -> Iterator[IO[bytes]]:
         """Raises:
-        NotFoundError: there is no such file, or it is a link, a pipe or a device, or behind a link.
+        NotFoundError: There is no such file, or the path names a link, a pipe or a device, or leads through a link.
         """
         if not self.local:
             with Storage(self.root).reading("/".join(self.steps)) as source:
@@ -40,7 +40,7 @@ class Allowed:
             return
         with self.folder() as folder:
             try:
-                # O_NONBLOCK: a pipe would hold us for ever.
+                # O_NONBLOCK: opening a pipe without a writer would wait for ever.
                 opened = os.open(self.steps[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
             except OSError as error:
                 raise NotFoundError(f"There is no file {'/'.join(self.steps)!r} under this root.") from error
@@ -51,7 +51,7 @@ class Allowed:
 
     @contextmanager
     def writing(self) -> Iterator[IO[bytes]]:
-        """A file that takes its place when the block ends well; what was there is replaced."""
+        """A file that takes its place, over an older one, when the block ends without an error."""
         if not self.local:
             with Storage(self.root).writing("/".join(self.steps)) as sink:
                 yield sink
@@ -69,7 +69,7 @@ class Allowed:
 
     @contextmanager
     def folder(self, make: bool = False) -> Iterator[int]:
-        """The folder of the last step, opened step by step so that no link, not even a new one, leads elsewhere."""
+        """The folder of the last step. Each step is opened by itself, so that not even a new link leads elsewhere."""
         opened = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             for step in self.steps[:-1]:
@@ -94,7 +94,7 @@ def allowed(uri: str, roots: Sequence[str], tenant: str, verb: str) -> Allowed:
         verb: `read` or `write`, for the message.
 
     Raises:
-        InputError: the URI is under none of them. Which ones there are is not said.
+        InputError: The URI is under none of the roots. The message does not list the roots.
     """
     refused = InputError(NOT_ALLOWED.format(uri=uri, verb=verb, setting=SETTINGS[verb]))
     wanted = steps_of(uri)
@@ -108,9 +108,9 @@ def allowed(uri: str, roots: Sequence[str], tenant: str, verb: str) -> Allowed:
 
 
 def steps_of(uri: str) -> list[str] | None:
-    """["s3://bucket" or "/", step, ...]; None for what could mean anything but a plain path.
+    """["s3://bucket" or "/", step, ...]; None for a URI that could mean anything but a plain path.
 
-    fsspec takes `::` for a chain of file systems and `*?[` for patterns; a `%` or `..` may be undone further down.
+    fsspec reads `::` as a chain of file systems and `*?[` as patterns. A library below may decode `%` or resolve `..`.
     """
     if any(c in uri for c in "\\*?[]{}#%@\0") or "::" in uri or not uri.isprintable() or len(uri) > 1024:
         return None

@@ -1,4 +1,4 @@
-"""Rows from databases and answers into them: PostgreSQL, MariaDB, MySQL and SQLite; DuckDB by its connector."""
+"""Databases give rows and take answers: PostgreSQL, MariaDB, MySQL and SQLite here, DuckDB through its connector."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from complete_fn.rows.readers import BATCH_ROWS, table_windows
 from complete_fn.rows.result_tables import is_mariadb, refuse_keys, result_table, upserting
 
 CONNECT_SECONDS = 10
-LOCK_SECONDS = 30  # that a write waits for others' locks; who writes has more to do
+LOCK_SECONDS = 30  # longest wait of a write for other sessions' locks, because the writer has other work to do
 DRIVERS = {
     "postgresql": "postgresql+psycopg",
     "mysql": "mysql+pymysql",
@@ -31,7 +31,7 @@ DRIVERS = {
     "sqlite": "sqlite",
 }
 SCHEMES = (*DRIVERS, *DATABASES)
-# What a column of NULLs holds by its driver's type code: PostgreSQL's oids, then the wire codes of MySQL.
+# The type of a column of NULLs, by the driver's type code: PostgreSQL's oids, MySQL's codes on the wire.
 KINDS: dict[str, dict[int, Any]] = {
     "postgresql": {
         16: pa.bool_(), 17: pa.binary(), 20: pa.int64(), 21: pa.int64(), 23: pa.int64(), 700: pa.float64(),
@@ -46,7 +46,13 @@ KINDS: dict[str, dict[int, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One SELECT. With a `key`, its rows come in that column's order, from behind the value `after` on, or `at` it."""
+    """One SELECT.
+
+    Attributes:
+        key: the column that orders the rows; None for the query's own order.
+        after: only rows whose key is greater than this value; None for all rows.
+        at: only rows whose key equals `after`, instead.
+    """
 
     sql: str
     key: str | None = None
@@ -55,25 +61,25 @@ class Query:
 
 
 class RowDatabase(Protocol):
-    """A database that rows are read from or answers written to."""
+    """A database that gives rows or takes answers."""
 
     def batches(self, query: Query) -> Iterator[Any]:
-        """Record batches of one schema, streamed; at least one, maybe empty.
+        """Record batches of one schema, streamed; at least one, which may be empty.
 
         Raises:
-            InputError: the database refuses it.
+            InputError: The database refuses the query.
         """
         ...
 
     def has(self, table: str, key: str, value: Any) -> bool:
-        """Whether there is such a table, with a row of that key."""
+        """Whether the table exists and has a row with this value of the key."""
         ...
 
     def upsert(self, table: str, key: str, rows: Any) -> None:
-        """Write rows (an Arrow table), each over the one that has its key, in one transaction; the table is made.
+        """Write rows (an Arrow table) in one transaction. A row replaces the one with its key; a missing table is made.
 
         Raises:
-            InputError: there is such a table and it is no result table, or a key is NULL or there twice.
+            InputError: The table exists and is no result table, or a key is NULL or comes twice.
         """
         ...
 
@@ -99,10 +105,10 @@ class QuerySource:
             yield rows
 
     def behind(self, after: Any) -> QuerySource:
-        """The rows from behind the one of that key.
+        """The source with only the rows behind the row of this key.
 
         Raises:
-            InputError: several have it, as the database compares them.
+            InputError: Several rows have this key, by the database's own comparison.
         """
         there = self.database.batches(replace(self.query, after=after, at=True))
         if sum(batch.num_rows for batch in there) > 1:
@@ -117,11 +123,11 @@ def chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 def open_database(url: str, *, read_only: bool = False, seconds: float | None = None) -> RowDatabase:
     """Args:
-        read_only: for one SELECT of somebody we do not know: nothing can be written, `seconds` are all it may take.
+        read_only: for one SELECT of a stranger: the session cannot write, and the query may take `seconds` at most.
 
     Raises:
-        InputError: the URL is none of a database that is taken; it is not repeated, as it may have a password.
-        EngineMissingError: the database's library is not installed.
+        InputError: The URL names no supported database. The message omits the URL, which may contain a password.
+        EngineMissingError: The database's library is not installed.
     """
     scheme = url.partition(":")[0].partition("+")[0]
     if scheme in DATABASES:
@@ -136,7 +142,7 @@ def open_database(url: str, *, read_only: bool = False, seconds: float | None = 
 
 
 class SqlDatabase:
-    """A database that SQLAlchemy talks to."""
+    """A database that is reached through SQLAlchemy."""
 
     def __init__(self, url: sa.URL, read_only: bool, seconds: float | None) -> None:
         self.kind = url.get_backend_name()
@@ -159,7 +165,7 @@ class SqlDatabase:
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
-        """A database's refusal in its own words; never the URL, nor the statement with its values."""
+        """Raise a database's error as InputError, in the database's words. URL, statement and values are left out."""
         try:
             yield
         except DBAPIError as error:
@@ -178,7 +184,7 @@ class SqlDatabase:
                     yield batch
             return
         mark = "?" if self.family == "sqlite" else "%s"
-        given = query.sql if mark == "?" else query.sql.replace("%", "%%")  # the drivers fill in %s, always
+        given = query.sql if mark == "?" else query.sql.replace("%", "%%")  # these drivers always substitute %s
         sql, values = self.statement(given, query, mark), None if query.after is None else (query.after,)
         with self.named_errors(), self.engine.connect() as connection:
             if self.read_only:
@@ -198,21 +204,21 @@ class SqlDatabase:
                 yield batch_of(names, nothing, [self.kind_of([], c) for c in codes])
 
     def arrow_batches(self, query: Query) -> Generator[Any] | None:
-        """By ADBC, where it is installed and reads the columns alike."""
+        """The batches by ADBC; None if it is not installed or would read a column differently."""
         if self.engine.dialect.driver != "psycopg":
             return None
         from psycopg.conninfo import make_conninfo
         from psycopg.sql import Literal
 
-        # A literal, because the driver holds the whole result of a statement with parameters in memory.
+        # A literal: with parameters, the driver would hold the statement's whole result in memory.
         sql = self.statement(query.sql, query, "" if query.after is None else Literal(query.after).as_string(None))
         given = dict(self.engine.dialect.create_connect_args(self.engine.url)[1])
-        given.pop("context", None)  # psycopg's own
+        given.pop("context", None)  # an argument of psycopg that libpq does not know
         conninfo = make_conninfo(**{"connect_timeout": CONNECT_SECONDS} | given | {"client_encoding": "utf8"})
         return postgres_batches(conninfo, sql, self.read_only_statements(), self.where)
 
     def statement(self, sql: str, query: Query, after: str) -> str:
-        """The SQL of the query; `after` is how the value is written that rows come behind."""
+        """The SQL of the query. `after` is the SQL text of the value `query.after`: a placeholder or a literal."""
         if query.key is None:
             return sql
         name = self.engine.dialect.identifier_preparer.quote_identifier(query.key)
@@ -220,7 +226,7 @@ class SqlDatabase:
         return f"SELECT * FROM ({sql}\n) AS q {where}ORDER BY {name}"
 
     def read_only_statements(self) -> list[str]:
-        """For the beginning of a transaction of PostgreSQL."""
+        """The statements that begin a read-only transaction in PostgreSQL."""
         limit = f"SET LOCAL statement_timeout = {int((self.seconds or 0.0) * 1000)}"
         return ["SET TRANSACTION READ ONLY", limit] if self.read_only else []
 
@@ -241,7 +247,7 @@ class SqlDatabase:
             inner.set_progress_handler(lambda: int(deadline is not None and time.monotonic() > deadline), 10_000)
 
     def limit_waiting(self, connection: sa.Connection) -> None:
-        """Of a transaction that writes."""
+        """Limit how long a transaction that writes waits for locks."""
         if self.family == "postgresql":
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
             if self.seconds is not None:
@@ -251,7 +257,7 @@ class SqlDatabase:
             connection.exec_driver_sql(f"SET SESSION {limits}")
 
     def kind_of(self, values: Sequence[Any], code: Any) -> Any:
-        """The Arrow type of a column, from its first values; a column of NULLs by what the driver says of it."""
+        """The Arrow type of a column, from its first values; if all are NULL, from the driver's type code."""
         if all(v is None for v in values):
             return KINDS.get(self.family, {}).get(code, pa.large_string())
         if any(isinstance(v, Decimal) for v in values):
@@ -292,7 +298,7 @@ def refuse_late(deadline: float | None, seconds: float | None) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A driver's value as one that Arrow knows; what has no type of its own is text, JSON where it is nested."""
+    """A driver's value as a value that Arrow knows: nested values become JSON, other unknown types text."""
     if value is None or isinstance(value, str | bool | int | float | Decimal | datetime | date | bytes):
         return value
     if isinstance(value, memoryview | bytearray):
@@ -304,7 +310,7 @@ def plain(value: Any) -> Any:
 
 def batch_of(names: Sequence[str], columns: Sequence[list[Any]], kinds: Sequence[Any]) -> Any:
     """Raises:
-    InputError: a value is of another type than those before it.
+    InputError: A value has another type than the values before it in its column.
     """
     arrays = []
     for name, values, kind in zip(names, columns, kinds, strict=True):

@@ -1,4 +1,4 @@
-"""Tables in files: how a file's name tells its format, and rows that come back as they were. Read in `readers.py`."""
+"""`FORMATS` lists the formats of table files. A suffix tells a file's format. `Rows` can be written back unchanged."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from complete_fn.errors import InputError
 from complete_fn.registry import Table
 from complete_fn.text import text_column
 
-MIXED = pa.large_string()  # the type of a JSONL column whose values have several
-EXACT = {b"complete_fn": b"exact"}  # marks integers of a JSONL that are no float64
+MIXED = pa.large_string()  # the type of a JSONL column whose values have several types
+EXACT = {b"complete_fn": b"exact"}  # marks a JSONL column with integers that float64 cannot hold
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
@@ -26,12 +26,12 @@ class Format:
     """A format of table files.
 
     Attributes:
-        suffixes: ends of file names that tell it.
-        media_type: for HTTP.
+        suffixes: the ends of file names that tell this format.
+        media_type: the format's type in HTTP headers.
         reader: `module:name`, called as reader(file, source: FileSource) -> Iterator[Rows].
-        writer: `module:name`, a `writers.Writer`.
-        is_text: it is read from its beginning to its end, so a compressed file is not decompressed first.
-        is_uploaded: whether a service takes uploads of it.
+        writer: `module:name` of a `writers.Writer`.
+        is_text: files are read from beginning to end, so a compressed file need not be decompressed first.
+        is_uploaded: whether a service accepts uploads of this format.
     """
 
     suffixes: tuple[str, ...]
@@ -81,7 +81,7 @@ FORMATS.add(
 
 
 def format_of(suffix: str) -> str | None:
-    """The name of the format that a file name's suffix tells; None for none."""
+    """The name of the format with this file suffix; None if no format has it."""
     return next((name for name, found in FORMATS.items() if suffix.lower() in found.suffixes), None)
 
 
@@ -99,10 +99,10 @@ class TablePlace:
 
 
 def place_of(name: str, wanted: str | None = None, default: str | None = None) -> TablePlace:
-    """Where `name` points: its format by suffix, for `-` the `wanted` one.
+    """The place that `name` means. Its format is the suffix's, else `wanted`; for `-` always `wanted`.
 
     Raises:
-        InputError: neither the name nor `wanted` says which format.
+        InputError: Neither the name nor `wanted` tells the format, and there is no `default`.
     """
     path = Path(name)
     compression = COMPRESSIONS.get(path.suffix.lower())
@@ -115,7 +115,7 @@ def place_of(name: str, wanted: str | None = None, default: str | None = None) -
 
 
 class Rows(Protocol):
-    """The rows of an input: for prompts by column, and for the output as they were."""
+    """The rows of an input: prompts are made from their columns, and the output repeats them unchanged."""
 
     @property
     def count(self) -> int: ...
@@ -124,17 +124,17 @@ class Rows(Protocol):
     def limit(self, rows: int) -> Rows: ...
 
     def column(self, name: str) -> Any:
-        """[n] the column's values; what is not UTF-8 in them stays as bytes, so that its row fails alone."""
+        """[n] the column's values. Text that is not UTF-8 stays as bytes, so that only its own row fails."""
         ...
 
     def table(self, schema: Any = None) -> pa.Table:
-        """The columns; those of a JSONL in the types of `schema`, if given, where text takes what has no other type."""
+        """The rows as a table. JSONL columns get the types of `schema`, if given, or text if a value does not fit."""
         ...
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """Rows of a columnar file or a CSV, whose columns are text, kept as they are."""
+    """Rows of a columnar file, or of a CSV, whose columns are all text."""
 
     arrow: pa.Table
 
@@ -160,7 +160,7 @@ class TableRows:
 
 @dataclass(frozen=True)
 class LineRows:
-    """Rows of a JSONL file. The lines are kept, so that they can be written again byte for byte."""
+    """Rows of a JSONL file. The lines are kept, so that they can be written back byte for byte."""
 
     lines: list[bytes]
 
@@ -183,14 +183,14 @@ class LineRows:
         return text_column([json_text(row.get(name)) for row in self.objects()])
 
     def table(self, schema: Any = None) -> pa.Table:
-        """Columns of the types that their values have; mixed ones as JSON text, lone surrogates as their escapes."""
+        """Columns have the types of their values, or JSON text if types are mixed. Lone surrogates become escapes."""
         rows = [{clean(name): clean(value) for name, value in row.items()} for row in self.objects()]
         names = [clean(name) for name in self.names] if schema is None else schema.names
         kinds = {} if schema is None else {field.name: field.type for field in schema}
         return pa.table({name: json_column([row.get(name) for row in rows], kinds.get(name)) for name in names})
 
     def schema(self) -> pa.Schema:
-        """That of `table`, for `common_schema`."""
+        """The schema of `table()`, with the mark `EXACT`, for `common_schema`."""
         table = self.table()
         fields = zip(table.schema, table.columns, strict=True)
         return pa.schema([field.with_metadata(EXACT) if beyond_float(c) else field for field, c in fields])
@@ -204,7 +204,7 @@ def beyond_float(column: Any) -> bool:
 
 
 def json_column(values: list[Any], kind: Any = None) -> pa.Array:
-    """Args: kind: the type to have, `MIXED` for JSON text; None takes that of the values."""
+    """The values as an array of type `kind`; `MIXED` means JSON text, None the type of the values."""
     try:
         found = pa.array([json_text(v) for v in values] if kind == MIXED else values, kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
@@ -213,8 +213,10 @@ def json_column(values: list[Any], kind: Any = None) -> pa.Array:
 
 
 def common_schema(first: pa.Schema | None, second: pa.Schema) -> pa.Schema:
-    """The schema of windows of JSONL that have these: where a column's types differ it is `MIXED`, but numbers are
-    float64 if that holds all of them."""
+    """One schema for windows of JSONL with these two.
+
+    A column whose types differ becomes `MIXED`, but a column of numbers becomes float64 if that holds them all.
+    """
     if first is None:
         return second
     fields = {field.name: field for field in second}
@@ -232,12 +234,12 @@ def common_field(a: pa.Field, b: pa.Field) -> pa.Field:
 
 
 def json_text(value: Any) -> str | None:
-    """A JSON value as text: a string as it is, null as None, anything else as JSON."""
+    """A JSON value as text: a string stays as it is, null becomes None, any other value JSON."""
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def clean(value: Any) -> Any:
-    """The value with lone surrogates written as their escapes, as Arrow's strings are UTF-8."""
+    """The value with escapes in place of lone surrogates, because Arrow's strings are UTF-8."""
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""JSON that stays one line whatever reads it."""
+"""Values become JSON that stays on one line for every reader."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pyarrow as pa
 
 from complete_fn.text import to_texts
 
-# JSON lets them stand in strings; str.splitlines, and so many a reader of JSONL or of events, ends a line there.
+# JSON allows these characters in strings, but str.splitlines and many readers of JSONL or events end a line there.
 LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
 
 
 def json_line(value: Any, default: Callable[[Any], Any] | None = None, allow_nan: bool = True) -> str:
-    """`value` as JSON without a character that ends a line; all others as they are.
+    """`value` as JSON. Characters that end a line are escaped; all other characters stay as they are.
 
     Raises:
-        ValueError: it has a NaN or an infinity, and those are not allowed.
+        ValueError: The value has a NaN or an infinity and `allow_nan` is False.
     """
     return json.dumps(value, ensure_ascii=False, default=default, allow_nan=allow_nan).translate(LINE_ENDS)
 
@@ -31,13 +31,13 @@ UNITS = ("s", "ms", "us", "ns")
 
 
 def json_values(column: Any) -> list[str]:
-    """Each value as JSON; text that is not UTF-8 keeps its bytes as escaped lone surrogates."""
+    """Each value as JSON. Text that is not UTF-8 keeps its bytes as escaped lone surrogates."""
     text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
     return [as_json(v) for v in (to_texts(column) if text else values_of(column))]
 
 
 def values_of(column: Any) -> list[Any]:
-    """Python's values; times that its types cannot hold as ISO 8601, durations as seconds."""
+    """Python values. If Python has no type for one of the times, they become ISO 8601 and durations become seconds."""
     try:
         return list(column.to_pylist(maps_as_pydicts="lossy"))
     except (ValueError, OverflowError):
@@ -66,7 +66,7 @@ def value_of(scalar: Any) -> Any:
 
 
 def nanoseconds(scalar: Any) -> str:
-    """A time of day or a timestamp as ISO 8601, with nanoseconds where it has some."""
+    """A time of day or a timestamp as ISO 8601, with nanoseconds if they are not zero."""
     kind = pa.time64("us") if pa.types.is_time64(scalar.type) else pa.timestamp("us", scalar.type.tz)
     micros, nanos = divmod(scalar.value, 1000)
     rounded = pa.scalar(micros, kind).as_py()
@@ -78,7 +78,7 @@ def nanoseconds(scalar: Any) -> str:
 
 
 class Inexact(Exception):
-    """A Decimal is no float: `digits` write it."""
+    """A Decimal has no equal float, so `digits` must write the value."""
 
 
 def as_json(value: Any) -> str:
@@ -90,7 +90,7 @@ def as_json(value: Any) -> str:
 
 
 def digits(value: Any) -> str:
-    """JSON with every digit of its decimals, of which `json` makes floats, and null for what JSON has no number."""
+    """JSON with every digit of decimals, which `json` would round to floats, and null for NaN and the infinities."""
     if isinstance(value, float) and not math.isfinite(value):
         return "null"
     if isinstance(value, Decimal):
@@ -112,10 +112,10 @@ def encodable(text: str) -> bool:
 
 
 def json_form(value: Any) -> Any:
-    """JSON for the Arrow values that have none of their own: dates as ISO 8601, bytes as base64.
+    """A JSON form of a value that JSON has no type for: dates become ISO 8601, bytes base64.
 
     Raises:
-        Inexact: a Decimal has more digits than a float.
+        Inexact: A Decimal has more digits than a float.
     """
     if isinstance(value, Decimal):
         if Decimal(repr(float(value))) != value:

@@ -1,4 +1,4 @@
-"""Objects under one URL: a local folder, s3:// or gs://, through fsspec. Each is there whole or not at all."""
+"""`Storage` reads and writes objects under one URL: a local folder, s3:// or gs://. An object is whole or absent."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from urllib.parse import urlsplit
 
 from complete_fn.errors import CompleteError, EngineMissingError, InvalidOptionError, NotFoundError, StoreError
 
-BLOCK = 8 * 1024 * 1024  # bytes read ahead of a remote object
-REMOTE = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the library that brings it
+BLOCK = 8 * 1024 * 1024  # bytes read ahead from a remote object
+REMOTE = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the library that implements it for fsspec
 
 
 class Storage:
     """A folder of objects by key ("jobs/job_1/part-00000.parquet").
 
     Credentials and endpoint come from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-    AWS_ENDPOINT_URL; GOOGLE_APPLICATION_CREDENTIALS): neither the URL nor any record has them.
+    AWS_ENDPOINT_URL; GOOGLE_APPLICATION_CREDENTIALS), so that no URL and no record contains them.
 
     Raises:
-        InvalidOptionError: no such kind of URL, or one with credentials in it.
-        EngineMissingError: its library is not installed.
-        StoreError: it cannot be reached or written.
+        InvalidOptionError: The URL's scheme is unknown, or the URL contains credentials.
+        EngineMissingError: The library for the URL's scheme is not installed.
+        StoreError: The storage cannot be reached or written.
     """
 
     def __init__(self, url: str) -> None:
@@ -43,20 +43,20 @@ class Storage:
 
     @contextmanager
     def reading(self, key: str) -> Iterator[IO[bytes]]:
-        """A seekable file.
+        """The object as a seekable file.
 
         Raises:
-            NotFoundError: there is no such object.
+            NotFoundError: There is no object with this key.
         """
         with self.named_errors(key):
             source = self.fs.open(self.path(key), "rb", **({} if self.local else {"block_size": BLOCK}))
         with source:
-            # fsspec's own files know no readline(limit)
+            # fsspec's own files have no readline(limit).
             yield source if self.local else cast(IO[bytes], io.BufferedReader(source))
 
     @contextmanager
     def writing(self, key: str) -> Iterator[IO[bytes]]:
-        """A file that takes the object's place when the block ends well, else leaves no trace."""
+        """A file that becomes the object when the block ends without an error, and otherwise leaves no trace."""
         with self.beside(key) as (name, sink):
             yield sink
             sink.flush()
@@ -68,7 +68,7 @@ class Storage:
 
     @contextmanager
     def beside(self, key: str) -> Iterator[tuple[str, IO[bytes]]]:
-        """(name, file) of a local file that goes when the block ends."""
+        """(name, file) of a temporary local file, which is deleted when the block ends."""
         place = Path(self.path(key)) if self.local else Path(tempfile.gettempdir()) / "object"
         with self.named_errors(key):
             place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -97,7 +97,7 @@ class Storage:
         return sorted(str(name)[len(self.root.rstrip("/")) + 1 :] for name in found)
 
     def delete(self, key: str) -> None:
-        """Does nothing if there is no such object."""
+        """Delete the object, if there is one."""
         with self.named_errors(key), suppress(FileNotFoundError):
             self.fs.rm_file(self.path(key))
 
@@ -109,7 +109,7 @@ class Storage:
 
     @contextmanager
     def named_errors(self, key: str) -> Iterator[None]:
-        """What a storage library raises, as ours; the libraries' texts name no secrets."""
+        """Raise a storage library's exceptions as our own. The libraries' messages contain no secrets."""
         try:
             yield
         except CompleteError:
@@ -126,7 +126,7 @@ def remote(url: str) -> bool:
 
 
 def opened(url: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it) of a URL.
+    """(fsspec file system, path in the file system) of a URL.
 
     Raises:
         InvalidOptionError, EngineMissingError: see `Storage`.
@@ -142,7 +142,7 @@ def opened(url: str) -> tuple[Any, str]:
             "Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)."
         )
     try:
-        # Other workers write there too: what a listing said a moment ago may be wrong.
+        # No cache of listings: other workers write there too, so a listing may be outdated a moment later.
         files = fsspec.filesystem(parts.scheme, use_listings_cache=False, skip_instance_cache=False)
     except ImportError as error:
         library = REMOTE[parts.scheme]

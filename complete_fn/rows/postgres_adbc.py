@@ -1,6 +1,6 @@
-"""Rows of PostgreSQL straight into Arrow, by ADBC's driver: 7 to 11 times as fast as through Python's objects.
+"""ADBC's driver reads rows of PostgreSQL straight into Arrow, 7 to 11 times as fast as psycopg with Python's objects.
 
-Only where that gives the same columns as the other way, which reads the rest.
+It is used only where it gives the same columns as psycopg; `databases` reads all other queries by psycopg.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from complete_fn.errors import InputError
 from complete_fn.interrupts import uninterrupted
 
 T = TypeVar("T")
-# Not float4, which the driver gives with the digits of a double, nor numeric, whose scale its values decide.
+# float4 is missing because the driver gives it the digits of a double, numeric because its values decide its scale.
 TYPES = {
     "bool": pa.bool_(), "int2": pa.int64(), "int4": pa.int64(), "int8": pa.int64(), "float8": pa.float64(),
     "text": pa.large_string(), "varchar": pa.large_string(), "bpchar": pa.large_string(), "name": pa.large_string(),
     "bytea": pa.binary(), "date": pa.date32(), "timestamp": pa.timestamp("us"), "timestamptz": pa.timestamp("us"),
 }  # fmt: skip
-ROWS = re.compile(r"[\s(]*(select|with|values|table)\b", re.IGNORECASE)  # what COPY takes
-WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)  # COPY takes them in a WITH, a cursor does not
-SEVERITY = re.compile(r"\b[^\W\d_]+:  ")  # "ERROR:  ", in the server's language
+ROWS = re.compile(r"[\s(]*(select|with|values|table)\b", re.IGNORECASE)  # the statements that COPY takes
+WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)  # in a WITH, COPY takes them, a cursor does not
+SEVERITY = re.compile(r"\b[^\W\d_]+:  ")  # "ERROR:  " in the server's language
 CALENDAR = {
     pa.date32(): (date.min, date.max),
     pa.timestamp("us"): (datetime.min, datetime.max),
@@ -35,15 +35,15 @@ CALENDAR = {
 
 
 def postgres_batches(conninfo: str, sql: str, before: Sequence[str], where: str) -> Generator[Any] | None:
-    """The record batches of a query, streamed, at least one; None where it is to be read the other way.
+    """The record batches of a query, streamed, at least one; None if psycopg must read the query.
 
     Args:
-        conninfo: as libpq takes it.
+        conninfo: libpq's connection string.
         before: statements for the beginning of the transaction.
-        where: what to call the database in an error.
+        where: the database's name in error messages.
 
     Raises:
-        InputError: as the batches are drawn: the database does not go on.
+        InputError: While batches are drawn: the database reports an error.
     """
     sql = sql.rstrip("; \n")
     if not ROWS.match(sql) or WRITES.search(sql) or ";" in sql:
@@ -52,11 +52,11 @@ def postgres_batches(conninfo: str, sql: str, before: Sequence[str], where: str)
         from adbc_driver_postgresql import dbapi
     except ImportError:
         return None
-    opened = Opened(dbapi, conninfo, sql + "\n", where)  # a comment at its end would take COPY's bracket with it
+    opened = Opened(dbapi, conninfo, sql + "\n", where)  # newline: else a comment at the end swallows COPY's bracket
     try:
         schema = opened.do(lambda: opened.begin(before))
     except dbapi.Error:
-        schema = None  # it fails the other way too, in words of its own: a host, a name, a right
+        schema = None  # psycopg will fail too (host, name or right) and has the better message
     except BaseException:
         opened.close()
         raise
@@ -67,8 +67,7 @@ def postgres_batches(conninfo: str, sql: str, before: Sequence[str], where: str)
 
 
 class Opened:
-    """A query on a connection of its own. Everything that waits is done off the main thread, where the driver would
-    take Ctrl-C for itself."""
+    """A query on its own connection. Calls that wait run off the main thread, where the driver would catch Ctrl-C."""
 
     def __init__(self, dbapi: Any, conninfo: str, sql: str, where: str) -> None:
         self.dbapi = dbapi
@@ -78,7 +77,7 @@ class Opened:
         self.busy = False
 
     def begin(self, before: Sequence[str]) -> Any | None:
-        """The schema of the rows, or None if a column is read otherwise the other way."""
+        """The schema of the rows, or None if psycopg must read the query."""
         self.connection = self.dbapi.connect(self.conninfo)
         self.cursor = self.connection.cursor()
         for statement in before:
@@ -86,7 +85,8 @@ class Opened:
         self.cursor.execute("SELECT current_setting('TimeZone'), current_setting('statement_timeout')")
         zone, limit = self.cursor.fetchone()
         if not before and limit != "0":
-            return None  # it would count for the whole stream, which waits for completions; else for each FETCH
+            # ADBC applies the timeout to the whole stream, which waits for completions; psycopg to each FETCH only.
+            return None
         return kinds_of(zone, self.cursor.adbc_execute_schema(self.sql))
 
     def batches(self, schema: Any) -> Generator[Any]:
@@ -119,7 +119,7 @@ class Opened:
                 self.cursor.adbc_cancel()
 
     def close(self) -> None:
-        if self.busy:  # it could not be cancelled, and closing would wait for it
+        if self.busy:  # the call could not be cancelled, and closing would wait until the call ends
             return
         for each in (self.cursor, self.connection):
             if each is not None:
@@ -128,7 +128,7 @@ class Opened:
 
 
 def kinds_of(zone: str, schema: Any) -> Any | None:
-    """The schema of the other way, or None if a column's type is read otherwise there."""
+    """The schema that psycopg would give, or None if psycopg reads a column's type differently."""
     names = [(column.metadata or {}).get(b"POSTGRESQL:type", b"").decode() for column in schema]
     if (
         not names
@@ -147,7 +147,7 @@ def as_schema(batch: Any, schema: Any) -> Any:
 
 def in_calendar(column: Any, field: Any) -> Any:
     """Raises:
-    InputError: a date is infinite or beyond the years 1 to 9999, which nothing else here can hold.
+    InputError: A date is infinite or outside the years 1 to 9999, which Python's dates cannot hold.
     """
     if pa.types.is_temporal(field.type):
         plain, number = (pa.date32(), pa.int32()) if pa.types.is_date(field.type) else (pa.timestamp("us"), pa.int64())
@@ -159,6 +159,6 @@ def in_calendar(column: Any, field: Any) -> Any:
 
 
 def own_words(text: str) -> str:
-    """The server's message in the driver's: "...: ERROR:  division by zero"."""
+    """The server's message within the driver's message ("...: ERROR:  division by zero")."""
     found = SEVERITY.search(text)
     return (text[found.end() :] if found else text).partition("\n")[0].strip()

@@ -1,4 +1,4 @@
-"""Tables of any size in windows of bounded memory: Parquet, CSV, JSONL and Arrow IPC, compressed or not."""
+"""Tables of any size are read in windows of bounded memory: Parquet, CSV, JSONL and Arrow IPC, compressed or not."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from complete_fn.rows.formats import FORMATS, LineRows, Rows, TableRows, clean
 
 WINDOW_ROWS, WINDOW_BYTES = 200_000, 256 * 1024 * 1024  # a window ends at whichever comes first
 BATCH_ROWS = 8_192
-CSV_BLOCK = 32 * 1024 * 1024  # bytes; the longest row that a CSV may have
-LINE_BYTES = 64 * 1024 * 1024  # of a JSONL
+CSV_BLOCK = 32 * 1024 * 1024  # bytes of the longest row that a CSV may have; Arrow needs a row within a block
+LINE_BYTES = 64 * 1024 * 1024  # bytes of the longest line that a JSONL may have; bounds memory
 
 
 class Source(Protocol):
-    """Rows that can be read again and again, a window at a time; there is always a first one, maybe empty."""
+    """Rows that can be read repeatedly, window by window. There is always a first window, which may be empty."""
 
     def windows(self) -> Iterator[Rows]: ...
 
@@ -36,10 +36,10 @@ class FileSource:
     """A file in one of `formats.FORMATS`.
 
     Attributes:
-        name: what messages call it.
-        open: opens it from its beginning; seekable unless it is compressed.
-        most_rows, most_bytes: bounds of what it holds once it is decoded; None for no bound.
-        kept: what must live as long as the source.
+        name: the file's name in messages.
+        open: opens the file at its beginning; the file is seekable unless it is compressed.
+        most_rows, most_bytes: bounds of the decoded content; None for no bound.
+        kept: an object that must live as long as the source.
     """
 
     name: str
@@ -52,8 +52,8 @@ class FileSource:
 
     def windows(self) -> Iterator[Rows]:
         """Raises:
-        InputError: it is not there, not whole, or not of its format; the message says where.
-        TooLargeError: it holds more than it may.
+        InputError: The file is missing, incomplete or not of its format; the message says where.
+        TooLargeError: The file decodes to more rows or bytes than the bounds.
         """
         count = 0
         try:
@@ -86,14 +86,14 @@ class FileSource:
             if FORMATS[self.format].is_text:
                 yield io.BufferedReader(Counted(plain, self))
                 return
-            whole = stack.enter_context(tempfile.TemporaryFile())  # Parquet is read from its end
+            whole = stack.enter_context(tempfile.TemporaryFile())  # Parquet's footer is at the end: it needs seeking
             shutil.copyfileobj(io.BufferedReader(Counted(plain, self)), whole)
             whole.seek(0)
             yield whole
 
 
 class Counted(io.RawIOBase):
-    """A decompressed stream that ends in an error where it grows beyond its bound."""
+    """A decompressed stream that raises an error once it is longer than the source's bound."""
 
     def __init__(self, plain: Any, source: FileSource) -> None:
         self.plain, self.source, self.count = plain, source, 0
@@ -118,7 +118,7 @@ def refuse_bytes(count: int, source: FileSource) -> None:
 
 
 def table_windows(schema: Any, batches: Iterable[Any]) -> Iterator[TableRows]:
-    """Batches gathered to windows. A table of several windows has its dictionaries decoded: they may differ."""
+    """Gather batches into windows. With several windows dictionaries are decoded, because windows may have others."""
     held: list[Any] = []
     rows = size = 0
     step = min(BATCH_ROWS, WINDOW_ROWS)
@@ -138,7 +138,7 @@ def table_windows(schema: Any, batches: Iterable[Any]) -> Iterator[TableRows]:
 
 
 def slice_size(batch: Any, whole: Any) -> int:
-    """Bytes of a slice. Before pyarrow 24, string views have no such number: then its share of the buffers."""
+    """Bytes of a slice. Before pyarrow 24 string views have no `nbytes`; then the slice's share of the buffers."""
     try:
         return int(batch.nbytes)
     except pa.ArrowTypeError:
@@ -166,7 +166,10 @@ def stream_parquet(source: Any, asked: FileSource) -> Iterator[Rows]:
 
 
 def refuse_bomb(source: Any, asked: FileSource) -> None:
-    """A small Parquet file can decode to any size, whatever its footer says: weigh it with its texts left encoded."""
+    """Refuse a small Parquet file that decodes to a huge table, whatever its footer says.
+
+    The file is read once with its texts left encoded, and the decoded size is computed from the lengths.
+    """
     from pyarrow import parquet
 
     with parquet.ParquetFile(source) as file:
@@ -185,7 +188,7 @@ def refuse_bomb(source: Any, asked: FileSource) -> None:
 
 
 def weight(column: Any) -> int:
-    """Bytes of an array once its dictionaries are decoded."""
+    """Bytes of the array after its dictionaries are decoded."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         lengths = pc.binary_length(column.dictionary.cast(pa.large_binary()))
@@ -199,7 +202,7 @@ def weight(column: Any) -> int:
 
 
 def stream_arrow(source: Any, asked: FileSource) -> Iterator[Rows]:
-    """The IPC file format or, without its mark, the stream format."""
+    """Read the IPC file format or, if the file's mark is missing, the stream format."""
     is_file = source.read(6) == b"ARROW1"
     source.seek(0)
     if is_file:
@@ -211,7 +214,7 @@ def stream_arrow(source: Any, asked: FileSource) -> Iterator[Rows]:
 
 
 def stream_csv(source: Any, asked: FileSource) -> Iterator[Rows]:
-    """Every column as text, so that it is written back as it was. An empty field is NULL, a quoted empty one is not."""
+    """All columns are read as text, so that they are written back unchanged. Empty is NULL; quoted empty is a text."""
     from pyarrow import csv as arrow_csv
 
     names = header(asked)
@@ -230,7 +233,7 @@ def stream_csv(source: Any, asked: FileSource) -> Iterator[Rows]:
 
 def header(asked: FileSource) -> list[str]:
     """Raises:
-    InputError: there is none, or it cannot name columns.
+    InputError: The file has no header line, or a header whose names are repeated or not UTF-8.
     """
     with asked.opened() as source:
         text = io.TextIOWrapper(source, "utf-8-sig", errors="surrogateescape", newline="")

@@ -1,4 +1,4 @@
-"""Tables of answers in a user's database: one row for each row of the source, under its key, written by upsert."""
+"""A result table holds answers in a user's database: one row for each source row, under its key, written by upsert."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = re.compile(r"[^\W\d]\w{0,62}(\.[^\W\d]\w{0,62})?")
 
 def refuse_name(table: str) -> str:
     """Raises:
-    InputError: it is no plain name, nor one with its schema in front.
+    InputError: The text is neither a plain name nor a name with its schema in front.
     """
     if not NAME.fullmatch(table):
         raise InputError(
@@ -30,7 +30,7 @@ def refuse_name(table: str) -> str:
 
 def refuse_keys(column: Any, name: str, longest: int | None = None) -> None:
     """Raises:
-    InputError: the column does not tell the rows apart.
+    InputError: The column does not identify rows: a key is NULL, comes twice, is too long or of another type.
     """
     if column.null_count:
         raise InputError(f"The key {name!r} is NULL in {column.null_count:,} rows: no answer can be written under it.")
@@ -49,14 +49,14 @@ def refuse_keys(column: Any, name: str, longest: int | None = None) -> None:
 
 
 class KeysSeen:
-    """The keys of all windows so far, as 64-bit hashes, so that none comes twice: its row's answer would be lost."""
+    """The keys of all windows so far, as 64-bit hashes. A key that came twice would overwrite an answer."""
 
     def __init__(self) -> None:
         self.seen = np.empty(0, np.uint64)  # sorted
 
     def add(self, column: Any, name: str) -> None:
         """Raises:
-        InputError: the window's column does not tell its rows apart, or from those before.
+        InputError: The window's keys do not identify its rows, or an earlier window has one of the keys.
         """
         refuse_keys(column, name)
         fresh = hashes(column)
@@ -79,7 +79,7 @@ def result_names(column: str, with_details: bool) -> list[str]:
 
 
 def result_columns(column: str, new: Any, with_details: bool) -> dict[str, Any]:
-    """The answers and, if asked for, their details as columns of a table: what is nested becomes columns of its own.
+    """The answers and, if asked for, their details as flat columns of a table.
 
     Args:
         new: the columns `column` and, with details, `column`_details.
@@ -107,10 +107,10 @@ DETAIL_PATHS = {
 
 
 def result_table(connection: sa.Connection, name: str, key: str, schema: Any) -> sa.Table:
-    """The table, made if there is none.
+    """The table, which is created if it does not exist.
 
     Raises:
-        InputError: there is one that has not these columns, or in which the key does not tell rows apart.
+        InputError: The table exists and lacks a column, or the key is neither its primary key nor unique.
     """
     namespace, _, bare = refuse_name(name).rpartition(".")
     dialect = connection.dialect
@@ -152,18 +152,18 @@ def column_type(kind: Any, dialect: sa.Dialect, is_key: bool) -> Any:
         return mysql.DATETIME(fsp=6) if dialect.name in ("mysql", "mariadb") else sa.DateTime(kind.tz is not None)
     if dialect.name not in ("mysql", "mariadb"):
         return sa.Text()
-    # The usual collations hold 'a', 'A' and 'a ' to be the same key.
+    # By the usual collations 'a', 'A' and 'a ' would be the same key.
     collation = "utf8mb4_nopad_bin" if is_mariadb(dialect) else "utf8mb4_0900_bin"
     return sa.String(255, collation) if is_key else mysql.LONGTEXT()
 
 
 def is_mariadb(dialect: sa.Dialect) -> bool:
-    """Whether the server is one, whatever the URL calls it; the dialect has asked it when it connected."""
+    """Whether the server is MariaDB, whatever the URL says: the dialect asks the server when it connects."""
     return bool(getattr(dialect, "is_mariadb", False))
 
 
 def upserting(table: sa.Table, key: str, dialect: str) -> Any:
-    """INSERT that takes the place of the row with the same key."""
+    """An INSERT that replaces the row with the same key."""
     others = [c.name for c in table.columns if c.name != key]
     if dialect in ("mysql", "mariadb"):
         insert = mysql.insert(table)

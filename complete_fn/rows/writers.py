@@ -1,4 +1,4 @@
-"""Writing rows with new columns, window by window: whole or not at all, next to its place and then renamed."""
+"""Writers write rows with new columns, window by window, to a temporary file that is then renamed to the output."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ BATCH_ROWS = 8_192
 
 
 def refuse_output(place: TablePlace, overwrite: bool) -> None:
-    """Everything about the output that can be known before work is paid for.
+    """Refuse an output that cannot be written, before any work is paid for.
 
     Raises:
-        InputError: it exists and may not be overwritten, or cannot be written.
+        InputError: The output exists and `overwrite` is False, or it cannot be written.
     """
     if place.piped:
         if sys.stdout.isatty() and place.format in ("parquet", "arrow"):
@@ -66,25 +66,25 @@ def object_of(place: TablePlace) -> tuple[Storage, str]:
 
 
 def is_device(path: Path) -> bool:
-    """A pipe, terminal or /dev/null: written straight into, as there is nothing to replace."""
+    """Whether the path is a pipe, a terminal or /dev/null. Those are written directly: nothing is there to replace."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager
 def writing(place: TablePlace, overwrite: bool, schema: Any = None) -> Iterator[Writer]:
-    """A writer of rows with new columns behind them; what it wrote is in place when the block ends well.
+    """A writer of rows with new columns behind them. The output is in place when the block ends without an error.
 
     Args:
-        schema: of a JSONL that comes in several windows, as `Writer` takes it.
+        schema: the schema of all windows of a JSONL, as `Writer` takes it.
 
     Raises:
-        InputError: the output cannot be written; nothing of it is left behind.
+        InputError: The output cannot be written; no part of it is left behind.
     """
     path = Path(place.name)
     try:
         if place.piped:
             sys.stdout.flush()
-            # A buffer of our own: with PYTHONUNBUFFERED sys.stdout.buffer is raw and writes only a part.
+            # Our own buffer: with PYTHONUNBUFFERED sys.stdout.buffer is raw, and a raw write may write only a part.
             with open(sys.stdout.fileno(), "wb", closefd=False) as out, written_to(out, place, schema) as writer:
                 yield writer
         elif remote(place.name):
@@ -106,7 +106,7 @@ def writing(place: TablePlace, overwrite: bool, schema: Any = None) -> Iterator[
 
 @contextmanager
 def whole_file(path: Path, place: TablePlace, overwrite: bool) -> Iterator[IO[bytes]]:
-    # Not by the process's id: in containers that share a volume all may be 1.
+    # A random name, not the process id: in containers that share a volume every id may be 1.
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     opened = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -124,7 +124,7 @@ def whole_file(path: Path, place: TablePlace, overwrite: bool) -> Iterator[IO[by
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the rename itself outlive a power failure, where folders can be opened."""
+    """Make the rename survive a power failure, on systems where a folder can be opened."""
     with suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -135,17 +135,17 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def written_to(sink: IO[bytes], place: TablePlace, schema: Any = None) -> Iterator[Writer]:
-    """A writer of the place's format into an open file, which it leaves open."""
+    """A writer of the place's format into an open file, which stays open."""
     with ExitStack() as stack:
         target: Any = sink
         if place.compression is not None:
-            own = os.fdopen(os.dup(sink.fileno()), "wb")  # Arrow closes what it is given
+            own = os.fdopen(os.dup(sink.fileno()), "wb")  # a duplicate, because Arrow closes the file it gets
             target = stack.enter_context(pa.CompressedOutputStream(pa.PythonFile(own, "w"), place.compression))
         writer: Writer = resolve(FORMATS[place.format].writer)(target, place, schema)
         try:
             yield writer
         except BaseException:
-            with suppress(Exception):  # else Arrow's writer closes itself once its file is gone
+            with suppress(Exception):  # close it now: else Arrow's writer closes itself after its file is gone
                 writer.close()
             raise
         writer.close()
@@ -155,7 +155,7 @@ class Writer:
     """Takes windows of rows, each with its new columns.
 
     Args:
-        schema: the columns of rows of a JSONL, where they come in several windows; None takes those of the first.
+        schema: the columns of a JSONL that comes in several windows; None takes the columns of the first.
     """
 
     def __init__(self, sink: Any, place: TablePlace, schema: Any = None) -> None:
@@ -163,7 +163,7 @@ class Writer:
 
     def write(self, rows: Rows, new: Mapping[str, Any]) -> None:
         """Raises:
-        InputError: the format, or the columns of earlier windows, cannot hold a value.
+        InputError: The format, or a column's type in earlier windows, cannot hold a value.
         """
         try:
             self.put(rows, new)
@@ -177,7 +177,7 @@ class Writer:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Write what the format has at its end."""
+        """Write the format's footer, if it has one."""
 
     def joined(self, rows: Rows, new: Mapping[str, Any]) -> pa.Table:
         table = rows.table(self.schema)
@@ -187,7 +187,7 @@ class Writer:
 
 
 class ArrowWriter(Writer):
-    """The file format; on stdout, which cannot seek, the stream format. Text is UTF-8, other bytes as escapes."""
+    """Writes the file format, or on stdout, which cannot seek, the stream format. Bytes beyond UTF-8 are escaped."""
 
     inner: Any = None
 
@@ -210,7 +210,7 @@ class ArrowWriter(Writer):
 
 
 def is_utf8(column: Any) -> bool:
-    """Whether all text of a column is UTF-8, as the files' other readers want it. Copies nothing."""
+    """Whether all text of a column is UTF-8, which other readers of the file require. Copies nothing."""
     raw = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
     try:
         return raw is None or column.cast(raw).cast(column.type) is not None
@@ -226,7 +226,7 @@ class ParquetWriter(ArrowWriter):
 
 
 class CsvWriter(Writer):
-    """NULL is an empty field and an empty text a quoted one; what has no text form is JSON."""
+    """Writes NULL as an empty field, an empty text as a quoted field, and values without a text form as JSON."""
 
     begun = False
 
@@ -242,7 +242,7 @@ class CsvWriter(Writer):
 
 
 class JsonlWriter(Writer):
-    """Lines of JSONL stay as they are; of other rows NaN and the infinities, which JSON has not, are null."""
+    """Writes lines of JSONL unchanged. In other rows NaN and the infinities become null, because JSON lacks them."""
 
     def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         low = 0
@@ -264,7 +264,7 @@ def csv_texts(column: Any) -> list[str | None]:
 
 
 def has_text(kind: Any) -> bool:
-    """Whether Arrow casts the type to text, whatever its values are."""
+    """Whether Arrow can cast every value of this type to text."""
     kinds = pa.types
     raw = kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_fixed_size_binary(kind)
     other = kinds.is_binary_view(kind) or kinds.is_interval(kind) or isinstance(kind, pa.BaseExtensionType)
@@ -289,6 +289,6 @@ def json_lines(rows: Rows, low: int, count: int) -> Iterator[bytes]:
 
 
 def spliced(line: bytes, added: bytes) -> bytes:
-    """The object of a JSONL line with the members of another behind its own."""
+    """The line's JSON object with the members of `added` behind its own members."""
     head = line.rstrip()[:-1].rstrip()
     return head + (b"" if head.endswith(b"{") else b", ") + added[1:] + b"\n"
