@@ -1,4 +1,4 @@
-"""What SwiftKV's later layers skip of a prompt token's work."""
+"""`skipped_share` computes how much of a prompt token's work SwiftKV's later layers skip."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def head_size(config: Any) -> int:
 
 
 def layer_flops(config: Any) -> tuple[float, float]:
-    """(FLOPs of all matrices of a layer for a token, those of its keys and values), as `skipped_share` counts them."""
+    """(FLOPs of all matrices of a layer, FLOPs of its key and value matrices) for a token, see `skipped_share`."""
     width, heads, size = config.hidden_size, config.num_attention_heads, head_size(config)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     kv = 4 * width * (getattr(config, "num_key_value_heads", None) or heads) * size
@@ -18,16 +18,16 @@ def layer_flops(config: Any) -> tuple[float, float]:
 
 
 def skipped_share(config: Any) -> float:
-    """Share of a prompt token's FLOPs that a `llama_swiftkv` model skips; 0 for any other model.
+    """The share of a prompt token's FLOPs that a `llama_swiftkv` model skips; 0 for any other model.
 
     Per layer, at 2 FLOPs a multiply-add, with d the width, dq = heads x head size, kv = key-value heads x head size and
-    ff the width of the MLP:  QO = 4 d dq,  KV = 4 d kv,  MLP = 6 d ff. Of L layers, the K first do all of it for each
-    prompt token; of the later ones every G-th only computes keys and values (SwiftKV, arXiv:2410.03960):
+    ff the width of the MLP:  QO = 4 d dq,  KV = 4 d kv,  MLP = 6 d ff. Of L layers, the first K do all this work for
+    each prompt token. Of the later layers, every G-th computes only keys and values (SwiftKV, arXiv:2410.03960):
 
         skipped = 1 - (K (QO + KV + MLP) + (L - K) KV / G) / (L (QO + KV + MLP))
 
-    Left out are attention itself, whose skipped share is (L - K) / L, a little more, and the last prompt token, which
-    passes all layers.
+    The formula leaves out attention, whose skipped share (L - K) / L is a little larger, and the last prompt token,
+    which passes all layers.
     """
     if getattr(config, "model_type", None) != "llama_swiftkv" or not config.swiftkv_skip_prefill:
         return 0.0

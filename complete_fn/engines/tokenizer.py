@@ -45,7 +45,7 @@ def ids_with(file: Path, texts: list[str]) -> list[list[int]]:
 
 
 def token_sizes(model: Model) -> TokenSizes:
-    """The planner's counter for this model, by its tokenizer if that is here, else by bytes; and its size of a block."""
+    """The planner's counter of tokens for this model, by its tokenizer if that is here, else by bytes."""
 
     def count(texts: list[str]) -> list[int]:
         file = tokenizer_file(model)

@@ -1,1 +1,1 @@
-"""What a run would take."""
+"""Estimates of runs, before they are paid for."""

@@ -1,4 +1,4 @@
-"""What a run would take, said before it is paid for: tokens, cached share, price, device-seconds. Starts no engine."""
+"""An estimate tells a run's tokens, cached share, price and device-seconds before it is paid for. Starts no engine."""
 
 from __future__ import annotations
 
@@ -33,16 +33,19 @@ from complete_fn.store.store import Store
 from complete_fn.tokens import BYTES_PER_TOKEN
 from complete_fn.types import Asker, Usage
 
-SAMPLE = 1_000  # prompts counted of a larger table
+SAMPLE = 1_000  # prompts whose tokens are counted in a larger table
 Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """Prompt tokens of `prompts` prompts, `counted` of them counted.
+    """The prompt tokens of `prompts` prompts.
 
-    `margin` is half the 95 % interval; 0 where all were counted, None where no tokenizer is at hand.
-    `template` is what the chat template adds to a prompt; None where it could not be rendered: `total` is without it.
+    Attributes:
+        margin: half the 95 % interval; 0 if all prompts were counted, None without a tokenizer.
+        counted: the number of prompts whose tokens were counted.
+        template: tokens that the chat template adds to a prompt; None if it could not be rendered, and then `total`
+            is without them.
     """
 
     total: int
@@ -54,7 +57,7 @@ class TokenCount:
 
 @dataclass(frozen=True, slots=True)
 class CachedShare:
-    """Prompt tokens that the engine's prefix cache will give back, if it was empty before: whole blocks of `block`."""
+    """Prompt tokens that the engine's prefix cache will return, in blocks of `block`, if it is empty at the start."""
 
     total: int
     margin: int
@@ -63,15 +66,17 @@ class CachedShare:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A run before it is made.
+    """The estimate of a run.
 
     Attributes:
         known: rows that have stored answers.
-        cached: None where it is not known: an endpoint's cache, no tokenizer.
-        output: output tokens at most; `limit` an answer.
-        answers: how long past answers were; None without.
-        rates: what past runs took on this machine; None without.
-        cap: `max_cost`, `token_cap`: `max_total_tokens`.
+        cached: None if not known, for an endpoint's cache or without a tokenizer.
+        output: the most output tokens of all answers.
+        limit: the most output tokens of one answer.
+        answers: the lengths of past answers; None without past answers.
+        rates: the rates of past runs on this machine; None without past runs.
+        cap: the run's `max_cost`.
+        token_cap: the run's `max_total_tokens`.
     """
 
     call: Call
@@ -91,7 +96,7 @@ class Estimate:
 
     @property
     def likely(self) -> Usage:
-        """The tokens that it will likely be billed."""
+        """The tokens that will likely be billed."""
         todo = self.tokens.prompts
         output = self.output if self.answers is None else min(self.output, round(todo * self.answers.mean))
         return Usage(self.tokens.total, self.cached.total if self.cached else 0, output)
@@ -103,17 +108,17 @@ class Estimate:
 
     @property
     def most(self) -> Decimal:
-        """The list price if nothing is cached and every answer is as long as it may be."""
+        """The list price if nothing is cached and every answer has its most tokens."""
         return amount(self.call.model.prices, Usage(self.tokens.total, 0, self.output))
 
     @property
     def seconds(self) -> float | None:
-        """Device-seconds by past runs, the engine's start not counted; None without past runs."""
+        """Device-seconds by the rates of past runs, without the engine's start; None without past runs."""
         return None if self.rates is None else self.rates.of(self.likely, self.tokens.prompts)
 
     @property
     def clock_seconds(self) -> float | None:
-        """The same by the clock, if nobody else uses the engine."""
+        """The same in seconds by the clock, if no other run uses the engine."""
         return None if self.rates is None or self.seconds is None else self.seconds * self.rates.clock
 
 
@@ -126,10 +131,11 @@ def estimate(
     budget: Budget | None = None,
     tokens: Budget | None = None,
 ) -> Estimate:
-    """Plan the run and count what is left of it. Reads the store, writes nothing, starts no engine.
+    """Plan the run and count the prompts without a stored answer. Reads the store, writes nothing, starts no engine.
 
     Args:
-        prompts: as `runner.run` takes them; `budget` and `tokens` are the caps it would run under.
+        prompts: as `runner.run` takes them.
+        budget, tokens: the caps on money and tokens that the run would have.
     """
     plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
     work = known_answers(call, plan, store, who, cache)
@@ -157,7 +163,7 @@ def estimate(
 
 
 def said(work: Work, numbers: npt.NDArray[np.int64]) -> list[str]:
-    """What the model is asked, as texts to count; a conversation is counted by the contents of its messages."""
+    """The prompts as texts whose tokens can be counted. A conversation counts by the contents of its messages."""
     found = []
     for number, text in work.texts(numbers.tolist()):
         prompt = work.prompt(number, text)
@@ -170,7 +176,7 @@ def contents(packed: str) -> str:
 
 
 def count_tokens(model: Model, work: Work, missing: npt.NDArray[np.int64], sample: int = SAMPLE) -> TokenCount:
-    """Tokens of the prompts `missing`: all counted, or `sample` of them drawn and the rest by their length in bytes."""
+    """Tokens of the prompts `missing`: counted for all, or for a random `sample`, and by bytes for the others."""
     sizes = work.plan.bytes()[missing].astype(np.float64)
     file = tokenizer_file(model)
     if file is None:
@@ -186,7 +192,7 @@ def count_tokens(model: Model, work: Work, missing: npt.NDArray[np.int64], sampl
 
 
 def count_cached(model: Model, work: Work, missing: npt.NDArray[np.int64], sample: int = SAMPLE) -> CachedShare | None:
-    """Tokens that each prompt shares with the one before it in execution order, in the blocks of the engine's cache."""
+    """Tokens that each prompt shares with the one before it in execution order, in blocks of the engine's cache."""
     file, around = tokenizer_file(model), template_around(model)
     if file is None or around is None or model.engine != "embedded":
         return None
@@ -207,7 +213,7 @@ def count_cached(model: Model, work: Work, missing: npt.NDArray[np.int64], sampl
 
 
 def sampled(population: int, sample: int) -> npt.NDArray[np.int64]:
-    """Sorted numbers below `population`: all, or `sample` of them drawn without replacement, always the same ones."""
+    """Sorted numbers below `population`: all, or `sample` drawn without replacement, the same ones at every call."""
     if population <= sample:
         return np.arange(population)
     drawn: npt.NDArray[np.int64] = np.sort(np.random.default_rng(0).choice(population, sample, replace=False))
@@ -215,7 +221,7 @@ def sampled(population: int, sample: int) -> npt.NDArray[np.int64]:
 
 
 def ratio_estimate(counted: Numbers, lengths: Numbers, length: float, population: int) -> tuple[float, float]:
-    """(total, half its 95 % interval) of a count that goes with a length known for all.
+    """(total, half its 95 % interval) of a count that is proportional to a length, which is known for all.
 
     The ratio estimator of survey sampling: R = sum(y) / sum(x), total = R * X, and
     var = N^2 (1 - n/N) / n * sum((y - R x)^2) / (n - 1)   (Cochran, Sampling Techniques, 3rd edition, 6.4).

@@ -1,4 +1,4 @@
-"""An estimate as lines for a person, and as values for a program."""
+"""An estimate becomes lines for a person (`report`) or values for a program (`as_values`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from complete_fn.types import Usage
 
 
 def report(e: Estimate) -> str:
-    """The estimate as lines, one thing a line, in the order in which it comes about."""
+    """The estimate as lines, one fact per line, in the order in which a run comes to them."""
     prices = e.call.model.prices
     paid_input = amount(prices, Usage(prompt_tokens=e.tokens.total))
     rows = f"{e.rows:,}" + (f" ({e.nulls:,} NULL: no answer, no cost)" if e.nulls else "")
@@ -88,7 +88,7 @@ def time_line(e: Estimate) -> str:
 
 
 def as_values(e: Estimate) -> dict[str, Any]:
-    """The estimate for a program; money as decimal text, None for what is not known."""
+    """The estimate for a program. Money is decimal text; None means not known."""
     prices, likely = e.call.model.prices, e.likely
     return {
         "model": e.call.model.name,

@@ -1,1 +1,1 @@
-"""What runs took: the device's time, by model and kind of prompt."""
+"""Past runs and the device time they took, by model and kind of prompt."""

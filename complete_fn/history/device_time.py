@@ -1,9 +1,9 @@
-"""Device time of an engine that is in no row's answer: idle, and spent on rows that were given up.
+"""`DeviceTime` collects an engine's device time that no answer counts: idle time, and time for rows that were given up.
 
-An engine that meters its devices has an attribute `device_time`. Between the engine's load and its last word, the rows'
-`Usage.device_seconds`, `idle` and `lost` add up to `metered`, apart from rows still under way. What is noted nowhere:
-the load itself, what a killed child or parent had not yet told, and what comes after the last delivery of a process
-that ends without letting its engine go in order.
+An engine that meters its devices has an attribute `device_time`. From the engine's load to its last report, the rows'
+`Usage.device_seconds`, `idle` and `lost` add up to `metered`, apart from rows still under way. Three times are noted
+nowhere: the load itself, time that a killed child or parent had not yet reported, and time after the last delivery of
+a process that ends without closing its engine.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class DeviceTime:
     """Seconds of one engine's devices. Safe to use from several threads.
 
     Attributes:
-        name: of the engine, HOST/PID.
-        skipped: share of a prompt token's FLOPs that the model's SwiftKV layers skip, 0 for other models.
-        metered, idle, lost: device-seconds since the engine was loaded, as told to this process.
+        name: the engine's HOST/PID.
+        skipped: share of a prompt token's FLOPs that the model's SwiftKV layers skip; 0 for other models.
+        metered, idle, lost: device-seconds since the engine was loaded, as reported to this process.
     """
 
     def __init__(self, ask: Callable[[], None] = lambda: None) -> None:
-        """Args: ask: has the engine tell its time now."""
+        """Args: ask: makes the engine report its time now."""
         self.ask = ask
         self.name: str | None = None
         self.skipped = 0.0
@@ -35,14 +35,14 @@ class DeviceTime:
         self.lock = threading.Lock()
 
     def told(self, metered: float, idle: float, lost: float) -> None:
-        """`metered` since the engine was loaded, `idle` and `lost` since it last told anybody."""
+        """Add a report: `metered` since the engine was loaded, `idle` and `lost` since its last report."""
         with self.lock:
             self.metered = max(self.metered, metered)
             self.idle += idle
             self.lost += lost
 
     def take(self) -> list[LedgerLine]:
-        """Lines of what no line has yet, in whole microseconds; `put_back` them if they are not written."""
+        """Ledger lines of the time that no line has yet, in whole microseconds. `put_back` them if writing fails."""
         with self.lock:
             left = {"idle": round(self.idle * 1e6), "aborted": round(self.lost * 1e6)}
             lines = [
@@ -61,7 +61,7 @@ class DeviceTime:
 
 
 def device_time_of(engine: object) -> DeviceTime | None:
-    """Of an engine that meters its devices; one within another is asked."""
+    """The device time of an engine that meters its devices, or of the engine that it wraps; else None."""
     while engine is not None:
         if isinstance(found := getattr(engine, "device_time", None), DeviceTime):
             return found
@@ -70,7 +70,7 @@ def device_time_of(engine: object) -> DeviceTime | None:
 
 
 def note_device_time(store: Store, engine: object, model: Model) -> None:
-    """Write the lines of an engine that is about to be let go."""
+    """Write the last ledger lines of an engine that is about to be closed."""
     found = device_time_of(engine)
     if found is None:
         return

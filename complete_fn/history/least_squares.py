@@ -1,4 +1,4 @@
-"""Least squares for what cannot be negative: times and costs."""
+"""Least squares with coefficients that cannot be negative, such as times and costs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def nonnegative(matrix: Floats, target: Floats) -> Floats:
-    """Least squares without negative coefficients: the best of all sets of columns, of which there are few."""
+    """Least squares without negative coefficients. All sets of columns are tried, because there are few columns."""
     columns = matrix.shape[1]
     best, least = np.zeros(columns), float((target**2).sum())
     for size in range(1, columns + 1):

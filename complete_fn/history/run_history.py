@@ -1,9 +1,9 @@
-"""What past runs took, for the estimate of the next: device-seconds by tokens of a class, and the lengths of answers.
+"""Past runs give the estimate of the next run: device-seconds by class of token, and the lengths of answers.
 
-Each run leaves one row (table `runs`): its tokens and device-seconds as billed, the seconds from its first prompt to
-its last answer without the engine's start, and the same of its steady part, while the engine was full: what filling
-and emptying it took besides weighs more in a small run than in the next. Where the engine does not meter its devices,
-the time between two answers stands for theirs.
+Each run leaves one row in the table `runs`: its billed tokens and device-seconds, and the seconds from its first prompt
+to its last answer, without the engine's start. The row has the same numbers for the run's steady part, while the engine
+was full: filling and emptying the engine takes a larger share of a small run. If the engine does not meter its devices,
+the time between two answers stands for device time.
 """
 
 from __future__ import annotations
@@ -29,22 +29,28 @@ from complete_fn.store.store import Store
 from complete_fn.store.tables import runs
 from complete_fn.types import Usage
 
-KEPT = 20_000  # runs in the table at most
-PAST = 200  # runs that are looked at, the latest
-FEW = 20  # rows below which past answers say nothing
-LEAST_ROWS = 8  # of a run that is kept
-# Likely cost of an uncached and a cached token in, a token out, and a row; relative. Of the cached token's, half is the
-# attention of the tokens after it: in prompts of 400 tokens an uncached one costs 1.15 times as much behind 200 cached.
+KEPT = 20_000  # runs in the table at most; bounds its size
+PAST = 200  # latest runs of a model that an estimate reads
+FEW = 20  # with fewer rows, past answers predict nothing
+LEAST_ROWS = 8  # a run with fewer rows is not kept
+# Assumed relative costs of an uncached prompt token, a cached prompt token, an output token, and a row. Half of the
+# cached token's cost is attention of later tokens: in prompts of 400 tokens, an uncached token behind 200 cached tokens
+# costs 1.15 times as much.
 BEFORE = (1.0, 0.1, 8.0, 20.0)
-ALONE = 0.2  # the quantile of runs by their clock that is taken for one without others beside it
-TRUST = 0.0005  # weight of BEFORE against the largest past run
+ALONE = 0.2  # the quantile of clock time per device time that stands for a run with the engine to itself
+TRUST = 0.0005  # weight of BEFORE relative to the largest past run
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One past run. `kind`: see `kind_of`; `usage` with its device-seconds on `device`; `seconds` by the clock.
+    """One past run.
 
-    `steady` is what its `steady_rows` rows in the middle took; none of a run too small to have a middle.
+    Attributes:
+        kind: see `kind_of`.
+        usage: of all rows, with the device-seconds on `device`.
+        squares: the sum of the squared numbers of output tokens.
+        seconds: by the clock.
+        steady: the usage of the `steady_rows` rows in the middle; nothing for a run too small to have a middle.
     """
 
     kind: bytes
@@ -58,21 +64,24 @@ class Run:
 
     @property
     def body(self) -> tuple[int, Usage]:
-        """The rows, and what they took, that rates are taken from."""
+        """(rows, usage) from which rates are computed: the steady part, or else the whole run."""
         return (self.steady_rows, self.steady) if self.steady_rows else (self.rows, self.usage)
 
 
 def amounts(usage: Usage, rows: int) -> tuple[int, int, int, int]:
-    """Uncached and cached prompt tokens, output tokens, rows: what `Rates.seconds` is for."""
+    """(uncached prompt tokens, cached prompt tokens, output tokens, rows), the factors of `Rates.seconds`."""
     return usage.prompt_tokens - usage.cached_tokens, usage.cached_tokens, usage.completion_tokens, rows
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Device-seconds per uncached prompt token, cached prompt token, output token and row, from `runs` past runs.
+    """Rates from past runs.
 
-    `ends`: device-seconds that a run takes besides, while it fills and empties the engine; `clock`: seconds by the
-    clock for one device-second, of the runs that shared the engine least.
+    Attributes:
+        seconds: device-seconds per uncached prompt token, cached prompt token, output token and row.
+        ends: device-seconds that a run takes in addition, while it fills and empties the engine.
+        clock: seconds by the clock for one device-second, from the runs that shared the engine least.
+        runs: the number of past runs.
     """
 
     seconds: tuple[float, float, float, float]
@@ -82,13 +91,18 @@ class Rates:
     runs: int
 
     def of(self, usage: Usage, rows: int) -> float:
-        """Device-seconds of a run; 0 without rows."""
+        """Device-seconds of a run with this usage; 0 without rows."""
         return float(np.dot(self.seconds, amounts(usage, rows))) + self.ends if rows else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Output tokens of an answer: `mean`, half its 95 % interval, of `rows` past ones; `same`: to this instruction."""
+    """The number of output tokens of an answer, from `rows` past answers.
+
+    Attributes:
+        margin: half the 95 % interval of `mean`.
+        same: whether the past answers are to the same instruction.
+    """
 
     mean: float
     margin: float
@@ -97,7 +111,7 @@ class Lengths:
 
 
 def kind_of(call: Call, plan: BatchPlan) -> bytes:
-    """Tells runs apart by model, options and instruction: what all prompts begin with, up to a white space."""
+    """A hash of model, options and instruction (the common beginning of all prompts, up to a white space)."""
     return hashlib.sha256(call.fingerprint + instruction(plan).encode("utf-8", "replace")).digest()
 
 
@@ -113,7 +127,7 @@ def instruction(plan: BatchPlan) -> str:
 
 
 def keep(store: Store, tenant: str, model: str, run: Run) -> None:
-    """Note a run for later estimates; its answers are safe, so a store that cannot be written now fails nothing."""
+    """Note a run for later estimates. A store error is ignored, because the run's answers are already safe."""
     row = {
         "at": time.time(),
         "tenant": tenant,
@@ -139,7 +153,10 @@ def keep(store: Store, tenant: str, model: str, run: Run) -> None:
 
 
 def past(store: Store, model: str, tenant: str | None = None) -> list[Run]:
-    """The latest runs of a model, the newest first: all for rates of this machine, a tenant's own for its answers."""
+    """The latest runs of a model, newest first.
+
+    Rates of this machine come from all tenants' runs, lengths of answers only from the tenant's own.
+    """
     chosen = sa.select(runs).where(runs.c.model == model).order_by(runs.c.id.desc()).limit(PAST)
     if tenant is not None:
         chosen = chosen.where(runs.c.tenant == tenant)
@@ -166,7 +183,7 @@ def usage_in(row: sa.RowMapping, part: str) -> Usage:
 
 
 def lengths(found: Sequence[Run], kind: bytes) -> Lengths | None:
-    """Of past answers to the same instruction with the same options, else of all the model's; None of too few."""
+    """Lengths of past answers to the same instruction and options, or else of all the model's; None with too few."""
     for same, chosen in ((True, [r for r in found if r.kind == kind]), (False, list(found))):
         rows = sum(r.rows for r in chosen)
         if rows >= FEW:
@@ -177,8 +194,11 @@ def lengths(found: Sequence[Run], kind: bytes) -> Lengths | None:
 
 
 def rates(found: Sequence[Run], kind: bytes) -> Rates | None:
-    """Least squares of relative errors over the steady parts of past runs on the device of the latest, none below 0,
-    drawn a little to `BEFORE`; then scaled to the past runs of this kind. None without past runs."""
+    """Rates from past runs on the device of the latest run; None without past runs.
+
+    1. Least squares of relative errors over the runs' steady parts, with no rate below 0 and a small pull to `BEFORE`.
+    2. The rates are scaled to the past runs of this kind, if there are any.
+    """
     chosen = [r for r in found if r.device == found[0].device and r.usage.device_seconds > 0 and r.rows]
     if not chosen:
         return None
@@ -202,16 +222,16 @@ def rates(found: Sequence[Run], kind: bytes) -> Rates | None:
 
 
 def ends_of(found: Sequence[Run], fitted: Floats) -> float:
-    """What runs took beyond their rows at the rates of the steady part."""
+    """Median device-seconds that runs took beyond the rates of their steady part."""
     beyond = [r.usage.device_seconds - float(np.dot(fitted, amounts(r.usage, r.rows))) for r in found if r.steady_rows]
     return max(0.0, statistics.median(beyond)) if beyond else 0.0
 
 
 class Meter:
-    """What one run takes: from its first prompt drawn by the engine, which is up then, to its last answer.
+    """Measures one run, from the first prompt that the engine (already started) draws to the last answer.
 
-    Its steady part is without the first and the last rows, as many at either end as half of those under way at most:
-    an engine draws about twice as many rows as it computes at a time.
+    The steady part leaves out rows at the beginning and the end: at each end half of the most rows ever under way,
+    because an engine draws about twice as many rows as it computes at a time.
     """
 
     def __init__(self) -> None:
@@ -224,8 +244,8 @@ class Meter:
         self.squares = 0.0
 
     def draw(self) -> None:
-        """The engine takes one more prompt."""
-        if self.drawn == self.answered:  # what passed since the last answer was no time of the engine's
+        """Count one more prompt that the engine draws."""
+        if self.drawn == self.answered:  # the engine had no prompt since the last answer: that time is not counted
             now = time.monotonic()
             self.waited += 0.0 if self.began is None else now - self.ended
             self.began, self.ended = self.began or now, now
@@ -233,7 +253,7 @@ class Meter:
         self.most = max(self.most, self.drawn - self.answered)
 
     def add(self, usage: Usage) -> None:
-        """One more is answered."""
+        """Count one more answer."""
         now = time.monotonic()
         since, self.ended = now - self.ended, now
         self.answered += 1
@@ -251,7 +271,7 @@ class Meter:
                 self.steady += middle
 
     def run(self, call: Call, plan: BatchPlan, device: str) -> Run | None:
-        """None of a run too small to tell anything."""
+        """The measured run; None if it has too few rows to tell anything."""
         if self.began is None or self.rows < LEAST_ROWS:
             return None
         enough = self.steady_rows >= max(LEAST_ROWS, self.most // 8)
@@ -261,7 +281,7 @@ class Meter:
 
 
 def device_of(engine: object) -> str:
-    """What the engine runs on, as it says itself; an engine within another is asked."""
+    """The device that the engine, or the engine that it wraps, says it runs on."""
     while engine is not None:
         if isinstance(found := getattr(engine, "device", None), str):
             return found

@@ -1,1 +1,1 @@
-"""What was used and what it cost."""
+"""Tokens and device time that runs used, and their cost."""

@@ -1,6 +1,6 @@
-"""The ledger as charges with the column names of FOCUS 1.2, the FinOps cost and usage specification.
+"""`export` writes the ledger as charges with the columns of FOCUS 1.2, the FinOps cost and usage specification.
 
-One row per hour, tenant, user, job, query tag, model and price class. Columns of our own begin with `x_`.
+The file has one row per hour, tenant, user, job, query tag, model and price class. Our own columns begin with `x_`.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ DESCRIPTIONS = {
 
 
 def export(store: Store, path: Path, since: float = 0.0, tenant: str | None = None) -> int:
-    """Write the charges since a moment (seconds of the epoch) to a .parquet or .csv file; returns how many.
+    """Write the charges from `since` (seconds of the epoch) on to a .parquet or .csv file. Returns their number.
 
     Raises:
-        InputError: the name ends otherwise, or the file cannot be written.
+        InputError: The file's name has another suffix, or the file cannot be written.
     """
     if path.suffix not in (".parquet", ".csv"):
         raise InputError(f"The file {str(path)!r} must end in .parquet or .csv.")
@@ -99,9 +99,9 @@ def export(store: Store, path: Path, since: float = 0.0, tenant: str | None = No
 
 
 def charges(store: Store, since: float = 0.0, tenant: str | None = None) -> pa.Table:
-    """[n] rows of SCHEMA, by hour; of all tenants if `tenant` is None."""
+    """[n] rows of SCHEMA in the order of hours; of all tenants if `tenant` is None."""
     c = ledger.c
-    sqlite = store.engine.dialect.name == "sqlite"  # its casts cut off what PostgreSQL's round
+    sqlite = store.engine.dialect.name == "sqlite"  # a cast to integer truncates in SQLite and rounds in PostgreSQL
     hour = (sa.cast(c.at / HOUR, sa.Integer) if sqlite else sa.func.floor(c.at / HOUR)) * HOUR
     split = [hour.label("hour"), c.tenant, c.user, c.job, c.query_tag, c.model, c.price_class, c.currency, c.basis]
     sums = [summed(c[name]).label(name) for name in SUMMED]

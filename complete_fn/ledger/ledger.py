@@ -1,4 +1,4 @@
-"""Ledger lines of one slice, by price class. Pure: the store writes what this returns, in the slice's transaction."""
+"""Pure functions make one slice's ledger lines, by price class. The store writes them in the slice's transaction."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from complete_fn.types import Usage
 def billed(
     prices: Prices, rows: int, usage: Usage, skipped: float = 0.0, engine: str | None = None
 ) -> list[LedgerLine]:
-    """Lines for computed rows: uncached input (always, as it has their number), cached input, output.
+    """The lines of computed rows: `input` (uncached; always there, because it has the rows), `cached_input`, `output`.
 
-    `prefix_cache` is free and says what the cached tokens would have cost uncached, beyond what was paid for them.
-    Device time saved is at the slice's own measured rate, device-seconds per computed token of its prompts:
-    `prefix_cache` that of the cached tokens. `swiftkv`, for a model whose prompt tokens skip the share `skipped` of
-    their FLOPs, is t * skipped / (1 - skipped) of the prompts' measured time t: what the skipped layers would have
-    taken. It saves no list price, which is by token whatever the layers.
+    Two more lines are free and tell savings:
+
+    - `prefix_cache`: what the cached tokens would have cost uncached, less what was paid for them; and the device time
+      that they would have taken, at the slice's measured rate (device-seconds per computed prompt token).
+    - `swiftkv`, for a model whose prompt tokens skip the share `skipped` of their FLOPs: the device time that the
+      skipped layers would have taken, t * skipped / (1 - skipped) with t the prompts' measured time. It saves no list
+      price, because prices are per token.
     """
     fresh = Usage(prompt_tokens=usage.prompt_tokens - usage.cached_tokens)
     cached = Usage(prompt_tokens=usage.cached_tokens, cached_tokens=usage.cached_tokens)
@@ -43,9 +45,10 @@ def billed(
 
 
 def free(prices: Prices, price_class: str, rows: int, usage: Usage) -> list[LedgerLine]:
-    """The line of rows that were not computed; empty if there are none.
+    """The line of rows that were not computed; an empty list without such rows.
 
-    `usage.device_seconds`, which it saves, is what computing the rows they are copies of took.
+    Args:
+        usage: of the rows whose answers they share. Its device-seconds are the device time that the line saves.
     """
     if not rows:
         return []

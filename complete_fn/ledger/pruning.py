@@ -1,4 +1,4 @@
-"""Bounds of the stored answers, by age and by size. The ledger is never touched."""
+"""Pruning bounds the stored answers, by age and by size. It never touches the ledger."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, budgets, upkeep
 
 HOUR, DAY, GIB = 3600.0, 86_400.0, 2.0**30
-JOB_DAYS = 30.0  # an unfinished job can be resumed for so long
-CHUNK = 2_000  # answers that go in one transaction
+JOB_DAYS = 30.0  # days for which an unfinished job can be resumed
+CHUNK = 2_000  # answers deleted in one transaction, so that other writers get their turn
 
 
 def prune(store: Store, gib: float, days: float, now: float | None = None) -> int:
-    """Delete answers older than `days`, then the oldest until the file is below `gib`; returns how many went.
+    """Delete answers older than `days`, then the oldest answers until the file is below `gib`. Returns their number.
 
-    Does nothing within an hour of the last time. Answers that an unfinished job keeps for its resume stay 30 days.
+    Does nothing within an hour after the last pruning. Answers kept for an unfinished job's resume stay 30 days.
     """
     now = time.time() if now is None else now
     if not due(store, now):
@@ -32,7 +32,7 @@ def prune(store: Store, gib: float, days: float, now: float | None = None) -> in
 
 
 def clear(store: Store, model: str | None = None, before: float | None = None) -> int:
-    """Delete answers, those kept for unfinished jobs too: of one model, or made before a time, or all."""
+    """Delete all answers, or those of one model or made before a time, including those kept for unfinished jobs."""
     which = sa.true() if model is None else answers.c.model == model
     if before is not None:
         which = which & (answers.c.created_at < before)
@@ -42,7 +42,7 @@ def clear(store: Store, model: str | None = None, before: float | None = None) -
 
 
 def due(store: Store, now: float) -> bool:
-    """Whether upkeep is due; if so it counts as done from here on, so that no second process does it too."""
+    """Whether upkeep is due. If so it counts as done at once, so that no second process does it too."""
     recent = sa.select(upkeep.c.at).where(upkeep.c.name == "prune", upkeep.c.at > now - HOUR)
     with store.read() as connection:
         if connection.execute(recent).first() is not None:
@@ -60,7 +60,7 @@ def expendable(now: float) -> sa.ColumnElement[bool]:
 
 
 def shrink(store: Store, gib: float, now: float) -> int:
-    """To nine tenths of the bound, so that not every session has to."""
+    """Delete the oldest answers down to nine tenths of the bound, so that the next sessions need not do it again."""
     gone = 0
     while (excess := used_bytes(store) - 0.9 * gib * GIB) > 0:
         chunk = delete(store, expendable(now) & (answers.c.created_at <= last_of(store, excess, now)))
@@ -71,7 +71,7 @@ def shrink(store: Store, gib: float, now: float) -> int:
 
 
 def last_of(store: Store, excess: float, now: float) -> float:
-    """When the newest of the oldest answers was made that have `excess` bytes together."""
+    """The time up to which the oldest answers together have `excess` bytes."""
     before = sa.func.sum(answers.c.bytes).over(order_by=(answers.c.created_at, answers.c.id)) - answers.c.bytes
     oldest = sa.select(answers.c.created_at, before.label("before")).where(expendable(now)).subquery()
     newest = sa.select(sa.func.max(oldest.c.created_at)).where(oldest.c.before < excess)
@@ -80,7 +80,7 @@ def last_of(store: Store, excess: float, now: float) -> float:
 
 
 def delete(store: Store, which: sa.ColumnElement[bool]) -> int:
-    """Delete the answers that match, oldest first, chunk by chunk so that other writers get their turn."""
+    """Delete the matching answers, oldest first. Returns their number."""
     gone = 0
     while True:
         oldest = sa.select(answers.c.id).where(which).order_by(answers.c.created_at).limit(CHUNK)
@@ -92,13 +92,13 @@ def delete(store: Store, which: sa.ColumnElement[bool]) -> int:
 
 
 def used_bytes(store: Store) -> int:
-    """Bytes of the SQLite file that hold something; in PostgreSQL those of the stored answers."""
+    """Bytes in use: in SQLite of the file's pages, in PostgreSQL of the stored answers."""
     with store.read() as connection:
         return store.database.used_bytes(connection)
 
 
 def forget_attempts(store: Store, now: float) -> None:
-    """Attempts and days that are over are of no more use; the ledger has what they did."""
+    """Delete attempts and daily budgets that are over. The ledger keeps what they used."""
     over = (attempts.c.status != "running") & (attempts.c.began < now - JOB_DAYS * DAY)
     days_over = budgets.c.name.like("day:%") & (
         budgets.c.name < f"day:{datetime.fromtimestamp(now - 2 * DAY, UTC).date()}"
@@ -109,7 +109,7 @@ def forget_attempts(store: Store, now: float) -> None:
 
 
 def give_back(store: Store) -> None:
-    """Hand empty space back to the file system, a little at a time."""
+    """Return empty space to the file system, a little in each transaction."""
     while True:
         with store.write() as connection:
             if not store.database.give_back(connection):

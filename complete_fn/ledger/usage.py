@@ -1,4 +1,4 @@
-"""Reports: use by day and model, how a job stopped, which answers are stored, sums for `/metrics`."""
+"""Reports read the ledger: usage by day and model, how a job stopped, which answers are stored, sums for `/metrics`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from complete_fn.store.tables import answers, attempts, ledger, of_class, summed
 
 
 class utc_day(FunctionElement[str]):
-    """The UTC day, "2026-01-31", of a column of seconds of the epoch."""
+    """The UTC day, such as "2026-01-31", of a column with seconds of the epoch."""
 
     inherit_cache = True
     type = sa.String()
@@ -82,10 +82,10 @@ class UsageLine:
 def usage(
     store: Store, by: Sequence[str] = ("day", "model"), since: float = 0.0, tenant: str | None = None
 ) -> list[UsageLine]:
-    """The ledger from `since` (seconds of the epoch) on, one line per group, currency and price basis.
+    """The ledger from `since` (seconds of the epoch) on, as one line per group, currency and price basis.
 
     Args:
-        tenant: only its lines; None takes all.
+        tenant: only lines of this tenant; None takes all lines.
     """
     groups = [GROUPS[name] for name in by]
     split = [*groups, ledger.c.currency, ledger.c.basis]
@@ -141,7 +141,7 @@ STOPS = {"lost": "killed", "cancelled": "interrupted", "failed": "stopped by an 
 
 @dataclass(frozen=True, slots=True)
 class StoppedAttempt:
-    """How the last attempt of an unfinished job ended, with what it had admitted and not committed."""
+    """How the last attempt of an unfinished job ended, with the rows and tokens it admitted and did not commit."""
 
     status: str
     rows: int
@@ -155,7 +155,7 @@ class StoppedAttempt:
 
 
 def last_stop(store: Store, tenant: str, job: str) -> StoppedAttempt | None:
-    """None if the job has no unfinished attempt, or its last one came to its end."""
+    """How the job's last attempt stopped; None if the job has no unfinished attempt, or if the last one was done."""
     of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job) & attempts.c.status.notin_(("ended", "running"))
     last = sa.select(attempts.c.id, attempts.c.status).where(of_job).order_by(attempts.c.id.desc()).limit(1)
     with store.read() as connection:
@@ -170,7 +170,7 @@ def last_stop(store: Store, tenant: str, job: str) -> StoppedAttempt | None:
 
 
 def committed_rows(store: Store, tenant: str, job: str) -> int:
-    """Rows that the unfinished attempts of a job have computed, copies of equal rows included."""
+    """Rows that the attempts of an unfinished job have computed, including copies of equal rows."""
     mine, _ = store.unfinished(tenant, job)
     lines = sa.select(summed(ledger.c.rows)).where(
         ledger.c.attempt.in_(list(mine)), ledger.c.price_class.in_(("input", "duplicate"))
@@ -180,7 +180,7 @@ def committed_rows(store: Store, tenant: str, job: str) -> int:
 
 
 def tokens_used(store: Store, tenant: str, job: str) -> int:
-    """Billed tokens, those of prompts and answers, of the unfinished attempts of a job."""
+    """Billed tokens of prompts and answers of an unfinished job's attempts."""
     mine, _ = store.unfinished(tenant, job)
     billed = ledger.c.price_class.in_(("input", "cached_input", "output"))
     tokens = sa.select(summed(ledger.c.tokens)).where(ledger.c.attempt.in_(list(mine)), billed)
@@ -189,7 +189,7 @@ def tokens_used(store: Store, tenant: str, job: str) -> int:
 
 
 def mean_output(store: Store, model: str) -> float | None:
-    """Output tokens per computed row of the model so far; None if the ledger has fewer than 20 rows of it."""
+    """Output tokens per computed row of the model so far; None with fewer than 20 rows in the ledger."""
     sums = sa.select(of_class(ledger.c.rows, "input"), of_class(ledger.c.tokens, "output")).where(
         ledger.c.model == model
     )
@@ -200,7 +200,7 @@ def mean_output(store: Store, model: str) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswers:
-    """The answers of the state: `bytes` is what the file holds, `for_jobs` those kept for an unfinished job only."""
+    """Counts of the stored answers. `for_jobs`: those kept only for an unfinished job. `bytes`: in use in the file."""
 
     count: int
     for_jobs: int
@@ -224,7 +224,7 @@ def stored(store: Store) -> StoredAnswers:
     return StoredAnswers(count, for_jobs, used_bytes(store), oldest, newest, models)
 
 
-SETTLED_SECONDS = 5.0  # a line is committed within so long of its time
+SETTLED_SECONDS = 5.0  # a line is committed within this time after its `at`, so older lines are complete
 
 
 @dataclass
@@ -237,7 +237,7 @@ class LedgerTotals:
 
 
 class Totals:
-    """Keeps the sums and reads only the lines that are new. Safe to use from several threads."""
+    """Keeps the ledger's sums and reads only new lines. Safe to use from several threads."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -261,7 +261,7 @@ class Totals:
             return self.found
 
     def parts(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """(parts, tokens) by (model, status) of the parts that are not over."""
+        """(parts, tokens) by (model, status), of the parts that are queued or running."""
         p = parts.c
         open_ones = p.status.in_(("queued", "running"))
         sums = sa.select(p.model, p.status, sa.func.count(), summed(p.tokens)).where(open_ones)

@@ -1,4 +1,4 @@
-"""Caps that are never passed: the worst case is reserved before a row is admitted, the rest returned after."""
+"""A cap is never passed: a row's worst case is reserved before the row is admitted, and the rest returned after."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from complete_fn.types import Usage
 if TYPE_CHECKING:
     from complete_fn.store.attempts import Attempt
 
-LARGEST_CAP = Decimal(9_000_000_000)  # in billionths it fits the store's 64 bits
+LARGEST_CAP = Decimal(9_000_000_000)  # of the currency; in billionths it fits into the store's 64 bits
 
 
 class Budget:
-    """`limit` of one currency, shared by any number of threads; spent + reserved never exceeds it.
+    """A limit in one currency, shared by any number of threads. Spent and reserved money never exceed it together.
 
-    `spent` counts from what was spent before, `name` is what a refused row is told.
+    Args:
+        spent: money that earlier attempts have spent.
+        name: the cap's name in the error of a refused row.
     """
 
     def __init__(self, limit: Decimal, spent: Decimal = Decimal(0), name: str = "max_cost") -> None:
@@ -33,10 +35,10 @@ class Budget:
         self.lock = threading.Lock()
 
     def count_in(self, model: Model) -> None:
-        """Count in the currency of the first model that is asked.
+        """Count in the currency of the first model.
 
         Raises:
-            InvalidOptionError: the model is priced in another one.
+            InvalidOptionError: The model is priced in another currency than the first one.
         """
         with self.lock:
             self.currency = self.currency or model.prices.currency
@@ -59,21 +61,21 @@ class Budget:
             self.spent += actual
 
     def for_attempt(self, attempt: Attempt) -> Budget:
-        """What one attempt reserves from: this budget itself, as long as it is one process's."""
+        """The budget from which one attempt reserves: this budget, because it belongs to one process."""
         return self
 
     def release(self) -> None:
-        """No row is under way: give back what is held."""
+        """Return held money. No row may be under way."""
 
     def hopeless(self, worst: Decimal) -> bool:
-        """Nothing is reserved and it still does not fit: no money will come back for it."""
+        """Whether the row can never fit: nothing is reserved that could be returned, and too little is left."""
         with self.lock:
             return self.reserved == 0 and self.spent + worst > self.limit
 
 
 @dataclass(frozen=True)
 class Brake:
-    """One query's own caps, beside those of its session."""
+    """One query's own caps, in addition to its session's."""
 
     money: Budget | None = None
     tokens: Budget | None = None
@@ -81,7 +83,7 @@ class Brake:
     @classmethod
     def of(cls, max_cost: Any, max_total_tokens: int | None) -> Brake:
         """Raises:
-        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
+        InvalidOptionError: `max_cost` is no amount, or `max_total_tokens` no whole number.
         """
         return cls(
             None if max_cost is None else Budget(parse_cap(max_cost), name="The query's max_cost"),
@@ -98,7 +100,7 @@ NO_BRAKE = Brake()
 
 
 class Caps:
-    """The caps of one run, of money and of tokens. A row is admitted only if each covers its worst case."""
+    """The caps of one run, on money and on tokens. A row is admitted only if each cap covers its worst case."""
 
     def __init__(
         self, prices: Prices, money: Budget | None = None, tokens: Budget | None = None, brake: Brake = NO_BRAKE
@@ -126,7 +128,7 @@ class Caps:
             budget.settle(unit(worst), unit(actual))
 
     def refusal(self, worst: Usage) -> str | None:
-        """Why no return of what is reserved can make room for the row; None while one can."""
+        """Why the row can never be admitted; None while returned money or tokens could still make room for it."""
         for budget, unit in self.budgets:
             if budget.hopeless(unit(worst)):
                 left = budget.limit - budget.spent
@@ -146,7 +148,7 @@ def parse_token_cap(value: object) -> Decimal:
     """`max_total_tokens` as a Decimal.
 
     Raises:
-        InvalidOptionError: not a whole number, or below zero.
+        InvalidOptionError: The value is not a whole number, or is below zero.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise InvalidOptionError(f"max_total_tokens = {value!r} must be a whole number, at least 0.")
@@ -157,7 +159,7 @@ def parse_cap(value: object) -> Decimal:
     """`max_cost` as a Decimal.
 
     Raises:
-        InvalidOptionError: not a number, not finite, below zero or above `LARGEST_CAP`.
+        InvalidOptionError: The value is not a number, not finite, below zero or above `LARGEST_CAP`.
     """
     try:
         cap = Decimal(str(value))

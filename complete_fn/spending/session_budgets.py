@@ -1,4 +1,4 @@
-"""The caps of a session, less what earlier attempts of its unfinished jobs have spent of them."""
+"""A session's caps count what earlier attempts of its unfinished jobs have already spent."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from complete_fn.store.store import Store
 
 
 class SessionBudgets:
-    """Safe to use from several threads.
+    """The caps of one session. Safe to use from several threads.
 
     Attributes:
-        money, tokens: None where there is no cap.
+        money, tokens: the caps; None for no cap.
     """
 
     def __init__(self, max_cost: Any, max_total_tokens: int | None) -> None:
         """Raises:
-        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
+        InvalidOptionError: `max_cost` is no amount, or `max_total_tokens` no whole number.
         """
         self.money = None if max_cost is None else Budget(parse_cap(max_cost))
         self.tokens: Budget | None = None
@@ -34,7 +34,7 @@ class SessionBudgets:
         """(cap on money, cap on tokens) of a run.
 
         Raises:
-            InvalidOptionError: the model is priced in another currency than the first one was.
+            InvalidOptionError: The model is priced in another currency than the session's first model.
         """
         if self.money is not None:
             self.money.count_in(model)
@@ -51,7 +51,7 @@ class SessionBudgets:
         return not counted
 
     def after_fork(self) -> None:
-        """A forked child may have been born while another thread held a lock, which nobody would release there."""
+        """Give a forked child new locks: a lock that another thread held during the fork is never released there."""
         self.lock = threading.Lock()
         for budget in (self.money, self.tokens):
             if budget is not None:

@@ -1,7 +1,7 @@
-"""Budgets that processes share: what is spent and reserved stands in the store, so a cap holds for all of them.
+"""Processes share a budget through the store, which has its spent and reserved money: a cap holds for all of them.
 
-A run draws money in pieces that cover some rows ahead, and commits what it spent together with its slices. What it had
-drawn and not spent comes back when its attempt ends, or is found dead.
+A run draws money in pieces that cover some rows ahead, and commits spent money together with its slices. Money that it
+drew and did not spend is returned when its attempt ends, or is found dead.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from complete_fn.store.store import Store
 from complete_fn.store.tables import attempts, budgets, ledger, summed
 from complete_fn.store.transactions import retried, upsert
 
-AHEAD = 32  # rows that one draw covers, as long as there is enough
-ROUNDING = 2  # 1e-9 a row: the lines of a slice are rounded apart from its rows
-LOOK_SECONDS = 0.2  # how long a refusal and what is left are believed
+AHEAD = 32  # rows that one draw covers if enough money is left, so that not every row writes to the store
+ROUNDING = 2  # in 1e-9 per row, because the lines of a slice are rounded separately from its rows
+LOOK_SECONDS = 0.2  # how long a refusal, and the money left, are trusted before the store is read again
 
 
 @dataclass(frozen=True, slots=True)
 class Cap:
-    """A bound of a tenant's spending. `name` is its key in the store, `label` what a refused row is told."""
+    """A bound on a tenant's spending. `name` is its key in the store, `label` its name in a refused row's error."""
 
     name: str
     limit_nano: int
@@ -47,10 +47,10 @@ def job_cap(job: str, limit_nano: int) -> Cap:
 
 
 class SharedBudget(Budget):
-    """Caps that must all cover a row; each run takes its own purse from them.
+    """Caps that must all cover a row. Each run has its own `Purse`.
 
     Raises:
-        StoreError: the store cannot be read.
+        StoreError: The store cannot be read.
     """
 
     def __init__(self, store: Store, tenant: str, caps: Sequence[Cap]) -> None:
@@ -77,13 +77,13 @@ class SharedBudget(Budget):
 
 
 class Purse(Budget):
-    """What one attempt has drawn. Safe to use from several threads."""
+    """The money that one attempt has drawn. Safe to use from several threads."""
 
     def __init__(self, shared: SharedBudget, attempt: Attempt) -> None:
         self.shared, self.attempt = shared, attempt
         attempt.budgets = tuple(c.name for c in shared.caps)
         self.lock = threading.Lock()
-        self.pocket = 0  # drawn, and neither reserved for a row nor spent; 1e-9 of the currency
+        self.pocket = 0  # money drawn, but neither reserved for a row nor spent; in 1e-9 of the currency
         self.drawn = False
         self.refused_at, self.refused = -LOOK_SECONDS, 0
         self.seen_at, self.left = -LOOK_SECONDS, (0, 0, "")
@@ -99,7 +99,7 @@ class Purse(Budget):
             return True
 
     def draw(self, wanted: int) -> int:
-        """Money for some rows ahead, for this one alone if there is no more, or 0."""
+        """Draw money for some rows ahead, or else for this row alone. Returns the amount, or 0 if neither is left."""
         now = time.monotonic()
         if now - self.refused_at < LOOK_SECONDS and wanted >= self.refused:
             return 0
@@ -116,18 +116,18 @@ class Purse(Budget):
             self.refused_at = -LOOK_SECONDS
 
     def release(self) -> None:
-        """Give all back that was not spent; others may be waiting for it."""
+        """Return all money that was not spent, because other runs may be waiting for it."""
         with self.lock:
             if self.drawn:
                 self.shared.store.put_back(self.attempt)
                 self.pocket, self.drawn = 0, False
 
     def hopeless(self, worst: Decimal) -> bool:
-        """Not even what the others have reserved, if all of it came back, would do."""
+        """Whether the row can never fit, even if all money that other runs have reserved came back."""
         return self.tightest()[0] - self.tightest()[1] < nano(worst)
 
     def tightest(self) -> tuple[int, int, str]:
-        """(limit, spent, label) of the cap with the least left."""
+        """(limit, spent, label) of the cap with the least money left."""
         if time.monotonic() - self.seen_at > LOOK_SECONDS:
             rows = self.shared.store.budgets_of(self.attempt)
             labels = {c.name: c.label for c in self.shared.caps}
@@ -149,7 +149,7 @@ class Purse(Budget):
 
 
 def spent_before(tenant: str, cap: Cap) -> sa.Select[Any]:
-    """What the ledger says was spent of a cap that is new in the store."""
+    """The money that, by the ledger, was already spent under a cap that is new in the store."""
     total = sa.select(summed(ledger.c.cost_nano)).where(ledger.c.tenant == tenant)
     kind, _, name = cap.name.partition(":")
     if kind == "day":

@@ -1,4 +1,4 @@
-"""How many tokens a row's prompt can have at most, for a budget that is never passed."""
+"""`PromptBound` bounds the tokens of a row's prompt, so that a budget is never passed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from complete_fn.types import Usage
 
 
 class PromptBound:
-    """The most tokens that a row's prompt can have: its bytes, as a token has at least one, and the template's.
+    """The most tokens that a row's prompt can have: its bytes, as a token has at least one, plus the chat template's.
 
-    The template of a local tokenizer is counted. An endpoint's is not known: its tokens are at most those of the
-    shortest whole prompt seen. Until one is seen 1,024 are assumed, and rows are sent one at a time.
+    The template's tokens are counted if the tokenizer is on this machine. An endpoint's template is not known: it has
+    at most the tokens of the shortest whole prompt seen. Until a prompt is seen, 1,024 are assumed, and rows are sent
+    one at a time.
     """
 
     UNSEEN, MARGIN = 1024, 8
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.limit = None if model.engine == "http" else model.max_model_len  # an endpoint may have another
+        self.limit = None if model.engine == "http" else model.max_model_len  # an endpoint's limit may differ
 
     @cached_property
     def template(self) -> int | None:
-        """Tokens of the template, None while they are not known. Counted only where a budget asks."""
+        """Tokens of the template; None while they are not known. They are counted only if a budget needs them."""
         return template_tokens(self.model) if self.model.engine == "embedded" else None
 
     @property
@@ -33,7 +34,7 @@ class PromptBound:
         return self.template is not None
 
     def of(self, text: str) -> int:
-        """Tokens at most, for a prompt as it is planned."""
+        """The most tokens of a planned prompt."""
         prompt = unpack(text)
         turns = 1 if isinstance(prompt, str) else max(1, len(prompt))
         template = self.UNSEEN if self.template is None else self.template + self.MARGIN

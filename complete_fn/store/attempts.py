@@ -1,4 +1,4 @@
-"""Attempts: one for each run that writes answers, so that a run that died is told."""
+"""An attempt stands for each run that writes answers, so that a run that died is noticed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from complete_fn.types import Completion
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """An answer to be written. `job` set: only that job may read it again (not greedy, an error, or cache off)."""
+    """An answer to be written. If `job` is set, only that job may read it (not greedy, an error, or cache off)."""
 
     key: bytes
     completion: Completion
@@ -22,7 +22,7 @@ class StoredAnswer:
 
 @dataclass(slots=True)
 class Attempt:
-    """One execution of run(): who asked, for which model and job. `step` counts its changes in the store."""
+    """One execution of run(), with its caller, model and job. `step` counts the attempt's changes in the store."""
 
     id: int
     tenant: str

@@ -1,4 +1,4 @@
-"""Store backends: the table of databases that a store can be in, and what each of them must offer."""
+"""`BACKENDS` lists the databases that can hold a store. `StoreBackend` is the protocol that each implements."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ URLS = "It must be the path of a file or postgresql://USER:PASSWORD@HOST:PORT/DA
 
 
 class StoreBackend(Protocol):
-    """`place` is its name for people: without a password."""
+    """A database that holds a store. `place` names it in messages, without a password."""
 
     place: str
     engine: sa.Engine
 
     @property
     def writing(self) -> AbstractContextManager[Any]:
-        """Held while this process writes."""
+        """A lock that this process holds while it writes."""
         ...
 
     def fault(self, error: Exception) -> StoreError: ...
 
     def lock_schema(self, connection: sa.Connection) -> None:
-        """Until the transaction ends, no other process changes the schema."""
+        """Keep other processes from changing the schema until the transaction ends."""
         ...
 
     def used_bytes(self, connection: sa.Connection) -> int: ...
 
     def give_back(self, connection: sa.Connection) -> bool:
-        """Return some of the empty space to the file system; whether there may be more."""
+        """Return some of the empty space to the file system. Returns whether there may be more."""
         ...
 
     def after_fork(self) -> None: ...
 
 
-# By the backend's name in a database URL; each is called as backend(url: sqlalchemy.URL) -> StoreBackend.
+# By the name in a database URL. Each entry is called as backend(url: sqlalchemy.URL) -> StoreBackend.
 BACKENDS: Table[str] = Table("store backend")
 BACKENDS.add("sqlite", "complete_fn.store.sqlite_backend:open_sqlite")
 BACKENDS.add("postgresql", "complete_fn.store.postgres_backend:PostgresBackend")
@@ -50,7 +50,7 @@ BACKENDS.add("postgres", "complete_fn.store.postgres_backend:PostgresBackend")
 
 def open_database(url_or_path: str | Path) -> StoreBackend:
     """Raises:
-    StoreError: it names neither a file nor a database that is supported.
+    StoreError: The text names neither a file nor a supported database.
     """
     if isinstance(url_or_path, Path) or "://" not in url_or_path:
         url = sa.URL.create("sqlite", database=str(url_or_path))
@@ -70,7 +70,7 @@ def open_database(url_or_path: str | Path) -> StoreBackend:
 
 
 def masked(url: sa.URL) -> str:
-    """The URL without its password, also where it is given as a parameter."""
+    """The URL without its password, even if the password is a query parameter."""
     secret = {name: "..." for name in url.query if "pass" in name.lower()}
     return url.update_query_dict(secret).render_as_string(hide_password=True)
 

@@ -1,4 +1,4 @@
-"""Budget holds: attempts draw from a shared budget, spend with their slices, return the rest. Inside transactions."""
+"""An attempt holds money of shared budgets: it draws, spends with its slices, returns the rest. Inside transactions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Refused(Exception):
-    """A budget has not so much left; the transaction is rolled back."""
+    """A budget has less left than the attempt asks for. The transaction is rolled back."""
 
 
 def draw(connection: sa.Connection, attempt: Attempt, nano: int) -> None:
-    """Reserve `nano` of each budget. In one order of names, so that no two draws deadlock."""
+    """Reserve `nano` of each budget, in the order of their names, so that no two draws deadlock."""
     for name in sorted(attempt.budgets):
         mine = (budgets.c.tenant == attempt.tenant) & (budgets.c.name == name)
         fits = budgets.c.spent_nano + budgets.c.reserved_nano + nano <= budgets.c.limit_nano
@@ -32,7 +32,7 @@ def draw(connection: sa.Connection, attempt: Attempt, nano: int) -> None:
 
 
 def charge(connection: sa.Connection, attempt: Attempt, nano: int, at: float) -> None:
-    """Spend what was reserved. A day that the attempt has not drawn from counts what it spends all the same."""
+    """Turn reserved money into spent money. Today's budget counts it even if the attempt did not draw from it."""
     today = f"day:{datetime.fromtimestamp(at, UTC).date()}"
     unbound = () if any(name.startswith("day:") for name in attempt.budgets) else (today,)
     for name in sorted((*attempt.budgets, *unbound)) if nano else ():
@@ -45,7 +45,7 @@ def charge(connection: sa.Connection, attempt: Attempt, nano: int, at: float) ->
 
 
 def release(connection: sa.Connection, attempt: Attempt) -> None:
-    """What the attempt has reserved comes back."""
+    """Return to the budgets the money that the attempt has reserved."""
     held = sa.select(reservations.c.name, reservations.c.nano).where(reservations.c.attempt == attempt.id)
     for name, nano in sorted(connection.execute(held)):
         mine = (budgets.c.tenant == attempt.tenant) & (budgets.c.name == name)

@@ -1,8 +1,7 @@
-"""Claims: an answer that several runs ask for at the same time is computed by one of them. Inside transactions.
+"""If several runs ask for one answer at the same time, claims let only one run compute it. Inside transactions.
 
-An attempt claims keys as it hands their prompts to the engine, and lets them go with the slice that holds their
-answers, or at its end. So it never waits while it holds a claim that it is not working on, and no two runs can wait
-for each other.
+An attempt claims keys when it hands their prompts to the engine. It releases them with the slice that holds their
+answers, or at its end. So an attempt computes every prompt that it has claimed, and no two runs wait for each other.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ if TYPE_CHECKING:
 
 
 def claim(connection: sa.Connection, attempt: Attempt, keys: Sequence[bytes]) -> set[bytes]:
-    """Those of the keys that nobody has answered and nobody else is computing: they are the attempt's now."""
-    rows = [{"tenant": attempt.tenant, "key": key, "attempt": attempt.id} for key in sorted(keys)]  # no deadlock
+    """Claim the keys that have no answer and that no other attempt has claimed; returns these keys."""
+    # Sorted, so that no two claims deadlock.
+    rows = [{"tenant": attempt.tenant, "key": key, "attempt": attempt.id} for key in sorted(keys)]
     connection.execute(insert_into(connection, claims).on_conflict_do_nothing(), rows)
     of_mine = (claims.c.tenant == attempt.tenant) & claims.c.key.in_(keys) & (claims.c.attempt == attempt.id)
     mine = set(connection.execute(sa.select(claims.c.key).where(of_mine)).scalars())
-    # After the insert, which waited for the commits of others: what they answered can be seen.
+    # Read after the insert: the insert waits for other attempts' commits, so their answers are visible here.
     known = sa.select(answers.c.key).where(answers.c.tenant == attempt.tenant, answers.c.key.in_(mine))
     answered = set(connection.execute(known).scalars())
     let_go(connection, attempt, answered)
@@ -44,25 +44,25 @@ def let_all_go(connection: sa.Connection, attempt: Attempt) -> None:
 
 
 def claimed(connection: sa.Connection, tenant: str, keys: Sequence[bytes]) -> set[bytes]:
-    """Those of the keys that somebody is computing."""
+    """The keys among these that some attempt has claimed."""
     theirs = (claims.c.tenant == tenant) & claims.c.key.in_(keys)
     return set(connection.execute(sa.select(claims.c.key).where(theirs)).scalars())
 
 
 def silent_holders(since: float) -> sa.Select[Any]:
-    """The running attempts that hold claims and that nobody has heard of since then (seconds of the epoch)."""
+    """The running attempts that hold claims and have not reported since then (seconds of the epoch)."""
     running = (attempts.c.status == "running") & (attempts.c.seen_at < since)
     return sa.select(attempts).where(running, attempts.c.id.in_(sa.select(claims.c.attempt)))
 
 
 def drop_claims(connection: sa.Connection) -> None:
-    """Let go what attempts claimed that do not run."""
+    """Release the claims of attempts that do not run."""
     running = sa.select(attempts.c.id).where(attempts.c.status == "running")
     connection.execute(claims.delete().where(claims.c.attempt.not_in(running)))
 
 
 def still_held(connection: sa.Connection, part: int, fence: int) -> bool:
-    """Whether a job's part is leased by the claim of that fence; it stays so until the transaction's end."""
+    """Whether the claim with this fence still holds the part. A row lock keeps this true until the transaction ends."""
     c = parts.c
     held = sa.select(c.id).where(c.id == part, c.fence == fence, c.status == "running")
     return connection.execute(held.with_for_update(read=True)).first() is not None

@@ -1,7 +1,7 @@
 """A fork waits until no thread is in a transaction.
 
-SQLite keeps the locks of a process's connections in that process's memory. A child forked in the midst of another
-thread's transaction would have them for good, and wait for itself.
+SQLite keeps the locks of a process's connections in the process's memory. A child that is forked during another
+thread's transaction would inherit those locks for good, and would wait for itself.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import threading
 
-PATIENCE = 5.0  # seconds; a fork that waits longer goes ahead
+PATIENCE = 5.0  # seconds that a fork waits at most; then it goes ahead
 
 
 class ForkGate:
-    """Entered by every transaction, as a context; nests within a thread."""
+    """A context that every transaction enters. It nests within a thread."""
 
     def __init__(self) -> None:
         self.open()

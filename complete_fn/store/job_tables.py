@@ -1,4 +1,4 @@
-"""Tables of the service, in the store of the answers: API keys, tenants, files, jobs, parts, workers."""
+"""The service's tables lie in the store beside the answers: API keys, tenants, files, jobs, parts, workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, Large
 
 from complete_fn.store.tables import Number, Words, metadata
 
-# A key is shown once, when it is made; what is kept is the SHA-256 of its secret half, which has 256 random bits.
+# An API key is shown once, when it is made. The table has only the SHA-256 of its secret half of 256 random bits.
 api_keys = Table(
     "api_keys",
     metadata,
@@ -20,8 +20,8 @@ api_keys = Table(
     Column("tokens_per_minute", BigInteger),
 )
 
-# `weight`: its share of the workers beside other tenants' (default 1). `daily_nano`: what it may spend in a UTC day, in
-# 1e-9 of the currency; NULL sets no bound.
+# `weight`: the tenant's share of the workers relative to other tenants (default 1). `daily_nano`: the most money of a
+# UTC day, in 1e-9 of the currency; NULL sets no bound.
 tenants = Table(
     "tenants",
     metadata,
@@ -31,7 +31,7 @@ tenants = Table(
     Column("tokens_per_minute", BigInteger),
 )
 
-# What was used of the tokens a minute of a `tenant` or a `key` (`kind`), at `at`; it drains.
+# Tokens that a `tenant` or a `key` (`kind`) has used of its tokens per minute, at time `at`; the number drains.
 token_buckets = Table(
     "token_buckets",
     metadata,
@@ -41,7 +41,7 @@ token_buckets = Table(
     Column("at", Float, nullable=False),
 )
 
-# What was uploaded, and what batches left to be fetched. The bytes are in the service's storage, under the id.
+# Uploaded files, and result files of batches. Their bytes are in the service's storage, under the id.
 files = Table(
     "files",
     metadata,
@@ -56,7 +56,7 @@ files = Table(
     Index("files_expiry", "expires_at"),
 )
 
-# Databases that a tenant's jobs may use. `url_env` names the variable of the service's environment that has the URL.
+# Databases that a tenant's jobs may use. `url_env` names the environment variable of the service that has the URL.
 connections = Table(
     "connections",
     metadata,
@@ -67,8 +67,8 @@ connections = Table(
     Column("created_at", Float, nullable=False),
 )
 
-# Results of jobs on their way to where they were asked to be written: `waiting`, `writing`, `written` or `failed`.
-# `fence` goes up with every claim, as that of a part.
+# Results of jobs on their way to the job's sink. `status`: waiting, writing, written or failed. `fence` grows with
+# every claim, like a part's fence.
 deliveries = Table(
     "deliveries",
     metadata,
@@ -112,8 +112,8 @@ jobs = Table(
     Index("jobs_status", "status"),
 )
 
-# `fence` goes up with every claim: a commit names the one it holds, so that a worker whose lease ran out commits
-# nothing. `claimed_at` and `tokens` tell which tenant was served how much.
+# `fence` grows with every claim. A commit names its claim's fence, so that a worker whose lease was taken over can
+# commit nothing. `claimed_at` and `tokens` tell how much each tenant was served.
 parts = Table(
     "parts",
     metadata,
@@ -141,7 +141,7 @@ parts = Table(
     Index("parts_served", "tenant", "claimed_at"),
 )
 
-# Heartbeats of worker processes; `models` is JSON, see `worker_store.ModelState`. `busy_at`: when it last had work.
+# Heartbeats of worker processes. `models`: JSON, see `worker_store.ModelState`. `busy_at`: when it last had work.
 workers = Table(
     "workers",
     metadata,
@@ -157,7 +157,7 @@ workers = Table(
     Column("models", Words(), nullable=False),
 )
 
-# How fast a worker answers a model, as last measured; it outlives the workers, for estimates.
+# How fast a worker answers a model, as last measured. The rows outlive the workers, because estimates need them.
 paces = Table(
     "paces",
     metadata,
@@ -167,8 +167,8 @@ paces = Table(
     Column("at", Float, nullable=False),
 )
 
-# Batches of warehouses by the name that they give them. `asked` is the request, which goes once there is a `reply`;
-# `holder` is the process that runs it. `digest` is of the request's body, `error` why it has no reply.
+# Batches of warehouses, by the warehouse's own name for the batch. `asked`: the request, deleted once there is a
+# `reply`. `holder`: the process that runs the batch. `digest`: of the request's body. `error`: why there is no reply.
 call_outs = Table(
     "call_outs",
     metadata,

@@ -1,4 +1,4 @@
-"""A store in a PostgreSQL database: for a service of many processes."""
+"""A PostgreSQL database holds the store of a service with many processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PostgresBackend:
         try:
             self.engine = sa.create_engine(
                 url.set(drivername="postgresql+psycopg"),
-                pool_pre_ping=True,  # a restarted server is noticed before the transaction, not in it
+                pool_pre_ping=True,  # notices a restarted server before the transaction begins, not within it
                 pool_size=8,
                 max_overflow=24,
                 connect_args={"connect_timeout": 10, "application_name": "complete-fn"},
@@ -32,7 +32,7 @@ class PostgresBackend:
 
         @sa.event.listens_for(self.engine, "connect")
         def connected(connection: Any, _: Any) -> None:
-            # A worker that is stopped in the middle of a transaction must not hold its locks for ever.
+            # 60 s: a worker that is suspended within a transaction must not hold its locks for ever.
             connection.execute("SET idle_in_transaction_session_timeout = 60000")
             connection.commit()
 
@@ -45,24 +45,24 @@ class PostgresBackend:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({0x636F6D70})")
 
     def used_bytes(self, connection: sa.Connection) -> int:
-        """Bytes of the stored answers; what PostgreSQL keeps for later use is not counted."""
+        """Bytes of the stored answers, without the space that PostgreSQL keeps for later use."""
         return int(connection.exec_driver_sql("SELECT coalesce(sum(bytes), 0) FROM answers").scalar_one())
 
     def give_back(self, connection: sa.Connection) -> bool:
-        """Autovacuum does it."""
+        """Nothing to do: autovacuum returns the space."""
         return False
 
     def after_fork(self) -> None:
         self.engine.dispose(close=False)
 
 
-# PostgreSQL: serialization failure, deadlock; the server goes down, has crashed, starts; too many connections; a
-# session ended by its time limit. Class 08: the connection broke.
+# In this order: serialization failure, deadlock, the server shuts down, it crashed, it starts, too many connections,
+# the session's time limit. `transient` adds class 08: the connection broke.
 TRANSIENT = ("40001", "40P01", "57P01", "57P02", "57P03", "53300", "25P03")
 
 
 def transient(error: Exception) -> bool:
-    """Whether the same transaction may well succeed when it is made again."""
+    """Whether the same transaction may succeed if it is repeated."""
     if not isinstance(error, DBAPIError):
         return False
     state = getattr(error.orig, "sqlstate", None)

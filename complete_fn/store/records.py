@@ -1,4 +1,4 @@
-"""Rows of the store's tables, from and to the types of the core."""
+"""The core's types become rows of the store's tables, and rows become the core's types."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from typing import Any
 from complete_fn.store.attempts import Attempt, StoredAnswer
 from complete_fn.types import Completion, RowError, Usage
 
-OF_ENGINE = ("idle", "aborted")  # price classes of an engine's own device time
+OF_ENGINE = ("idle", "aborted")  # price classes of device time that belongs to no row
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerLine:
-    """`cost_nano` is billed, `saved_nano` is what a free line would have cost; both in 1e-9 of the currency.
+    """One line of the ledger.
 
-    `device_us`: microseconds of the engine's devices, of all tokens of a slice, on its `input` line. `saved_us`: those
-    that a free line spared. `engine`: which one, HOST/PID, where it meters its devices.
+    Attributes:
+        cost_nano: the billed cost, in 1e-9 of the currency.
+        saved_nano: what the tokens of a free line would have cost, in 1e-9 of the currency.
+        device_us: device time of all tokens of a slice, in microseconds, on the slice's `input` line.
+        saved_us: device time that a free line saved, in microseconds.
+        engine: HOST/PID of an engine that meters its devices.
     """
 
     price_class: str
@@ -59,7 +63,7 @@ def answer_row(attempt: Attempt, stored: StoredAnswer, now: float) -> dict[str, 
 
 
 def ledger_row(attempt: Attempt, line: LedgerLine, at: float) -> dict[str, Any]:
-    of_engine = line.price_class in OF_ENGINE  # nobody's: whichever attempt happened to hear of it
+    of_engine = line.price_class in OF_ENGINE  # belongs to no attempt; this one only happened to be told the time
     return {
         "at": at,
         "tenant": "-" if of_engine else attempt.tenant,
@@ -82,7 +86,7 @@ def ledger_row(attempt: Attempt, line: LedgerLine, at: float) -> dict[str, Any]:
 
 
 def job_of(name: str | None) -> str | None:
-    """The job of a part, which is named JOB/NUMBER."""
+    """The job of a part with the name JOB/NUMBER; any other name stays as it is."""
     job, _, number = (name or "").rpartition("/")
     return job if job and number.isdigit() else name
 

@@ -1,4 +1,4 @@
-"""The schema a store is opened with: made or brought up to date by the migrations in the wheel, never downgraded."""
+"""Opening a store creates its schema or upgrades it, by the migrations in the wheel. A schema is never downgraded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from complete_fn.store.backends import StoreBackend
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0001"  # the newest of migrations/versions: where a store has it, Alembic is not even imported
+HEAD = "0001"  # the newest version in migrations/versions; a store that has it needs no import of Alembic
 NEWER = (
     "The store {place} has schema {found}, and this complete-fn knows only up to {head}. "
     "Update complete-fn, or name another store."
@@ -27,17 +27,17 @@ def is_current(connection: sa.Connection) -> bool:
 
 
 def version_of(connection: sa.Connection) -> str | None:
-    """The store's schema; None if it has none yet."""
+    """The version of the store's schema; None if it has no schema yet."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
 
 def migrate(connection: sa.Connection, database: StoreBackend) -> None:
-    """Bring the schema to HEAD in the transaction that `connection` is in; one process at a time.
+    """Bring the schema to HEAD within the connection's transaction. A lock admits one process at a time.
 
     Raises:
-        StoreError: the store is newer than this code, or older than the first release.
+        StoreError: The store's schema is newer than this code, or older than the first release.
     """
     database.lock_schema(connection)
     found = version_of(connection)

@@ -1,4 +1,4 @@
-"""A store in one SQLite file: for one machine, one writer at a time."""
+"""One SQLite file holds the store of one machine, with one writer at a time."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ REMEDIES = {
     "malformed": BROKEN,
     "not a database": BROKEN,
 }
-PAGES = 4_096  # of SQLite, given back to the file system in one transaction
+PAGES = 4_096  # SQLite pages returned to the file system in one transaction, so that other writers do not wait long
 
 
 class SqliteBackend:
-    """One file with mode 0600, write-ahead log, one writer at a time."""
+    """One file with mode 0600 and a write-ahead log."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.place = path, str(path)
-        self.writing = threading.Lock()  # our threads take turns at once; SQLite's busy wait sleeps up to 100 ms
+        self.writing = threading.Lock()  # wakes our next thread at once; SQLite's own busy wait sleeps up to 100 ms
         refuse_network(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -56,7 +56,7 @@ class SqliteBackend:
         """Nothing to do: SQLite's BEGIN IMMEDIATE already holds the write lock."""
 
     def used_bytes(self, connection: sa.Connection) -> int:
-        """Bytes of the file that hold something."""
+        """Bytes of the file's pages that are in use."""
         pages, empty, size = (
             connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("page_count", "freelist_count", "page_size")
@@ -73,13 +73,13 @@ class SqliteBackend:
         return bool(connection.exec_driver_sql("PRAGMA freelist_count").scalar_one() < before)
 
     def after_fork(self) -> None:
-        """A forked child opens connections of its own: SQLite's must not be shared."""
+        """Make a forked child open its own connections: processes must not share SQLite's."""
         self.writing = threading.Lock()
         self.engine.dispose(close=False)
 
 
 def make_private(path: Path) -> None:
-    """The file with mode 0600 before SQLite writes to it; its -wal and -shm take their mode from it."""
+    """Create the file with mode 0600 before SQLite writes to it. Its -wal and -shm files inherit the mode."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
         with suppress(FileNotFoundError):
@@ -93,8 +93,8 @@ def sqlite_engine(path: Path) -> sa.Engine:
 
     @sa.event.listens_for(engine, "connect")
     def connected(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # BEGIN is ours, so that a writer can take the lock at once
-        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # takes effect in a new file only
+        connection.isolation_level = None  # we issue BEGIN ourselves, so that a writer can take the lock at once
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # has an effect only in a new file
         use_wal(connection)
         connection.execute("PRAGMA synchronous=NORMAL")
 
@@ -106,7 +106,7 @@ def sqlite_engine(path: Path) -> sa.Engine:
 
 
 def use_wal(connection: Any) -> None:
-    """Switch to the write-ahead log. SQLite does not wait for a lock here, so two first openers need us to."""
+    """Switch to the write-ahead log. SQLite does not wait for this lock, so we wait, as two processes may be first."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -119,7 +119,9 @@ def use_wal(connection: Any) -> None:
 
 
 def refuse_network(path: Path, mounts: str | None = None) -> None:
-    """Args: mounts as in `disk.filesystem_of`."""
+    """Raises:
+    StoreError: The file is on a network file system. `mounts` as in `host.filesystem_of`.
+    """
     kind = filesystem_of(path, mounts)
     if kind in NETWORK:
         raise StoreError(f"{path} is on a network file system ({kind}), where SQLite's locks do not hold. {REMEDY}")

@@ -1,7 +1,7 @@
-"""Answers, ledger and attempts, in SQLite or PostgreSQL. A slice is committed in one transaction or it never happened.
+"""`Store` keeps answers, ledger and attempts, in SQLite or PostgreSQL. One transaction commits a slice, or nothing.
 
-A database can go away while it answers a COMMIT. So what changes the state is made to be repeated: a change of an
-attempt has a number, and the repeat finds that number in the store and does nothing.
+A database can go away while it answers a COMMIT, so every change can be repeated safely. Each change of an attempt has
+a number. A repeated change finds its number in the store and does nothing.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from complete_fn.store.tables import answers, attempts, budgets, ledger, summed
 from complete_fn.store.transactions import retried, upsert
 from complete_fn.types import Asker, Completion
 
-LOOK_UP = 500  # keys of one IN list; SQLite's oldest limit is 999
-SEEN_SECONDS = 20.0  # how often a running attempt says that it lives
-SILENT_SECONDS = 180.0  # after so long a silence an attempt of another machine is lost
+LOOK_UP = 500  # keys in one IN list; old SQLite versions take at most 999 parameters
+SEEN_SECONDS = 20.0  # how often a running attempt reports that it lives
+SILENT_SECONDS = 180.0  # an attempt of another machine that is silent for so long counts as lost
 
 
 STORES: weakref.WeakSet[Store] = weakref.WeakSet()
@@ -49,9 +49,9 @@ class Store:
         url_or_path: a SQLite file, or postgresql://USER:PASSWORD@HOST:PORT/DATABASE.
 
     Raises:
-        StoreError: it cannot be used (read-only, corrupt, full disk, network file system, a newer version's).
-        StoreBusyError: another process holds the SQLite file longer than 30 s.
-        StoreLostError: the database does not answer.
+        StoreError: The store is read-only, corrupt, on a full disk or a network file system, or of a newer version.
+        StoreBusyError: Another process holds the SQLite file for longer than 30 s.
+        StoreLostError: The database does not answer.
     """
 
     def __init__(self, url_or_path: str | Path) -> None:
@@ -70,12 +70,16 @@ class Store:
 
     @property
     def place(self) -> str:
-        """Where it is, for people: a path, or a URL without its password."""
+        """The store's name in messages: a path, or a URL without its password."""
         return self.database.place
 
     @property
     def path(self) -> Path:
-        """Of the SQLite file."""
+        """The path of the SQLite file.
+
+        Raises:
+            StoreError: The store is in PostgreSQL.
+        """
         if not isinstance(self.database, SqliteBackend):
             raise StoreError(f"The store {self.place} is no file.")
         return self.database.path
@@ -118,7 +122,7 @@ class Store:
 
     @retried
     def look_up(self, tenant: str, keys: list[bytes], since: float = 0.0) -> dict[bytes, tuple[Completion, int]]:
-        """(answer, attempt that made it) of the keys that have one made at or after `since` (seconds of the epoch)."""
+        """(answer, its attempt) for each key that has an answer made at or after `since` (seconds of the epoch)."""
         found: dict[bytes, tuple[Completion, int]] = {}
         with self.read() as connection:
             for low in range(0, len(keys), LOOK_UP):
@@ -141,7 +145,7 @@ class Store:
 
     @retried
     def unfinished(self, tenant: str, job: str) -> tuple[set[int], float | None]:
-        """(attempts of a job that has not ended, when the first of them began or None)."""
+        """(attempts of a job that has not ended, start of the first of them or None)."""
         of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job) & (attempts.c.status != "ended")
         with self.read() as connection:
             rows = connection.execute(sa.select(attempts.c.id, attempts.c.began).where(of_job)).all()
@@ -149,7 +153,7 @@ class Store:
 
     @retried
     def spent(self, tenant: str, job: str) -> Decimal:
-        """Money billed to the attempts of a job that has not ended."""
+        """The money billed to the attempts of a job that has not ended."""
         mine, _ = self.unfinished(tenant, job)
         total = sa.select(summed(ledger.c.cost_nano)).where(ledger.c.attempt.in_(mine))
         with self.read() as connection:
@@ -157,7 +161,7 @@ class Store:
 
     @retried
     def end_job(self, tenant: str, job: str) -> None:
-        """The job's results are safe: the answers that were kept only for its resume go."""
+        """End a job whose results are safe: delete the answers that were kept only for its resume."""
         mine = (attempts.c.tenant == tenant) & (attempts.c.job == job) & (attempts.c.status != "running")
         with self.write() as connection:
             connection.execute(answers.delete().where(answers.c.tenant == tenant, answers.c.job == job))
@@ -167,10 +171,10 @@ class Store:
 
     def begin(self, who: Asker, model: str, currency: str, basis: str) -> Attempt:
         """Raises:
-        StoreError: it is of a job's part that was given to somebody else.
+        StoreError: The attempt is for a job's part, and the part's lease now belongs to another worker.
         """
         self.sweep()
-        name = (time.time_ns() // 1000 << 10) + secrets.randbelow(1 << 10)  # ours, so that a repeat is seen
+        name = (time.time_ns() // 1000 << 10) + secrets.randbelow(1 << 10)  # our own id shows whether an insert repeats
         job, tag = who.job, who.query_tag
         attempt = Attempt(name, who.tenant, who.user, model, job, tag, currency, basis)
         self.insert_attempt(attempt, who.claim)
@@ -190,7 +194,7 @@ class Store:
 
     @retried
     def claim(self, attempt: Attempt, keys: list[bytes]) -> set[bytes]:
-        """The keys that this attempt is to compute; the others have answers, or another attempt is at them."""
+        """Claim keys. Returns those that this attempt must compute; others have answers or another attempt's claim."""
         with self.write() as connection:
             return claim(connection, attempt, keys)
 
@@ -202,8 +206,10 @@ class Store:
 
     @retried
     def drop_claims(self) -> None:
-        """End the claims of attempts that are over, were killed, or say nothing: of a suspended process, say. The last
-        are lost with them, as others compute now what they held."""
+        """End the claims of attempts that are over, were killed, or are silent, for example in a suspended process.
+
+        Silent attempts are closed as lost, because other attempts now compute the keys that they held.
+        """
         self.sweep()
         with self.write() as connection:
             for row in connection.execute(silent_holders(time.time() - SILENT_SECONDS)).mappings().all():
@@ -211,7 +217,7 @@ class Store:
             drop_claims(connection)
 
     def admit(self, attempt: Attempt, rows: int, tokens: int) -> None:
-        """Note work that is about to be handed to the engine, so that a killed attempt's loss can be told."""
+        """Note work that the engine is about to get, so that the ledger can tell what a killed attempt lost."""
         self.change(attempt, rows, tokens)
 
     def commit(
@@ -223,13 +229,13 @@ class Store:
         tokens: int,
         claims: Set[bytes] = frozenset(),
     ) -> None:
-        """One slice: its answers, its ledger lines, and `claims` and the reservation of `rows` and `tokens` given back.
+        """Write one slice: its answers and ledger lines. Release `claims` and the reservation of `rows` and `tokens`.
 
         Raises:
-            StoreError: the slice cannot be written, or the attempt was given up as lost.
+            StoreError: The slice cannot be written, or the attempt was given up as lost.
         """
         now = time.time()
-        values = [answer_row(attempt, s, now) for s in sorted(done, key=lambda s: s.key)]  # one order: no deadlock
+        values = [answer_row(attempt, s, now) for s in sorted(done, key=lambda s: s.key)]  # sorted against deadlocks
 
         def write(connection: sa.Connection) -> None:
             if values:
@@ -241,13 +247,13 @@ class Store:
         self.change(attempt, -rows, -tokens, write)
 
     def touch(self, attempt: Attempt) -> None:
-        """Say that the attempt lives."""
+        """Report that the attempt lives."""
         self.change(attempt, 0, 0)
 
     def change(
         self, attempt: Attempt, rows: int, tokens: int, write: Callable[[sa.Connection], None] | None = None
     ) -> None:
-        """One change of a running attempt: `rows` and `tokens` more are reserved, and what `write` does."""
+        """Make one numbered change of a running attempt: reserve `rows` and `tokens` more, and call `write`."""
         with attempt.turn:
             self.change_once(attempt, rows, tokens, write)
             attempt.step += 1
@@ -274,7 +280,7 @@ class Store:
 
     @retried
     def finish(self, attempt: Attempt, status: str) -> bool:
-        """Close a running attempt; what it had admitted and not committed is lost, and not billed."""
+        """Close a running attempt. Work that it admitted and did not commit is lost, and not billed."""
         with self.write() as connection:
             return self.close_attempt(connection, attempt, status)
 
@@ -295,7 +301,7 @@ class Store:
     # -- budgets -------------------------------------------------------------------------------------------------
 
     def draw(self, attempt: Attempt, nano: int) -> bool:
-        """Reserve so much of every budget of the attempt; False if one of them has not so much left."""
+        """Reserve so much of every budget of the attempt. Returns False if one of the budgets has less left."""
         try:
             self.change(attempt, 0, 0, lambda connection: draw(connection, attempt, nano))
         except Refused:
@@ -303,7 +309,7 @@ class Store:
         return True
 
     def put_back(self, attempt: Attempt) -> None:
-        """What the attempt has drawn and not spent; no row of it is under way."""
+        """Return the money that the attempt has drawn and not spent. No row of the attempt may be under way."""
         self.change(attempt, 0, 0, lambda connection: release(connection, attempt))
 
     @retried
@@ -316,7 +322,7 @@ class Store:
 
     @retried
     def note(self, model: str, currency: str, basis: str, lines: list[LedgerLine]) -> None:
-        """Lines of an engine, outside of any attempt."""
+        """Write ledger lines of an engine that belong to no attempt."""
         with self.write() as connection:
             self.write_lines(connection, Attempt(0, "-", "-", model, None, None, currency, basis), lines, time.time())
 
@@ -326,7 +332,7 @@ class Store:
 
     @retried
     def sweep(self) -> int:
-        """Close attempts whose process is gone or, on another machine, silent; returns how many."""
+        """Close attempts whose process is gone, or silent on another machine. Returns their number."""
         silent = attempts.c.seen_at < time.time() - SILENT_SECONDS
         running = sa.select(attempts).where(attempts.c.status == "running", (attempts.c.host == here()) | silent)
         with self.read() as connection:
@@ -335,7 +341,7 @@ class Store:
         return sum(self.finish(attempt, "lost") for attempt in dead)
 
     def lose(self, connection: sa.Connection, tenant: str, job: str) -> None:
-        """Close what still runs of a job that is given to somebody else: it commits nothing from here on."""
+        """Close a part's running attempts before another worker gets the part: they can commit nothing any more."""
         of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job) & (attempts.c.status == "running")
         for row in connection.execute(sa.select(attempts).where(of_job)).mappings().all():
             self.close_attempt(connection, attempt_of(row), "lost")

@@ -1,4 +1,4 @@
-"""Table definitions of the store. Money is kept in nano-units (1e-9 of the currency) as whole numbers."""
+"""The store's tables. Money is in nano-units (1e-9 of the currency), as whole numbers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from sqlalchemy import (
 )
 
 metadata = MetaData()
-Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only what it calls INTEGER
+Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows only in a column of type INTEGER
 NUL, ESCAPE = "\x00", "\x1a"
 
 
 class Words(TypeDecorator[str]):
-    """Text of any length. PostgreSQL takes no NUL: it is kept there behind an escape that no ordinary text has."""
+    """Text of any length. PostgreSQL takes no NUL, so there an escape that ordinary text lacks stands for it."""
 
     impl = String
     cache_ok = True
@@ -46,7 +46,7 @@ class Words(TypeDecorator[str]):
         return re.sub(f"{ESCAPE}([01])", lambda found: ESCAPE if found[1] == "1" else NUL, value)
 
 
-# Answers by (tenant, key). Rows with `job` set are kept for the resume of that job only and go when it has ended.
+# Answers by (tenant, key). Rows with a `job` are kept only for that job's resume, and deleted when the job ends.
 answers = Table(
     "answers",
     metadata,
@@ -72,13 +72,16 @@ answers = Table(
     Index("answers_age", "created_at"),
 )
 
-# One line per slice and price class. Billed: input, cached_input, output. Free, `saved_nano` being the list price and
-# `saved_us` the device time (microseconds) that they saved: duplicate, reused, resumed (rows with a known answer);
-# prefix_cache (cached tokens); swiftkv (prompt tokens' skipped layers, no list price). lost: what a stopped attempt had
-# admitted and not committed, estimated tokens.
-# Device time (`device_us`, microseconds times devices) is on `input`, for all tokens of its slice; idle and aborted are
-# an engine's own: not in a step, and steps for rows that were given up. They belong to no tenant, user or attempt
-# ("-", "-", 0), and per `engine` (HOST/PID) input + idle + aborted add up to what the engine metered.
+# One line per slice and price class. Price classes:
+# - Billed: input, cached_input, output.
+# - Free; `saved_nano` is the list price and `saved_us` the device time (microseconds) that the line saved: duplicate,
+#   reused, resumed (rows with a known answer), prefix_cache (cached tokens), swiftkv (layers that prompt tokens skip;
+#   no list price).
+# - lost: work that a stopped attempt admitted and did not commit, in estimated tokens.
+# - idle, aborted: an engine's device time outside of steps, and in steps for rows that were given up. These lines
+#   belong to no tenant, user or attempt ("-", "-", 0).
+# `device_us` (microseconds times devices) of all tokens of a slice is on its `input` line. For each `engine`
+# (HOST/PID), input + idle + aborted add up to the device time that the engine metered.
 ledger = Table(
     "ledger",
     metadata,
@@ -105,9 +108,9 @@ ledger = Table(
     Index("ledger_attempt", "attempt"),
 )
 
-# One row per execution of run(); reserved_* is the work admitted and not yet committed; `step` is the number of its
-# last change, `seen_at` when its process last said that it lives. `status`: running, then done,
-# cancelled, failed or lost (killed); ended once the job it belongs to has.
+# One row per execution of run(). `reserved_*`: work admitted and not yet committed. `step`: the number of the last
+# change. `seen_at`: when the process last reported that it lives. `status`: running, then done, cancelled, failed or
+# lost (killed); ended once its job has ended.
 attempts = Table(
     "attempts",
     metadata,
@@ -133,8 +136,8 @@ attempts = Table(
     Index("attempts_job", "job"),
 )
 
-# What a tenant may spend of a cap: `name` is "day:2026-01-31" (UTC) or "job:ID". Never more than `limit_nano` is spent
-# and reserved together; `reserved_nano` is the sum of the cap's reservations. Whole numbers of 1e-9 of the currency.
+# Caps on a tenant's spending, in 1e-9 of the currency. `name`: "day:2026-01-31" (UTC) or "job:ID". `spent_nano` and
+# `reserved_nano` together never exceed `limit_nano`; `reserved_nano` is the sum of the cap's reservations.
 budgets = Table(
     "budgets",
     metadata,
@@ -145,7 +148,7 @@ budgets = Table(
     Column("reserved_nano", BigInteger, nullable=False),
 )
 
-# What a running attempt has drawn of a cap and not yet spent.
+# Money that a running attempt has drawn from a cap and not yet spent.
 reservations = Table(
     "reservations",
     metadata,
@@ -154,7 +157,7 @@ reservations = Table(
     Column("nano", BigInteger, nullable=False),
 )
 
-# Reusable answers that a running attempt is computing, so that no other computes them meanwhile.
+# Reusable answers that a running attempt is computing, so that no other attempt computes them at the same time.
 claims = Table(
     "claims",
     metadata,
@@ -164,7 +167,8 @@ claims = Table(
     Index("claims_attempt", "attempt"),
 )
 
-# What runs took, for estimates: tokens, the squares of the answers' lengths summed, seconds without the engine's start.
+# Measurements of past runs, for estimates. `squares`: the sum of the squared lengths of answers. `seconds`: without
+# the engine's start.
 runs = Table(
     "runs",
     metadata,
@@ -189,7 +193,7 @@ runs = Table(
     Index("runs_model", "model"),
 )
 
-# When each kind of upkeep was last done.
+# The time of the last upkeep of each kind.
 upkeep = Table(
     "upkeep",
     metadata,
@@ -199,7 +203,7 @@ upkeep = Table(
 
 
 def summed(column: ColumnElement[Any]) -> ColumnElement[int]:
-    """The sum of an integer column, 0 of no rows: PostgreSQL's own type for it is NUMERIC, which comes as a Decimal."""
+    """The sum of an integer column, 0 without rows. The cast is for PostgreSQL, whose sums are NUMERIC, so Decimals."""
     return cast(func.coalesce(func.sum(column), 0), BigInteger)
 
 

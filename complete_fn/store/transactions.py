@@ -1,4 +1,4 @@
-"""Transactions that outlive a restart of the database."""
+"""Transactions are repeated after the database was away, for example during its restart."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from complete_fn.errors import StoreLostError
 
-AWAY_SECONDS = 90.0  # for so long a database may be away before what waits for it fails
+AWAY_SECONDS = 90.0  # how long a database may be away before a waiting transaction fails
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def retried(method: Callable[P, T]) -> Callable[P, T]:
-    """A method that is made again while the database is away. It must come to the same when it was made already."""
+    """Repeat a method while the database is away. The method must have the same result if it was done already."""
 
     @functools.wraps(method)
     def again(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -37,7 +37,7 @@ def retried(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def insert_into(connection: sa.Connection, table: sa.Table) -> Any:
-    """An INSERT that takes ON CONFLICT, in the words of the connection's database."""
+    """An INSERT that takes ON CONFLICT, in the dialect of the connection's database."""
     return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
 
 
@@ -48,7 +48,7 @@ def upsert(
     rows: list[dict[str, Any]],
     only: Sequence[str] | None = None,
 ) -> None:
-    """Insert the rows; a row of the same key gets the new values, or `only` these. All rows have the same columns."""
+    """Insert rows, which have the same columns. A row with the same key gets all new values, or those of `only`."""
     insert = insert_into(connection, table)
     fresh = {name: insert.excluded[name] for name in (rows[0] if only is None else only) if name not in key}
     if fresh:

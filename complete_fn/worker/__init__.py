@@ -1,1 +1,1 @@
-"""The loops and processes of a service."""
+"""The loops and processes that do a service's work."""

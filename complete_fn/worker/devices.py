@@ -1,4 +1,4 @@
-"""Which accelerators the worker processes of this machine take: each its own, lest all load onto the first."""
+"""Each worker process of a machine gets its own accelerators; otherwise all would load onto the first one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from complete_fn.settings import named_devices
 
 LOG = logging.getLogger("complete_fn.devices")
-NODES = Path("/dev")  # NVIDIA's driver has a node for each device that this container was given
+NODES = Path("/dev")  # NVIDIA's driver has a node here for each device that this container may use
 
 
 def visible_devices() -> list[str]:
-    """NVIDIA's devices, as CUDA_VISIBLE_DEVICES names them: those it has, else all; none on CPUs."""
+    """NVIDIA's devices by their names in CUDA_VISIBLE_DEVICES: those in that variable, or else all; none on CPUs."""
     nodes = [node for node in NODES.glob("nvidia*") if node.name.removeprefix("nvidia").isdecimal()]
     named = named_devices()
     if not nodes or named is None:
@@ -21,13 +21,13 @@ def visible_devices() -> list[str]:
     devices: list[str] = []
     for name in map(str.strip, named.split(",")):
         if not name or name.startswith("-"):
-            break  # CUDA itself reads no further
+            break  # CUDA itself ignores the names behind an invalid one
         devices.append(name)
     return devices
 
 
 def within_devices(least: int, most: int, devices: Sequence[str]) -> tuple[int, int]:
-    """The bounds of --workers, at most one worker per device; as they are where there is none."""
+    """The bounds of --workers, lowered to one worker per device; unchanged without devices."""
     if not devices or most <= len(devices):
         return least, most
     LOG.warning(
@@ -42,7 +42,10 @@ def within_devices(least: int, most: int, devices: Sequence[str]) -> tuple[int, 
 
 
 def device_shares(devices: Sequence[str], workers: int) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each of so many workers, no more than devices: equal parts. Empty without devices."""
+    """CUDA_VISIBLE_DEVICES for each of `workers` workers, in equal shares; there are at least as many devices.
+
+    Empty without devices.
+    """
     if not devices or not workers:
         return []
     share = len(devices) // workers

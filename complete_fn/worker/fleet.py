@@ -1,4 +1,4 @@
-"""The worker processes that an API process starts when there is work and stops when there is none."""
+"""An API process keeps a fleet of worker processes: it starts them when there is work and stops them when idle."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from complete_fn.settings import Settings, child_environment
 from complete_fn.worker.scaling import desired_workers
 
 LOG = logging.getLogger("complete_fn.fleet")
-STEADY_SECONDS = 60.0  # who lived so long did not fail at its start
-LONGEST_PAUSE = 60.0
-HUNG_SECONDS = 90.0  # a process that lives and is not heard of for so long is ended
-DRAIN_SECONDS = 30.0
-WANTED_SECONDS = 60.0  # a worker somebody asked for, without a job, is started within so long
+STEADY_SECONDS = 60.0  # a worker that lived longer did not fail at its start, so the crash count begins anew
+LONGEST_PAUSE = 60.0  # seconds after a crash until the next start, at most
+HUNG_SECONDS = 90.0  # a living process without a heartbeat for so long is killed
+DRAIN_SECONDS = 30.0  # that workers get to drain before they are killed
+WANTED_SECONDS = 60.0  # how long a request of a model, without a job, counts as a need of a worker
 
 
 class Process(Protocol):
-    """What is used of `subprocess.Popen`."""
+    """The members of `subprocess.Popen` that a fleet uses."""
 
     pid: int
 
@@ -38,7 +38,7 @@ class Process(Protocol):
 
 class Starter(Protocol):
     def __call__(self, slot: int) -> Process:
-        """Args: slot: a number below the fleet's most that no other living child has."""
+        """Args: slot: a number below the fleet's `most` that no other living child has."""
         ...
 
 
@@ -52,10 +52,10 @@ class Child:
 
 
 class Fleet:
-    """Keeps as many worker processes as `desired_workers` says, others' workers on the same store counted in.
+    """Keeps as many worker processes as `desired_workers` says. Other fleets' workers on the same store count too.
 
-    A worker goes when there are too many and it was idle for `idle_seconds`. One that crashes is started again, after
-    a pause that doubles with each crash.
+    A worker is stopped if there are too many and it was idle for `idle_seconds`. A worker that crashes is replaced,
+    after a pause that doubles with each crash.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Fleet:
         self.lock = threading.Lock()
 
     def want(self, model: str) -> None:
-        """Somebody waits for an answer of this model: have a worker up."""
+        """Note that a caller waits for an answer of this model, so that a worker is started."""
         with self.lock:
             self.wanted[model] = time.monotonic() + WANTED_SECONDS
 
     def adjust(self) -> None:
-        """One look, one step: reap, then start or stop what is to. Called about every second."""
+        """Remove ended workers, kill hung ones, then start or stop some as needed. Called about every second."""
         now = time.monotonic()
         self.reap(now)
         beats = self.workers.alive()
@@ -125,7 +125,10 @@ class Fleet:
             LOG.warning("worker %s ended with %s; the next one starts in %.0f s at the earliest", pid, end, pause)
 
     def end_hung(self, beats: Sequence[Beat], now: float) -> None:
-        """What hangs is killed: its parts come back by themselves. While the store is away nobody can be heard."""
+        """Kill workers without a heartbeat; their parts return when the leases end.
+
+        While the store is away no heartbeat can arrive, so that time does not count.
+        """
         heard = {beat.pid for beat in beats if self.child(beat)}
         away, self.looked = now - self.looked > SILENT_SECONDS, now
         for pid, child in self.children.items():
@@ -136,7 +139,7 @@ class Fleet:
                 child.process.kill()
 
     def stop_idle(self, beats: Sequence[Beat], count: int) -> None:
-        """Of those here that had no work for long, the youngest first."""
+        """Stop up to `count` of this fleet's workers that were idle for `idle_seconds`, the youngest first."""
         before = time.time() - self.idle_seconds
         idle = [beat for beat in beats if not beat.in_flight and beat.busy_at < before]
         for beat in idle[::-1][:count]:
@@ -146,7 +149,7 @@ class Fleet:
                 child.process.terminate()
 
     def close(self) -> None:
-        """All drain, and are ended if that takes too long."""
+        """Let all workers drain, and kill those that take longer than `DRAIN_SECONDS`."""
         for child in self.children.values():
             child.process.terminate()
         until = time.monotonic() + DRAIN_SECONDS
@@ -160,10 +163,10 @@ class Fleet:
 
 
 def worker_starter(settings: Settings, broker: str, idle_seconds: float, devices: Sequence[str] = ()) -> Starter:
-    """Starts `complete-fn worker` with our settings; what may hold a password goes by the environment.
+    """Starts `complete-fn worker` with our settings. Settings that may hold a password are passed by the environment.
 
     Args:
-        devices: CUDA_VISIBLE_DEVICES by slot; empty where there are no accelerators.
+        devices: CUDA_VISIBLE_DEVICES by slot; empty without accelerators.
     """
     own = {"COMPLETE_FN_BROKER": broker, "COMPLETE_FN_HOME": str(settings.home)}
     if settings.models_file is not None:

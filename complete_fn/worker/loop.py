@@ -1,4 +1,4 @@
-"""The worker: threads that claim parts and run them, and one that renews their leases."""
+"""A worker has threads that claim parts and run them, and one thread that renews their leases."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from complete_fn.worker.part_runner import Hand, PartRunner
 from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
 from complete_fn.worker.upkeep import Upkeep
 
-AT_ONCE = 2  # parts being fed into the engine
-TAILS = 2  # more parts whose last rows are being answered, so that the engine does not fall dry between two
+AT_ONCE = 2  # parts whose prompts are being fed into the engine
+TAILS = 2  # more parts whose last rows are being answered, so that the engine does not run dry between two parts
 LOOK_SECONDS, RENEW_SECONDS = 0.5, LEASE_SECONDS / 3
 IDLE_SECONDS, STOP_SECONDS = 2.0, 0.05
 
 
 class WorkerLoop:
-    """Workers of one process on one service. `close` gives the parts in hand back.
+    """The workers of one process for one service. `close` gives back the parts that they run.
 
     Args:
-        at_once: parts that are fed at the same time. The next one is claimed as soon as one of them is all handed
-            over, while its last rows are still being answered.
-        poll_seconds: idle hands look for work so often without being told.
-        tell: called every 2 s with the state of this process, for its heartbeat.
+        at_once: parts that are fed at the same time. The next part is claimed as soon as the engine has drawn all of
+            a part's prompts, while its last rows are still being answered.
+        poll_seconds: how often idle threads look for work without being notified.
+        tell: called every 2 s with the number of parts that run here, for the heartbeat.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class WorkerLoop:
         return all(thread.is_alive() for thread in [*self.threads, self.keeper])
 
     def drain(self) -> None:
-        """Claim nothing more; what is in hand goes on."""
+        """Claim no more parts. Parts that run go on."""
         self.draining.set()
         self.service.queue.bell.close()
 
     def close(self) -> None:
-        """Give back what is in hand, its committed rows kept."""
+        """Give back the parts that run; their committed rows are kept."""
         self.drain()
         self.closing.set()
         for hand in self.held():
@@ -97,7 +97,7 @@ class WorkerLoop:
                 fed()
 
     def claim(self, worker: str) -> Part | None:
-        """The next part, of the models whose turn it is here."""
+        """The next part of the models that `next_models` allows here, in its order; None if there is none."""
         for model in self.service.room.next_models(self.deserted):
             part = self.jobs.claim(worker, model=model)
             if part is not None:
@@ -105,7 +105,7 @@ class WorkerLoop:
         return None
 
     def deserted(self) -> bool:
-        """Whether parts wait of a model that no worker is warm for."""
+        """Whether a model has queued parts and no worker has its engine warm."""
         beats = self.service.workers.alive()
         loads = self.service.workers.load().items()
         return any(load.queued_parts and not any(b.warm(model) for b in beats) for model, load in loads)
@@ -113,7 +113,7 @@ class WorkerLoop:
     # -- leases --------------------------------------------------------------------------------------------------
 
     def keep_leases(self) -> None:
-        """Stop what is to stop, renew leases, tell of ourselves. Nothing else: others wait for none of it long."""
+        """Stop lost parts, renew leases, send heartbeats. Nothing slow runs on this thread: leases must not lapse."""
         tasks = [
             PeriodicTask(LOOK_SECONDS, self.look),
             PeriodicTask(RENEW_SECONDS, lambda: self.jobs.renew([hand.part for hand in self.held()])),
@@ -123,12 +123,12 @@ class WorkerLoop:
             tasks.append(PeriodicTask(BEAT_SECONDS, lambda: tell(len(self.held()))))
         while not self.closing.wait(LOOK_SECONDS):
             run_due_tasks(tasks)
-        while self.held():  # parts that are being given back keep their lease meanwhile
+        while self.held():  # a part keeps its lease until it is given back
             run_due_tasks(tasks)
             time.sleep(STOP_SECONDS)
 
     def look(self) -> None:
-        held = self.held()  # once: a part that is claimed meanwhile is not lost
+        held = self.held()  # read once: a part claimed after this line must not look lost
         newest = {hand.part.id: hand for hand in sorted(held, key=lambda hand: hand.part.fence)}
         why = self.jobs.lost([hand.part for hand in newest.values()])
         for hand in held:
@@ -139,7 +139,7 @@ class WorkerLoop:
 
 
 class Once:
-    """Calls `what` the first time only."""
+    """Calls `what` at the first call only."""
 
     def __init__(self, what: Callable[[], None]) -> None:
         self.what, self.lock, self.called = what, threading.Lock(), False

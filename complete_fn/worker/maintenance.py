@@ -1,4 +1,4 @@
-"""Maintenance of a service whose workers are other processes: the API announces work, scales and cleans."""
+"""An API process whose workers are other processes does the maintenance: it announces work, scales and cleans."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LOOK_SECONDS, ANNOUNCE_SECONDS, FORGET_SECONDS = 1.0, 3.0, 5.0
 
 
 class Maintenance:
-    """Announces work again (a broker may lose messages), scales, fills sinks, and cleans as a worker does.
+    """Announces work again, as a broker may lose messages, scales the fleet, fills sinks, and cleans as a worker does.
 
     Args:
-        fleet: worker processes to start and stop; None where others do.
+        fleet: the worker processes that this process starts and stops; None if it starts none.
     """
 
     def __init__(self, service: Service, fleet: Fleet | None = None) -> None:
@@ -38,7 +38,7 @@ class Maintenance:
         return all(thread.is_alive() for thread in self.threads)
 
     def close(self) -> None:
-        """The workers that were started here drain, and go."""
+        """Stop the maintenance. The workers that this process started drain and end."""
         self.closing.set()
         for thread in self.threads:
             thread.join(LEASE_SECONDS)

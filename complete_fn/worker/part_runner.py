@@ -1,4 +1,4 @@
-"""How one part is run: its prompts through `run()`, its result under a fence, and what becomes of a failure."""
+"""`PartRunner` runs a part's prompts through `run()`, commits the result under its fence, and handles failures."""
 
 from __future__ import annotations
 
@@ -27,13 +27,19 @@ from complete_fn.service.service import Service
 from complete_fn.spending.shared_budget import Cap, job_cap
 from complete_fn.types import Asker, Completion
 
-RETRY_SECONDS = 2.0  # before a part that failed is run again; doubled at each try
+RETRY_SECONDS = 2.0  # pause before a failed part runs again; doubled with each try
 CANCELLED = "The job was stopped before the row was done."
 
 
 @dataclass
 class Hand:
-    """A part that is being run here. `salvage`: its result is only what it has committed already."""
+    """A part that runs here.
+
+    Attributes:
+        salvage: the part is not run; the rows that it has already committed become its result.
+        stop: set when the run must end.
+        why: why it must end: "job" if the job stops, "lease" if the part's lease is lost.
+    """
 
     part: Part
     watch: Watch
@@ -46,7 +52,7 @@ class PartRunner:
     """Runs parts of a service's jobs, several at a time on threads of its callers.
 
     Args:
-        closing: set when parts that stop are to be given back.
+        closing: set when the worker ends, so that stopped parts are given back.
     """
 
     def __init__(self, service: Service, closing: threading.Event) -> None:
@@ -66,7 +72,7 @@ class PartRunner:
             self.complete(hand)
         except CompleteError as error:
             told, delay = str(error).splitlines()[0], RETRY_SECONDS * 2**part.tries
-            if error.retryable and hand.watch.answered:  # it got on, so it is no fault of the part
+            if error.retryable and hand.watch.answered:  # rows were answered, so the part itself is not the cause
                 self.jobs.give_back(part, delay=RETRY_SECONDS)
             elif isinstance(error, StoreError):
                 self.jobs.give_back(part, delay, told, STORE_TRIES, hand.salvage)
@@ -106,7 +112,7 @@ class PartRunner:
         self.commit(part, table, answers, "done")
 
     def commit(self, part: Part, table: Any, answers: Answers, status: str) -> None:
-        """The answers are in a file of this claim alone before the store names it; a lost lease leaves no trace."""
+        """Write the answers to this claim's own file, then name the file in the store. A lost lease leaves no trace."""
         service, name = self.service, f"result-{part.number:05}-{part.fence}.parquet"
         failed = write_part(service, service.job_key(part.job, name), table.column("row"), answers)
         if self.jobs.finish(part, status, name, failed):
@@ -116,12 +122,12 @@ class PartRunner:
 
 
 def cap_of(job: Job) -> Cap | None:
-    """The job's `max_cost`, shared by its parts wherever they run."""
+    """The job's `max_cost`, which its parts share on all machines."""
     return None if job.max_cost_nano is None else job_cap(job.id, job.max_cost_nano)
 
 
 def stopped_answers(service: Service, call: Call, prompts: Any, who: Asker, options: Options) -> Answers:
-    """What a stopped run had committed; the other rows are `cancelled`."""
+    """The answers that a stopped run has committed; all other rows have the error `cancelled`."""
     plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
     work = known_answers(call, plan, service.store, who, options.cache)
     for number in work.missing():

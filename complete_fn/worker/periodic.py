@@ -11,7 +11,7 @@ from complete_fn.logs import log
 
 @dataclass
 class PeriodicTask:
-    """`what` is done every `seconds`, the first time at once."""
+    """Calls `what` every `seconds`, for the first time at once."""
 
     seconds: float
     what: Callable[[], object]

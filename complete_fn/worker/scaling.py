@@ -1,4 +1,7 @@
-"""How many workers there should be. Pure: `serve --workers` starts processes by it, a cluster may start machines."""
+"""`desired_workers`, a pure function, tells how many workers there should be. `serve --workers` starts processes by it.
+
+A cluster may start machines by it.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,23 @@ from collections.abc import Mapping
 
 from complete_fn.errors import InvalidOptionError
 
-WORTH_SECONDS = 60.0  # another worker is started for so much work of one, which is more than most engines' start
-KEEP_SECONDS = 10.0  # one that is warm is kept for less
-LIKELY_RATE = 1_000.0  # tokens per second of a model that was never measured
+WORTH_SECONDS = 60.0  # work of one worker for which another is started; longer than most engines take to start
+KEEP_SECONDS = 10.0  # work of one worker for which a warm worker is kept
+LIKELY_RATE = 1_000.0  # tokens per second assumed for a model that was never measured
 
 
 def desired_workers(
     queued_tokens: Mapping[str, int], rates: Mapping[str, float], warm: int, least: int, most: int
 ) -> int:
-    """The number of workers for the work there is, from `least` to `most`.
+    """The number of workers for the present work, from `least` to `most`.
 
     Args:
-        queued_tokens: by model, of the parts that wait or run; a model with 0 tokens is asked for all the same.
+        queued_tokens: by model, tokens of the parts that wait or run; a model with 0 tokens needs a worker too.
         rates: by model, tokens per second of one worker; models never measured are left out.
         warm: workers that are up.
 
-    With work there is at least one (if `most` allows it), more work never gives fewer, and workers that are up are
-    not given up before their work is nearly done.
+    With any work there is at least one worker (if `most` allows it). More work never gives fewer workers. Workers that
+    are up stay until their work is nearly done.
     """
     if not queued_tokens:
         return least
@@ -34,10 +37,10 @@ def desired_workers(
 
 
 def parse_workers(text: str) -> tuple[int, int]:
-    """`0..4` as (0, 4), `2` as (2, 2), `0` as (0, 0): none are started here.
+    """The bounds that --workers gives: `0..4` is (0, 4), `2` is (2, 2), and `0` is (0, 0), so that none start here.
 
     Raises:
-        InvalidOptionError: it is neither, or the first number is above the second.
+        InvalidOptionError: The text is neither a number nor a range, or the first number is above the second.
     """
     low, dots, high = text.partition("..")
     try:

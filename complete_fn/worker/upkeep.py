@@ -1,4 +1,4 @@
-"""What every process of a service does beside its own work: end what was stopped, sweep, deliver."""
+"""Every process of a service does upkeep beside its own work: it ends stopped jobs, sweeps and delivers results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LOOK_SECONDS, STOPPED_SECONDS, UPKEEP_SECONDS = 0.5, 1.0, 5.0
 
 
 class Upkeep:
-    """Two threads until `closing` is set: one cleans, which a slow storage may make long, one delivers results.
+    """Two threads run until `closing` is set: one cleans, which may be slow with a slow storage; one delivers results.
 
     Args:
-        runner: makes results of the parts of stopped jobs, from what they have committed.
-        number: of the worker in whose name it claims those parts.
-        name: of its threads.
+        runner: makes the results of stopped jobs' parts, from the rows that they have committed.
+        number: the number of the worker in whose name those parts are claimed.
+        name: the beginning of the threads' names.
     """
 
     def __init__(self, service: Service, runner: PartRunner, number: int, name: str) -> None:
@@ -38,9 +38,10 @@ class Upkeep:
             run_due_tasks(tasks)
 
     def end_stopped(self) -> None:
-        """Parts that wait, of jobs that are to stop: their committed rows are their results.
+        """Salvage the waiting parts of jobs that stop: their committed rows become their results.
 
-        They are found by the checkpoint's identity, so what is not on this machine is left to the workers.
+        Committed rows are found by the checkpoint's identity. Parts of a model whose folder is not on this machine are
+        left to the workers, unless no worker is alive.
         """
         absent = [name for name, model in self.service.models().items() if model.is_absent]
         if absent and not self.service.workers.alive():
@@ -50,8 +51,8 @@ class Upkeep:
             self.runner.run(part, lambda: None, salvage=True)
 
     def sweep(self) -> None:
-        """Free what the dead hold, and let go what is over."""
-        self.service.store.sweep()  # what the dead have reserved of a budget others may be waiting for
+        """Free what dead attempts and workers hold, and delete what has expired."""
+        self.service.store.sweep()  # other runs may be waiting for money that a dead attempt has reserved
         self.service.jobs.expire()
         expire(self.service)
         if self.service.jobs.sweep():
