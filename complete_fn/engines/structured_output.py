@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
+from complete_fn.engines.answer_check import mismatch
 from complete_fn.types import Completion, CompletionRequest, RowError
 
 
@@ -49,26 +49,3 @@ def choice_schema(choices: tuple[str, ...]) -> dict[str, Any]:
     """The choices as a JSON schema, for endpoints that have no other way to restrict an answer."""
     one = {"type": "string", "enum": list(choices)}
     return {"type": "object", "properties": {"choice": one}, "required": ["choice"], "additionalProperties": False}
-
-
-def mismatch(text: str, response_format: str) -> str | None:
-    try:
-        value = json.loads(text)
-        broken = next(validator(response_format).iter_errors(value), None)
-    except ValueError as error:
-        return f"The answer is not JSON: {error}."
-    except RecursionError:
-        return "The answer is nested too deeply to be checked."
-    if broken is None:
-        return None
-    where = "/".join(str(step) for step in broken.absolute_path) or "the top"
-    return f"The answer breaks the response_format at {where}: {broken.message[:300]}."
-
-
-@lru_cache(maxsize=64)
-def validator(response_format: str) -> Any:
-    import jsonschema
-    import referencing
-
-    # With an empty registry, a reference outside the schema is an error and never a request over the network.
-    return jsonschema.Draft202012Validator(json.loads(response_format), registry=referencing.Registry())

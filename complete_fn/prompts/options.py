@@ -12,10 +12,10 @@ from typing import Any, Literal, cast, get_args
 
 import jsonschema
 import referencing.exceptions
-import referencing.jsonschema
 
 from complete_fn.errors import InvalidOptionError
 from complete_fn.prompts.choices import parse_choices
+from complete_fn.prompts.schema_rules import VALUES, refuse_heavy, resolver_of
 from complete_fn.types import SamplingParams
 
 CacheMode = Literal["on", "off", "refresh"]
@@ -163,6 +163,7 @@ def canonical_schema(given: Any) -> str:
         where = "/".join(str(p) for p in error.absolute_path) or "the top"
         raise InvalidOptionError(f"response_format is not a valid JSON schema at {where}: {error.message}") from error
     check_references(schema)
+    refuse_heavy(schema)
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
     try:
         size = len(text.encode())
@@ -174,9 +175,15 @@ def canonical_schema(given: Any) -> str:
 
 
 def check_references(schema: Any) -> None:
-    """Refuse a `$ref` that leaves the schema, names nothing in it, or leads only to itself."""
-    root = referencing.Registry().with_resource("", referencing.jsonschema.DRAFT202012.create_resource(schema))
-    resolver = root.resolver()
+    """Refuse a `$ref` that leaves the schema, names nothing in it, or leads only to itself.
+
+    An `$id` below the top would give `#/..` another meaning there, so it is refused too.
+    """
+    if has_inner_id(schema):
+        raise InvalidOptionError(
+            "response_format has an $id below its top. Leave it out: $ref '#/..' starts at the top."
+        )
+    resolver = resolver_of(schema)
     for given in references(schema):
         reference, seen = given, set[str]()
         while reference not in seen:
@@ -193,6 +200,14 @@ def check_references(schema: Any) -> None:
             reference = following
         else:
             raise InvalidOptionError(f"response_format has $ref {given!r}, which leads only to itself.")
+
+
+def has_inner_id(value: Any, is_top: bool = True) -> bool:
+    if isinstance(value, Mapping):
+        if not is_top and isinstance(value.get("$id"), str):
+            return True
+        return any(has_inner_id(inner, False) for name, inner in value.items() if name not in VALUES)
+    return isinstance(value, list) and any(has_inner_id(inner, False) for inner in value)
 
 
 def references(value: Any) -> Iterator[str]:

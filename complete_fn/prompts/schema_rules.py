@@ -1,22 +1,123 @@
-"""A service refuses a response_format with regular expressions, because strangers send it."""
+"""What is not taken in a response_format: schemas whose check costs too much, and patterns of strangers."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
+
+import referencing
+import referencing.exceptions
+import referencing.jsonschema
 
 from complete_fn.errors import InvalidOptionError
 
 PATTERNS = ("pattern", "patternProperties")
-NAMED = ("properties", "$defs", "definitions", "dependentSchemas")  # keys in these are names, not keywords
-VALUES = ("enum", "const", "default", "examples")
+VALUES = ("enum", "const", "required")  # values that an answer is compared with; the other keywords cost one step each
+NOTES = ("default", "examples")
+ONE = (
+    *("if", "then", "else", "not", "items", "contains", "additionalProperties", "propertyNames"),
+    *("unevaluatedItems", "unevaluatedProperties"),
+)
+LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+NAMED = ("properties", "patternProperties", "dependentSchemas")  # their keys are names, not keywords
+DEFINITIONS = ("$defs", "definitions")
+REFERENCES = ("$ref", "$dynamicRef")
+# jsonschema checks what stands beside these once by itself, and up to twice more to learn what it evaluated.
+LOOK_AGAIN, TIMES = ("unevaluatedItems", "unevaluatedProperties"), 3
+MOST_STEPS = 10_000  # a schema of 64 KiB without references has some 3,000
+
+
+def resolver_of(schema: Any) -> Any:
+    """Looks up references within the schema: `resolver_of(schema).lookup("#/$defs/a").contents`."""
+    resource = referencing.jsonschema.DRAFT202012.create_resource(schema)
+    return referencing.Registry().with_resource("", resource).resolver()
+
+
+class SchemaSteps:
+    """How many subschemas a check of one value visits, with every reference written out in full.
+
+    Each subschema is counted once and its count is used wherever a reference leads to it, so counting takes linear
+    time though the count doubles with each level of `allOf: [ref, ref]`. A reference back into a subschema that is
+    being counted (a tree's node in a tree) counts 1, and `is_recursive` tells: what that costs depends on the answer.
+    """
+
+    def __init__(self, schema: Any) -> None:
+        self.lookup = resolver_of(schema).lookup
+        self.counts: dict[int, int] = {}  # by the identity of a subschema; 0 while it is being counted
+        self.is_recursive = self.has_unique = self.has_pattern = False
+        self.total = self.count(schema)
+
+    def count(self, schema: Any) -> int:
+        if not isinstance(schema, Mapping):
+            return 1
+        known = self.counts.get(id(schema))
+        if known is None:
+            self.counts[id(schema)] = 0
+            # Numbers of thousands of digits would make the sum itself slow.
+            known = self.counts[id(schema)] = min(self.count_within(schema), MOST_STEPS + 1)
+        elif known == 0:
+            self.is_recursive = True
+        return known or 1
+
+    def count_within(self, schema: Mapping[str, Any]) -> int:
+        self.has_unique = self.has_unique or schema.get("uniqueItems") is True
+        self.has_pattern = self.has_pattern or any(name in schema for name in PATTERNS)
+        inner = sum(self.count(subschema) for subschema in subschemas(schema, self.lookup))
+        values = sum(size_of(schema[name]) for name in VALUES if name in schema)
+        return 1 + values + inner * (TIMES if any(name in schema for name in LOOK_AGAIN) else 1)
+
+
+def subschemas(schema: Mapping[str, Any], lookup: Any) -> Iterator[Any]:
+    """The schemas that a check of this one goes on to, those that its references name among them."""
+    for keyword, value in schema.items():
+        if keyword in ONE:
+            yield value
+        elif keyword in LISTS and isinstance(value, list):
+            yield from value
+        elif keyword in NAMED and isinstance(value, Mapping):
+            yield from value.values()
+        elif keyword in REFERENCES and isinstance(value, str):
+            yield lookup(value).contents
+
+
+def size_of(value: Any) -> int:
+    """Values within a JSON value, itself included."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return 1 + sum(map(size_of, inner))
+
+
+def refuse_heavy(schema: Any) -> None:
+    """Refuse a schema whose check visits too many subschemas: a kilobyte of references can stand for 2^40 of them.
+
+    Args:
+        schema: a valid JSON schema whose references all lead to somewhere within it.
+
+    Raises:
+        InvalidOptionError: more than `MOST_STEPS`, or references nested too deeply to be counted.
+    """
+    try:
+        steps = SchemaSteps(schema).total
+    except RecursionError:
+        steps = MOST_STEPS + 1
+    if steps > MOST_STEPS:
+        raise InvalidOptionError(
+            f"response_format stands for more than {MOST_STEPS} subschemas when its $ref are written out in full. "
+            "Refer to a definition from fewer places."
+        )
+
+
+@lru_cache(maxsize=64)
+def steps_of(response_format: str) -> SchemaSteps:
+    return SchemaSteps(json.loads(response_format))
 
 
 def refuse_patterns(response_format: str | None) -> None:
-    """Python's regular expressions check the answers. Some never end, and one would stop the whole service.
+    """Refuse a regular expression from a stranger: of Python's, some never end.
 
     Raises:
-        InvalidOptionError: The schema has a pattern.
+        InvalidOptionError: the schema has a pattern.
     """
     if response_format is not None and has_pattern(json.loads(response_format)):
         raise InvalidOptionError("response_format has a regular expression (pattern), which a service does not take.")
@@ -30,7 +131,8 @@ def has_pattern(schema: Any) -> bool:
     for keyword, value in schema.items():
         if keyword in PATTERNS:
             return True
-        inner = list(value.values()) if keyword in NAMED and isinstance(value, dict) else value
-        if keyword not in VALUES and has_pattern(inner):
+        is_named = keyword in (*NAMED, *DEFINITIONS) and isinstance(value, dict)
+        inner = list(value.values()) if is_named else value
+        if keyword not in (*VALUES, *NOTES) and has_pattern(inner):
             return True
     return False

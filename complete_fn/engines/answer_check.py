@@ -1,0 +1,157 @@
+"""Whether an answer satisfies a JSON schema. Checks that may take long run in a child process, which a limit ends.
+
+The child (`python -m complete_fn.engines.answer_check`) reads one JSON line [answer, schema] after the other. For each
+it writes one JSON line with what breaks the schema, or null.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from functools import lru_cache
+from typing import Any
+
+from complete_fn.prompts.schema_rules import SchemaSteps, steps_of
+
+QUICK_STEPS = 200_000  # about a second
+CHECK_SECONDS = 2.0  # a thousand times what an ordinary answer takes
+START_SECONDS = 30.0
+PATIENCE = 3  # after so many answers that took too long, a schema's further ones are not checked but refused
+TOO_LONG = "Checking the answer against the response_format took longer than {seconds:g} s. A plainer schema is needed."
+
+
+def mismatch(text: str, response_format: str) -> str | None:
+    """Why the answer breaks the schema, or None where it satisfies it."""
+    if is_quick(text, steps_of(response_format)):
+        return mismatch_here(text, response_format)
+    return CHECKER.mismatch(text, response_format)
+
+
+def is_quick(text: str, steps: SchemaSteps) -> bool:
+    """Whether a check in this process certainly ends soon. One step for one value of the answer takes about 5 us."""
+    values = 1 + len(text) // 4
+    pairs = values**2 if steps.has_unique else 0
+    return not steps.is_recursive and not steps.has_pattern and steps.total * values + pairs <= QUICK_STEPS
+
+
+def mismatch_here(text: str, response_format: str) -> str | None:
+    """As `mismatch`, for as long as it takes."""
+    try:
+        value = json.loads(text)
+        broken = next(validator(response_format).iter_errors(value), None)
+    except ValueError as error:
+        return f"The answer is not JSON: {error}."
+    except RecursionError:
+        return "The answer is nested too deeply to be checked."
+    if broken is None:
+        return None
+    where = "/".join(str(step) for step in broken.absolute_path) or "the top"
+    return f"The answer breaks the response_format at {where}: {broken.message[:300]}."
+
+
+@lru_cache(maxsize=64)
+def validator(response_format: str) -> Any:
+    import jsonschema
+    import referencing
+
+    # An empty registry: a reference to elsewhere is an error, never a request over the network.
+    return jsonschema.Draft202012Validator(json.loads(response_format), registry=referencing.Registry())
+
+
+class AnswerChecker:
+    """Keeps one child process, which starts with the first check and again after one was ended."""
+
+    def __init__(self, seconds: float = CHECK_SECONDS) -> None:
+        self.seconds = seconds
+        self.lock = threading.Lock()
+        self.child: subprocess.Popen[str] | None = None
+        self.owner = 0  # the process whose child it is: a fork has none
+        self.overruns: Counter[str] = Counter()
+
+    def mismatch(self, text: str, response_format: str) -> str | None:
+        """As `mismatch_here`; a check that takes too long is a mismatch as well."""
+        too_long = TOO_LONG.format(seconds=self.seconds)
+        with self.lock:
+            if self.overruns[response_format] >= PATIENCE:
+                return too_long
+            answered, why = self.ask(json.dumps([text, response_format]))
+            if not answered:
+                self.overruns[response_format] += 1
+            return why if answered else too_long
+
+    def ask(self, line: str) -> tuple[bool, str | None]:
+        """(whether the child answered in time, its answer)"""
+        child = self.started_child()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        ending = threading.Timer(self.seconds, child.kill)
+        ending.start()
+        try:
+            child.stdin.write(line + "\n")
+            child.stdin.flush()
+            reply = child.stdout.readline()
+        except OSError:  # the child was killed
+            reply = ""
+        finally:
+            ending.cancel()
+        if not reply:
+            self.close()
+            return False, None
+        why: str | None = json.loads(reply)
+        return True, why
+
+    def started_child(self) -> subprocess.Popen[str]:
+        if self.child is not None and self.owner == os.getpid() and self.child.poll() is None:
+            return self.child
+        self.owner = os.getpid()
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "complete_fn.engines.answer_check"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C is for this process
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        assert self.child.stdout is not None
+        starting = threading.Timer(START_SECONDS, self.child.kill)
+        starting.start()
+        self.child.stdout.readline()  # it is ready: importing jsonschema does not count as checking
+        starting.cancel()
+        return self.child
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        child, self.child = self.child, None
+        if child is None or self.owner != os.getpid():
+            return
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):  # what was still to be written has no reader
+                pipe.close()
+
+
+CHECKER = AnswerChecker()
+
+
+def main() -> None:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        text, response_format = json.loads(line)
+        if hasattr(signal, "alarm"):  # should the parent be killed meanwhile, this process ends all the same
+            signal.alarm(int(CHECK_SECONDS) + 8)
+        print(json.dumps(mismatch_here(text, response_format)), flush=True)
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
+
+
+if __name__ == "__main__":
+    main()
