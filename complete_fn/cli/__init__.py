@@ -1,1 +1,1 @@
-"""The shell: one verb a file."""
+"""The shell command and its verbs."""

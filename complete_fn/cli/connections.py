@@ -1,4 +1,4 @@
-"""`complete-fn connections`: databases that a tenant's jobs may use."""
+"""`complete-fn connections` registers the databases that a tenant's jobs may use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`complete-fn jobs`: bulk work on a service, from the shell."""
+"""`complete-fn jobs` runs bulk work on a service, from the shell."""
 
 from __future__ import annotations
 
@@ -115,13 +115,13 @@ def source_of(asked: argparse.Namespace) -> Any:
 
 
 def sink_of(asked: argparse.Namespace) -> dict[str, str] | None:
-    """As given; the service checks that it makes sense."""
+    """The sink as the flags name it. The service checks it."""
     names = {"uri": asked.sink_uri, "connection": asked.sink_connection, "table": asked.sink_table, "key": asked.key}
     return {name: value for name, value in names.items() if value is not None} or None
 
 
 def follow(job: RemoteJob, place: TablePlace | None, asked: argparse.Namespace) -> int:
-    """Wait for a job; Ctrl-C leaves it running."""
+    """Wait for a job and write its results. Ctrl-C ends the wait, and the job goes on."""
     try:
         state = job.wait()
     except KeyboardInterrupt:
@@ -139,10 +139,10 @@ def follow(job: RemoteJob, place: TablePlace | None, asked: argparse.Namespace) 
 
 
 def target_of(asked: argparse.Namespace) -> TablePlace:
-    """Where the results go, once it is known that they can.
+    """The output of the results, after a check that it can be written.
 
     Raises:
-        InputError: it has no suffix of a format, exists already, or cannot be written.
+        InputError: The output has no suffix of a format, exists already, or cannot be written.
     """
     if remote(asked.output):
         raise InputError(f"{asked.output!r} is no file here. A job over it writes there with --sink-uri.")
@@ -164,7 +164,7 @@ def write(job: RemoteJob, place: TablePlace, asked: argparse.Namespace) -> None:
 
 
 def given_options(pairs: list[str]) -> dict[str, Any]:
-    """`k=v` pairs as JSON values or text; the service checks them."""
+    """The options of `k=v` pairs, with values as JSON or text. The service checks them."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")

@@ -1,4 +1,4 @@
-"""`complete-fn models`, `usage` and `cache`: what there is, what was used, what is stored."""
+"""`complete-fn models`, `usage` and `cache` show the catalogue, the ledger and the stored answers."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def shown(value: Any) -> str:
 
 
 def moment(text: str) -> float:
-    """Seconds of the epoch of a date, in UTC where it names no zone, or of a time so long ago."""
+    """Seconds of the epoch of a date (in UTC if it names no zone), or of a span before now such as 7d."""
     try:
         if match := re.fullmatch(r"(\d+)([dh])", text):
             return time.time() - int(match[1]) * (DAY if match[2] == "d" else DAY / 24)
@@ -206,7 +206,7 @@ def day(at: float) -> str:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell; figures to the right."""
+    """Print rows in columns as wide as their widest cell. Columns of numbers are right-aligned."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     right = [all(row[n].replace(",", "").replace(".", "").isdigit() for row in rows[1:]) for n in range(len(widths))]
     for row in rows:

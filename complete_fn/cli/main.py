@@ -1,4 +1,4 @@
-"""The command `complete-fn`. Verbs are looked up in `registry.VERBS` and imported when they are used."""
+"""`main` is the command `complete-fn`. It looks a verb up in `registry.VERBS` and imports it only when it is used."""
 
 from __future__ import annotations
 
@@ -40,12 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's flush at exit finds a taker
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's flush at exit does not fail
         return FAULT
 
 
 def refuse_bytes(given: list[str]) -> None:
-    """Raises InvalidOptionError: an argument has bytes that are not UTF-8, which no state, model or file name takes."""
+    """Raises:
+    InvalidOptionError: An argument has bytes that are not UTF-8, which no state, model or file name takes.
+    """
     for text in given:
         try:
             text.encode()
@@ -84,7 +86,7 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Our own warnings as one line; those of libraries are for their authors."""
+    """Print our own warnings as one line. Warnings of libraries are dropped, because users cannot act on them."""
     if category.__module__.startswith("complete_fn"):
         print(f"complete-fn: warning: {message}", file=sys.stderr)
 

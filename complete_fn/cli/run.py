@@ -1,4 +1,4 @@
-"""`complete-fn run`: a file in, the same rows with a column of answers out; resumable, atomic."""
+"""`complete-fn run` reads a file and writes its rows with a column of answers. A run can be resumed, and is atomic."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def run_file(asked: argparse.Namespace, options: Options, session: RunSession) -
 
 
 def opened_source(asked: argparse.Namespace) -> tuple[Source, str, str | None]:
-    """(source, identity, its format) of the input."""
+    """(source, identity, format) of the input."""
     if is_database(asked.input):
         return *query_source(asked.input, asked.table, asked.sql, asked.key), "jsonl"
     if asked.table or asked.sql:
@@ -206,7 +206,7 @@ def target_of(asked: argparse.Namespace, place: TablePlace | None, schema: Any) 
 
 
 def estimated(work: WindowedRun, found: Survey) -> Estimate:
-    """The estimate of all windows as one plan: here alone all prompts are in memory at the same time."""
+    """The estimate of all windows as one plan. Only here are all prompts in memory at the same time."""
     windows = [found.first] if found.first is not None else found.source.windows()
     chunks = [chunk for rows in windows for chunk in prompts_of(work, rows).chunks]
     prompts = pa.chunked_array(chunks, pa.large_string())
@@ -235,7 +235,7 @@ def whole(limit: int) -> int:
 
 
 def options_of(asked: argparse.Namespace) -> Options:
-    """Options from `--option k=v` and from their own flags, which win."""
+    """The options, from `--option k=v` and from flags of their own. A flag overrides `--option`."""
     given: dict[str, Any] = {}
     for pair in asked.option:
         name, equals, text = pair.partition("=")
@@ -263,9 +263,9 @@ def options_of(asked: argparse.Namespace) -> Options:
 
 
 def job_id(asked: argparse.Namespace, options: Options, call: Call, identity: str) -> str:
-    """Names the work, so that the same command finds what an interrupted one left.
+    """A name of the work, so that the same command finds the state of an interrupted run.
 
-    A file counts by its path, not its content: answers are kept by prompt and row, so changed rows are new anyway.
+    A file counts by its path, not by its content: answers are kept by prompt and row, so changed rows are new anyway.
     """
     plain = asked.output == "-" or "://" in asked.output or is_database(asked.output)
     target = asked.output if plain else str(Path(asked.output).resolve())
@@ -276,7 +276,7 @@ def job_id(asked: argparse.Namespace, options: Options, call: Call, identity: st
 
 
 class Teller:
-    """What a person is told of a run on stderr."""
+    """Tells a person about a run, on stderr."""
 
     def __init__(self, session: Session, work: WindowedRun, quiet: bool) -> None:
         self.session, self.work, self.quiet = session, work, quiet
@@ -287,7 +287,7 @@ class Teller:
 
     @off_main
     def last_stop(self) -> None:
-        """How the last attempt of an unfinished run ended, in whichever window, and what was lost with it."""
+        """Tell how the last attempt of an unfinished run ended, in any window, and what it lost."""
         for job in reversed(self.work.jobs()):
             stop = last_stop(self.session.store, self.session.who.tenant, job)
             if stop is not None:

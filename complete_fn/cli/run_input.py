@@ -1,4 +1,4 @@
-"""What `complete-fn run` reads: a file, stdin, an object of s3:// or gs://, or a query of a database."""
+"""`complete-fn run` reads a file, stdin, an object of s3:// or gs://, or a query of a database."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of an input before work is paid for.
+    """The facts about an input that are known before work is paid for.
 
     Attributes:
-        identity: tells it from other inputs, so that the same command finds what an interrupted one left.
-        first: its rows, if they are all in one window.
-        count: its rows; None where nobody counted.
-        names: of its columns, in all windows.
-        schema: the columns of a JSONL of several windows, as `Writer` takes it.
+        identity: identifies the input, so that the same command finds the state of an interrupted run.
+        first: the input's rows, if they are all in one window.
+        count: the number of rows; None if they were not counted.
+        names: the names of the columns of all windows.
+        schema: the columns of a JSONL that comes in several windows, as `Writer` takes it.
     """
 
     source: Source
@@ -45,13 +45,13 @@ class Survey:
 
 
 def is_database(name: str) -> bool:
-    """Whether the name is a database's URL, also one by reference to the environment (env:VARIABLE)."""
+    """Whether the name is a database's URL, or names an environment variable (env:VARIABLE)."""
     return name.startswith("env:") or name.partition(":")[0].partition("+")[0] in SCHEMES
 
 
 def database_url(name: str) -> str:
     """Raises:
-    InputError: env:VARIABLE names none that is set.
+    InputError: The name is env:VARIABLE and the variable is not set.
     """
     if not name.startswith("env:"):
         return name
@@ -73,7 +73,7 @@ def query_source(name: str, table: str | None, sql: str | None, key: str | None)
 
 
 def file_source(place: TablePlace) -> tuple[FileSource, str]:
-    """(source, identity) of a file. Stdin is kept in a temporary file, as it is read more than once."""
+    """(source, identity) of a file. Stdin is copied to a temporary file, because a source is read more than once."""
     if place.piped:
         return piped_source(place)
     if remote(place.name):
@@ -85,7 +85,7 @@ def file_source(place: TablePlace) -> tuple[FileSource, str]:
 
 
 def piped_source(place: TablePlace) -> tuple[FileSource, str]:
-    kept = tempfile.NamedTemporaryFile()  # noqa: SIM115  as long as its source
+    kept = tempfile.NamedTemporaryFile()  # noqa: SIM115  must live as long as its source
     digest = hashlib.sha256()
     while chunk := sys.stdin.buffer.read(CHUNK):
         digest.update(chunk)
@@ -113,9 +113,9 @@ class Limited:
 
 
 def survey(source: Source, identity: str, with_schema: bool) -> Survey:
-    """Read a file once, so that one that is damaged anywhere is refused before anything is paid for.
+    """Read the whole file once, so that a damaged file is refused before anything is paid for.
 
-    Parquet and databases are not read twice: a Parquet file that is not whole has no footer.
+    Parquet and databases are not read twice: an incomplete Parquet file has no footer, which is noticed at once.
     """
     windows = source.windows()
     first = next(windows)
@@ -142,7 +142,7 @@ def joined(first: Rows, second: Rows, rest: Any) -> Any:
 
 
 def prompt_digest(prompts: Any) -> str:
-    """Tells a column of prompts (large_string) from others."""
+    """A digest that identifies a column of prompts (large_string)."""
     digest = hashlib.sha256()
     sink = pa.BufferOutputStream()
     column = pa.concat_arrays(prompts.chunks) if prompts.num_chunks else pa.array([], pa.large_string())

@@ -1,4 +1,4 @@
-"""`complete-fn run` over an input of any size, a window at a time; each is kept once done, to be resumed."""
+"""`complete-fn run` takes an input of any size, window by window. It keeps each finished window, to resume from."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from complete_fn.rows.result_tables import KeysSeen, result_columns, result_name
 from complete_fn.session import Session
 from complete_fn.types import Usage
 
-KEPT_DAYS = 30.0  # what an unfinished run has left, as long as its answers
+KEPT_DAYS = 30.0  # days that an unfinished run's windows are kept; its answers in the store are kept as long
 DAY = 86_400.0
 
 
 @dataclass
 class WindowedRun:
-    """One run: what is asked of each row, and where its windows are kept meanwhile."""
+    """One run: the prompt and options for each row, and the folder that keeps the finished windows."""
 
     session: RunSession
     model: str
@@ -51,23 +51,23 @@ class WindowedRun:
     column: str
     details: bool
     summary: Summary = field(default_factory=Summary)
-    begun: int = 1  # windows
+    begun: int = 1  # number of windows begun
 
     @property
     def folder(self) -> Path:
         return self.session.settings.home / "runs" / self.job
 
     def jobs(self) -> list[str]:
-        """The names of the windows that were begun, by an earlier attempt too."""
+        """The names of the windows begun so far, including those of earlier attempts."""
         return [self.window_job(number) for number in range(max(self.begun, *noted(self.folder), 1))]
 
     def window_job(self, number: int) -> str:
-        """Under which name the store knows a window; the first has the run's own."""
+        """The name of a window in the store. The first window has the run's own name."""
         return self.job if number == 0 else hashlib.sha256(f"{self.job}/{number}".encode()).hexdigest()
 
 
 class Target(Protocol):
-    """What takes rows with their new columns: a file's `Writer`, or a table."""
+    """A file's `Writer` or a table, which takes rows with their new columns."""
 
     def write(self, rows: Rows, new: Any) -> None: ...
 
@@ -84,11 +84,11 @@ class TableTarget:
     seen: KeysSeen = field(default_factory=KeysSeen)
 
     def refuse(self, rows: Rows) -> None:
-        """What cannot be written, before it is paid for.
+        """Refuse rows whose answers cannot be written, before they are paid for.
 
         Raises:
-            InputError: the key is no column of the rows, is one of the answers', or does not tell the rows apart; there
-                is such a table and it is none for these answers; the database does not take them.
+            InputError: The key is no column of the rows, is a column of the answers, or does not identify rows; or the
+                table exists and lacks the answers' columns; or the database refuses the rows.
         """
         if self.key not in rows.names:
             raise InputError(f"--key {self.key!r} is no column of the input. Columns: {', '.join(rows.names)}.")
@@ -109,7 +109,7 @@ class TableTarget:
 
 
 def run_whole(work: WindowedRun, rows: Rows, target: Target) -> None:
-    """An input of one window: all its prompts are one plan."""
+    """Run an input of one window. All its prompts are one plan."""
     if isinstance(target, TableTarget):
         target.refuse(rows)
     answers = complete(work, rows, prompts_of(work, rows), 0)
@@ -117,7 +117,7 @@ def run_whole(work: WindowedRun, rows: Rows, target: Target) -> None:
 
 
 def run_windows(work: WindowedRun, survey: Survey, target: Target) -> None:
-    """An input of several windows: each is planned by itself, and kept, so that a resumed run passes it by."""
+    """Run an input of several windows. Each is planned by itself, and kept, so that a resumed run skips it."""
     forget_old(work.folder.parent)
     work.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     work.session.charge(work.model, work.jobs())
@@ -140,13 +140,16 @@ def run_windows(work: WindowedRun, survey: Survey, target: Target) -> None:
 
 
 class Mark:
-    """How far a run from a query into a table is, by the query's key: what lies before it is not even read again.
+    """Marks how far a run from a query into a table is, by the query's key. Rows before the mark are not read again.
 
-    Other runs write all rows at their end; they keep each window's answers instead.
+    Other runs write all rows at their end, so they keep each window's answers instead.
 
     Attributes:
-        number: windows before the mark, whose rows are `passed`; `begun` windows were written, some perhaps behind it.
-        held: whether rows of a window failed that are to be asked again, so that the mark stays before them.
+        kept: whether this run keeps a mark.
+        number: windows before the mark.
+        passed: the summary of their rows.
+        begun: windows that were written, some perhaps behind the mark.
+        held: whether a window has failed rows that must be asked again, so that the mark stays before it.
     """
 
     def __init__(self, path: Path, source: Source, target: Target, strict: bool) -> None:
@@ -161,10 +164,11 @@ class Mark:
 
     def read(self, target: TableTarget) -> None:
         self.begun, *found = json.loads(self.path.read_text())
-        if len(found) != 5:  # of a version that did not count what it passed
+        if len(found) != 5:  # an older version wrote the mark, without the counts of passed rows
             return
         number, after, rows, nulls, failed = found
-        there = after is not None and target.database.has(target.table, target.key, after)  # nobody has dropped it
+        # The table must still have the marked row: somebody may have dropped the table.
+        there = after is not None and target.database.has(target.table, target.key, after)
         if there and not (failed and self.strict):
             self.number, self.after = number, after
             self.passed = Summary(rows, nulls, resumed=rows - nulls, failed=Counter(failed))
@@ -190,14 +194,14 @@ class Mark:
 
 
 def noted(folder: Path) -> list[int]:
-    """How many windows the folder knows of."""
-    kept = [int(path.name.split("-")[1]) + 2 for path in folder.glob("window-*.parquet")]  # the next was under way
+    """Counts of begun windows by the files in the folder; the largest count is right."""
+    kept = [int(path.name.split("-")[1]) + 2 for path in folder.glob("window-*.parquet")]  # +2: the next one was begun
     mark = folder / "mark.json"
     return [*kept, json.loads(mark.read_text())[0] + 1] if mark.exists() else kept
 
 
 def keep(place: Path, details: Any) -> None:
-    """A window's answers, under a name that tells its prompts too: one of a changed input is not taken for it."""
+    """Keep a window's answers. The file's name has a digest of the prompts, so that a changed input does not match."""
     beside = place.with_suffix(".writing")
     parquet.write_table(pa.table({"details": details}), beside)
     beside.replace(place)
@@ -211,7 +215,7 @@ def resumed(details: Any) -> Summary:
 
 
 def asked_again(details: Any, strict: bool) -> bool:
-    """Whether rows failed that may find their answer now; to a strict run every failure counts."""
+    """Whether the window has failed rows that must be asked again. In a strict run, any failed row counts."""
     codes = pc.struct_field(details, [1, 0])
     return bool(pc.any(codes.is_valid() if strict else pc.is_in(codes, pa.array(ASKED_AGAIN))).as_py())
 
@@ -223,14 +227,14 @@ def forget_old(folder: Path) -> None:
 
 
 def end(work: WindowedRun) -> None:
-    """The results are safe: what was kept for a resume goes."""
+    """End a run whose results are safe: delete the state that was kept for a resume."""
     for job in work.jobs():
         work.session.end_job(job)
     shutil.rmtree(work.folder, ignore_errors=True)
 
 
 def complete(work: WindowedRun, rows: Rows, prompts: Any, number: int) -> Answers:
-    work.begun = max(work.begun, number + 1)  # first: what it commits counts, however it ends
+    work.begun = max(work.begun, number + 1)  # before the run: its committed rows count even if it fails
     answers = work.session.complete(work.model, prompts, work.options, work.window_job(number), planned=True)
     work.summary = work.summary + answers.summary if work.summary.rows else answers.summary
     return answers
@@ -251,7 +255,7 @@ def text_of(details: Any) -> Any:
 
 
 class OneBar:
-    """One bar for all windows of a run; it grows where nobody counted the rows before."""
+    """One progress bar for all windows of a run. It grows with each window if the rows were not counted before."""
 
     def __init__(self, inner: Progress, rows: int | None) -> None:
         self.inner, self.rows, self.begun = inner, rows, False
@@ -267,14 +271,14 @@ class OneBar:
         self.inner.advance(rows, usage, cost, currency)
 
     def stop(self) -> None:
-        """A window's end; the bar stays."""
+        """Do nothing at the end of a window: the bar goes on to the next one."""
 
     def close(self) -> None:
         self.inner.stop()
 
 
 class RunSession(Session):
-    """A session whose runs share one bar, once there is one."""
+    """A session whose runs share one progress bar, after `share_bar`."""
 
     one: OneBar | None = None
 
@@ -283,7 +287,7 @@ class RunSession(Session):
 
     @off_main
     def charge(self, model: str, jobs: list[str]) -> None:
-        """Count what earlier attempts have spent on all windows before the first of them is begun again."""
+        """Count the money that earlier attempts spent on all windows, before the first window begins again."""
         for job in jobs:
             self.caps_of(self.model(model), job)
 

@@ -1,4 +1,4 @@
-"""`complete-fn serve` and `complete-fn keys`: the service on one machine, and who may use it."""
+"""`complete-fn serve` runs the service on one machine; `complete-fn keys` decides who may use it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Models load on demand and go when idle. Needs `pip install 'complete-fn[service]
 
 Alone, this process runs the jobs too. With a broker, worker processes do: those that --workers starts and stops here,
 and any `complete-fn worker` with the same broker and state. Needs `pip install 'complete-fn[fleet]'`."""
-MOST_A_MINUTE = 10**12  # tokens; what the store keeps is a 64-bit number
+MOST_A_MINUTE = 10**12  # tokens; fits well into the store's 64-bit numbers
 NO_BROKER = (
     "--workers {workers} needs a Redis, over which they learn of work: give --broker redis://127.0.0.1:6379/0 or set "
     "COMPLETE_FN_BROKER. Without --workers this process runs the jobs itself."
@@ -86,7 +86,7 @@ def serve_main(argv: list[str]) -> int:
 
 
 def maintenance_of(service: Any, broker: str | None, workers: tuple[int, int] | None) -> Any:
-    """What this process does for its worker processes; None where it runs the jobs itself."""
+    """The maintenance that this process does for worker processes; None if it runs the jobs itself."""
     if broker is None:
         return None
     maintenance, fleet, worker_starter = (
@@ -107,10 +107,10 @@ def maintenance_of(service: Any, broker: str | None, workers: tuple[int, int] | 
 
 @contextmanager
 def alone(home: Path) -> Iterator[None]:
-    """One API per SQLite file; several may share a PostgreSQL.
+    """Allow only one API process per SQLite file. Several may share a PostgreSQL database.
 
     Raises:
-        InvalidOptionError: another one runs there.
+        InvalidOptionError: Another API process serves from this folder.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (home / "serve.lock").open("w") as lock:
@@ -124,7 +124,7 @@ def alone(home: Path) -> Iterator[None]:
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """Raises:
-    InvalidOptionError: the address is taken or not ours.
+    InvalidOptionError: The address is in use or does not belong to this machine.
     """
     try:
         kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -1,1 +1,1 @@
-"""The service's HTTP side. `app.make_app` puts it together; everything else in `complete_fn` knows no HTTP."""
+"""The service's HTTP side, which `app.make_app` puts together. The other rooms of `complete_fn` know no HTTP server."""

@@ -1,4 +1,4 @@
-"""`make_app`: the FastAPI application of a service."""
+"""`make_app` builds the FastAPI application of a service."""
 
 from __future__ import annotations
 
@@ -44,13 +44,14 @@ catalogue. Errors are `{"error": {"message", "type", "param", "code"}}` everywhe
 def make_app(
     service: Service, loopback: bool = True, workers: int = AT_ONCE, maintenance: Maintenance | None = None
 ) -> FastAPI:
-    """The application; it owns the service from here on and closes it when it ends.
+    """The application. It owns the service from now on, and closes the service when it ends.
 
     Args:
-        loopback: whether only this machine reaches it. If so, and as long as no API key was ever made, none is asked
-            for.
+        loopback: whether only this machine can reach the application. If so, no API key is needed as long as none was
+            ever made.
         workers: parts of jobs that run at the same time in this process.
-        maintenance: the upkeep of a service whose workers are other processes: they run the jobs, and answer chats too.
+        maintenance: the maintenance for worker processes, which then run the jobs and answer chats; None if this
+            process does both itself.
     """
 
     @asynccontextmanager
@@ -80,7 +81,7 @@ def make_app(
 
 
 def remote_of(service: Service, maintenance: Maintenance | None) -> Proxy | None:
-    """What hands chats on to the worker processes; None where there are none."""
+    """The proxy that passes chats on to the worker processes; None without worker processes."""
     if maintenance is None:
         return None
     secret = internal_secret(service.settings.internal_secret, service.settings.home)

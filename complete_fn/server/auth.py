@@ -1,4 +1,4 @@
-"""Authentication: by API key, or as the local tenant on a loopback address for which no key was ever made."""
+"""Callers are authenticated by API key. On a loopback address without any key, every caller is the local tenant."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from complete_fn.server.error_replies import of_complete_error
 from complete_fn.service.service import Service
 from complete_fn.types import Asker
 
-AT_ONCE = 16  # keys that are looked up, whatever the threads of the routes do
+AT_ONCE = 16  # lookups of keys at a time, on threads of their own, so that slow routes cannot block them
 
 
-# A plain function would take one of the threads that slow routes may all hold.
+# Dependencies are coroutines: a plain function would need a thread, and slow routes may hold all of them.
 async def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
@@ -32,7 +32,7 @@ async def principal(request: Request) -> Principal:
 
 
 class Door:
-    """Lets nobody to /v1/ and /metrics who does not say who they are; asks before a byte of the body is read."""
+    """Refuses callers of /v1/ and /metrics who are not authenticated, before a byte of the body is read."""
 
     def __init__(self, app: ASGIApp, service: Service, loopback: bool) -> None:
         self.app = app
@@ -52,8 +52,8 @@ class Door:
 
     def identify(self, request: Request) -> Principal:
         """Raises:
-        KeyRefusedError: a key is needed and the one sent is none.
-        ScopeError: without keys, a page in a browser asks under another site's name.
+        KeyRefusedError: An API key is needed, and the request has none or an invalid one.
+        ScopeError: No API key exists, and a web page sends the request under another site's name.
         """
         if self.loopback and not self.service.keys.any():
             refuse_strange_pages(request)
@@ -65,11 +65,11 @@ class Door:
 
 
 def refuse_strange_pages(request: Request) -> None:
-    """A web page may reach a loopback service through its visitor's browser: by its own name, or under its origin."""
+    """Refuse web pages. Their visitor's browser could reach a loopback service, by the page's own name or origin."""
     origin = request.headers.get("origin")
     try:
         named = [request.url.hostname, *([urlsplit(origin).hostname] if origin else [])]
-    except ValueError:  # a name that no URL can have
+    except ValueError:  # the name is not valid in a URL
         named = [origin]
     if strange := [n for n in named if not is_loopback(n or "")]:
         raise ScopeError(f"Without API keys this service answers to localhost only, not to {strange[0]!r}.")

@@ -1,4 +1,4 @@
-"""Lines of a batch: what was asked, checked before anything is run, and what is answered, in OpenAI's form."""
+"""A batch's request lines are checked before anything runs, and its answer lines are written in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from complete_fn.service.service import Service
 from complete_fn.text import text_column
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-MOST_KINDS = 1_000  # different models and settings in one batch: each is a run of its own
+MOST_KINDS = 1_000  # different models and settings in one batch, because each needs its own run
 NEVER_RUN = {"expired": "batch_expired", "cancelled": "batch_cancelled"}
 
 
@@ -37,8 +37,8 @@ class Line:
 
 def read_lines(service: Service, source: bytes, endpoint: str) -> list[Line]:
     """Raises:
-    InputError: a line cannot be run; the message has its number.
-    TooLargeError: more lines than a batch may have.
+    InputError: A line cannot be run; the message has its number.
+    TooLargeError: The batch has more lines than a batch may have.
     """
     lines: list[Line] = []
     seen: dict[str, int] = {}
@@ -93,10 +93,10 @@ def refuse_stream(stream: bool) -> None:
 
 
 def groups(lines: Sequence[Line]) -> list[PromptGroup]:
-    """Lines that can be answered by one run, together.
+    """The lines in groups, each of which one run can answer.
 
     Raises:
-        InputError: too many different settings.
+        InputError: The batch has too many different models and settings.
     """
     rows: dict[tuple[str, str], list[int]] = {}
     for number, line in enumerate(lines):
@@ -121,7 +121,7 @@ def options(call: Call) -> str:
 
 
 def answer_lines(job: Job, source: bytes, details: Sequence[Detail | None]) -> Iterator[tuple[bool, bytes]]:
-    """(whether it is an answer, the line) for each request, in order: for the output file or the error file."""
+    """(whether it is an answer, the line) for each request, in order: lines of the output file and the error file."""
     requests = (json.loads(raw) for raw in source.removeprefix(b"\xef\xbb\xbf").split(b"\n") if raw.strip())
     for number, (asked, row) in enumerate(zip(requests, details, strict=True)):
         name = f"{job.id}_{number}"
@@ -139,4 +139,4 @@ def answer_lines(job: Job, source: bytes, details: Sequence[Detail | None]) -> I
             body = chat_body(model, row) if asked["url"] == CHAT else completion_body(model, [row])
             line["response"] = {"status_code": 200, "request_id": name, "body": body}
         good = line["error"] is None and why is None
-        yield good, json_line(line).encode("utf-8", "backslashreplace") + b"\n"  # of half a character, JSON's escape
+        yield good, json_line(line).encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate becomes an escape

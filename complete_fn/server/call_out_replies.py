@@ -1,4 +1,4 @@
-"""Replies in the form of the warehouse that asks, also where a request gets no further than the door."""
+"""Replies have the form of the warehouse that asks, even if the request is refused at the door."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def response(reply: Reply) -> Response:
 
 
 def refused(translator: Dialect, error: CompleteError) -> Response:
-    """Why there are no values; a rate limit says itself how long to wait."""
+    """The reply that tells why there are no values. A rate limit adds its own headers, with the wait."""
     found = response(translator.refuse(error))
     if isinstance(error, RateLimitError):
         found.headers.update(error.headers)
@@ -34,6 +34,6 @@ def refused(translator: Dialect, error: CompleteError) -> Response:
 
 
 def refused_at(path: str, error: CompleteError) -> Response | None:
-    """The refusal of a request for that path; None if no warehouse's dialect is spoken there."""
+    """The refusal of a request for this path, in its dialect; None if the path belongs to no dialect."""
     name = path.removeprefix(PREFIX).partition("/")[0] if path.startswith(PREFIX) else ""
     return refused(dialect_of(name), error) if name in DIALECTS else None

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form for every route: {"error": {"message", "type", "param", "code"}}. No insides in a 5xx."""
+"""All routes reply errors in OpenAI's form, {"error": {"message", "type", "param", "code"}}. A 5xx hides internals."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def refusal(status: int, message: str, code: str | None = None, param: str | Non
 
 
 def told(request: Request, error: Exception) -> tuple[int, str, str]:
-    """(status, message, code) of an error. What concerns the operator (paths, log tails) stays in the log.
+    """(status, message, code) of an error. Details for the operator (paths, log tails) stay in the log.
 
-    An exception's message may quote a prompt, so only the type and place of those we do not know are logged.
+    For an unknown exception only type and place are logged, because its message may quote a prompt.
     """
     where = f"{request.method} {request.url.path}"
     if not isinstance(error, CompleteError):
@@ -94,7 +94,7 @@ def add_refusals(app: FastAPI) -> None:
 
 
 class Bounds:
-    """Refuses bodies above the limits, also those that do not say their length, and answers what nobody caught."""
+    """Refuses bodies above the limits, also without a Content-Length. Replies to exceptions that no route caught."""
 
     def __init__(self, app: ASGIApp, upload_bytes: int, body_bytes: int) -> None:
         self.app = app
@@ -105,7 +105,7 @@ class Bounds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # A multipart body is a little longer than the file in it.
+        # 65,536 bytes more: a multipart body is a little longer than the file in it.
         limit = self.upload_bytes + 65_536 if scope["path"] == "/v1/files" else self.body_bytes
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:

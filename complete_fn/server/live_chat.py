@@ -1,4 +1,4 @@
-"""A request's rows while they are computed: pieces of text as they come, then the rows, or why there are none."""
+"""`Live` gives a request's pieces of text while they are computed, then the rows, or the reason why there are none."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from complete_fn.text import text_column
 from complete_fn.tokens import tokens_by_bytes
 from complete_fn.types import Asker, Usage
 
-AT_ONCE, WAITING = 64, 256  # requests
-GONE_SECONDS = 0.25
+AT_ONCE, WAITING = 64, 256  # requests that run, and that may wait
+GONE_SECONDS = 0.25  # between two looks whether the client is gone
 Piece = tuple[int, str]  # row, new text
 
 
 class Live:
-    """Runs prompts on a thread of its own, for a client that may go away: what it leaves behind stops.
+    """Runs prompts on its own thread. The rows stop if the client goes away.
 
-    A row that the client has read something of is billed as far as it got, any other that it leaves is not.
+    Then a row of which the client has read a piece is billed up to that piece; other unfinished rows are not billed.
     """
 
     def __init__(self, request: Request, service: Service, call: Call, prompts: list[str], who: Asker) -> None:
@@ -38,14 +38,14 @@ class Live:
         self.call, self.prompts, self.who = call, prompts, who
         self.stop = threading.Event()
         self.loop = asyncio.get_running_loop()
-        self.pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: there are no more
+        self.pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None marks the end
         self.rows: list[Detail] = []
-        self.told: dict[int, int] = {}  # row: tokens, up to what was told of it
+        self.told: dict[int, int] = {}  # by row, the tokens up to its last piece
         self.failure: BaseException | None = None
         self.task: asyncio.Task[None] | None = None
 
     def start(self, grant: Grant, priority: int, streaming: bool) -> None:
-        """Run the prompts; the grant is settled when they end. An answer that nobody waited for counts its prompt."""
+        """Run the prompts and settle the grant when they end. If the client left, a row counts at least its prompt."""
         lanes = self.request.app.state.lanes
 
         def work() -> None:
@@ -71,7 +71,7 @@ class Live:
 
     def refuse_crowd(self) -> None:
         """Raises:
-        EngineBusyError: too many requests wait already.
+        EngineBusyError: Too many requests are already waiting.
         """
         if self.request.app.state.lanes.statistics().tasks_waiting >= WAITING:
             raise EngineBusyError(f"{AT_ONCE} requests run and {WAITING} wait. Try again in a moment, or use a job.")
@@ -82,26 +82,26 @@ class Live:
 
     @property
     def most_tokens(self) -> int:
-        """What the request may use, about: its prompts and the longest answers."""
+        """The tokens that the request may use, estimated from its prompts and the longest answers."""
         answer = min(self.call.sampling.max_tokens or math.inf, self.call.model.default_max_tokens)
         return self.prompt_tokens + int(answer) * len(self.prompts)
 
     @property
     def used(self) -> int:
-        """Tokens that count against a rate limit; of a row that nobody waited for, its prompt."""
+        """The tokens that count against a rate limit. If the client left, a row counts at least its prompt."""
         if self.failure is None:
             return sum(map(computed_tokens, self.rows))
         prompts = tokens_by_bytes(self.prompts)
         return sum(max(prompt, self.told.get(row, 0)) for row, prompt in enumerate(prompts))
 
     def tell(self, row: int, piece: str, usage: Usage) -> None:
-        """Called by the engine's thread."""
+        """Queue a row's next piece. The engine's thread calls this."""
         self.told[row] = usage.prompt_tokens + usage.completion_tokens
-        with suppress(RuntimeError):  # the loop is closed: the service ends
+        with suppress(RuntimeError):  # the event loop is closed, because the service ends
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, (row, piece))
 
     async def first(self) -> Piece | None:
-        """The first piece; None if the rows, or what went wrong, come first. A client that leaves stops its rows."""
+        """The first piece; None if the run ends before a piece. A client that goes away stops the rows."""
         watcher = asyncio.create_task(self.watch())
         began = time.monotonic()
         try:
@@ -130,10 +130,10 @@ class Live:
         return isinstance(self.failure, Stopped)
 
     def outcome(self) -> list[Detail]:
-        """The rows, once there are no more pieces.
+        """The rows, after the last piece.
 
         Raises:
-            CompleteError, Exception: what went wrong.
+            CompleteError, Exception: The run failed.
         """
         if self.failure is not None:
             raise self.failure
@@ -141,6 +141,6 @@ class Live:
 
 
 def computed_tokens(row: Detail) -> int:
-    """Tokens that an engine worked on for this row."""
+    """Tokens that an engine computed for this row; 0 for a reused answer."""
     usage = row["usage"]
     return int(usage["prompt_tokens"] + usage["completion_tokens"]) if row["source"] == "computed" else 0

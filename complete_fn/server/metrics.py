@@ -1,4 +1,4 @@
-"""`/metrics` for Prometheus. No label names a tenant, a user or a prompt."""
+"""The metrics of `/metrics`, for Prometheus. No label names a tenant, a user or a prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Metrics:
-    """What this process counts, and what the store knows, in one registry."""
+    """One registry of this process's own counts and of sums from the store."""
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
@@ -43,14 +43,14 @@ class Metrics:
 
 
 class OfStore(Collector):
-    """Read when asked: ledger, queue, workers."""
+    """Metrics of ledger, queue and workers, which are read from the store at each scrape."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self.totals = Totals(service.store)
 
     def describe(self) -> list[Metric]:
-        return []  # so that the store is not asked before somebody scrapes
+        return []  # else registration would read the store, before the first scrape
 
     def collect(self) -> Iterator[Metric]:
         yield from self.of_ledger()
@@ -82,7 +82,7 @@ class OfStore(Collector):
         yield from (parts, tokens, swept)
 
     def of_workers(self) -> Iterator[Metric]:
-        """Worker processes by their heartbeats; an API that runs the jobs itself has none."""
+        """Metrics of worker processes, by their heartbeats. An API process that runs the jobs itself has none."""
         beats, paces = self.service.workers.alive(), self.service.workers.paces()
         alive = GaugeMetricFamily("complete_fn_workers", "Worker processes.", labels=["draining"])
         for draining in (False, True):
@@ -99,7 +99,7 @@ class OfStore(Collector):
 
 
 class RequestCounter:
-    """Counts requests by the route's pattern, never by the path that was asked."""
+    """Counts requests by the route's pattern, never by the requested path, whose ids would make a label each."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics

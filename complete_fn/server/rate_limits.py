@@ -1,7 +1,7 @@
-"""Rate limits in tokens a minute, by tenant and by key: buckets in the store, so that all API processes share them.
+"""Rate limits bound tokens per minute, by tenant and by API key. The store has the buckets, for all API processes.
 
-A request takes what it may need before it is run, prompt and answer, and what it did not use comes back when it ends.
-A request that is larger than a whole minute's tokens is let in when nothing else was, and the next ones wait longer.
+Before a request runs, it takes the tokens that prompt and answer may need. Tokens that it did not use come back when it
+ends. A request for more tokens than a whole minute's is admitted if none are in use, and the next ones wait longer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ C = token_buckets.c
 
 
 class BucketName(NamedTuple):
-    """Whose bucket it is: a tenant's, or a key's."""
+    """The owner of a bucket: `kind` is "tenant" or "key", `name` the tenant or the API key's id."""
 
     kind: str
     name: str
@@ -35,18 +35,18 @@ class BucketName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """`used` tokens of a minute's `limit`, `at` seconds of the epoch; they drain at the limit's pace."""
+    """`used` of a minute's `limit` of tokens, at time `at` (seconds of the epoch). They drain at the limit's pace."""
 
     limit: int
     used: float
     at: float
 
     def drained(self, now: float) -> Bucket:
-        later = max(self.at, now)  # other machines' clocks differ
+        later = max(self.at, now)  # `at` may be later: another machine's clock wrote it
         return Bucket(self.limit, max(0.0, self.used - (later - self.at) * self.limit / 60), later)
 
     def wait(self, tokens: int) -> float:
-        """Seconds until so many can be taken."""
+        """Seconds until so many tokens can be taken."""
         return max(0.0, (self.used + min(tokens, self.limit) - self.limit) * 60 / self.limit)
 
     @property
@@ -56,22 +56,22 @@ class Bucket:
 
 @dataclass
 class Grant:
-    """Tokens taken for one request. `headers` are OpenAI's, none where nothing limits the caller."""
+    """Tokens taken for one request. `headers` are OpenAI's rate-limit headers; empty if the caller has no limit."""
 
     tokens: int
     give_back: Callable[[float], dict[str, str]] | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
     def settle(self, used: int) -> None:
-        """The request is over; it used so many."""
+        """End the grant of a request that used so many tokens: the others go back to the buckets."""
         if self.give_back is not None and used != self.tokens:
             try:
                 self.headers = self.give_back(self.tokens - used)
-            except StoreError as error:  # the reply is not to fail for it; the bucket drains anyway
+            except StoreError as error:  # logged, not raised: the reply need not fail, as the bucket drains anyway
                 LOG.warning("tokens of a rate limit were not given back: %s", type(error).__name__)
 
     async def settled(self, used: int) -> None:
-        """`settle` off the event loop; it is done even if the task is cancelled meanwhile."""
+        """`settle` off the event loop. It completes even if the task is cancelled."""
         if self.give_back is not None:
             await asyncio.get_running_loop().run_in_executor(None, self.settle, used)
 
@@ -88,7 +88,7 @@ class RateLimits:
 
     def admit(self, caller: Principal, tokens: int) -> Grant:
         """Raises:
-        RateLimitError: the tenant's or the key's bucket has not so many left.
+        RateLimitError: The tenant's or the API key's bucket has too few tokens left.
         """
         limits = limits_of(caller)
         if not limits:
@@ -112,12 +112,12 @@ class RateLimits:
         return await asyncio.get_running_loop().run_in_executor(None, self.admit, caller, tokens)
 
     def change(self, limits: Mapping[BucketName, int], tokens: float) -> dict[str, str]:
-        """The headers then."""
+        """Add tokens to the buckets; returns the headers afterwards."""
         with self.store.write() as connection:
             return limit_headers(self.add(connection, self.buckets(connection, limits), tokens))
 
     def buckets(self, connection: sa.Connection, limits: Mapping[BucketName, int]) -> dict[BucketName, Bucket]:
-        """The buckets as they are now, locked."""
+        """The buckets, drained to the present time, with their rows locked."""
         now = self.clock()
         chosen = sa.select(token_buckets).where(sa.tuple_(C.kind, C.name).in_(list(limits))).order_by(C.kind)
         rows = connection.execute(chosen.with_for_update()).all()

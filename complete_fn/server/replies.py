@@ -1,4 +1,4 @@
-"""Rows as OpenAI's replies: chat completions and completions, whole or as server-sent events."""
+"""Rows become OpenAI's replies: chat completions and completions, whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from complete_fn.server.error_replies import error_body
 
 Detail = dict[str, Any]  # one row of `Answers.details`
 
-# What a row's error is as a status of its request, and OpenAI's word for it where there is one.
+# By a row's error code: the status of the request, and OpenAI's own code if it has one.
 STATUS = {
     "prompt_too_long": (400, "context_length_exceeded"),
     "invalid_request": (400, "invalid_request"),
@@ -28,7 +28,7 @@ OPEN: Detail = {"finish_reason": None}
 
 
 def refused(row: Detail) -> tuple[int, str, str] | None:
-    """(status, message, code) of a row without an answer. Cut by the context or by max_tokens is an answer here."""
+    """(status, message, code) of a row without an answer, else None. A text cut by a length limit is an answer here."""
     error = row["error"]
     if error is None or (row["value"] is not None and row["finish_reason"] == "length"):
         return None
@@ -37,13 +37,13 @@ def refused(row: Detail) -> tuple[int, str, str] | None:
 
 
 def all_refused(rows: Sequence[Detail]) -> tuple[int, str, str] | None:
-    """The first row's reason where no row has an answer. Else there is a reply: its answers are paid for."""
+    """The first row's refusal if no row has an answer. Otherwise a reply is due, because answers are paid for."""
     whys = [refused(row) for row in rows]
     return whys[0] if all(whys) else None
 
 
 def ending(row: Detail) -> Detail:
-    """How a row's choice ends; one without an answer has its own `error`, which OpenAI's have not."""
+    """The end of a row's choice. A row without an answer has a field `error`, which OpenAI's choices lack."""
     why = refused(row)
     if why is None:
         return {"finish_reason": row["finish_reason"]}
@@ -82,7 +82,7 @@ def completion_body(model: str, rows: Sequence[Detail]) -> Detail:
 
 @dataclass(frozen=True)
 class Chunks:
-    """The events of one streamed reply. `with_usage`: one more at the end has the usage, the others say null."""
+    """The events of one streamed reply. With `with_usage` a last event has the usage, and the others have null."""
 
     kind: Literal["chat.completion.chunk", "text_completion"]
     model: str

@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI routes, with OpenAI's defaults. A field that would change the answer is here or is refused."""
+"""Bodies of the OpenAI routes, with OpenAI's defaults. A field that changes the answer is supported or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 class TableName:
-    """Annotates a string that names an entry of a table; refused and documented as a Literal of the names would be."""
+    """Annotates a string that names an entry of a table. It is refused and documented like a Literal of the names."""
 
     def __init__(self, table: Table[Any]) -> None:
         self.table = table
@@ -62,7 +62,7 @@ class StreamOptions(Body):
 
 
 class SamplingBody(Body):
-    """What chat completions and completions share. `user`, `metadata` and their like are taken and not used."""
+    """The fields that chat completions and completions share. `user`, `metadata` and the like are ignored."""
 
     model: str
     temperature: float | None = None
@@ -88,12 +88,14 @@ class SamplingBody(Body):
 
     @property
     def priority(self) -> int:
-        """Requests overtake bulk work; those of the tier that OpenAI calls `flex` do not mind to wait."""
+        """Requests overtake bulk work, except those of the tier that OpenAI calls `flex`, which may wait."""
         return 0 if self.service_tier == "flex" else INTERACTIVE
 
     def call(self, model: Model, max_tokens: int | None, response_format: Any = None, usual: bool = False) -> Call:
-        """The call with OpenAI's defaults: temperature 1, top_p 1; `max_tokens` None takes what the context leaves, or
-        the model's default, if `usual`."""
+        """The call with OpenAI's defaults, temperature 1 and top_p 1.
+
+        Without `max_tokens` an answer may fill the context, or if `usual` has the model's default limit.
+        """
         given = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
@@ -146,7 +148,7 @@ class CompletionBody(SamplingBody):
     echo: Literal[False] | None = None
 
     def texts(self) -> list[str]:
-        """The prompts as `run` takes them."""
+        """The prompts as planned texts, which `run` takes."""
         return [escape(text) for text in ([self.prompt] if isinstance(self.prompt, str) else self.prompt)]
 
     def completion_call(self, model: Model) -> Call:
@@ -160,7 +162,7 @@ def content(message: ChatMessage) -> str:
 
 
 def schema_of(given: dict[str, Any] | None) -> Any:
-    """OpenAI's response_format as what `parse_options` takes."""
+    """OpenAI's response_format in the form that `parse_options` takes."""
     kind = (given or {}).get("type")
     if given is None or kind == "text":
         return None

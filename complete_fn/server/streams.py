@@ -1,4 +1,4 @@
-"""Streamed replies: server-sent events while the rows are computed."""
+"""Streamed replies send server-sent events while the rows are computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from complete_fn.server.replies import DONE, Chunks, all_refused, ending, event,
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a run; a client that leaves stops it."""
+    """The server-sent events of a run. A client that goes away stops the run."""
 
     def __init__(self, live: Live, chunks: Chunks, first: Piece | None) -> None:
         super().__init__(events(live, chunks, first), media_type="text/event-stream")
@@ -28,7 +28,7 @@ class EventStream(StreamingResponse):
 
 
 async def events(live: Live, chunks: Chunks, first: Piece | None) -> AsyncIterator[str]:
-    """The pieces, then what is left of each row and why it ended; an error in OpenAI's form ends the stream."""
+    """The pieces, then the rest of each row's text and its finish reason. An error in OpenAI's form ends the stream."""
     sent: defaultdict[int, str] = defaultdict(str)
     for opening in chunks.start():
         yield opening
@@ -41,7 +41,7 @@ async def events(live: Live, chunks: Chunks, first: Piece | None) -> AsyncIterat
     if live.left:
         return
     if live.request.app.state.internal:
-        yield f": tokens {sum(map(computed_tokens, live.rows))}\n\n"  # a comment; it counts against a rate limit
+        yield f": tokens {sum(map(computed_tokens, live.rows))}\n\n"  # an event comment, for the API's rate limit
     for closing in endings(live, chunks, sent):
         yield closing
 

@@ -1,4 +1,4 @@
-"""Tables that requests read and write: a window of rows each is in memory meanwhile, so there are few at once."""
+"""Few requests may read or write tables at a time, because each holds a window of rows in memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastapi import Depends, Request
 
 from complete_fn.errors import EngineBusyError
 
-AT_ONCE = 2
-MOST = 16  # requests of one tenant that run or wait
+AT_ONCE = 2  # requests that hold a window in memory
+MOST = 16  # requests of one tenant that run or wait, so that one tenant cannot fill the queue
 
 T = TypeVar("T")
 
 
 class TableSlots:
-    """Runs such work, a slot for each; who waits for one holds no thread. Belongs to one event loop."""
+    """Runs work on tables, each in a slot. A request that waits for a slot holds no thread. For one event loop."""
 
     def __init__(self) -> None:
         self.limiter = anyio.CapacityLimiter(AT_ONCE)
@@ -27,7 +27,7 @@ class TableSlots:
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
         """Raises:
-        EngineBusyError: too many requests of the tenant run or wait already.
+        EngineBusyError: Too many requests of the tenant already run or wait.
         """
         if self.begun[tenant] >= MOST:
             raise EngineBusyError(

@@ -1,7 +1,7 @@
-"""The OpenAI routes of a worker, for the API alone: an address of its own, and a secret that both know.
+"""A worker serves the OpenAI routes to API processes only, on its own address, protected by a shared secret.
 
-The API says on whose behalf it asks. It has checked key and scope and counted the tokens a minute; budget, answers and
-ledger are the worker's, in the store that both share.
+The API names the tenant and user. It has checked API key and scope, and counted the tokens per minute. The worker does
+budget, answers and ledger, in the store that both share.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ START_SECONDS = 30.0
 
 
 class InternalDoor:
-    """Lets in who knows the secret, on behalf of whom it says."""
+    """Admits requests that have the secret, for the tenant and user that their headers name."""
 
     def __init__(self, app: ASGIApp, secret: str) -> None:
         self.app = app
@@ -75,8 +75,11 @@ def internal_app(service: Service, secret: str) -> FastAPI:
 
 
 class Internal:
-    """A server in a thread of this process. `address` is what the heartbeat announces: of a worker that listens on all
-    interfaces, the machine's name."""
+    """A server in a thread of this process.
+
+    Attributes:
+        address: the URL that the heartbeat announces; with the machine's name if the server listens on all interfaces.
+    """
 
     def __init__(self, service: Service, host: str, secret: str) -> None:
         kind, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
@@ -105,16 +108,16 @@ class Internal:
 
 
 def serve_internal(service: Service, host: str, secret: str) -> Internal:
-    """Serve the OpenAI routes on a free port of `host`, to those who know the secret.
+    """Serve the OpenAI routes on a free port of `host`, to callers that have the secret.
 
     Raises:
-        EngineError, OSError: the address cannot be served on.
+        EngineError, OSError: The server cannot listen on the address.
     """
     return Internal(service, host, secret)
 
 
 def internal_secret(given: str | None, home: Path) -> str:
-    """The secret of API and workers: what was given, else one in a file that all with this state folder read."""
+    """The secret of API and workers: the given one, or else one in a file of the state folder that they share."""
     if given:
         return given
     file = home / "internal.secret"
@@ -125,7 +128,7 @@ def internal_secret(given: str | None, home: Path) -> str:
         with os.fdopen(descriptor, "w") as out:
             out.write(secrets.token_hex(32))
         try:
-            os.link(new, file)  # whole, or not at all
+            os.link(new, file)  # atomic: the file appears with its whole content, or another process was first
         finally:
             new.unlink()
     return file.read_text().strip()

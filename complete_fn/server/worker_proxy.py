@@ -1,4 +1,4 @@
-"""Chats of an API that runs no model itself: handed on to a worker that does, streams included."""
+"""An API process that runs no model passes chats on to a worker process, streams included."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from complete_fn.server.live_chat import GONE_SECONDS
 from complete_fn.server.rate_limits import Grant
 from complete_fn.service.service import Service
 
-CLIENT_CLOSED = 499  # as nginx has it: nobody reads this
+CLIENT_CLOSED = 499  # nginx's status for a client that left; no client reads this reply
 TENANT, USER, TOKENS = "x-complete-tenant", "x-complete-user", "x-complete-tokens"
 EVENT = re.compile(rb"^data: ", re.MULTILINE)
 TAIL = re.compile(rb"^: tokens (\d+)$", re.MULTILINE)
@@ -31,16 +31,16 @@ NOBODY = "No worker is up for model {model!r}. One is asked for; try again in a 
 
 
 class Proxy:
-    """Finds a worker and hands requests on to it.
+    """Finds a worker and passes requests on to it.
 
     Args:
-        secret: that the workers know.
-        want: has a worker started for a model; None where nobody can.
+        secret: the secret that the workers know.
+        want: asks for a worker for a model; None if this process starts no workers.
     """
 
     def __init__(self, service: Service, secret: str, want: Callable[[str], None] | None) -> None:
         self.service, self.secret, self.want = service, secret, want
-        self.client = httpx.AsyncClient(  # never by way of HTTP_PROXY, which would see secret and prompts
+        self.client = httpx.AsyncClient(  # without HTTP_PROXY: a proxy would see secret and prompts
             trust_env=False,
             timeout=httpx.Timeout(None, connect=5.0),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=4.0),
@@ -49,23 +49,23 @@ class Proxy:
         self.looked = 0.0
 
     async def forward(self, request: Request, model: str, caller: Principal, grant: Grant, prompt: int) -> Response:
-        """A worker's reply. The grant is settled with what the worker says it used, else with `prompt` tokens.
+        """A worker's reply. The grant is settled with the tokens that the worker reports, or else with `prompt`.
 
         Raises:
-            EngineError: no worker is up.
+            EngineError: No worker is up.
         """
         for beat in await self.candidates(model):
             try:
                 return await proxy(self.client, request, str(beat.address), self.secret, caller, grant, prompt)
             except NOBODY_THERE:
-                self.looked = 0.0  # it has gone; the next one
+                self.looked = 0.0  # this worker is gone, so read the heartbeats again; try the next worker
         await grant.settled(0)
         if self.want is not None:
             self.want(model)
         raise EngineError(NOBODY.format(model=model))
 
     async def candidates(self, model: str) -> list[Beat]:
-        """The workers that can be asked: those whose engine is up first, then those with the least work."""
+        """The workers that accept requests: first those with a warm engine, and among them the least busy first."""
         now = time.monotonic()
         if now - self.looked > FRESH_SECONDS:
             self.beats, self.looked = list(await to_thread.run_sync(self.service.workers.alive)), now
@@ -85,11 +85,11 @@ async def proxy(
     grant: Grant,
     prompt: int,
 ) -> Response:
-    """The reply of the worker at `address`, as it comes. A client that leaves ends it there too.
+    """The reply of the worker at `address`, streamed. A client that goes away also ends the worker's request.
 
     Raises:
-        httpx.ConnectError, httpx.ConnectTimeout: nobody is there; nothing was run.
-        EngineError: the worker broke off before it replied.
+        httpx.ConnectError, httpx.ConnectTimeout: No worker is at the address, and nothing was run.
+        EngineError: The worker broke the connection before it replied.
     """
     headers = {"authorization": f"Bearer {secret}", TENANT: caller.tenant, USER: caller.user}
     headers["content-type"] = request.headers.get("content-type", "application/json")
@@ -120,7 +120,7 @@ async def body(upstream: httpx.Response, grant: Grant, prompt: int) -> AsyncIter
         used = int(upstream.headers[TOKENS])
     try:
         async for piece in upstream.aiter_raw():
-            used += len(EVENT.findall(piece))  # of a stream that is left, as a worker tells a token or so at a time
+            used += len(EVENT.findall(piece))  # counts if the client leaves: an event has about one token
             tail = (tail + piece)[-256:]
             yield piece
     finally:

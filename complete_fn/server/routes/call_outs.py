@@ -1,4 +1,4 @@
-"""`/v1/dialects/...`: what warehouses call. Each dialect only translates; all end in `Service.complete`."""
+"""Warehouses call `/v1/dialects/...`. Each dialect only translates; all call-outs end in `Service.complete`."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ def named(caller: Principal, dialect: str, function: str, batch: str) -> CallOut
 
 
 async def looked_for(request: Request, look: Callable[[], T | None], until: float) -> T | None:
-    """What `look` finds, now or on another look; None: until then another process of the service ran the batch.
+    """The first result of `look`, repeated until `until`; None if another process of the service still runs the batch.
 
-    A warehouse asks again at once, so it is not sent away sooner.
+    The request waits here, because a warehouse that is sent away asks again at once.
     """
     while (found := await to_thread.run_sync(look)) is None:
         left = until - time.monotonic()
@@ -111,7 +111,7 @@ async def looked_for(request: Request, look: Callable[[], T | None], until: floa
 
 
 async def settled(translator: Dialect, asked: CallOut, values: Future[list[Any]], until: float) -> Response:
-    """The values if they are there by then; no thread is held meanwhile."""
+    """The values, if they are there by `until`; else the dialect's reply for a busy batch. The wait holds no thread."""
     waiter = asyncio.wrap_future(values)
     waiter.add_done_callback(heard)
     done, _ = await asyncio.wait([waiter], timeout=max(0.0, until - time.monotonic()))
@@ -121,13 +121,13 @@ async def settled(translator: Dialect, asked: CallOut, values: Future[list[Any]]
 
 
 def heard(waiter: asyncio.Future[list[Any]]) -> None:
-    """A batch that fails after its request was answered is nobody's surprise: the next request begins it again."""
+    """Mark the error of a batch as seen, so that asyncio does not log it: the next request begins the batch again."""
     if not waiter.cancelled():
         waiter.exception()
 
 
 def admission(request: Request, caller: Principal) -> Admission:
-    """Asks the caller's rate limits, for a batch that is really begun; what it does not use comes back."""
+    """A function that takes tokens from the caller's rate limits when a batch begins. Unused tokens come back."""
 
     def admit(wanted: Sequence[Share]) -> Settle:
         prompts = sum(sum(tokens_by_bytes(s.prompts)) for s in wanted)
@@ -142,16 +142,17 @@ def admission(request: Request, caller: Principal) -> Admission:
 
 
 def longest(share: Share) -> int:
-    """Tokens of the longest answers to its rows."""
+    """The most tokens that answers to the share's rows can have."""
     asked, usual = share.call.sampling.max_tokens, share.call.model.default_max_tokens
     return (usual if asked is None else min(asked, usual)) * len(share.rows)
 
 
 def unzipped(body: bytes, request: Request) -> bytes:
-    """The body as it was before gzip.
+    """The body, decompressed if it is gzip.
 
     Raises:
-        TooLargeError: it would be larger than the service's limit. InputError: it is no gzip.
+        TooLargeError: The decompressed body is larger than the service's limit.
+        InputError: The body is not whole gzip.
     """
     if request.headers.get("content-encoding", "identity") == "identity":
         return body

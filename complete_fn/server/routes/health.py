@@ -1,4 +1,4 @@
-"""Whether the service lives, and whether it accepts work."""
+"""`/healthz` and `/readyz` tell whether the service lives and accepts work; `/metrics` counts for Prometheus."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def metrics(request: Request, caller: Caller) -> Response:
 
 @router.get("/readyz", summary="API and workers accept work, models loaded or not", response_model=None)
 def readyz(request: Request, service: ServiceOf) -> dict[str, str] | JSONResponse:
-    service.keys.any()  # a StoreError becomes a 5xx
+    service.keys.any()  # reads the store, whose StoreError becomes a 5xx
     if not request.app.state.loop.alive():
         return refusal(503, "A worker thread has ended. Restart the service.", "worker_gone")
     return {"status": "ready"}

@@ -1,4 +1,4 @@
-"""`/v1/estimate`: what a job would take, before it is submitted. Nothing is kept and no engine is started."""
+"""`/v1/estimate` tells what a job would take, before it is submitted. It keeps nothing and starts no engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/v1/jobs`: bulk work on tables. Submit an uploaded table, watch it, fetch its rows with their answers."""
+"""`/v1/jobs` does bulk work on tables: a client submits a table, watches the job, and fetches rows with answers."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ async def get_results(
 
     def work() -> IO[bytes]:
         job = service.jobs.get(caller.tenant, job_id, "table")
-        sink = tempfile.TemporaryFile(dir=service.folder)  # noqa: SIM115  closed when it has been sent
+        sink = tempfile.TemporaryFile(dir=service.folder)  # noqa: SIM115  closed after it was sent
         try:
             write_results(service, job, format, details, partial, sink)
             sink.seek(0)

@@ -1,4 +1,4 @@
-"""`/v1/usage`: the tenant's lines of the ledger, summed."""
+"""`/v1/usage` sums the tenant's lines of the ledger."""
 
 from __future__ import annotations
 

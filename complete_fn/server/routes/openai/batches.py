@@ -1,4 +1,4 @@
-"""`/v1/batches`, as OpenAI has them: a job whose rows are requests, and whose results are files."""
+"""`/v1/batches` is like OpenAI's. A batch is a job whose rows are requests and whose results are files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def create_batch(body: BatchBody, service: ServiceOf, caller: Caller, tabl
 
 def submit_batch(service: Service, caller: Principal, body: BatchBody) -> Job:
     """Raises:
-    RequestError: the file or one of its lines cannot be run; nothing was kept.
+    RequestError: The file or one of its lines cannot be run; nothing was kept.
     """
     upload = service.uploads.get(caller.tenant, body.input_file_id)
     if upload.purpose != "batch":
@@ -84,7 +84,7 @@ def list_batches(
 
 
 def listed(request: Request, service: Service, job: Job) -> dict[str, Any]:
-    """The batch; one whose files cannot be read fails by itself, not the page."""
+    """The batch. If its files cannot be read, only this batch tells an error, and the page goes on."""
     try:
         return batch_body(service, job)
     except Exception as error:
@@ -116,7 +116,7 @@ def delete_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str,
 
 
 def batch_body(service: Service, job: Job, unreadable: tuple[str, str] | None = None) -> dict[str, Any]:
-    """The batch with the files of its answers; `unreadable`: without them, and why (code, message)."""
+    """The batch with its result files; or without them and with `unreadable` (code, message) as the reason."""
     asked = json.loads(job.request)
     counts = service.jobs.counts(job)
     outputs = outputs_of(service, job) if job.over and unreadable is None else {"output": None, "errors": None}
@@ -153,7 +153,7 @@ def ended(job: Job, status: str) -> int | None:
 
 
 def outputs_of(service: Service, job: Job) -> dict[str, str | None]:
-    """Ids of the files of answers and of errors, written when they are first asked for; None for an empty one."""
+    """Ids of the files of answers and of errors, which are written when first requested; None for an empty file."""
     note = service.job_key(job.id, OUTPUTS)
     with service.outputs_lock:
         if not service.storage.exists(note):

@@ -1,4 +1,4 @@
-"""`/v1/models`, `/v1/chat/completions` and `/v1/completions`, as OpenAI has them."""
+"""The routes `/v1/models`, `/v1/chat/completions` and `/v1/completions`, as OpenAI has them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from complete_fn.server.request_bodies import ChatBody, CompletionBody
 from complete_fn.server.streams import EventStream
 from complete_fn.server.worker_proxy import Proxy
 
-CLIENT_CLOSED = 499  # as nginx has it: nobody reads this
+CLIENT_CLOSED = 499  # nginx's status for a client that left; no client reads this reply
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -60,7 +60,7 @@ async def complete(body: CompletionBody, request: Request, service: ServiceOf, c
 
 
 async def answer(live: Live, body: ChatBody | CompletionBody, chunks: Chunks, caller: Principal) -> Response:
-    """The reply; until its first piece of text an error has a status of its own."""
+    """The reply. An error before the first piece of text has its own status."""
     live.refuse_crowd()
     rates: RateLimits = live.request.app.state.rates
     grant = await rates.admitted(caller, live.most_tokens)
@@ -89,7 +89,7 @@ async def first_reply(live: Live, body: ChatBody | CompletionBody, chunks: Chunk
 
 
 def reply(body: dict[str, Any], rows: list[Detail]) -> JSONResponse:
-    """The reply; its headers say what it cost, whether it was computed for this request, and what an engine did."""
+    """The reply, with headers that tell its cost, whether it was computed for this request, and an engine's tokens."""
     cost = sum(row["cost"] for row in rows)
     sources = ",".join(sorted({row["source"] for row in rows}))
     tokens = str(sum(map(computed_tokens, rows)))

@@ -1,4 +1,4 @@
-"""`/v1/files`: tables to answer and batches to run, and what batches left, in OpenAI's form."""
+"""`/v1/files` has uploaded tables and batches, and the result files of batches, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from complete_fn.server.auth import Caller, ServiceOf
 
 PURPOSES = ("batch", "user_data")
 CHUNK = 1 << 16
-SHORTEST, LONGEST = 3_600, 2_592_000  # seconds that OpenAI lets a file live
+SHORTEST, LONGEST = 3_600, 2_592_000  # seconds that a file may live, as in OpenAI's API
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 router = APIRouter(tags=["files"])
@@ -35,7 +35,7 @@ def file_body(upload: Upload) -> dict[str, Any]:
 
 
 def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """A page in OpenAI's form; `found` has one more than `limit` where there are more."""
+    """A page in OpenAI's form. `found` has one entry more than `limit` if there are more."""
     shown = found[:limit]
     ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
     return {"object": "list", "data": shown, **ends, "has_more": len(found) > limit}
@@ -87,7 +87,7 @@ def get_content(file_id: str, service: ServiceOf, caller: Caller) -> StreamingRe
 
 
 def chunks(source: IO[bytes], opened: ExitStack) -> Iterator[bytes]:
-    """A file in pieces; what it was opened with is closed behind it."""
+    """A file in pieces. `opened` is closed at the end."""
     with opened:
         while chunk := source.read(CHUNK):
             yield chunk
