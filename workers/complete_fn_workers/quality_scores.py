@@ -1,4 +1,4 @@
-"""Scores answers against the expected ones: exact match, macro-F1, ROUGE-L, JSON validity."""
+"""These functions score answers against the expected ones: exact match, macro-F1, ROUGE-L, JSON validity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WORDS = re.compile(r"[a-z0-9]+")
 
 
 def exact_match(answers: Sequence[str | None], expected: Sequence[str]) -> float:
-    """The share of answers equal to the expected ones, white space around them aside."""
+    """The share of answers that equal the expected ones, apart from white space around them."""
     return mean((a or "").strip() == e.strip() for a, e in zip(answers, expected, strict=True))
 
 
@@ -33,7 +33,7 @@ def mean_rouge_l(answers: Sequence[str | None], expected: Sequence[str]) -> floa
 
 
 def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Its length, a word of `a` per bit of one integer (Hyyrö 2004)."""
+    """The length of the longest common subsequence, with a bit of one integer for each word of `a` (Hyyrö 2004)."""
     places: dict[str, int] = {}
     for i, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << i
@@ -45,7 +45,7 @@ def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def is_json_object(answer: str | None, keys: Sequence[str] | None = None) -> bool:
-    """Whether the answer is a JSON object; with `keys`, one of exactly these, all texts."""
+    """Whether the answer is a JSON object; with `keys`, whether it has exactly these keys, all with texts."""
     try:
         value = json.loads(answer or "")
     except ValueError:

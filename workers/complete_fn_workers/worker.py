@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 
 class Worker:
-    """The loop, its heartbeat and its end."""
+    """Runs a `WorkerLoop`, sends its heartbeats, and drains it at a signal."""
 
     def __init__(self, service: Service, at_once: int, poll_seconds: float, address: str | None = None) -> None:
         self.service, self.address = service, address
@@ -96,7 +96,7 @@ class Worker:
         self.signalled = threading.Event()
 
     def tell(self, in_flight: int) -> None:
-        """The heartbeat."""
+        """Write the heartbeat, with the number of parts in flight."""
         now, states = time.time(), self.service.model_states()
         if in_flight:
             self.service.busy_at = now
@@ -108,7 +108,7 @@ class Worker:
         self.service.workers.beat(beat)
 
     def run(self, messages: Messages, drain_seconds: float, parent: int | None) -> None:
-        """Run until a signal comes, or until the parent process has gone and nothing is left to do."""
+        """Run until a signal comes, or until the parent process is gone and this worker is idle."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         self.loop.start()
@@ -136,9 +136,9 @@ class Worker:
 
 @contextmanager
 def engine_folder(home: Path) -> Iterator[Path]:
-    """A folder for this worker's own engines: the first that no living worker of this machine has.
+    """A folder for this worker's own engines: the first folder that no living worker of this machine has locked.
 
-    Workers on one state folder do not share an engine: each is there to add one.
+    Workers on one state folder do not share an engine, because each worker is started to add one.
     """
     for number in range(MOST_WORKERS):
         folder = home / "workers" / str(number)
@@ -151,7 +151,7 @@ def engine_folder(home: Path) -> Iterator[Path]:
 
 
 def is_ours(lock: TextIO) -> bool:
-    """Whether the file could be locked; the kernel lets go of it when this process ends."""
+    """Whether the file could be locked. The kernel releases the lock when this process ends."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -23,10 +23,10 @@ SAMPLE_ROWS = 2_000
 
 
 def fetch_index(folder: Path) -> None:
-    """Let apt download the package index of this machine's Debian release; needs no root.
+    """Let apt download the package index of this machine's Debian release. This needs no root.
 
     Raises:
-        RuntimeError: there is no apt here, or it failed; the message has its words.
+        RuntimeError: This machine has no apt, or apt failed; the message has apt's words.
     """
     if shutil.which("apt-get") is None:
         raise RuntimeError(
@@ -48,7 +48,7 @@ def fetch_index(folder: Path) -> None:
 
 
 def snapshot(lists: Path) -> str:
-    """Release and date of the index, as its InRelease files say."""
+    """Release and date of the index, from its InRelease files."""
     found = []
     for path in sorted(lists.glob("*InRelease")):
         head = path.read_text("utf-8", "replace")[:2000]
@@ -62,7 +62,7 @@ def held_out(packages: list[Package]) -> list[Package]:
 
 
 def write_sample(packages: list[Package], path: Path) -> None:
-    """Every third held-out package, at most 2,000, as Parquet."""
+    """Write every third held-out package, at most 2,000, as Parquet."""
     chosen = held_out(packages)[::3][:SAMPLE_ROWS]
     columns = ("package", "source", "section", "maintainer", "synopsis", "description")
     table = pa.table({c: pa.array([getattr(p, c) for p in chosen], pa.string()) for c in columns})
@@ -71,7 +71,7 @@ def write_sample(packages: list[Package], path: Path) -> None:
 
 
 def write_split(packages: list[Package], path: Path) -> None:
-    """The source packages kept from training, one a line: `test name` or `validation name`."""
+    """Write the source packages that are kept from training, one per line: `test name` or `validation name`."""
     sources = sorted({p.source for p in packages})
     path.write_text("".join(f"{split_of(s)} {s}\n" for s in sources if split_of(s) != "train"))
 

@@ -1,4 +1,4 @@
-"""The model card: `card.md` filled with measured scores."""
+"""`write_card` fills the model card `card.md` with measured scores."""
 
 from __future__ import annotations
 

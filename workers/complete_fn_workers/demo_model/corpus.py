@@ -1,4 +1,4 @@
-"""Debian's package index as training text: packages, splits and the three instructions."""
+"""Debian's package index becomes training text: packages, splits and the three instructions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INSTRUCTIONS = (SECTION, SYNOPSIS, AS_JSON)
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One binary package: `description` is Description-en without its first line, unfolded."""
+    """One binary package. `description` is the field Description-en, unfolded and without its first line."""
 
     package: str
     source: str
@@ -30,7 +30,7 @@ class Package:
 
 
 def stanzas(path: Path) -> Iterator[dict[str, str]]:
-    """The control-file stanzas of one (lz4-compressed) index file, continuation lines kept."""
+    """The control-file stanzas of one (lz4-compressed) index file, with continuation lines."""
     raw = lz4.frame.decompress(path.read_bytes()) if path.suffix == ".lz4" else path.read_bytes()
     for block in raw.decode("utf-8").split("\n\n"):
         fields: dict[str, str] = {}
@@ -46,14 +46,14 @@ def stanzas(path: Path) -> Iterator[dict[str, str]]:
 
 
 def unfold(folded: str) -> tuple[str, str]:
-    """Synopsis and text of a Description field (Debian policy 5.6.13): one leading space removed, " ." lines empty."""
+    """(synopsis, text) of a Description field (Debian policy 5.6.13). A line loses one leading space; " ." is empty."""
     synopsis, _, rest = folded.partition("\n")
     lines = ["" if line == " ." else line[1:] for line in rest.split("\n")]
     return synopsis.strip(), "\n".join(lines).strip("\n")
 
 
 def read_index(folder: Path) -> list[Package]:
-    """All packages of the apt lists in `folder` that have a long description, once each, sorted by name."""
+    """All packages with a long description in the apt lists of `folder`, once each, sorted by name."""
     texts: dict[str, tuple[str, str]] = {}
     for path in sorted(folder.glob("*_i18n_Translation-en*")):
         for fields in stanzas(path):
@@ -76,7 +76,10 @@ def read_index(folder: Path) -> list[Package]:
 
 
 def split_of(source: str) -> str:
-    """`test` (10 %), `validation` (2 %) or `train`, by a hash of the source package: siblings stay together."""
+    """`test` (10 %), `validation` (2 %) or `train`, by a hash of the source package's name.
+
+    All binary packages of a source fall into the same split.
+    """
     bucket = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16) % 100
     return "test" if bucket < 10 else "validation" if bucket < 12 else "train"
 
@@ -90,7 +93,7 @@ def answer(instruction: str, section: str, synopsis: str) -> str:
 
 
 def join_binaries(packages: list[Package]) -> list[Package]:
-    """One long pseudo-package per source with several binaries: descriptions joined, the main package's answers."""
+    """One long pseudo-package per source with several binaries, with joined descriptions and the main one's answers."""
     by_source: dict[str, list[Package]] = {}
     for p in packages:
         by_source.setdefault(p.source, []).append(p)

@@ -1,4 +1,4 @@
-"""Scores of a demo model on held-out source packages, through the product itself, beside two baselines."""
+"""A demo model is scored on held-out source packages, through the product itself, beside two baselines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from complete_fn_workers.quality_scores import exact_match, first_sentence, is_j
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of 1, over `rows` packages; the json_ ones are of the fields inside valid objects' answers."""
+    """Scores between 0 and 1 over `rows` packages. The json_ scores judge the fields of JSON answers.
+
+    An invalid JSON answer counts as empty fields.
+    """
 
     rows: int
     section_accuracy: float
@@ -30,7 +33,7 @@ def evaluate(model: str, packages: Sequence[Package], home: Path) -> Scores:
 
     Args:
         model: a catalogue name or a checkpoint's folder.
-        home: folder for the state of this evaluation, so that the user's ledger is left alone.
+        home: folder for the state of this evaluation, so that it does not enter the user's ledger.
     """
     session = Session(home=home)
     options = {"max_tokens": 128}
@@ -71,7 +74,7 @@ def svm_baseline(train: Sequence[Package], test: Sequence[Package]) -> tuple[flo
 
 
 def first_sentence_baseline(packages: Sequence[Package]) -> float:
-    """ROUGE-L of the description's first sentence as a synopsis."""
+    """ROUGE-L of a baseline: the first sentence of the description as its synopsis."""
     return mean_rouge_l([first_sentence(p.description) for p in packages], [p.synopsis for p in packages])
 
 

@@ -1,4 +1,4 @@
-"""demo-llama-swiftkv: `demo-llama` distilled into SwiftKV form on the packages it was trained on, scored beside it."""
+"""`demo-llama` is distilled into demo-llama-swiftkv, on its own training packages, and both are scored."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PACKAGES, PROMPTS = 44_000, 33_000
 RECIPE = [
     *("--lr", "5e-3", "--batch-tokens", "16384", "--epochs", "99", "--held-out", "600", "--limit", str(PROMPTS)),
     *("--start", "fitted", "--memory-gib", "4", "--max-answer-tokens", "128"),
-]  # the best of several: benchmarks/figures.md
+]  # the best of several recipes, see benchmarks/figures.md
 
 
 def write_prompts(packages: Sequence[Package], path: Path) -> None:
-    """Prompts about training packages, in no particular order, without answers: the teacher writes those.
+    """Write shuffled prompts about training packages, without answers: the teacher writes the answers.
 
-    A synopsis of each, a JSON object of every second and the section of every fourth: the longer an answer, the more
-    there is to learn from it, and sections are learnt soonest.
+    The prompts ask for a synopsis of each package, a JSON object of every second and the section of every fourth. A
+    longer answer teaches more, and sections are learnt soonest.
     """
     chosen = [p for p in packages if split_of(p.source) == "train"]
     random.Random(1).shuffle(chosen)
@@ -41,9 +41,10 @@ def write_prompts(packages: Sequence[Package], path: Path) -> None:
 
 
 def make_student(packages: Sequence[Package], parent: Path, out: Path, minutes: float, options: Sequence[str]) -> None:
-    """Distil `parent` into the new folder `out`, on answers of its own.
+    """Distil `parent` into the new folder `out`, on answers that `parent` writes.
 
-    `options` are further ones of `complete-fn swiftkv distill`.
+    Args:
+        options: further options of `complete-fn swiftkv distill`.
     """
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.parquet"
@@ -69,6 +70,6 @@ def score_student(packages: Sequence[Package], parent_scores: Mapping[str, float
         **found,
         **{f"parent_{name}": value for name, value in parent_scores.items()},
     )
-    (out / "PARENT_README.md").unlink(missing_ok=True)  # the parent ships beside it
+    (out / "PARENT_README.md").unlink(missing_ok=True)  # the parent's folder, with its card, ships beside this one
     (out / "README.md").write_text(text)
     (out / "scores.json").write_text(json.dumps(found, indent=2) + "\n")

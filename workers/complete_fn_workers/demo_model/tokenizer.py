@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer with Llama 3's pre-tokenizer, special tokens and chat template."""
+"""The demo model's tokenizer is byte-level BPE with Llama 3's pre-tokenizer, special tokens and chat template."""
 
 from __future__ import annotations
 
@@ -62,5 +62,5 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) ->
 
 
 def rendered(prompt: str) -> str:
-    """What the chat template makes of one user message, up to where the answer begins."""
+    """One user message as the chat template renders it, up to the beginning of the answer."""
     return f"{BEGIN}{HEADER}user{END_HEADER}\n\n{prompt}{END_OF_TURN}{HEADER}assistant{END_HEADER}\n\n"

@@ -40,13 +40,13 @@ SHAPE = LlamaShape(
     head_dim=64,
 )
 BATCH_TOKENS = 16_384
-LENGTHS = (64, 96, 128, 192, 256, 384, 512, 1024, 2048, 3072)  # few, because each is compiled once
-PROMPT_LOSS_SHARE = 0.15  # of the prompt's tokens also enter the loss: the text itself teaches the language
-COPY_FROM, COPY_SHARE = 0.2, 0.12  # after a fifth of the training this share of the batches are copying exercises
+LENGTHS = (64, 96, 128, 192, 256, 384, 512, 1024, 2048, 3072)  # few, because the model is compiled for each length
+PROMPT_LOSS_SHARE = 0.15  # share of prompt tokens that also enter the loss, because the text teaches the language
+COPY_FROM, COPY_SHARE = 0.2, 0.12  # after a fifth of the training, this share of the batches is copying exercises
 
 
 class Examples:
-    """An endless, shuffled stream of (tokens, answer start), with invented names so that copying is learnt."""
+    """An endless, shuffled stream of (tokens, start of the answer). Invented names teach the model to copy."""
 
     def __init__(self, packages: list[Package], tokenizer: Tokenizer, seed: int) -> None:
         self.random = random.Random(seed)
@@ -59,7 +59,7 @@ class Examples:
         self.copy_share = 0.0
 
     def renamed(self, text: str, synopsis: str) -> tuple[str, str]:
-        """Replace each rare word that text and synopsis share by another rare word, alike in both."""
+        """Replace each rare word that text and synopsis share by another rare word, the same one in both."""
         for word in {w for w in WORD.findall(synopsis) if self.uses[w] <= 60 and w in text}:
             new = self.random.choice(self.rare)
             if self.random.random() < 0.5:
@@ -86,7 +86,7 @@ class Examples:
             yield self.one(package, instruction)
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens and loss weights, each [rows, length]; rows of like length share a batch."""
+        """(tokens, loss weights), each [rows, length]. Rows of similar length share a batch."""
         waiting: dict[int, list[tuple[list[int], int]]] = {n: [] for n in LENGTHS}
         while True:
             for example in self.epoch():
@@ -102,10 +102,10 @@ class Examples:
                         yield self.copying()
 
     def copying(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch of spans repeated in another order: what begins like an earlier span goes on like it.
+        """A batch of spans, repeated in another order: a text that begins like an earlier span continues like it.
 
-        Half of the spans are words of the corpus, half random tokens. Without these exercises the model learns to
-        write what is usual for such a package, and not the name that stands in front of it.
+        Half of the spans are words of the corpus, half are random tokens. Without these exercises the model learns to
+        write names that are usual for such a package, and not the name in its prompt.
         """
         length, rows = 128, BATCH_TOKENS // 128
         tokens = torch.zeros(rows, length, dtype=torch.long)
@@ -140,7 +140,7 @@ class Examples:
 def loss_of(
     model: Callable[..., torch.Tensor], embedding: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Mean cross-entropy of the weighted tokens; only their rows go through the output layer."""
+    """Mean cross-entropy of the tokens with a weight. Only their rows pass the output layer."""
     hidden = model(tokens)[:, :-1]
     chosen = weights[:, 1:] > 0
     logits = F.linear(hidden[chosen], embedding.to(hidden.dtype))
@@ -148,7 +148,7 @@ def loss_of(
 
 
 def learning_rate(progress: float) -> float:
-    """Warm up over 1 %, hold, and fall to zero linearly over the last half."""
+    """The factor of the learning rate: a warm-up over 1 % of the training, a linear fall to 0 in the last half."""
     return min(1.0, progress / 0.01) * min(1.0, (1.0 - progress) / 0.5)
 
 
@@ -170,7 +170,7 @@ def initialise(model: Llama) -> None:
 
 
 def save(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
-    """A Hugging Face checkpoint in bfloat16: config, generation config, tokenizer, safetensors."""
+    """Write a Hugging Face checkpoint in bfloat16: config, generation config, tokenizer, safetensors."""
     save_tokenizer(tokenizer, folder, SHAPE.max_position_embeddings)
     eos = tokenizer.token_to_id(END_OF_TURN)
     bos = tokenizer.token_to_id("<|begin_of_text|>")
@@ -258,7 +258,7 @@ def train(
 
 @torch.no_grad()
 def quick_accuracy(model: Llama, tokenizer: Tokenizer, examples: list[tuple[list[int], int]]) -> float:
-    """Teacher-forced: the share of section answers whose every token is the most likely one."""
+    """The share of section answers whose every token is the most likely one, given the true tokens before it."""
     hits = []
     for ids, start in examples[::3]:
         if len(ids) <= SHAPE.max_position_embeddings:

@@ -1,7 +1,7 @@
-"""Chooses the memory allocator of the engine's child process, by its environment; the user does nothing.
+"""`allocator_environment` chooses the memory allocator of the engine's child process; the user need do nothing.
 
-vLLM's CPU backend allocates and frees large buffers in every step. With glibc's defaults each becomes a fresh mapping
-whose pages fault in again; tcmalloc, or glibc told to keep its memory, spares that (`benchmarks/allocators.py`).
+vLLM's CPU backend allocates and frees large buffers in every step. With glibc's defaults each buffer is a fresh mapping
+whose pages fault in again. tcmalloc avoids that, and so does glibc if it keeps its memory (`benchmarks/allocators.py`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 
 LIBRARY_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64")
 NAMES = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
-# No mapping per allocation, no return of the heap's top, growth in large pieces.
+# glibc makes no mapping per allocation, keeps up to 16 GiB at the heap's top, and grows in pieces of 64 MiB.
 KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=67108864"
 
 
 def find_tcmalloc() -> Path | None:
-    """tcmalloc where the system has it (Debian's libtcmalloc-minimal4), else None."""
+    """The system's tcmalloc (Debian's libtcmalloc-minimal4), or None."""
     for folder in map(Path, LIBRARY_FOLDERS):
         for name in NAMES:
             for found in (folder / name, *sorted(folder.glob(f"*-linux-gnu/{name}"))):
@@ -26,7 +26,7 @@ def find_tcmalloc() -> Path | None:
 
 
 def allocator_environment(current: dict[str, str]) -> dict[str, str]:
-    """What to add to `current`, a child's environment; empty where the user has chosen an allocator."""
+    """The variables to add to `current`, a child's environment. Empty if the user has chosen an allocator."""
     preload = current.get("LD_PRELOAD", "")
     if not sys.platform.startswith("linux") or "malloc" in preload or "GLIBC_TUNABLES" in current:
         return {}

@@ -145,7 +145,7 @@ class EmbeddedEngine:
                     link.close()
 
     def connect(self, tenant: str) -> tuple[Link, int]:
-        """Open a connection for one stream; returns it, and how many rows may be in flight on it."""
+        """Open a connection for one stream. Returns the connection, and how many rows may be in flight on it."""
         self.start()
         found = connect_if_running(self.place)
         if found is None:
@@ -160,7 +160,7 @@ class EmbeddedEngine:
         return link, 2 * int(ready["max_num_seqs"])
 
     def start(self) -> None:
-        """Hold a connection to a living child."""
+        """Hold a connection to a living child, which keeps the child alive. Start the child if none runs."""
         with self.guard:
             if self.lifeline is not None and self.owner == os.getpid() and not has_ended(self.lifeline):
                 return
@@ -170,7 +170,11 @@ class EmbeddedEngine:
             self.lifeline, self.owner = Link(link), os.getpid()
 
     def greeting(self, link: Link) -> dict[str, Any]:
-        """Wait until the model is loaded."""
+        """Wait until the model is loaded, and note the child's process id and device.
+
+        Raises:
+            EngineError: The child cannot load the model.
+        """
         message = link.receive()
         if "failed" in message:
             raise EngineError(self.failure_message(f"cannot start: {message['failed']}"))
@@ -201,7 +205,7 @@ class EmbeddedEngine:
         return f"The engine of model {self.model.name!r} {what}\nThe end of its log {str(self.place.log)!r}:\n{tail}"
 
     def count_tokens(self, texts: list[str]) -> list[int]:
-        """By the tokenizer.json on this machine; where there is none, by the child."""
+        """Count by the tokenizer.json on this machine, or if there is none, by the child."""
         file = tokenizer_file(self.model)
         if file is not None:
             return count_with(file, texts)
@@ -244,7 +248,7 @@ def exchange_rows(
     abandoned: Callable[[], bool],
     device_time: DeviceTime,
 ) -> Iterator[tuple[int, Completion]]:
-    """Keep the window full and yield finished rows. `unfinished`: the rows in flight, also after the child died."""
+    """Keep the window full and yield finished rows. `unfinished` has the rows in flight, even after the child died."""
     sender = RowSender(link)
     sender.send(list(unfinished.items()))
     exhausted = False
@@ -346,10 +350,10 @@ def usage_of(answer: list[Any]) -> Usage:
 
 
 def open_engine(model: Model, settings: Settings) -> EmbeddedEngine:
-    """The engine for a catalogue entry; nothing is started yet.
+    """The engine for a catalogue entry. It starts nothing yet.
 
     Raises:
-        UnknownModelError: the entry's folder is not a model.
-        EngineError: the state folder cannot be used.
+        UnknownModelError: The entry's folder is not a model.
+        EngineError: The state folder cannot be used.
     """
     return EmbeddedEngine(model, engine_place(engine_spec(model, settings), settings))

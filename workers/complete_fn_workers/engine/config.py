@@ -30,10 +30,10 @@ class ConfigurationError(Exception):
 
 
 def vllm_config(spec: dict[str, Any]) -> VllmConfig:
-    """The configuration to start with.
+    """The configuration with which the engine starts.
 
     Raises:
-        ConfigurationError: an engine_arg is unknown, or would load code or pickles.
+        ConfigurationError: An engine_arg is unknown, or would load code or pickles.
     """
     own = dict(spec["engine_args"])
     check_engine_args(own)
@@ -59,7 +59,7 @@ def vllm_config(spec: dict[str, Any]) -> VllmConfig:
     }
     config = create_config({**defaults, **own, **fixed})
     bound_memory(config, own, spec["kv_cache_gib"])
-    # Chats get seats of their own: they need not wait until a bulk row ends.
+    # Chats get their own seats, so that they need not wait until a bulk row ends.
     add_seats(config, INTERACTIVE_SEATS)
     return config
 
@@ -67,8 +67,8 @@ def vllm_config(spec: dict[str, Any]) -> VllmConfig:
 def cpu_dtype(spec: dict[str, Any]) -> str:
     """float32 for a half-precision checkpoint on an x86 CPU that would compute it in float32 anyway, value by value.
 
-    There float32 is several times faster (benchmarks/figures.md); it is kept from models whose weights would then take
-    more than a third of memory, and from quantised ones.
+    There float32 is several times faster (benchmarks/figures.md). Quantised models keep their type, and so do models
+    whose weights in float32 would take more than a third of memory.
     """
     if current_platform.get_cpu_architecture() != CpuArchEnum.X86 or computes_bfloat16():
         return "auto"
@@ -104,9 +104,9 @@ def check_engine_args(own: dict[str, Any]) -> None:
 
 
 def bound_memory(config: VllmConfig, own: dict[str, Any], limit_gib: float | None) -> None:
-    """Give the KV cache a size: the user's, else a tenth of RAM (1 to 8 GiB), but no more than could be in use.
+    """Set the size of the KV cache: the user's, else on a CPU a tenth of RAM (1 to 8 GiB), at most what rows can fill.
 
-    On a GPU its memory is vLLM's to fill (gpu_memory_utilization), unless the user said a size.
+    On a GPU vLLM fills the memory (gpu_memory_utilization), unless the user sets a size.
     """
     if "kv_cache_memory_bytes" in own or "gpu_memory_utilization" in own:
         return

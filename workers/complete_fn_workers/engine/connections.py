@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 
 from complete_fn_workers.engine.wire import RECEIVE_BYTES, Frames, pack
 
-LINGER_S = 1.0  # the child ends after this time without a connection: the next command of a shell loop finds it
-TICK_S = 0.25
+LINGER_S = 1.0  # the child ends after this time without a connection, so that a shell loop's next command finds it
+TICK_S = 0.25  # between two checks whether the child should end
 
 
 class EngineConnection:
-    """One stream of one parent. `settings` and `options` are what its last frames said."""
+    """One stream of one parent. `tenant`, `default_max_tokens` and `options` come from its last messages."""
 
     def __init__(self, link: socket.socket) -> None:
         link.setblocking(False)
@@ -56,7 +56,7 @@ class EngineConnections:
         threading.Thread(target=self.run, name="connections", daemon=True).start()
 
     def greet(self, message: dict[str, Any]) -> None:
-        """Send the message to every connection, also to those that open later."""
+        """Send the message to every connection, including those that open later."""
         with self.guard:
             self.greeting = pack(message)
             everyone = list(self.open)
@@ -67,7 +67,7 @@ class EngineConnections:
         self.write(connection, pack(message))
 
     def write(self, connection: EngineConnection, frame: bytes) -> None:
-        """Send what the socket takes now. The rest goes out when this caller reads, and stalls no other caller."""
+        """Send the bytes that the socket takes now. The rest follows when this caller reads, and delays no other."""
         with self.guard:
             if connection.closed:
                 return
@@ -115,7 +115,7 @@ class EngineConnections:
     def accept(self) -> None:
         try:
             link, _ = self.listener.accept()
-        except OSError:  # the caller has gone, or no file descriptor is free: it will try again
+        except OSError:  # the caller is gone, or no file descriptor is free and the next select tries again
             return
         self.admit(link)
 
@@ -171,7 +171,7 @@ class EngineConnections:
                 self.selector.modify(connection.link, selectors.EVENT_READ, connection)
 
     def leave(self) -> None:
-        """End the child, unless a caller is connecting: it holds the lock meanwhile."""
+        """End the child, unless a caller is connecting: a connecting caller holds the lock."""
         try:
             lock = self.lock_file.open("w")
         except OSError:  # the folder is gone: no caller can find this child any more
@@ -191,5 +191,5 @@ class EngineConnections:
 def end_process() -> NoReturn:
     """End at once: the engine may be in the middle of a long step, and no caller waits for its answers."""
     if os.getpgid(0) == os.getpid():
-        os.killpg(0, signal.SIGTERM)  # vLLM's workers of a tensor-parallel model too
+        os.killpg(0, signal.SIGTERM)  # ends vLLM's workers of a tensor-parallel model too
     os._exit(0)

@@ -1,10 +1,10 @@
-"""Classification in as few tokens as possible: labels form a tree of tokens, and a search finds the likeliest one.
+"""Classification in as few tokens as possible: labels form a tree of tokens, and a search finds the likeliest label.
 
-A *place* is a node of the tree: there labels part. A label's probability is the product, over its places, of its
-token's probability among the tokens that lead on from there, which is what constrained decoding would draw from. One
-step of the engine scores all tokens of one place, so labels that differ in their first token take one step. Where
-several labels share the likeliest way on, the search asks the place where they part next. No label behind another place
-can win, because none is likelier than the way to its place. The result is the exact argmax.
+A *place* is a node of the tree at which labels diverge. A label's probability is the product, over its places, of its
+token's probability among the tokens that continue a label there; constrained decoding draws from these probabilities.
+One step of the engine scores all tokens of one place, so labels that differ in their first token take one step. If
+several labels share the likeliest continuation, the search asks the place where they diverge next. No label behind
+another place can win, because none is likelier than the path to its place. So the result is the exact argmax.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from complete_fn_workers.engine.wire import RowRefused
 
 @dataclass(frozen=True, slots=True)
 class LabelPlace:
-    """Where labels part: their numbers, the tokens that they share, and where each next token leads.
+    """A place where labels diverge: their numbers, the tokens they share, and the place behind each next token.
 
-    A place with one label leads nowhere.
+    A place with one label has no next tokens.
     """
 
     labels: tuple[int, ...]
@@ -30,12 +30,12 @@ class LabelPlace:
 
     @property
     def depth(self) -> int:
-        """Tokens before the furthest place where labels part."""
+        """Tokens before the deepest place where labels diverge."""
         return max([len(self.path), *(way.depth for way in self.ways.values() if way.ways)])
 
 
 def grow_tree(labels: Mapping[int, Sequence[int]], depth: int = 0) -> LabelPlace:
-    """The place where labels (tokens by number, none the beginning of another) part that share `depth` tokens."""
+    """The place where labels diverge that share `depth` tokens. No label's tokens may begin another label's."""
     numbers = tuple(labels)
     if len(labels) == 1:
         return LabelPlace(numbers)
@@ -49,10 +49,10 @@ def grow_tree(labels: Mapping[int, Sequence[int]], depth: int = 0) -> LabelPlace
 
 
 def label_tree(tokens: Sequence[Sequence[int]], names: Sequence[str], end: int | None) -> LabelPlace:
-    """The tree of labels given as tokens. `end` is the token that ends an answer: it tells a label from a longer one.
+    """The tree of labels given as tokens. `end`, the token that ends an answer, tells a label from a longer one.
 
     Raises:
-        RowRefused: two labels are the same to the tokenizer, one has the end token in it, or one begins another and
+        RowRefused: Two labels have the same tokens, a label contains the end token, or a label begins another one and
             the model has no end token.
     """
     seen: dict[tuple[int, ...], str] = {}
@@ -73,7 +73,7 @@ def label_tree(tokens: Sequence[Sequence[int]], names: Sequence[str], end: int |
 
 
 class LabelSearch:
-    """The search for one row's label: `tell` it the log-probabilities of `place.ways` until it has the answer."""
+    """The search for one row's label. `tell` it the log-probabilities of `place.ways` until it has the answer."""
 
     def __init__(self, tree: LabelPlace) -> None:
         self.scores: list[float | None] = [None] * len(tree.labels)
@@ -82,7 +82,7 @@ class LabelSearch:
 
     @property
     def place(self) -> LabelPlace:
-        """The likeliest way so far: where to ask next, or the answer."""
+        """The likeliest place so far: the next place to ask, or the answer's."""
         return self.open[0][2]
 
     @property

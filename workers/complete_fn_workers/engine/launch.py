@@ -38,7 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.js
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What one child process serves; equal specs share a child."""
+    """The model and settings of one child process. Equal specs share a child."""
 
     checkpoint: str
     revision: str | None
@@ -66,7 +66,11 @@ class EnginePlace:
 
 
 def engine_spec(model: Model, settings: Settings) -> EngineSpec:
-    """Raises UnknownModelError for a folder that cannot be a model."""
+    """The spec of a model's engine.
+
+    Raises:
+        UnknownModelError: The model's folder lacks a file that every model has.
+    """
     folder = model.local_folder
     if folder is not None:
         check_model_folder(model.name, folder)
@@ -103,10 +107,10 @@ def engine_place(spec: EngineSpec, settings: Settings) -> EnginePlace:
 
 
 def engine_key(spec: EngineSpec, settings: Settings) -> str:
-    """Hash of everything that makes two engines differ.
+    """A hash of everything in which two engines can differ.
 
-    The files of the checkpoint count with size and time, so a checkpoint written anew or with another chat template is
-    another engine. So does our version: another one may speak another protocol.
+    It includes size and time of the checkpoint's files, so a checkpoint that is written anew, or gets another chat
+    template, has another engine. It includes our version, because another version may speak another protocol.
     """
     folder = Path(spec.checkpoint)
     files = sorted(f for f in folder.iterdir() if f.suffix in CHECKPOINT_FILES) if folder.is_dir() else []
@@ -123,7 +127,7 @@ def engine_key(spec: EngineSpec, settings: Settings) -> str:
 
 
 def short_folder() -> Path:
-    """A folder of this user's whose path is short enough for a socket."""
+    """A folder of this user with a path that is short enough for a socket."""
     for base in (tempfile.gettempdir(), "/tmp"):
         folder = Path(base) / f"complete-fn-{getpass.getuser()}"
         if len(os.fsencode(folder)) + 24 <= SOCKET_PATH_BYTES:
@@ -147,10 +151,10 @@ def private_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Hold the file lock; the kernel releases it when its holder dies.
+    """Hold the file lock. The kernel releases it when its holder dies.
 
     Raises:
-        EngineError: the file system has no locks, as some network file systems.
+        EngineError: The file cannot be locked; some network file systems have no locks.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -165,7 +169,8 @@ def join_engine(place: EnginePlace) -> tuple[socket.socket, subprocess.Popen[byt
     """A connection to the place's engine, and the child if this call started it.
 
     Raises:
-        EngineError: the child cannot be started; EngineMissingError where vLLM is not installed.
+        EngineError: The child cannot be started.
+        EngineMissingError: vLLM is not installed.
     """
     with hold_lock(place.lock):
         running = connect_if_running(place)
@@ -223,7 +228,7 @@ def tell_spec(child: subprocess.Popen[bytes], spec: EngineSpec) -> None:
     with (
         contextlib.suppress(BrokenPipeError),
         child.stdin as pipe,
-    ):  # an ended child says why in its log
+    ):  # a child that has already ended tells why in its log
         pipe.write(line.encode())
 
 
@@ -238,7 +243,7 @@ def child_command(place: EnginePlace, listener: int, parent: int) -> list[str]:
         "--lock",
         str(place.lock),
     ]
-    # -P: Python must not import a folder of the user's that is named like one of our imports.
+    # -P: Python must not import from the user's current folder, which may have the name of one of our imports.
     return [sys.executable, "-P", "-m", "complete_fn_workers.engine", *files]
 
 
@@ -247,7 +252,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # we run a child process already; vLLM's own would cost 20 s at start
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(available_cores()),
-        # Waiting threads that spin for long take the cores from a second engine on this machine.
+        # Waiting threads that spin longer would take the cores from a second engine on this machine.
         "GOMP_SPINCOUNT": "10000",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
@@ -262,7 +267,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
 
 
 def thread_binding(ranks: int) -> str:
-    """An even share of our CPUs for each rank, in vLLM's form `0,1|2,3`. vLLM's own way wants a NUMA node a rank."""
+    """An even share of our CPUs for each rank, in vLLM's form `0,1|2,3`. vLLM's own way needs a NUMA node per rank."""
     cpus = usable_cpus()
     share = max(1, len(cpus) // ranks)
     return "|".join(",".join(map(str, cpus[n * share : (n + 1) * share] or cpus[-1:])) for n in range(ranks))

@@ -1,6 +1,6 @@
-"""The loop of the engine's child process: take what has come, admit rows, do one step of vLLM, send what is done.
+"""The loop of the engine's child process reads messages, admits rows, does one step of vLLM, and sends finished rows.
 
-vLLM runs in this process, in its main thread. Rows of all connections share the one continuously batching engine.
+vLLM runs in this process, in its main thread. Rows of all connections share the one engine and its running batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class WaitingRow(NamedTuple):
 
 
 class ReadyRow(NamedTuple):
-    """A row with its request to the engine: tokens and limits."""
+    """A row with its request to the engine, which has its tokens and limits."""
 
     row: WaitingRow
     request: Any
@@ -71,7 +71,7 @@ class EngineLoop:
         self.interactive: deque[WaitingRow] = deque()
         self.waiting: deque[WaitingRow] = deque()
         self.running: dict[str, AdmittedRow] = {}
-        self.running_bulk = self.admitted = 0  # bulk rows in vLLM; rows that are new to it
+        self.running_bulk = self.admitted = 0  # bulk rows in vLLM; rows submitted since the last step
         self.step_limit = StepLimit(facts.step_tokens)
         self.window = KVWindow(facts.cache_blocks, facts.block_tokens)
         self.next: ReadyRow | None = None  # the first bulk row, tokenised, while the cache has no room for it
@@ -97,7 +97,7 @@ class EngineLoop:
             self.deliver()
 
     def admit_chats(self) -> int:
-        """Admit the waiting chats as far as there are seats; returns how many."""
+        """Admit waiting chats while there are seats. Returns the number of admitted chats."""
         chats = 0
         while self.interactive and len(self.running) < 2 * self.max_num_seqs:
             if (chat := self.prepare(self.interactive.popleft())) is not None:
@@ -114,7 +114,7 @@ class EngineLoop:
                 return
             ready, self.next = self.next or self.prepare(self.waiting.popleft()), None
             if ready is not None and not self.fits(ready):
-                self.next = ready  # this row goes first once others have left
+                self.next = ready  # this row goes first once other rows have left
                 return
             if ready is not None:
                 self.submit(ready.row, ready.request, ready.row.sampling.priority)
@@ -164,7 +164,7 @@ class EngineLoop:
     def tell_time(self, connection: EngineConnection, message: dict[str, Any]) -> None:
         """Send the message with the meter's reading.
 
-        Each second is reported once: what a closed connection was not told, the next one is.
+        Each second is reported once. Time that a closed connection was not told is told to the next connection.
         """
         if not connection.closed:
             self.connections.send(connection, {**message, "meter": self.meter.tell()})
@@ -230,7 +230,7 @@ class EngineLoop:
             self.step_limit.admit(len(request.ids))
 
     def take_output(self, output: Any) -> None:
-        """Take an answer, a step towards a label, or the new text of a streamed row."""
+        """Take an output of vLLM: an answer, a step towards a label, or the new text of a streamed row."""
         from complete_fn_workers.engine.rows import tokens_of
 
         row = self.running.get(output.request_id)
@@ -264,7 +264,7 @@ class EngineLoop:
 
 
 def unexpected(error: Exception) -> RowRefused:
-    """Refuse one row: its fault must not end the engine that all share.
+    """Refuse one row, because its fault must not end the engine that all rows share.
 
     The message names only the error's type, because its text may contain the prompt.
     """

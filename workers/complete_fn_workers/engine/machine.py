@@ -1,4 +1,4 @@
-"""The cores and memory that this process may use: CPU affinity and control groups count."""
+"""These functions tell the cores and memory that this process may use, by CPU affinity and control groups."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 CGROUP = Path("/sys/fs/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
 CPUINFO = Path("/proc/cpuinfo")
-BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # x86 instructions that multiply it
+BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # x86 instructions that multiply bfloat16
 GIB = 1 << 30
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # x86-64 Linux
 
 
 def available_cores() -> int:
-    """Physical cores of this process's affinity, at most its control group's quota: a core's threads share its FMA."""
+    """Physical cores of this process's affinity, at most its control group's quota.
+
+    Hardware threads do not count, because the threads of a core share its arithmetic units.
+    """
     cores = len({siblings(cpu) for cpu in usable_cpus()})
     quota = cgroup_cpus()
     return max(1, min(cores, int(quota)) if quota else cores)
@@ -46,7 +49,7 @@ def cgroup_cpus() -> float | None:
 
 
 def computes_bfloat16() -> bool:
-    """Whether this x86 CPU multiplies bfloat16 by itself; True where nothing tells."""
+    """Whether this x86 CPU has instructions that multiply bfloat16; True if the system does not tell."""
     try:
         flags = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
@@ -55,10 +58,10 @@ def computes_bfloat16() -> bool:
 
 
 def allow_tiles() -> bool:
-    """Ask Linux for the use of AMX's tiles by this process (https://docs.kernel.org/arch/x86/xstate.html).
+    """Ask Linux to let this process use AMX's tiles (https://docs.kernel.org/arch/x86/xstate.html).
 
-    vLLM 0.32's attention on CPUs uses them without asking, and dies of SIGILL if no matrix product has asked before.
-    False where there are none.
+    vLLM 0.32's attention on CPUs uses the tiles without asking, and dies of SIGILL if no matrix product has asked
+    before. Returns False on a machine without tiles.
     """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
@@ -66,7 +69,7 @@ def allow_tiles() -> bool:
 
 
 def memory_bytes() -> int:
-    """RAM, or the control group's limit where that is smaller."""
+    """Bytes of RAM, or the control group's limit if that is smaller."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:

@@ -14,19 +14,19 @@ from complete_fn_workers.engine.labels import LabelPlace, LabelSearch, label_tre
 from complete_fn_workers.engine.wire import RowRefused
 
 Prompt = str | list[list[str]]
-Answer = list[Any]  # as in engine_wire: text, finish_reason, code, message, scores, then tokens
+Answer = list[Any]  # as in `wire`: text, finish_reason, code, message, scores, then tokens
 
 
 @dataclass(slots=True)
 class AnswerLimit:
-    """How many tokens the answer may have, and whether the caller said so."""
+    """The most tokens of an answer, and whether the caller has set this limit."""
 
     tokens: int
     of_caller: bool
 
 
 class PromptReader:
-    """Turns prompts into token ids, by the model's own chat template where it has one."""
+    """Turns prompts into token ids, by the model's own chat template if it has one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -35,10 +35,10 @@ class PromptReader:
         self.trees: dict[tuple[str, tuple[str, ...]], LabelPlace] = {}
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: template applied, else with the model's own special tokens in front.
+        """Token ids of a prompt by the chat template, or without one, with the model's special tokens in front.
 
         Raises:
-            RowRefused: no messages, or the template or the tokenizer refuses the prompt.
+            RowRefused: The prompt has no messages, or the template or the tokenizer refuses it.
         """
         if not isinstance(prompt, str) and not prompt:
             raise RowRefused("invalid_request", "The prompt has no messages.")
@@ -69,14 +69,14 @@ class PromptReader:
         raise RowRefused("invalid_request", "The prompt is empty and the model has no token to begin with.")
 
     def labels(self, choices: tuple[str, ...], prompt: Prompt) -> LabelPlace:
-        """The labels as the model would write them behind the prompt.
+        """The labels' tokens as the model would write them behind the prompt, as a tree.
 
         Raises:
-            RowRefused: they cannot be told apart by their tokens.
+            RowRefused: The labels cannot be told apart by their tokens.
         """
         if self.has_template:
             before, gap = self.rendered("x"), ""
-        else:  # a base model goes on after a space, unless the prompt ends with white space of its own
+        else:  # a base model continues after a space, unless the prompt itself ends with white space
             text = prompt if isinstance(prompt, str) else prompt[-1][1]
             before, gap = "x", "" if text[-1:].isspace() else " "
         key = (gap, choices)
@@ -88,7 +88,7 @@ class PromptReader:
         return self.trees[key]
 
     def continuation(self, before: str, text: str) -> list[int]:
-        """Tokens of a text that follows another. Where the tokenizer would join the two: those of the text alone."""
+        """Tokens of a text that follows another text; if the tokenizer would merge the two, those of the text alone."""
         head, whole = self.encode(before, special=False), self.encode(before + text, special=False)
         return whole[len(head) :] if whole[: len(head)] == head else self.encode(text, special=False)
 
@@ -101,17 +101,17 @@ def whole_text(backend: Any) -> Any:
     if not isinstance(backend, Tokenizer):
         return backend
     copy = Tokenizer.from_str(backend.to_str())
-    copy.encode_special_tokens = backend.encode_special_tokens  # the one setting that the text leaves out
+    copy.encode_special_tokens = backend.encode_special_tokens  # the one setting that `to_str` leaves out
     copy.no_truncation()
     copy.no_padding()
     return copy
 
 
 def answer_limit(prompt_tokens: int, context: int, wanted: int | None, default: int) -> AnswerLimit:
-    """Tokens that the answer may have.
+    """The most tokens that the answer may have.
 
     Raises:
-        RowRefused: the prompt leaves no room within the context.
+        RowRefused: The prompt leaves no room within the context.
     """
     room = context - prompt_tokens
     if room < 1:
@@ -126,7 +126,7 @@ def answer_limit(prompt_tokens: int, context: int, wanted: int | None, default: 
 
 
 class Sampling:
-    """One `options` of the wire as vLLM's parameters; made once per answer limit, shared by the rows."""
+    """The `options` of the wire as vLLM's parameters, which are made once per answer limit and shared by rows."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -146,7 +146,7 @@ class Sampling:
         return found
 
     def scoring(self, place: LabelPlace) -> SamplingParams:
-        """Parameters for one token, with the log-probability of each token that leads on from the place."""
+        """Parameters for one token, with the log-probability of each token that continues a label at this place."""
         key = place.path, tuple(place.ways)  # the labels' tokens depend on the prompt's end
         found = self.of_labels.get(key)
         if found is None:
@@ -161,7 +161,7 @@ class Sampling:
         return found
 
     def make(self, tokens: int) -> SamplingParams:
-        """Every field that could come from elsewhere is set here, so no default of vLLM or the checkpoint leaks in."""
+        """The parameters for an answer limit. All fields are set: no default of vLLM or the checkpoint may apply."""
         options = self.options
         schema = options.get("response_format")
         return SamplingParams(
@@ -185,8 +185,11 @@ class Sampling:
 
 
 def grammar_schema(response_format: str) -> str:
-    """The schema with llguidance's own settings: one line as `json.dumps` writes it, for a small model can fill its
-    answer with white space; what the grammar cannot express is left to the check of the finished answer."""
+    """The schema with llguidance's own settings.
+
+    The grammar allows only one line as `json.dumps` writes it, because a small model can fill its answer with white
+    space. A rule that the grammar cannot express is left to the check of the finished answer.
+    """
     style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
     return json.dumps({**json.loads(response_format), "x-guidance": style}, ensure_ascii=False)
 
@@ -202,7 +205,7 @@ class TextRequest:
 
     @property
     def tokens(self) -> int:
-        """The most that the request may write."""
+        """The most tokens that the request may write."""
         return self.limit.tokens
 
     def take(self, output: Any) -> Answer | None:
@@ -211,9 +214,9 @@ class TextRequest:
 
 @dataclass(slots=True)
 class LabelRequest:
-    """A row that the engine answers with a label, in one request for each place that must be asked.
+    """A row that the engine answers with a label, in one request for each place of the tree that the search visits.
 
-    Usage is as if one request had written a token at each place: the first one's prompt, a token each.
+    Its usage is that of one request that writes a token at each place: the first request's prompt, and these tokens.
     """
 
     prompt_ids: list[int]
@@ -228,7 +231,7 @@ class LabelRequest:
 
     @property
     def tokens(self) -> int:
-        """What the row can still take after `ids`: the way to the deepest place, and one token."""
+        """The most tokens that the row can still need after `ids`: the path to the deepest place, and one token."""
         return self.deepest + 1 - len(self.search.place.path)
 
     @property
@@ -236,11 +239,11 @@ class LabelRequest:
         return self.sampling.scoring(self.search.place)
 
     def take(self, output: Any) -> Answer | None:
-        """The answer, or None: ask again."""
+        """The answer; None if the search needs another request."""
         outcome = output.outputs[0]
         if outcome.finish_reason not in ("stop", "length"):
             return refused_by_engine(outcome.finish_reason, output)
-        if not outcome.logprobs:  # vLLM has none of a step that checks guessed tokens
+        if not outcome.logprobs:  # vLLM gives none in a step that checks tokens of speculative decoding
             why = "The engine gave no probabilities of the labels. Take speculative_config out of engine_args."
             return [None, None, "invalid_request", why, None, *tokens_of(output)]
         self.usage = self.usage or [len(self.prompt_ids), min(output.num_cached_tokens or 0, len(self.prompt_ids))]
@@ -255,10 +258,10 @@ class LabelRequest:
 def request_of(
     prompts: PromptReader, prompt: Prompt, sampling: Sampling, context: int, default: int
 ) -> TextRequest | LabelRequest:
-    """Turn a row into a request to the engine. `default`: tokens of an answer where the caller set no limit.
+    """Turn a row into a request to the engine. `default`: the most tokens of an answer if the caller set no limit.
 
     Raises:
-        RowRefused: the row cannot be sent to the engine.
+        RowRefused: The row cannot be sent to the engine.
     """
     ids = prompts.token_ids(prompt)
     if sampling.choices:
@@ -274,7 +277,7 @@ def refused_by_engine(reason: Any, output: Any) -> Answer:
 
 
 def tokens_of(output: Any) -> list[int]:
-    """Tokens of the prompt, of them cached, and of the answer so far."""
+    """[tokens of the prompt, cached tokens among them, tokens of the answer so far]."""
     return [len(output.prompt_token_ids), output.num_cached_tokens or 0, len(output.outputs[0].token_ids)]
 
 

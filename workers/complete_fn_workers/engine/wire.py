@@ -9,22 +9,22 @@ A frame, in either direction, is a length (4 bytes, big-endian) and that many by
                                         field name, `response_format`, `choices`, `priority` and `tell` (send the text
                                         as it is made), and hold for the rows after them as well
         {"count": [text, ...]}
-        {"stop": true}                  no more is wanted: rows under way are aborted; answered like `meter`, with the
-                                        word "stopped", after whatever was on its way
+        {"stop": true}                  the caller wants no more answers: rows under way are aborted. The reply is that
+                                        of `meter` with the word "stopped", after all messages already on their way
         {"meter": true}
     child to parent
         {"ready": {"max_model_len": int, "max_num_seqs": int, "pid": int, "device": str, "skipped": float}}
-                                                                               once, when it is loaded, or
-        {"failed": str}                                                        why it could not be
+                                                                               once, when the model is loaded, or
+        {"failed": str}                                                        why it could not be loaded
         {"done": [[number, text, finish_reason, code, message, scores, prompt_tokens, cached_tokens, completion_tokens,
                    device_seconds, prompt_seconds], ...]}    scores: [probability or null] of choices; seconds: see
                                              `metering`; missing where the row was refused
         {"meter": [metered, idle, lost]}        device-seconds, in a message of its own or beside `done`: see `metering`
         {"text": [[number, piece, prompt_tokens, cached_tokens, completion_tokens], ...]}
-                                        of rows that asked for it, as it is made; the tokens up to it
+                                        of rows with `tell`, as the text is made; the tokens up to this piece
         {"counts": [int, ...]}
 
-Rows travel many to a frame, answers as many as one engine step finished. A closed connection aborts its rows.
+A frame has many rows, or all answers that one engine step finished. A closed connection aborts its rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def pack(message: dict[str, Any]) -> bytes:
     """One frame.
 
     Raises:
-        UnicodeEncodeError: a text has a lone surrogate.
+        UnicodeEncodeError: A text has a lone surrogate.
     """
     body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
     return LENGTH.pack(len(body)) + body

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint folders, read and written one tensor at a time."""
+"""Hugging Face checkpoint folders are read and written one tensor at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a Llama or SwiftKV-Llama checkpoint.
 
     Raises:
-        InputError: no such file, or another model family.
+        InputError: The folder has no config.json, or a model of another family.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -40,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse quantised weights: read without their scales, they give a model that computes nonsense."""
+    """Refuse quantised weights: without their scales the model would compute nonsense."""
     if (found := config.get("quantization_config")) is not None:
         kind = found.get("quant_method") if isinstance(found, dict) else found
         raise InputError(f"'{folder}' is quantised ({kind}), which is not read here. Name its full-precision parent.")
@@ -73,7 +73,7 @@ def scaling_of(config: dict[str, Any]) -> RopeScaling | None:
     """Llama 3's stretched positions, if the config has them.
 
     Raises:
-        InputError: another kind of RoPE scaling.
+        InputError: The config has another kind of RoPE scaling.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -86,7 +86,7 @@ def scaling_of(config: dict[str, Any]) -> RopeScaling | None:
 
 
 def refuse_as_teacher(folder: Path, option: str) -> None:
-    """Refuse a SwiftKV folder: the engine answers with its student, also where the teacher was kept."""
+    """Refuse a SwiftKV folder: the engine answers with its student, even if the folder has kept the teacher."""
     path = folder / "config.json"
     if path.is_file() and json.loads(path.read_text()).get("model_type") == "llama_swiftkv":
         raise InputError(
@@ -96,7 +96,7 @@ def refuse_as_teacher(folder: Path, option: str) -> None:
 
 
 class TensorFolder:
-    """The tensors of a folder's safetensors files, by name; each is read from disk when asked for."""
+    """The tensors of a folder's safetensors files, by name. A tensor is read from disk when it is used."""
 
     def __init__(self, folder: Path) -> None:
         files = sorted(folder.glob("*.safetensors"))
@@ -119,7 +119,7 @@ class TensorFolder:
 
 
 def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """One `model.safetensors`, or shards of at most `shard_bytes` with an index. Holds one shard in memory."""
+    """Write one `model.safetensors`, or shards of at most `shard_bytes` with an index. Holds one shard in memory."""
     shards: list[tuple[Path, list[str]]] = []
     total = 0
     for number, shard in enumerate(in_shards(tensors, shard_bytes), 1):
@@ -154,7 +154,7 @@ def in_shards(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterat
 
 
 def carry_files(parent: Path, folder: Path) -> list[str]:
-    """Copy everything but weights and config: tokenizer, generation config, licence, notices. Returns the names."""
+    """Copy all files except weights and config: tokenizer, generation config, licence, notices. Returns their names."""
     carried = []
     for path in sorted(parent.iterdir()):
         if path.is_file() and not any(path.match(pattern) for pattern in NOT_CARRIED):
@@ -166,10 +166,10 @@ def carry_files(parent: Path, folder: Path) -> list[str]:
 def load_model(folder: Path) -> Llama:
     """The reference model of a checkpoint, in float32.
 
-    A SwiftKV checkpoint without the teacher's projections gets zeros there: its `forward` is not to be used.
+    If a SwiftKV checkpoint lacks the teacher's projections, they become zeros, and `forward` must not be used.
 
     Raises:
-        InputError: no such checkpoint, or a quantised one.
+        InputError: The folder is no checkpoint, or a quantised one.
     """
     config = read_config(folder)
     refuse_quantised(folder, config)
@@ -180,13 +180,16 @@ def load_model(folder: Path) -> Llama:
 
 
 def load_pair(parent: Path, swiftkv: SwiftKV | None, student: Path | None = None) -> Llama:
-    """Teacher and student in one float32 model: `parent` a plain Llama or a SwiftKV folder that kept its teacher.
+    """Teacher and student in one float32 model. `parent` is a plain Llama, or a SwiftKV folder that kept its teacher.
 
-    The student comes from the folder `student`, else from `parent` if that is in SwiftKV form, else it has the
-    published start with `swiftkv`'s sizes.
+    The student comes from:
+
+    1. the folder `student`;
+    2. else `parent`, if it is in SwiftKV form;
+    3. else the published start, with `swiftkv`'s sizes.
 
     Raises:
-        InputError: neither folder has the teacher's projections, or none the student's; or one is quantised.
+        InputError: `parent` lacks the teacher's projections, no SwiftKV form is given, or a folder is quantised.
     """
     own = read_config(parent)
     form = read_config(student) if student else own
@@ -219,7 +222,7 @@ def copy_tensors(
     skip_student: bool = False,
     only_student: bool = False,
 ) -> None:
-    """Copy the stored tensors into the model; one that is not stored must not be `needed`, and becomes zero."""
+    """Copy the stored tensors into the model. A tensor that is not stored must not be `needed`, and becomes zero."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             of_student = "_swiftkv" in name

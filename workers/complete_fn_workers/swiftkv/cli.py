@@ -1,4 +1,4 @@
-"""`complete-fn swiftkv convert | distill | eval | check`."""
+"""`complete-fn swiftkv` has the verbs `convert`, `distill`, `eval` and `check`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         0: done. 3: `check` found a difference.
 
     Raises:
-        RequestError: the verb, its options or its files cannot be used.
+        RequestError: The verb, its options or its files cannot be used.
     """
     if argv[:1] == ["check"]:
         from complete_fn_workers.swiftkv.training.exact import main as check

@@ -1,6 +1,6 @@
-"""Llama and its SwiftKV form in plain PyTorch, tensor names as in Hugging Face checkpoints.
+"""Llama and its SwiftKV form in plain PyTorch, with tensor names as in Hugging Face checkpoints.
 
-It trains the demonstration model, distils SwiftKV students, and is the oracle that vLLM's answers are compared with.
+This reference model trains the demonstration model, distils SwiftKV students, and is the oracle for vLLM's answers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LlamaShape:
 
 @dataclass(frozen=True)
 class SwiftKV:
-    """The first `num_key_value_layers` (K) layers are plain; `key_value_group_size` later ones share a cache (G)."""
+    """The first `num_key_value_layers` (K) layers are plain; groups of `key_value_group_size` (G) later share a cache."""
 
     num_key_value_layers: int
     key_value_group_size: int = 1
@@ -54,7 +54,7 @@ class SwiftKV:
 
 
 def rope_table(shape: LlamaShape, length: int, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [length, head_dim]: rotary angles of arXiv 2104.09864, halves rotated as in Llama."""
+    """cos and sin of the rotary angles of arXiv 2104.09864, each [length, head_dim]. Halves are rotated as in Llama."""
     half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     frequencies = shape.rope_theta**-half
     if scaling is not None:
@@ -65,7 +65,10 @@ def rope_table(shape: LlamaShape, length: int, scaling: RopeScaling | None = Non
 
 
 def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's rule: slow frequencies divided by `factor`, fast ones kept, a linear blend between (in turns)."""
+    """Llama 3.1's rule: slow frequencies are divided by `factor`, fast ones kept, and those between blended linearly.
+
+    The blend is linear in the turns that a frequency makes over the original context.
+    """
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     share = share.clamp(0, 1)
@@ -78,9 +81,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, each [batch, heads, length, head_dim]; spelled out where the CPU kernel is slower than that.
+    """Causal attention; arguments and result are [batch, heads, length, head_dim].
 
-    Scores are in the inputs' own type outside of a compiled model, which for bfloat16 is two to three times as fast.
+    Up to 1,024 tokens (256 if compiled) it is written as matrix products, which are faster there than the CPU kernel.
+    Outside of a compiled model scores have the inputs' own type: for bfloat16 two to three times as fast.
     """
     length = q.shape[2]
     if torch.compiler.is_compiling():
@@ -150,7 +154,7 @@ class Attention(nn.Module):
 
 
 class SwiftKVAttention(Attention):
-    """Teacher's projections beside the student's: `*_proj_swiftkv`, keys and values only in a group's owner."""
+    """The teacher's projections beside the student's `*_proj_swiftkv`. Only a group's owner has keys and values."""
 
     def __init__(self, s: LlamaShape, owner: bool) -> None:
         super().__init__(s)
@@ -169,12 +173,12 @@ class SwiftKVAttention(Attention):
         return self.mixed(rotate(self.heads(self.q_proj_swiftkv(x)), *rotary), self.spread(k), self.spread(v))
 
     def student_at(self, x: Tensor, cache: tuple[Tensor, Tensor], rotary: Rotary, at: Tensor) -> Tensor:
-        """As `student`, for the tokens at the positions `at` [batch, a] alone, whose inputs are x [batch, a, size]."""
+        """As `student`, but only for the tokens at positions `at` [batch, a], whose inputs are x [batch, a, size]."""
         q = rotate(self.heads(self.q_proj_swiftkv(x)), rotary.cos[at][:, None], rotary.sin[at][:, None])
         k, v = cache
         seen = at[:, None, None, :, None] >= torch.arange(k.shape[2], device=at.device)
         batch, heads, count, size = q.shape
-        of_group = q.reshape(batch, k.shape[1], -1, size)  # spreading keys and values would cost more
+        of_group = q.reshape(batch, k.shape[1], -1, size)  # cheaper than a copy of keys and values per query head
         scores = (of_group @ k.transpose(-1, -2)).view(batch, k.shape[1], heads // k.shape[1], count, -1)
         weights = (scores * size**-0.5).masked_fill(~seen, -1e30).softmax(-1)
         mixed = (weights.flatten(2, 3) @ v).view(q.shape)
@@ -211,16 +215,16 @@ class Layer(nn.Module):
 
 
 class States(NamedTuple):
-    """`last`: after the final norm; `before_last`: the last layer's input. Each [batch, length, hidden_size]."""
+    """`last`: after the final norm; `before_last`: before the last layer. Each is [batch, length, hidden_size]."""
 
     last: Tensor
     before_last: Tensor
 
 
 class Llama(nn.Module):
-    """A decoder; `forward` gives the last hidden states, `logits` the scores of chosen rows.
+    """A decoder. `forward` gives the last hidden states, `logits` the scores of chosen rows.
 
-    With `swiftkv` it holds teacher and student at once: `forward` is the teacher, `student` the SwiftKV form.
+    With `swiftkv` it is teacher and student at once: `forward` is the teacher, `student` the SwiftKV form.
     """
 
     cos: Tensor
@@ -253,11 +257,11 @@ class Llama(nn.Module):
         return h, self.rotary(h)
 
     def rotary(self, h: Tensor) -> Rotary:
-        """For the positions and in the type of h [batch, length, hidden_size]."""
+        """The rotary table for the positions of h [batch, length, hidden_size], in its type."""
         return Rotary(self.cos[: h.shape[1]].to(h.dtype), self.sin[: h.shape[1]].to(h.dtype))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[batch, length] token ids -> [batch, length, hidden_size] after the final norm."""
+        """The hidden states [batch, length, hidden_size] of token ids [batch, length], after the final norm."""
         h, rotary = self.embedded(tokens)
         for layer in self.layers:
             h = layer(h, *rotary)
@@ -265,7 +269,7 @@ class Llama(nn.Module):
         return last
 
     def early(self, tokens: Tensor) -> tuple[Tensor, Rotary]:
-        """The layers that teacher and student have in common: the residual stream after layer K - 1."""
+        """The residual stream after layer K - 1, from the layers that teacher and student have in common."""
         h, rotary = self.embedded(tokens)
         for layer in list(self.layers)[: self.kept_layers]:
             h = layer(h, *rotary)
@@ -278,9 +282,9 @@ class Llama(nn.Module):
         return States(self.norm(h), before)
 
     def student_late(self, h: Tensor, rotary: Rotary, at: Tensor | None = None) -> States:
-        """Of all positions, or of `at` [batch, a] alone: what a served model computes.
+        """The student's states at all positions, or only at `at` [batch, a], as a served model computes them.
 
-        Prompt tokens then go no further than the keys and values made of `h`.
+        With `at`, other tokens pass no later layer: only keys and values are made of their `h`.
         """
         x = self.norm_swiftkv(h)
         if at is not None:
@@ -300,7 +304,7 @@ class Llama(nn.Module):
         return States(self.norm(h), before)
 
     def student(self, tokens: Tensor) -> Tensor:
-        """As `forward`, through the SwiftKV form: later layers read keys and values made of one hidden state."""
+        """As `forward`, in the SwiftKV form: later layers read keys and values that are made of one hidden state."""
         return self.student_late(*self.early(tokens)).last
 
     @property
@@ -320,7 +324,7 @@ class Llama(nn.Module):
         return F.linear(hidden, weight.to(hidden.dtype))
 
     def initialise_student(self) -> None:
-        """The published start: norm of layer K, teacher's queries, the group's mean of teacher's keys and values."""
+        """Set the published start: layer K's norm, the teacher's queries, and group means of its keys and values."""
         swiftkv = self.swiftkv
         assert swiftkv is not None
         attentions, size = self.late_attentions, swiftkv.key_value_group_size
@@ -335,7 +339,7 @@ class Llama(nn.Module):
 
 
 def group_mean(weights: Iterable[Tensor]) -> Tensor:
-    """The mean in float32, in the weights' own type; one weight comes back as it is."""
+    """The mean, computed in float32 and returned in the weights' own type. A single weight is returned unchanged."""
     members = list(weights)
     if len(members) == 1:
         return members[0]

@@ -1,4 +1,4 @@
-"""The verbs of `complete-fn swiftkv`: options in, the work done, a few lines out."""
+"""The verbs of `complete-fn swiftkv` parse options, do the work and print a few lines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
 
 
 def layers_of(a: argparse.Namespace, parent: Path) -> SwiftKV:
-    """K and G as asked for, or as stored in a SwiftKV folder."""
+    """K and G from the options, or from a SwiftKV folder's config."""
     config = read_config(parent)
     layers, stored = config["num_hidden_layers"], swiftkv_of(config)
     if stored is not None:
@@ -68,7 +68,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
 
 
 def table_rows(a: argparse.Namespace) -> list[TableRow]:
-    """Without `--answer-column`, a column 'answer' is used where there is one."""
+    """The table's rows. Without `--answer-column`, a column 'answer' has the answers if there is one."""
     if a.answer_column:
         return read_rows(a.prompts, a.prompt, a.answer_column)[: a.limit]
     try:
@@ -140,7 +140,7 @@ def distill_verb(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 
 
 def examples_of(a: argparse.Namespace, run: Path) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; every n-th row is held out, so that both have the table's mix."""
+    """(training examples, held-out examples). Every n-th row is held out, so that both have the table's mix."""
     rows = table_rows(a)
     if any(row.answer is None for row in rows) and a.answers_by:
         call = Call(teacher_of(a.answers_by), SamplingParams(max_tokens=a.max_answer_tokens))
@@ -190,10 +190,10 @@ def distil(a: argparse.Namespace, run: Path, training: list[Example], held_out: 
 
 
 def teacher_of(name: str) -> Model:
-    """The model that writes answers to learn from.
+    """The model that writes the answers to learn from.
 
     Raises:
-        InputError: it is a student itself.
+        InputError: The model is in SwiftKV form, so it is itself a student.
     """
     from complete_fn.settings import load_settings
 

@@ -1,1 +1,1 @@
-"""What one step of the engine takes: rows, tokens, time."""
+"""Rows, tokens and device time of one step of the engine."""

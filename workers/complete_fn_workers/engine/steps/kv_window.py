@@ -1,8 +1,8 @@
-"""Admits a row to vLLM only if the KV cache holds it, with its longest answer, beside all rows under way.
+"""`KVWindow` admits a row to vLLM only if the KV cache holds it, with its longest answer, beside all rows under way.
 
 So vLLM preempts no row, and the prefix of a group stays in the cache until the group is done. Rows come in the
-planner's order, and the blocks that a row shares with the row before it count once. The rows under way form a list:
-each knows how many blocks it shares with its predecessor. When a row leaves, its successor takes over the predecessor.
+planner's order, and the blocks that a row shares with the row before it count once. The rows under way form a list in
+which each row knows the blocks it shares with its predecessor. When a row leaves, its neighbours are linked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class KVWindow:
         self.beginning: tuple[str, Sequence[int]] = ("", ())
 
     def row(self, salt: str, ids: Sequence[int], answer: int) -> HeldRow:
-        """The row that would come next: `ids` of its prompt, at most `answer` tokens. Salts share no blocks."""
+        """The next row, with the prompt `ids` and at most `answer` tokens. Rows of different salts share no blocks."""
         blocks = -(-(len(ids) + answer) // self.block)
         shared = 0
         if self.last is not None and self.beginning[0] == salt:
@@ -42,7 +42,7 @@ class KVWindow:
         return HeldRow(blocks, shared, self.last)
 
     def fits(self, row: HeldRow) -> bool:
-        """Whether the row may be submitted. A row alone always may: vLLM itself refuses one that never fits."""
+        """Whether the row may be submitted. A single row always may: vLLM itself refuses a row that never fits."""
         return not self.rows or self.used + row.blocks - row.shared <= self.blocks
 
     def hold(self, key: str, row: HeldRow, salt: str, ids: Sequence[int]) -> None:
@@ -70,7 +70,7 @@ class KVWindow:
 
 
 def common_blocks(before: Sequence[int], ids: Sequence[int], block: int) -> int:
-    """Whole blocks that two prompts begin with in common, but never the last token of a prompt."""
+    """Whole blocks at the common beginning of two prompts, without a prompt's last token."""
     most = min(len(before), len(ids) - 1) // block
     for number in range(most):
         low = number * block

@@ -1,4 +1,4 @@
-"""Measures device time: each step's wall time is divided among the rows computed in it; all other time is idle."""
+"""`StepMeter` divides each step's wall time among the rows computed in it. All other time is idle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from complete_fn.capacity.decoder_work import DecoderWork
 from complete_fn_workers.engine.steps.step_costs import StepCosts
 from complete_fn_workers.engine.vllm_internals import cached_tokens, computed_tokens, prefill_of, prompt_tokens
 
-Charge = tuple[float, float]  # device-seconds, those of them for the prompt
+Charge = tuple[float, float]  # device-seconds, and the part of them for the prompt
 NOTHING = (0.0, 0.0)
 
 
@@ -20,9 +20,9 @@ class MeteredRow:
 
     Attributes:
         request, prefill: vLLM's request and its prefill counts.
-        computed: tokens seen so far.
-        seconds, prompt_seconds: device-seconds charged so far, and those of them for the prompt.
-        answered, given_up: how the row left, once it has.
+        computed: tokens computed up to the last step.
+        seconds, prompt_seconds: device-seconds charged so far, and the part of them for the prompt.
+        answered, given_up: how the row has left the engine.
     """
 
     request: Any
@@ -35,7 +35,7 @@ class MeteredRow:
 
 
 class StepPart(NamedTuple):
-    """A row's part of a step: whether it was of the prompt, and its (FLOPs, bytes)."""
+    """A row's part of a step: whether it was part of the prompt, and its (FLOPs, bytes)."""
 
     row: MeteredRow
     of_prompt: bool
@@ -43,17 +43,17 @@ class StepPart(NamedTuple):
 
 
 class StepMeter:
-    """Charges each step to its rows by what they computed in it (`step_costs`): of the prompt what was not cached, and
-    output.
+    """Charges each step to its rows by their work in it (`step_costs`): uncached prompt tokens, and output tokens.
 
-    Conservation: `metered` is the time since the engine was loaded, times the devices. It is the sum of the charges of
-    answered rows, of rows under way, of aborted rows (`lost`), and of `idle`: the time in no row's step.
+    Conservation: `metered`, the time since the engine was loaded times the number of devices, is the sum of the charges
+    of answered rows, of rows under way, of aborted rows (`lost`), and of `idle`, the time outside of steps.
     """
 
     def __init__(self, requests: Any, decoder: DecoderWork, devices: int = 1, overlaps: bool = False) -> None:
         """Args:
-        requests: vLLM's, by its own ids (`vllm_internals.requests_under_way`).
-        overlaps: vLLM schedules asynchronously: a call counts and launches its batch, then waits for the one before.
+        requests: vLLM's requests, by its own ids (`vllm_internals.requests_under_way`).
+        overlaps: whether vLLM schedules asynchronously. Then a call counts and launches its batch, and waits for the
+            batch before.
         """
         self.requests, self.devices, self.overlaps = requests, devices, overlaps
         self.launched: list[StepPart] = []  # launched, not yet waited for
@@ -64,16 +64,16 @@ class StepMeter:
         self.told_idle = self.told_lost = 0.0
 
     def admit(self, key: str, internal_id: str, spent: Charge = NOTHING) -> None:
-        """Args: spent: what the row was charged for requests before this one."""
+        """Args: spent: the row's charge for its requests before this one."""
         request = self.requests[internal_id]
         self.rows[key] = MeteredRow(request, prefill_of(request), 0, *spent)
 
     def stepped(self, seconds: float) -> None:
-        """After each call of the engine's step."""
+        """Charge a step. Call this after each call of the engine's step."""
         batch, learns = self.computed(), True
         if self.overlaps:
             before, self.launched = self.launched, batch
-            # While a row of it is here, the engine has not paused: the call did wait for that batch.
+            # If a row of that batch is still here, the engine has not paused, so the call did wait for the batch.
             learns = any(not (row.answered or row.given_up) for row, _, _ in before)
             if any(not row.answered for row, _, _ in before):
                 batch = before
@@ -83,9 +83,9 @@ class StepMeter:
                 self.costs.learn(seconds, [part.work for part in batch])
 
     def computed(self) -> list[StepPart]:
-        """What was computed or, where steps overlap, launched since the last call.
+        """The parts computed since the last call; if steps overlap, the parts launched since then.
 
-        A request's counter jumps over what was cached, and falls back when it is preempted.
+        A request's counter jumps over cached tokens, and falls back when the request is preempted.
         """
         batch = []
         for row in self.rows.values():
@@ -99,7 +99,7 @@ class StepMeter:
         return batch
 
     def charge(self, seconds: float, batch: list[StepPart]) -> None:
-        """Divide a step's time. The other rows of a batch pay for what was launched for a row that has its answer."""
+        """Divide a step's time. The batch's other rows pay for work launched for a row that already has its answer."""
         shares = self.costs.share([part.work for part in batch])
         paying = [(part, share) for part, share in zip(batch, shares, strict=True) if not part.row.answered]
         whole = seconds * self.devices / sum(share for _, share in paying)
@@ -112,13 +112,13 @@ class StepMeter:
         self.charged += seconds * self.devices
 
     def leave(self, key: str) -> Charge:
-        """Take out a finished row; returns its charge."""
+        """Remove a finished row. Returns its charge."""
         row = self.rows.pop(key)
         row.answered = True
         return row.seconds, row.prompt_seconds
 
     def give_up(self, key: str) -> None:
-        """Take out an aborted row: its charge is lost, as is what is still computed for it."""
+        """Remove an aborted row. Its charge is lost, and so is the time of work still under way for it."""
         row = self.rows.pop(key)
         row.given_up = True
         self.lost += row.seconds

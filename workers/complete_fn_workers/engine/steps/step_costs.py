@@ -1,7 +1,7 @@
-"""Learns what a step's work costs: the seconds of a FLOP, of a byte read and of a step, fitted to the steps seen.
+"""`StepCosts` learns the seconds of a FLOP, of a byte read, and of a step, by a fit to the steps seen.
 
-A prompt token of a SwiftKV model passes half the layers, a long context costs each of its tokens more, and a step that
-only decodes waits for memory: counting tokens would charge all of them alike.
+Counting tokens would charge all tokens alike. But a prompt token of a SwiftKV model passes half the layers, each token
+of a long context costs more, and a step that only decodes waits for memory.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import numpy as np
 from complete_fn.capacity.decoder_work import DecoderWork
 from complete_fn.history.least_squares import nonnegative
 
-BALANCE = 50.0  # FLOPs that a device does while it reads a byte, before anything is measured
-REMEMBERED, REFIT = 512, 64  # steps
-TRUST = 0.00001  # weight of BALANCE against the steps
-LEAST = 0.001  # of what BALANCE says, whatever the steps seem to say: nothing that is computed is free
+BALANCE = 50.0  # FLOPs that a device does while it reads a byte; assumed before steps are measured
+REMEMBERED, REFIT = 512, 64  # steps kept for the fit, and new steps after which it is repeated
+TRUST = 0.00001  # weight of BALANCE relative to the steps
+LEAST = 0.001  # lower bound of each cost, as a share of BALANCE's, because no computation is free
 
 
 class StepCosts:
-    """Seconds of a FLOP, of a byte of the cache and of a step as such, by least squares of the steps' relative errors.
+    """Seconds of a FLOP, of a byte read from the cache, and of a step, by least squares of the steps' relative errors.
 
-    None is 0 or below. Until steps have been seen, and a little ever after, they are what a device of `BALANCE` takes.
+    Every cost is above 0. Before steps are seen the costs are those of a device with `BALANCE`, which later keeps a
+    small weight.
     """
 
     def __init__(self, decoder: DecoderWork) -> None:
@@ -34,7 +35,7 @@ class StepCosts:
         self.unseen = 0
 
     def share(self, work: list[tuple[float, float]]) -> list[float]:
-        """What each row of a step takes, in proportion; a step as such costs all its rows alike."""
+        """The cost of each row of a step, in proportion. The cost of the step itself is divided equally."""
         flop, byte, step = self.costs
         return [flop * flops + byte * read + step / len(work) for flops, read in work]
 

@@ -1,4 +1,4 @@
-"""Limits the bulk work of an engine step while a chat is open: the chat waits for the step that runs."""
+"""`StepLimit` limits the bulk work of an engine step while a chat is open, because the chat waits for running steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
-STEP_SECONDS = 0.03  # of a step, while a chat is open
+STEP_SECONDS = 0.03  # longest wanted step while a chat is open
 CHATTING_S = 30.0  # after a chat, the next one is expected within this time
 LEARN = 0.1  # weight of the latest step or answer
 LEAST_TOKENS = 32  # smaller steps say little about the rate
@@ -48,7 +48,7 @@ class StepLimit:
         self.pending += prompt_tokens * self.fresh
 
     def stepped(self, seconds: float, decoding: int) -> None:
-        """A step is over; `decoding` rows were in it beside the new ones."""
+        """Note the end of a step, with `decoding` rows in it beside the new ones."""
         computed = min(self.pending, max(0, self.budget - decoding))
         self.pending -= computed
         tokens = computed + decoding

@@ -1,1 +1,1 @@
-"""SwiftKV models on vLLM."""
+"""Serves SwiftKV models on vLLM."""

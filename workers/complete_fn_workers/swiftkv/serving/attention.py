@@ -1,7 +1,7 @@
-"""The attention backend of SwiftKV's later layers: the platform's own, over only the tokens that need logits.
+"""SwiftKV's later layers use the platform's attention backend, over only the tokens that need logits.
 
-The backend edits vLLM's description of a step before the platform's builder reads it, so it depends on no kernel.
-Leaving tokens out only saves time: running the later layers on more tokens than needed is always exact.
+`skipping_backend` edits vLLM's description of a step before the platform's builder reads it, so it needs no kernel of
+its own. Leaving tokens out only saves time: running the later layers on more tokens than needed is always exact.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from complete_fn_workers.swiftkv.serving.limits import PromptWatcher
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Which tokens of a step go through the later layers.
+    """The tokens of a step that pass the later layers.
 
-    `indices`: int64 [kept], positions in the step's flat token axis. `some_unfinished`: rows of unfinished prompts were
-    left out as well; their last token is still sampled (and thrown away) by vLLM.
+    Attributes:
+        indices: int64 [kept], positions on the step's flat axis of tokens.
+        some_unfinished: whether rows of unfinished prompts were left out too. vLLM still samples a token after their
+            last one, and drops it.
     """
 
     indices: torch.Tensor
@@ -39,7 +41,7 @@ class KeptTokens:
 
 @dataclass(frozen=True)
 class Selection:
-    """Per request of the step: `rows` int64 [kept requests], `counts` int64 [kept requests] tail tokens of each."""
+    """The kept tokens by request: `rows` int64 [kept requests], and `counts` int64 of the last tokens of each row."""
 
     rows: torch.Tensor
     counts: torch.Tensor
@@ -47,7 +49,7 @@ class Selection:
 
 
 def select_tokens(query_start_loc: torch.Tensor, tail: int, finished: list[bool] | None) -> Selection:
-    """The last `tail` tokens of every request that is `finished` (None: all), given int [requests + 1] starts."""
+    """The last `tail` tokens of every `finished` request (None: all). `query_start_loc`: int [requests + 1] starts."""
     starts = query_start_loc.to(torch.int64)
     counts = starts.diff().clamp(max=tail)
     if finished is not None:
@@ -61,7 +63,7 @@ def select_tokens(query_start_loc: torch.Tensor, tail: int, finished: list[bool]
 
 @lru_cache
 def skipping_backend(backend: Any) -> Any:
-    """`backend` with a builder that leaves out prompt tokens. One class per backend: vLLM groups layers by it."""
+    """`backend` with a builder that leaves out prompt tokens. Cached, because vLLM groups layers by the class."""
     base = builder_of(backend)
 
     class SkippingBuilder(base):  # type: ignore[misc, valid-type]
@@ -78,7 +80,7 @@ def skipping_backend(backend: Any) -> Any:
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> Any:
-            # Only batches that are never reduced have the same shape when captured and when replayed.
+            # A CUDA graph needs the same shape at capture and replay, which only batches that are never reduced have.
             return at_most_uniform(super().get_cudagraph_support(vllm_config, kv_cache_spec))
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:

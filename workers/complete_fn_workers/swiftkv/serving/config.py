@@ -1,4 +1,4 @@
-"""The `llama_swiftkv` configuration: Llama's fields and the three of the published SwiftKV checkpoints."""
+"""The configuration `llama_swiftkv` has Llama's fields and the three of the published SwiftKV checkpoints."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from transformers import LlamaConfig
 
 @strict
 class LlamaSwiftKVConfig(LlamaConfig):  # type: ignore[misc]
-    """Llama whose layers from `num_key_value_layers` on take keys and values from one shared hidden state.
+    """A Llama whose layers from `num_key_value_layers` on take keys and values from one shared hidden state.
 
-    `key_value_group_size` consecutive later layers share one layer's cache (AcrossKV; 1 = each has its own).
-    `swiftkv_skip_prefill` is ours, never in a checkpoint: False runs every layer on every token (`hf_overrides`), which
-    gives right `prompt_logprobs` at the price of plain Llama's prefill.
+    Attributes:
+        key_value_group_size: consecutive later layers that share one layer's cache (AcrossKV); 1: each has its own.
+        swiftkv_skip_prefill: our own field, never in a checkpoint but set by `hf_overrides`. False runs every layer on
+            every token, which gives right `prompt_logprobs` at the cost of plain Llama's prefill.
 
     Raises:
         ValueError: `swiftkv` is false, or the layer counts do not fit together.

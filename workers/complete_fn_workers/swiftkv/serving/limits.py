@@ -1,4 +1,4 @@
-"""Refuses what SwiftKV cannot do, at start or at the request; knows which prompts a step leaves unfinished."""
+"""SwiftKV's limits are enforced at the engine's start or at the request. A watcher knows the unfinished prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 
-# Drafts that need nothing of the model but its logits.
+# Speculative methods that need only the model's logits.
 DRAFTERS_WITHOUT_HIDDEN_STATES = ("ngram", "ngram_gpu", "suffix")
 
 PROMPT_LOGPROBS = (
@@ -31,10 +31,10 @@ PROMPT_LOGPROBS = (
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Raise for engine settings under which SwiftKV would be wrong.
+    """Refuse engine settings under which SwiftKV would be wrong.
 
     Raises:
-        ValueError: names the setting and what to do instead.
+        ValueError: A setting is not supported; the message names it and what to do instead.
     """
     config, settings = vllm_config.model_config.hf_config, read_settings(vllm_config)
     if config.num_key_value_layers >= config.num_hidden_layers:
@@ -69,13 +69,13 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 
 def set_limits(vllm_config: VllmConfig) -> None:
-    """Refuse what SwiftKV cannot do. vLLM calls this once, when it makes the engine's configuration.
+    """Enforce SwiftKV's limits. vLLM calls this once, when it makes the engine's configuration.
 
     Raises:
-        ValueError: names the setting and what to do instead.
+        ValueError: A setting is not supported; the message names it and what to do instead.
     """
     refuse_unsupported(vllm_config)
-    # vLLM allows no custom processor beside speculation; there the unread rows are NaN (see model.py).
+    # vLLM allows no custom processor beside speculative decoding; then skipped rows are NaN (see model.py).
     if vllm_config.model_config.hf_config.swiftkv_skip_prefill and read_settings(vllm_config).drafter is None:
         first, second = (f"{__name__}:{watcher.__name__}" for watcher in (PromptWatcher, V2PromptWatcher))
         add_logits_processor(vllm_config, first, second)
@@ -89,8 +89,8 @@ def refuse_prompt_logprobs(params: SamplingParams) -> None:
 class PromptWatcher(LogitsProcessor):  # type: ignore[misc]
     """Refuses `prompt_logprobs`, changes no logits, and knows how long each row of the running batch must become.
 
-    vLLM's attention metadata does not say whether a chunk completes its prompt; a logits processor is told of every
-    request that enters, moves in or leaves the batch, before the step's metadata is built.
+    vLLM's attention metadata does not say whether a chunk completes its prompt. But vLLM tells a logits processor of
+    every request that enters, moves in or leaves the batch, before it builds the step's metadata.
     """
 
     running: ClassVar[weakref.WeakValueDictionary[int, PromptWatcher]] = weakref.WeakValueDictionary()
@@ -113,7 +113,7 @@ class PromptWatcher(LogitsProcessor):  # type: ignore[misc]
         follow_rows(
             self.rows,
             batch_update,
-            # The output list is the request's own and grows; a preempted request must recompute it as well.
+            # The output list is the request's own and grows. It counts, as a preempted request must recompute it too.
             lambda _params, prompt, output: None if prompt is None else (len(prompt), output),
         )
 

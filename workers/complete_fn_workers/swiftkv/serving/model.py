@@ -1,7 +1,8 @@
 """SwiftKV-Llama (arXiv 2410.03960) on vLLM, out of tree: later layers run only on the tokens whose logits are needed.
 
 Layers below K = `num_key_value_layers` are vLLM's own. After them one norm gives the input of every later layer's keys
-and values, which are written to the cache for all tokens; then the later layers run on what `attention.py` kept.
+and values, which are written to the cache for all tokens. Then the later layers run on the tokens that `attention.py`
+keeps.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from complete_fn_workers.swiftkv.serving.limits import refuse_unsupported
 
 
 class LateAttention(nn.Module):
-    """Queries of one later layer over the cache of its group's owner. Only the owner has `kv_proj_swiftkv`."""
+    """The attention of one later layer, over the cache of its group's owner. Only the owner has `kv_proj_swiftkv`."""
 
     def __init__(self, vllm_config: VllmConfig, layer: int, model_prefix: str) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class LateAttention(nn.Module):
         )
 
     def keys_values(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of all tokens: [tokens, hidden] -> keys after RoPE and values, each [tokens, kv heads, head size]."""
+        """Keys after RoPE, and values, of all tokens: each [tokens, kv heads, head size], from x [tokens, hidden]."""
         assert self.kv_proj_swiftkv is not None
         both, _ = self.kv_proj_swiftkv(x)
         keys, values = both.chunk(2, dim=-1)
@@ -103,13 +104,13 @@ class LateAttention(nn.Module):
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         queries, _ = self.q_proj_swiftkv(hidden)
         queries, _ = self.rotary_emb(positions, queries, None)
-        mixed = self.attn(queries, None, None)  # without keys: vLLM then leaves the cache alone
+        mixed = self.attn(queries, None, None)  # without keys vLLM does not write to the cache
         out, _ = self.o_proj(mixed)
         return out  # type: ignore[no-any-return]
 
 
 class LateLayer(nn.Module):
-    """Llama's decoder layer but for the source of its keys and values."""
+    """Llama's decoder layer, except for the source of its keys and values."""
 
     def __init__(self, vllm_config: VllmConfig, layer: int, model_prefix: str) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class LateLayer(nn.Module):
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
 class EarlyUnit(nn.Module):
-    """Everything that all tokens pass: the first K layers, then the later layers' keys and values."""
+    """The modules that all tokens pass: the first K layers, then the later layers' keys and values."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: list[SwiftKVModel]) -> None:
         super().__init__()
@@ -150,7 +151,7 @@ class EarlyUnit(nn.Module):
     def forward(
         self, input_ids: torch.Tensor | None, positions: torch.Tensor, inputs_embeds: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """[tokens] -> the residual stream [tokens, hidden], then keys and values of each cache owner in turn."""
+        """The residual stream [tokens, hidden], then keys and values of each cache owner in turn."""
         model = self.model[0]
         hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         residual = None
@@ -170,7 +171,7 @@ class LateUnit(nn.Module):
         self.model = model
 
     def forward(self, positions: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-        """[kept], [kept, hidden] -> [kept, hidden] after the final norm."""
+        """The hidden states [kept, hidden] after the final norm, from positions [kept] and stream [kept, hidden]."""
         model = self.model[0]
         hidden, residual = stream, None
         for layer in model.layers[model.kept_layers :]:
@@ -180,7 +181,7 @@ class LateUnit(nn.Module):
 
 
 class SwiftKVModel(nn.Module):
-    """The decoder. Not compiled itself: it hands the compiled early unit's result to the compiled late one."""
+    """The decoder. It is not compiled itself: it passes the compiled early unit's result to the compiled late unit."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -209,7 +210,7 @@ class SwiftKVModel(nn.Module):
             self.late = LateUnit(vllm_config=vllm_config, prefix=prefix, model=[self])
         self.graph_inputs: tuple[torch.Tensor, torch.Tensor] | None = None
         if (most := captured_tokens(vllm_config)) is not None:
-            # A graph replays from the addresses it was captured with.
+            # A CUDA graph replays from the addresses with which it was captured, so its inputs need fixed buffers.
             weight = self.norm.weight
             self.graph_inputs = (
                 torch.zeros(most, dtype=torch.int64, device=weight.device),
@@ -219,10 +220,10 @@ class SwiftKVModel(nn.Module):
     def forward(
         self, input_ids: torch.Tensor | None, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[tokens] -> [tokens, hidden]; rows that were not kept hold no answer and are never sampled from."""
+        """The hidden states [tokens, hidden]. Rows that were not kept have no answer and are never sampled from."""
         stream, *caches = self.early(input_ids, positions, inputs_embeds)
         step = metadata_of(self.owners[0].attn)
-        if step is None:  # a profiling run: the most any step can need
+        if step is None:  # a profiling run, which must see the largest possible step
             return self.late_on_all(positions, stream)
         for owner, keys, values in zip(self.owners, caches[::2], caches[1::2], strict=True):
             write_cache(owner.attn, keys, values)
@@ -241,17 +242,17 @@ class SwiftKVModel(nn.Module):
         return self.late(fixed_positions, fixed_stream)  # type: ignore[no-any-return]
 
     def late_on_some(self, kept: KeptTokens, positions: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-        # NaN tells a reader of a skipped row that it has none; the sampler does draw (and drop) a token for the last
-        # row of an unfinished prompt, and must not meet one.
+        # A skipped row is NaN, so that a wrong reader is noticed. But the sampler draws (and drops) a token for the
+        # last row of an unfinished prompt, and must not find NaN there.
         out = torch.full_like(stream, 0.0 if kept.some_unfinished else torch.nan)
         if len(kept.indices):
-            with outside_graphs():  # the step's graph is of another size than the kept tokens
+            with outside_graphs():  # the step's graph is for another number of tokens than the kept ones
                 out[kept.indices] = self.late(positions[kept.indices], stream[kept.indices])
         return out
 
 
 class LlamaSwiftKVForCausalLM(nn.Module, SupportsQuant):  # type: ignore[misc]
-    """Loads the published format (teacher's unused projections present) and ours (without them), fused or separate."""
+    """Loads the published format, with the teacher's unused projections, and ours without them; fused or separate."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -294,11 +295,11 @@ class LlamaSwiftKVForCausalLM(nn.Module, SupportsQuant):  # type: ignore[misc]
 
 
 def checkpoint_names(config: LlamaSwiftKVConfig) -> WeightsMapper:
-    """Checkpoint names to ours. Teacher's projections of the later layers are dropped: nothing reads them."""
+    """Maps checkpoint names to ours. The teacher's projections of later layers are dropped, as no module uses them."""
     later = "|".join(str(i) for i in range(config.num_key_value_layers, config.num_hidden_layers))
     return WeightsMapper(
         orig_to_new_regex={regex.compile(rf"layers\.({later})\.self_attn\.(q|k|v|qkv)_proj\."): None},
-        orig_to_new_stacked={  # with both dots: ".q_proj" alone also begins "q_proj_swiftkv"
+        orig_to_new_stacked={  # with both dots, because ".q_proj" alone also begins "q_proj_swiftkv"
             ".q_proj.": (".qkv_proj.", "q"),
             ".k_proj.": (".qkv_proj.", "k"),
             ".v_proj.": (".qkv_proj.", "v"),

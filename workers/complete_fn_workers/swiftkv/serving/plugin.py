@@ -1,4 +1,4 @@
-"""The `vllm.general_plugins` entry point: registers `llama_swiftkv` checkpoints with transformers and vLLM."""
+"""The entry point `vllm.general_plugins` registers `llama_swiftkv` checkpoints with transformers and vLLM."""
 
 from __future__ import annotations
 

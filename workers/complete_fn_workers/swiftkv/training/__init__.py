@@ -1,1 +1,1 @@
-"""SwiftKV checkpoints made and scored."""
+"""Makes and scores SwiftKV checkpoints."""

@@ -1,8 +1,8 @@
-"""Distils faster: the student runs at answer tokens only, and the teacher's activations are computed once and kept.
+"""Distilling is faster here: the student runs only at answer tokens, and the teacher's activations are kept in memory.
 
-A served SwiftKV model runs its later layers only where logits are wanted, so the student is trained just there. Of a
-prompt only the state after the first K layers matters: keys and values are made from it. That state, and the teacher's
-states at the answers, do not change while the student learns, so from the second epoch on they come from memory.
+A served SwiftKV model runs its later layers only where logits are needed, so the student is trained only there. Of a
+prompt only the state after the first K layers matters, because keys and values are made from it. This state, and the
+teacher's states at the answers, do not change while the student learns. From the second epoch on memory has them.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from torch import Tensor
 from complete_fn_workers.swiftkv.reference import Llama, States
 from complete_fn_workers.swiftkv.training.examples import TokenBatch
 
-FIT_TOKENS = 200_000  # five times as many made no difference
+FIT_TOKENS = 200_000  # tokens for the fit; five times as many made no difference
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one batch teaches, n answer tokens of r rows, at most a in a row.
+    """The states of one batch that the student learns from: n answer tokens of r rows, at most a in a row.
 
     Attributes:
         h: [r, length, hidden_size] the residual stream after layer K - 1.
-        at: [r, a] positions whose output predicts an answer token; `real` [r, a] is False behind a row's last.
-        last, before_last: [n, hidden_size] the teacher's `States` there, in order of `real`.
+        at: [r, a] positions whose output predicts an answer token.
+        real: [r, a] False behind a row's last position.
+        last, before_last: [n, hidden_size] the teacher's `States` at these positions, in the order of `real`.
     """
 
     h: Tensor
@@ -41,7 +42,7 @@ class Lesson:
 
 
 def lesson_of(model: Llama, batch: TokenBatch) -> Lesson:
-    """The answer of each row must be its last tokens, without a gap."""
+    """The lesson of a batch. The answer of each row must be its last tokens, without a gap."""
     judged = batch.answer[:, 1:]
     counts = judged.sum(1)
     steps = torch.arange(int(counts.max()), device=judged.device)
@@ -77,9 +78,9 @@ class ActivationMemory:
 
 
 def fit_start(model: Llama, batches: Iterable[TokenBatch], tokens: int = FIT_TOKENS) -> None:
-    """Set the student's keys and values to the least-squares fit of the teacher's from `norm_swiftkv`'s output.
+    """Set the student's key and value weights by least squares, to give the teacher's from `norm_swiftkv`'s output.
 
-    A group of layers that shares a cache gets the mean of their fits, which fits the mean of their keys and values.
+    Layers that share a cache get the mean of their fits, which is the fit of their mean keys and values.
     """
     seen, squares, products = 0, torch.zeros(()), torch.zeros(())
     with torch.no_grad():

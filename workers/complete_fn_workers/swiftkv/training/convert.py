@@ -1,4 +1,4 @@
-"""`complete-fn swiftkv convert`: writes a Llama checkpoint in SwiftKV form, with the published start."""
+"""`complete-fn swiftkv convert` writes a Llama checkpoint in SwiftKV form, with the published start."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ The parent's licence and notices are in this folder and bind this checkpoint too
 def convert(parent: Path, out: Path, swiftkv: SwiftKV, keep_teacher: bool = True) -> None:
     """Write `parent` to the new folder `out` as a SwiftKV checkpoint, reading one tensor at a time.
 
-    Start values: `norm_swiftkv` is the input norm of layer K, queries are the parent's, keys and values the mean over
-    each group. With K = layers - 1 and G = 1 the result computes exactly what the parent does, its last layer skipped
-    for prompt tokens. `keep_teacher` keeps the parent's q/k/v of later layers, as published; distilling needs them,
-    serving does not.
+    The start values: `norm_swiftkv` is the input norm of layer K, queries are the parent's, keys and values are the
+    mean over each group. With K = layers - 1 and G = 1 the result computes exactly the parent's answers, and prompt
+    tokens skip its last layer. `keep_teacher` keeps the parent's q/k/v of later layers, as published. Distilling needs
+    them, serving does not.
 
     Raises:
-        InputError: `parent` is no Llama this can convert, its licence asks for another name, or `out` is not empty.
+        InputError: `parent` is no convertible Llama, its licence requires another name, or `out` is not empty.
         InvalidOptionError: K or G do not fit the parent.
     """
     config = read_config(parent)
@@ -91,10 +91,10 @@ def converted(
 def write_student(
     parent: Path, out: Path, swiftkv: SwiftKV, trained: Mapping[str, torch.Tensor], keep_teacher: bool
 ) -> None:
-    """Write the folder `out`: the parent's tensors and the `trained` ones (reference names) in the parent's dtype.
+    """Write the folder `out`: the parent's tensors, and the `trained` ones (by reference names) in the parent's dtype.
 
     Raises:
-        InputError: the parent's licence asks for a name that `out` is not.
+        InputError: The parent's licence requires another name than that of `out`.
     """
     refuse_name(out.name, licence_of(parent))
     config, tensors = read_config(parent), TensorFolder(parent)
@@ -114,7 +114,7 @@ def write_student(
 
 
 class new_folder:
-    """`with new_folder(out) as folder`: fill `folder`; it becomes `out` only if the block ends well."""
+    """`with new_folder(out) as folder`: fill `folder`. It becomes `out` only if the block ends without an error."""
 
     def __init__(self, out: Path) -> None:
         if out.exists() and any(out.iterdir()):
@@ -144,7 +144,7 @@ def describe(
     keep_teacher: bool,
     state: str,
 ) -> None:
-    """Write config and card and carry the parent's other files along."""
+    """Write config and card, and copy the parent's other files."""
     carry_files(parent, folder)
     licence = licence_of(folder)
     card, base = folder / "README.md", base_of(folder)
@@ -175,14 +175,14 @@ def describe(
 
 
 def base_of(folder: Path) -> str | None:
-    """The parent that a carried card of ours names: a conversion's student has the same parent."""
+    """The parent that a copied card of ours names, else None: a conversion's student has the conversion's parent."""
     card = folder / "README.md"
     found = re.search(r"^base_model:\s*(\S+)", card.read_text(errors="replace"), re.M) if card.is_file() else None
     return found[1] if found and (folder / "PARENT_README.md").exists() else None
 
 
 def licence_of(folder: Path) -> str | None:
-    """The Hub's licence name from the parent's card, or `llama` where a Llama licence text lies in the folder."""
+    """The Hub's licence name from the parent's card, or `llama` if the folder has the text of a Llama licence."""
     for card in (folder / "PARENT_README.md", folder / "README.md"):
         found = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.M) if card.is_file() else None
         if found:
@@ -194,7 +194,7 @@ def licence_of(folder: Path) -> str | None:
 
 
 def refuse_name(name: str, licence: str | None) -> None:
-    """Refuse a name against the parent's licence. Call it before the work, which may take hours."""
+    """Refuse a name that the parent's licence forbids. Call this before the work, which may take hours."""
     if licence and licence.startswith("llama") and not name.lower().startswith("llama"):
         raise InputError(
             f"The parent's licence ({licence}) asks that names of derived models begin with 'Llama'. Name the folder "

@@ -1,7 +1,7 @@
-"""`complete-fn swiftkv distill`: trains a student as published for SwiftKV (*knowledge recovery*).
+"""`complete-fn swiftkv distill` trains a student as published for SwiftKV (*knowledge recovery*).
 
-One model object is teacher and student. The teacher's weights stay as they are; `norm_swiftkv` and the later layers'
-`q/k/v_proj_swiftkv` train with AdamW on T^2 * KL(teacher || student) of the answer tokens plus the mean squared
+One model object is teacher and student. The teacher's weights stay unchanged. `norm_swiftkv` and the later layers'
+`q/k/v_proj_swiftkv` are trained with AdamW on T^2 * KL(teacher || student) of the answer tokens plus the mean squared
 difference of the last layer's input over all tokens (arXiv 2410.03960 and its training code).
 """
 
@@ -31,14 +31,16 @@ SHAPES = len(LENGTHS) + 4
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Rate, temperature and hidden_loss_mult are the published ones, for 8B and larger.
+    """The settings of a training. `lr`, `temperature` and `hidden_loss_mult` are published, for 8B and larger models.
 
-    The run ends at whichever of `epochs`, `max_tokens` (padded) and `max_minutes` comes first. `kl_over`: the published
-    code averages the KL over `all` tokens of a batch, prompts counting as zero, which leaves short answers almost no
-    weight beside the hidden states; `answers` averages over the answer tokens. `prompt_share` of the prompts' tokens
-    count as answers, for tables whose answers are too few to learn from. `start`: keys and values begin as published,
-    or `fitted` to the teacher's by least squares. `memory_gib` > 0: the student runs, and is held to the teacher's
-    hidden states, at answer tokens alone, and later epochs take the teacher's states from so much memory.
+    Attributes:
+        epochs, max_tokens, max_minutes: the training ends at the first of these; tokens include padding.
+        kl_over: `all` averages the KL over all tokens of a batch, with 0 for prompts, as the published code does; short
+            answers then have almost no weight beside the hidden states. `answers` averages over the answer tokens.
+        prompt_share: share of the prompts' tokens that count as answers, for tables with too few answers to learn from.
+        start: keys and values begin as published, or `fitted` to the teacher's by least squares.
+        memory_gib: above 0, the student runs only at answer tokens, and is compared with the teacher's hidden states
+            only there; later epochs take the teacher's states from so much memory.
     """
 
     lr: float = 2e-4
@@ -58,7 +60,7 @@ class Recipe:
 
 @dataclass
 class DistillProgress:
-    """How far a run has come; saved beside the weights, so that the run can go on."""
+    """How far a run is. It is saved beside the weights, so that the run can be resumed."""
 
     epoch: int = 0
     batches: int = 0
@@ -67,13 +69,13 @@ class DistillProgress:
     history: list[tuple[float, float, float]] = field(default_factory=list)  # million tokens, KL, MSE
 
     def share(self, recipe: Recipe, batches_per_epoch: int) -> float:
-        """Of the run, 0 to 1."""
+        """The share of the run that is done, from 0 to 1."""
         epochs = (self.epoch + self.batches / batches_per_epoch) / recipe.epochs
         return max(epochs, self.tokens / recipe.max_tokens, self.seconds / 60 / recipe.max_minutes)
 
 
 class ModelParts:
-    """The model's three parts, compiled once for each length if asked for."""
+    """The model's three parts. If `compiled`, each is compiled once for each length."""
 
     def __init__(self, model: Llama, compiled: bool) -> None:
         def made(part: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,9 +89,9 @@ class ModelParts:
 
 
 def losses(model: Llama, halves: ModelParts, batch: TokenBatch, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """T^2 * KL and the hidden states' mean squared error, both scalars.
+    """(T^2 * KL, mean squared error of the hidden states), both scalars.
 
-    The first K layers are the same in teacher and student and take no gradient, so they run once.
+    The first K layers run once, because teacher and student share them and they need no gradient.
     """
     with torch.no_grad():
         h, rotary = halves.early(batch.tokens)
@@ -106,7 +108,7 @@ def losses(model: Llama, halves: ModelParts, batch: TokenBatch, recipe: Recipe) 
 
 
 def answer_losses(model: Llama, lesson: Lesson, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `losses`, both over the answer tokens."""
+    """As `losses`, but both are over the answer tokens."""
     student = student_states(model, lesson)
     with torch.no_grad():
         wanted = (model.logits(lesson.last).float() / recipe.temperature).log_softmax(-1)
@@ -116,7 +118,10 @@ def answer_losses(model: Llama, lesson: Lesson, recipe: Recipe) -> tuple[torch.T
 
 
 def freeze_teacher(model: Llama, frozen: torch.dtype) -> dict[str, torch.nn.Parameter]:
-    """Leave only the student's parameters trainable, in float32, the rest in `frozen`; returns the former by name."""
+    """Make only the student's parameters trainable, in float32; the others get the type `frozen`.
+
+    Returns the student's parameters by name.
+    """
     trained = {}
     for name, p in model.named_parameters():
         if "swiftkv" in name:
@@ -133,7 +138,7 @@ def freeze_teacher(model: Llama, frozen: torch.dtype) -> dict[str, torch.nn.Para
 
 
 class DistillState:
-    """Weights, optimizer and progress of a run under one folder, replaced in one step at each save."""
+    """Weights, optimizer and progress of a run, in one folder. Each save replaces them in one step."""
 
     def __init__(self, folder: Path, trained: dict[str, torch.nn.Parameter], recipe: Recipe) -> None:
         self.path = folder / "state.pt"
@@ -144,10 +149,10 @@ class DistillState:
         self.progress = DistillProgress()
 
     def resume(self) -> bool:
-        """Go on with an interrupted run. False: there is none.
+        """Resume an interrupted run. Returns False if there is none.
 
         Raises:
-            InputError: it was begun with another recipe.
+            InputError: The run was begun with another recipe.
         """
         if not self.path.is_file():
             return False
@@ -185,7 +190,7 @@ class DistillState:
 def remaining_batches(
     examples: list[Example], recipe: Recipe, progress: DistillProgress
 ) -> Iterator[tuple[int, TokenBatch]]:
-    """(number, batch) of what is left, epoch after epoch. With a memory each epoch has the same batches, shuffled."""
+    """(number, batch) of the batches that are left, without end. With a memory, epochs shuffle the same batches."""
     fixed = list(epoch(examples, recipe.batch_tokens, recipe.seed)) if recipe.memory_gib else []
     while True:
         seed, done = recipe.seed + progress.epoch, progress.batches
@@ -199,7 +204,7 @@ def remaining_batches(
 
 
 def learning_rate(share: float, warm_up: float) -> float:
-    """Linear warm-up, then linear to zero."""
+    """The factor of the learning rate: a linear warm-up, then a linear fall to 0."""
     return min(share / warm_up if warm_up else 1.0, (1 - share) / (1 - warm_up))
 
 
@@ -210,10 +215,10 @@ def train(
     compiled: bool = False,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> None:
-    """Train until the recipe ends, saving every minute and at the end; on an interrupt too.
+    """Train until the recipe ends. The state is saved every minute, at the end, and on an interrupt.
 
     Raises:
-        InputError: no example is left to train on.
+        InputError: There is no example to train on.
     """
     recipe, progress = state.recipe, state.progress
     per_epoch = sum(1 for _ in epoch(examples, recipe.batch_tokens, recipe.seed))

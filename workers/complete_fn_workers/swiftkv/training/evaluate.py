@@ -1,4 +1,4 @@
-"""Scores a student's answers beside its teacher's, through the engine that will serve them."""
+"""`compare_answers` scores a student's answers beside its teacher's, through the engine that will serve them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def answers_of(model: str, engine: Engine, rows: list[TableRow], max_tokens: int
 def compare_answers(
     models: Mapping[str, str], open_engine: Callable[[str], Engine], rows: list[TableRow], max_tokens: int | None
 ) -> dict[str, dict[str, float]]:
-    """Per role (`teacher`, `student`): the scores of `LABELS`. Those that need the truth are over rows that have one.
+    """The scores of `LABELS` for each role (`teacher`, `student`).
 
-    One engine is open at a time. A row that the engine failed counts as an empty answer.
+    Scores that need the true answer are over the rows that have one. One engine is open at a time. A row that the
+    engine failed counts as an empty answer.
     """
     completions: dict[str, list[Completion]] = {}
     for role, model in models.items():
@@ -56,7 +57,7 @@ def compare_answers(
 
 
 def format_scores(found: Mapping[str, Any]) -> str:
-    """The figures as aligned lines."""
+    """The scores as aligned lines."""
     lines = [f"{found['rows']} rows"]
     if forced := found.get("forced"):
         lines += [

@@ -16,9 +16,9 @@ import torch
 from complete_fn_workers.swiftkv.checkpoint import load_model
 from complete_fn_workers.swiftkv.reference import Llama
 
-# Around every block edge the engines use, and up to the longest.
+# Lengths around the edges of the blocks that engines use, and long ones.
 LENGTHS = (1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 777, 1023, 1500, 1999, 2000)
-TOLERANCE = 1e-3  # in log-probability; float32 engines stay below 1e-4
+TOLERANCE = 1e-3  # largest difference of a log-probability; float32 engines stay below 1e-4
 
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
@@ -33,14 +33,18 @@ SETTINGS: dict[str, Any] = {
 
 Prompt = list[int]
 
-# vLLM takes process-wide groups down when one of several in-process engines is collected, so none is.
+# Keeps all engines alive: when one of several in-process engines is collected, vLLM ends process-wide groups.
 STARTED: list[Any] = []
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over all answered positions: how many tokens are the reference's first choice, and the largest difference of a
-    log-probability (natural) among the first five, infinite if one is no number."""
+    """Agreement over all answered positions.
+
+    Attributes:
+        same: tokens that are the reference's first choice.
+        worst: the largest difference of a (natural) log-probability among the first five; infinite if one is NaN.
+    """
 
     positions: int
     same: int
@@ -52,7 +56,7 @@ class Agreement:
 
 
 def serve(folder: Path, **settings: Any) -> Any:
-    """A `vllm.LLM` on `folder` with `SETTINGS`, changed by `settings`."""
+    """A `vllm.LLM` of the model in `folder`, with `SETTINGS` as changed by `settings`."""
     from vllm import LLM
 
     STARTED.append(LLM(str(folder), **(SETTINGS | settings)))
@@ -65,7 +69,7 @@ def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> li
 
 
 def ask(llm: Any, prompts: list[Prompt], max_tokens: int = 8, **sampling: Any) -> list[Any]:
-    """Greedy answers with the first five log-probabilities, in order."""
+    """Greedy answers in the prompts' order, with the first five log-probabilities."""
     from vllm import SamplingParams
 
     asked: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "logprobs": 5, "ignore_eos": True}
@@ -76,7 +80,7 @@ def ask(llm: Any, prompts: list[Prompt], max_tokens: int = 8, **sampling: Any) -
 
 @torch.no_grad()
 def agreement(model: Llama, prompts: list[Prompt], answers: list[Any]) -> Agreement:
-    """Teacher-forced: each answer token is judged given the tokens that vLLM itself had put before it."""
+    """Teacher-forced agreement: each answer token is judged given the tokens that vLLM itself wrote before it."""
     forward = model if model.swiftkv is None else model.student
     positions = same = 0
     worst = 0.0

@@ -1,4 +1,4 @@
-"""Turns a table's prompts and answers into token rows, and these into batches by length."""
+"""A table's prompts and answers become token rows, and these become batches by length."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from complete_fn.errors import InputError
 from complete_fn.prompts.templates import render_column, template_fields, unpack
 from complete_fn.types import CompletionRequest
 
-# Few: a compiled model is compiled once for each length.
+# Few lengths, because a compiled model is compiled once for each.
 LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of the table. `answer` None: the teacher writes it."""
+    """One row of the table. If `answer` is None, the teacher writes it."""
 
     prompt: str
     answer: str | None
@@ -34,21 +34,21 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of prompt and answer, the answer from `start` on, ended by the end-of-turn token."""
+    """Token ids of a prompt and its answer. The answer begins at `start` and ends with the end-of-turn token."""
 
     ids: list[int]
     start: int
 
 
 def read_rows(path: Path, template: str, answer: str | None) -> list[TableRow]:
-    """The rows of a Parquet or JSONL file; rows with a NULL field or an empty prompt are left out.
+    """The rows of a Parquet or JSONL file. Rows with a NULL field or an empty prompt are left out.
 
     Args:
         template: the prompt with its columns in braces, as in `complete-fn run`.
 
     Raises:
-        InputError: the file cannot be read or lacks a column; the template names none.
-        InvalidOptionError: the template cannot be used.
+        InputError: The file cannot be read or lacks a column, or the template names no column.
+        InvalidOptionError: The template cannot be used.
     """
     if not path.is_file():
         raise InputError(f"'{path}' is no file.")
@@ -76,10 +76,10 @@ def read_rows(path: Path, template: str, answer: str | None) -> list[TableRow]:
 def teacher_answers(
     rows: list[TableRow], open_engine: Callable[[], Engine], call: Call, journal: Path
 ) -> list[TableRow]:
-    """`rows` with the missing answers made by the teacher, greedily; each is noted in `journal` as it is done.
+    """`rows` with missing answers written by the teacher, greedily. Each answer is noted in `journal` when it is done.
 
-    Run again after an interruption, only what the journal lacks is asked for; its answers by another checkpoint or with
-    other limits do not count. Rows that the engine fails are left out. The engine is closed at the end: what comes next
+    After an interruption only the answers that the journal lacks are made; answers of another checkpoint or with other
+    limits do not count. Rows that the engine fails are left out. The engine is closed at the end, because the training
     may need its memory.
     """
     by = call.fingerprint.hex()
@@ -107,7 +107,7 @@ class Encoder:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        # Too long rows are ours to leave out; without the number the tokenizer does not warn of them.
+        # A huge model_max_length, so that the tokenizer does not warn of long rows: `encoded` leaves them out.
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), model_max_length=10**9)
         if self.tokenizer.eos_token is None:
             raise InputError(f"The tokenizer of '{folder}' names no eos_token, so an answer's end cannot be taught.")
@@ -125,7 +125,7 @@ class Encoder:
         return found
 
     def encoded(self, rows: Iterable[TableRow], longest: int) -> list[Example]:
-        """Rows as examples; those without an answer or longer than `longest` tokens are left out."""
+        """The rows as examples. Rows without an answer, or longer than `longest` tokens, are left out."""
         answered = [row for row in rows if row.answer is not None]
         plain = "" if self.tokenizer.chat_template else self.tokenizer.bos_token or ""
         prompts = self.ids([plain + self.rendered(row.prompt) for row in answered])
@@ -136,9 +136,9 @@ class Encoder:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """`tokens` int64 and `answer` bool, each [rows, length]. `real` bool is False in the padding behind each row.
+    """`tokens` int64, `answer` bool and `real` bool, each [rows, length]. `real` is False in the padding behind a row.
 
-    `answer[r, t]` says that token t is to be predicted, so it is judged at the output of position t - 1.
+    `answer[r, t]` says that token t must be predicted, so it is judged at the output of position t - 1.
     """
 
     tokens: torch.Tensor
@@ -164,7 +164,7 @@ def batch_of(examples: list[Example], length: int, prompt_share: float, choose: 
 
 
 def epoch(examples: list[Example], batch_tokens: int, seed: int, prompt_share: float = 0.0) -> Iterator[TokenBatch]:
-    """All examples once, shuffled, rows of like length together; the same sequence for the same seed."""
+    """All examples once, shuffled, with rows of similar length in a batch. The same seed gives the same sequence."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     choose = torch.Generator().manual_seed(seed)

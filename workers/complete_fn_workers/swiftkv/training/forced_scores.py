@@ -1,4 +1,4 @@
-"""Scores a student beside its teacher, token by token, given the true answer so far."""
+"""`score_forced` scores a student beside its teacher, token by token, given the true answer so far."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from complete_fn_workers.swiftkv.training.examples import Example, epoch
 
 @dataclass(frozen=True)
 class ForcedScores:
-    """Given the true answer so far, over all answer tokens: does the student choose as its teacher does?
+    """Scores over all answer tokens, each given the true answer before it.
 
-    `agreement`: share of tokens with the same first choice. `kl`: mean KL(teacher || student) in nats. `teacher_right`,
-    `student_right`: share of rows whose every answer token is the first choice.
+    Attributes:
+        agreement: share of tokens for which student and teacher have the same first choice.
+        kl: mean KL(teacher || student) in nats.
+        teacher_right, student_right: share of rows whose every answer token is the first choice.
     """
 
     rows: int

@@ -1,4 +1,4 @@
-"""Draws loss curves as a PNG with Pillow: one picture needs no plotting library."""
+"""`draw_curves` draws loss curves as a PNG with Pillow, because one picture needs no plotting library."""
 
 from __future__ import annotations
 
