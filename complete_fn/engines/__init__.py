@@ -1,1 +1,1 @@
-"""Models, and what answers their prompts."""
+"""Models, and the engines that answer their prompts."""

@@ -1,7 +1,7 @@
-"""Whether an answer satisfies a JSON schema. Checks that may take long run in a child process, which a limit ends.
+"""`mismatch` tells why an answer breaks a JSON schema. Checks that may take long run in a child process with a limit.
 
-The child (`python -m complete_fn.engines.answer_check`) reads one JSON line [answer, schema] after the other. For each
-it writes one JSON line with what breaks the schema, or null.
+The child (`python -m complete_fn.engines.answer_check`) reads JSON lines [answer, schema]. For each line it writes one
+JSON line: the reason why the answer breaks the schema, or null.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from typing import Any
 
 from complete_fn.prompts.schema_rules import SchemaSteps, steps_of
 
-QUICK_STEPS = 200_000  # about a second
-CHECK_SECONDS = 2.0  # a thousand times what an ordinary answer takes
-START_SECONDS = 30.0
-PATIENCE = 3  # after so many answers that took too long, a schema's further ones are not checked but refused
+QUICK_STEPS = 200_000  # steps of a check in this process at most: about a second
+CHECK_SECONDS = 2.0  # limit of a check in the child; an ordinary answer takes a thousandth of it
+START_SECONDS = 30.0  # that the child may take to start
+PATIENCE = 3  # a schema whose checks have overrun so often gets no more checks: its answers are refused
 TOO_LONG = "Checking the answer against the response_format took longer than {seconds:g} s. A plainer schema is needed."
 
 
 def mismatch(text: str, response_format: str) -> str | None:
-    """Why the answer breaks the schema, or None where it satisfies it."""
+    """The reason why the answer breaks the schema, or None if it satisfies the schema."""
     if is_quick(text, steps_of(response_format)):
         return mismatch_here(text, response_format)
     return CHECKER.mismatch(text, response_format)
 
 
 def is_quick(text: str, steps: SchemaSteps) -> bool:
-    """Whether a check in this process certainly ends soon. One step for one value of the answer takes about 5 us."""
+    """Whether a check in this process certainly ends soon. A step takes about 5 us for each value of the answer."""
     values = 1 + len(text) // 4
     pairs = values**2 if steps.has_unique else 0
     return not steps.is_recursive and not steps.has_pattern and steps.total * values + pairs <= QUICK_STEPS
 
 
 def mismatch_here(text: str, response_format: str) -> str | None:
-    """As `mismatch`, for as long as it takes."""
+    """As `mismatch`, in this process and without a time limit."""
     try:
         value = json.loads(text)
         broken = next(validator(response_format).iter_errors(value), None)
@@ -60,22 +60,22 @@ def validator(response_format: str) -> Any:
     import jsonschema
     import referencing
 
-    # An empty registry: a reference to elsewhere is an error, never a request over the network.
+    # With an empty registry, a reference outside the schema is an error and never a request over the network.
     return jsonschema.Draft202012Validator(json.loads(response_format), registry=referencing.Registry())
 
 
 class AnswerChecker:
-    """Keeps one child process, which starts with the first check and again after one was ended."""
+    """Keeps one child process. It starts at the first check, and again after a check that was ended."""
 
     def __init__(self, seconds: float = CHECK_SECONDS) -> None:
         self.seconds = seconds
         self.lock = threading.Lock()
         self.child: subprocess.Popen[str] | None = None
-        self.owner = 0  # the process whose child it is: a fork has none
+        self.owner = 0  # id of the process that started the child: a forked process must start its own
         self.overruns: Counter[str] = Counter()
 
     def mismatch(self, text: str, response_format: str) -> str | None:
-        """As `mismatch_here`; a check that takes too long is a mismatch as well."""
+        """As `mismatch_here`, but a check that takes too long counts as a mismatch."""
         too_long = TOO_LONG.format(seconds=self.seconds)
         with self.lock:
             if self.overruns[response_format] >= PATIENCE:
@@ -116,13 +116,13 @@ class AnswerChecker:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is for this process
+            start_new_session=True,  # so that Ctrl-C reaches this process only
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         assert self.child.stdout is not None
         starting = threading.Timer(START_SECONDS, self.child.kill)
         starting.start()
-        self.child.stdout.readline()  # it is ready: importing jsonschema does not count as checking
+        self.child.stdout.readline()  # wait until the child is ready: its imports do not count as checking
         starting.cancel()
         return self.child
 
@@ -135,7 +135,7 @@ class AnswerChecker:
         child.wait()
         for pipe in (child.stdin, child.stdout):
             assert pipe is not None
-            with contextlib.suppress(OSError):  # what was still to be written has no reader
+            with contextlib.suppress(OSError):  # unwritten bytes have no reader any more
                 pipe.close()
 
 
@@ -146,7 +146,7 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         text, response_format = json.loads(line)
-        if hasattr(signal, "alarm"):  # should the parent be killed meanwhile, this process ends all the same
+        if hasattr(signal, "alarm"):  # ends this process even if the parent, which would kill it, is gone
             signal.alarm(int(CHECK_SECONDS) + 8)
         print(json.dumps(mismatch_here(text, response_format)), flush=True)
         if hasattr(signal, "alarm"):

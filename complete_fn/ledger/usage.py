@@ -54,11 +54,11 @@ GROUPS: dict[str, sa.ColumnElement[Any]] = {
 class UsageLine:
     """One group of the ledger.
 
-    `rows` have answers: computed, copied from an equal row, or reused. `cost` is billed; `saved` is what copied and
-    reused rows would have cost; `lost_rows` and `lost_tokens` (estimated) are work of stopped attempts, not billed.
-    `cache_saved` is what the prefix cache saved, `device_seconds` the rows' part of the engines' time where they meter
-    it. `idle_seconds` and `aborted_seconds` are the rest of it, of no tenant; `saved_seconds` is what copied and reused
-    rows, cached tokens and SwiftKV's skipped layers would have taken.
+    `rows` counts rows with answers: computed, copied from an equal row, or reused. `cost` is billed. `saved` is what
+    copied and reused rows would have cost. `lost_rows` and `lost_tokens` (estimated) are work of stopped attempts, not
+    billed. `cache_saved` is what the prefix cache saved. `device_seconds` is the rows' part of the engines' time, if
+    the engines meter it. `idle_seconds` and `aborted_seconds` are the rest of that time, which belongs to no tenant.
+    `saved_seconds` is what copied and reused rows, cached tokens and SwiftKV's skipped layers would have taken.
     """
 
     group: tuple[str, ...]

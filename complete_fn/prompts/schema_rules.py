@@ -1,4 +1,4 @@
-"""What is not taken in a response_format: schemas whose check costs too much, and patterns of strangers."""
+"""Two kinds of schema are refused in a response_format: those whose check costs too much, and strangers' patterns."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ import referencing.jsonschema
 from complete_fn.errors import InvalidOptionError
 
 PATTERNS = ("pattern", "patternProperties")
-VALUES = ("enum", "const", "required")  # values that an answer is compared with; the other keywords cost one step each
+VALUES = ("enum", "const", "required")  # answers are compared with these values; any other keyword costs one step
 NOTES = ("default", "examples")
 ONE = (
     *("if", "then", "else", "not", "items", "contains", "additionalProperties", "propertyNames"),
     *("unevaluatedItems", "unevaluatedProperties"),
 )
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-NAMED = ("properties", "patternProperties", "dependentSchemas")  # their keys are names, not keywords
+NAMED = ("properties", "patternProperties", "dependentSchemas")  # keys in these are names, not keywords
 DEFINITIONS = ("$defs", "definitions")
 REFERENCES = ("$ref", "$dynamicRef")
-# jsonschema checks what stands beside these once by itself, and up to twice more to learn what it evaluated.
+# Beside these keywords jsonschema checks the other keywords once, and up to twice more to learn what they evaluated.
 LOOK_AGAIN, TIMES = ("unevaluatedItems", "unevaluatedProperties"), 3
-MOST_STEPS = 10_000  # a schema of 64 KiB without references has some 3,000
+MOST_STEPS = 10_000  # subschemas that a check may visit; a schema of 64 KiB without references has some 3,000
 
 
 def resolver_of(schema: Any) -> Any:
-    """Looks up references within the schema: `resolver_of(schema).lookup("#/$defs/a").contents`."""
+    """A resolver of references within the schema: `resolver_of(schema).lookup("#/$defs/a").contents`."""
     resource = referencing.jsonschema.DRAFT202012.create_resource(schema)
     return referencing.Registry().with_resource("", resource).resolver()
 
 
 class SchemaSteps:
-    """How many subschemas a check of one value visits, with every reference written out in full.
+    """Counts the subschemas that a check of one value visits, with every reference written out in full.
 
-    Each subschema is counted once and its count is used wherever a reference leads to it, so counting takes linear
-    time though the count doubles with each level of `allOf: [ref, ref]`. A reference back into a subschema that is
-    being counted (a tree's node in a tree) counts 1, and `is_recursive` tells: what that costs depends on the answer.
+    Each subschema is counted once, and its count is used for every reference to it. So counting takes linear time,
+    although the count doubles with each level of `allOf: [ref, ref]`. A reference back into a subschema that is being
+    counted (a tree's node in a tree) counts 1 and sets `is_recursive`, because its cost depends on the answer.
     """
 
     def __init__(self, schema: Any) -> None:
@@ -55,7 +55,7 @@ class SchemaSteps:
         known = self.counts.get(id(schema))
         if known is None:
             self.counts[id(schema)] = 0
-            # Numbers of thousands of digits would make the sum itself slow.
+            # The bound keeps numbers short: with thousands of digits the sum itself would be slow.
             known = self.counts[id(schema)] = min(self.count_within(schema), MOST_STEPS + 1)
         elif known == 0:
             self.is_recursive = True
@@ -70,7 +70,7 @@ class SchemaSteps:
 
 
 def subschemas(schema: Mapping[str, Any], lookup: Any) -> Iterator[Any]:
-    """The schemas that a check of this one goes on to, those that its references name among them."""
+    """The schemas that a check of this schema visits next, including those that its references name."""
     for keyword, value in schema.items():
         if keyword in ONE:
             yield value
@@ -83,7 +83,7 @@ def subschemas(schema: Mapping[str, Any], lookup: Any) -> Iterator[Any]:
 
 
 def size_of(value: Any) -> int:
-    """Values within a JSON value, itself included."""
+    """The number of values within a JSON value, including the value itself."""
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     return 1 + sum(map(size_of, inner))
 
@@ -92,10 +92,11 @@ def refuse_heavy(schema: Any) -> None:
     """Refuse a schema whose check visits too many subschemas: a kilobyte of references can stand for 2^40 of them.
 
     Args:
-        schema: a valid JSON schema whose references all lead to somewhere within it.
+        schema: a valid JSON schema whose references all lead to places within it.
 
     Raises:
-        InvalidOptionError: more than `MOST_STEPS`, or references nested too deeply to be counted.
+        InvalidOptionError: A check visits more than `MOST_STEPS` subschemas, or references are nested too deeply to be
+            counted.
     """
     try:
         steps = SchemaSteps(schema).total
@@ -114,10 +115,10 @@ def steps_of(response_format: str) -> SchemaSteps:
 
 
 def refuse_patterns(response_format: str | None) -> None:
-    """Refuse a regular expression from a stranger: of Python's, some never end.
+    """Refuse a stranger's regular expressions, because some of Python's never end.
 
     Raises:
-        InvalidOptionError: the schema has a pattern.
+        InvalidOptionError: The schema has a pattern.
     """
     if response_format is not None and has_pattern(json.loads(response_format)):
         raise InvalidOptionError("response_format has a regular expression (pattern), which a service does not take.")

@@ -115,7 +115,7 @@ def groups(lines: Sequence[Line]) -> list[PromptGroup]:
 
 
 def options(call: Call) -> str:
-    """The call's options as `parse_options` takes them."""
+    """The call's options as JSON text, in the form that `parse_options` takes."""
     given = {**asdict(call.sampling), "response_format": call.response_format}
     return json.dumps({k: v for k, v in given.items() if v not in (None, ())}, sort_keys=True)
 

@@ -102,7 +102,7 @@ class Internal:
             time.sleep(0.01)
 
     def close(self) -> None:
-        """What is being answered has some seconds to end."""
+        """Stop the server. Requests under way have `START_SECONDS` to end."""
         self.server.should_exit = True
         self.thread.join(START_SECONDS)
 

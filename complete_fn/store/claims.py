@@ -1,7 +1,8 @@
 """If several runs ask for one answer at the same time, claims let only one run compute it. Inside transactions.
 
 An attempt claims keys when it hands their prompts to the engine. It releases them with the slice that holds their
-answers, or at its end. So an attempt computes every prompt that it has claimed, and no two runs wait for each other.
+answers, or at its end. So an attempt never waits while it holds a claim on a prompt that it is not computing, and no
+two runs wait for each other.
 """
 
 from __future__ import annotations

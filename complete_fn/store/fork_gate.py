@@ -13,7 +13,7 @@ PATIENCE = 5.0  # seconds that a fork waits at most; then it goes ahead
 
 
 class ForkGate:
-    """A context that every transaction enters. It nests within a thread."""
+    """A context that every transaction enters, also a transaction within another one of the same thread."""
 
     def __init__(self) -> None:
         self.open()

@@ -63,7 +63,7 @@ def answer_row(attempt: Attempt, stored: StoredAnswer, now: float) -> dict[str, 
 
 
 def ledger_row(attempt: Attempt, line: LedgerLine, at: float) -> dict[str, Any]:
-    of_engine = line.price_class in OF_ENGINE  # belongs to no attempt; this one only happened to be told the time
+    of_engine = line.price_class in OF_ENGINE  # belongs to no attempt: the engine reports it to any attempt
     return {
         "at": at,
         "tenant": "-" if of_engine else attempt.tenant,

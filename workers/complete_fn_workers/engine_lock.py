@@ -1,7 +1,7 @@
 """Write engine.lock: `make lock` runs `python -m complete_fn_workers.engine_lock`, for which uv is installed.
 
 The lock has one version per package for CPython 3.11 to 3.13 on Linux (x86-64 and aarch64, glibc 2.31), and the
-hashes of the wheels that fit there. It names no index: where the files come from is pip's own configuration.
+hashes of the wheels that fit there. It names no index: pip's own configuration decides where the files come from.
 Versions that the lock has already stay while they fit; `--newest` takes the newest of all.
 """
 

@@ -1,7 +1,7 @@
-"""`complete-fn worker`: a process that claims parts of jobs and runs them, with one engine for each model.
+"""`complete-fn worker` is a process that claims parts of jobs and runs them, with one engine for each model.
 
-SIGTERM or SIGINT drains it: the worker claims nothing more and finishes the parts it holds. Those that are not finished
-within a time limit, and all of them at a second signal, it gives back with their committed rows kept.
+SIGTERM or SIGINT drains the worker: it claims no more parts and finishes the parts it holds. After a time limit, or at
+a second signal, it gives the unfinished parts back, and their committed rows are kept.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class LlamaShape:
 
 @dataclass(frozen=True)
 class SwiftKV:
-    """The first `num_key_value_layers` (K) layers are plain; groups of `key_value_group_size` (G) later share a cache."""
+    """The first `num_key_value_layers` (K) layers are plain. `key_value_group_size` (G) later ones share a cache."""
 
     num_key_value_layers: int
     key_value_group_size: int = 1
