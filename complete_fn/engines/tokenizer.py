@@ -45,7 +45,10 @@ def ids_with(file: Path, texts: list[str]) -> list[list[int]]:
 
 
 def token_sizes(model: Model) -> TokenSizes:
-    """The planner's counter of tokens for this model, by its tokenizer if that is here, else by bytes."""
+    """The planner's counter of tokens for this model, and the size of its engine's blocks.
+
+    Tokens are counted by the model's tokenizer if it is on this machine, or else by bytes.
+    """
 
     def count(texts: list[str]) -> list[int]:
         file = tokenizer_file(model)
