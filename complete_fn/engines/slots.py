@@ -106,7 +106,10 @@ class EngineRoom:
                 self.changed.notify_all()
 
     def seated(self, model: str, bounded: bool) -> bool:
-        """Admit the run if it may start; then it counts as running. Like the methods up to `idle`, under the lock."""
+        """Admit the run if it may start; then it counts as running.
+
+        The caller holds the lock, here and in the methods below up to `idle`.
+        """
         seat = self.seats.get(model)
         if seat is None:
             if bounded and (self.full() or self.first() not in (None, model)):
