@@ -13,7 +13,7 @@ from complete_fn.client import Client
 
 
 @pytest.fixture
-def running(serve: Callable[..., Any], postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+def running(postgres_url: str, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("COMPLETE_FN_DATABASE", postgres_url)
     return serve()
 
