@@ -241,7 +241,7 @@ def complete(work: WindowedRun, rows: Rows, prompts: Any, number: int) -> Answer
 
 
 def prompts_of(work: WindowedRun, rows: Rows) -> Any:
-    columns = {name: rows.column(name) for name in work.fields}
+    columns = rows.columns(work.fields)
     return render_column(work.template, columns, rows.count, work.options.reorder_fields)
 
 

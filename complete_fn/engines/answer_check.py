@@ -111,13 +111,12 @@ class AnswerChecker:
             return self.child
         self.owner = os.getpid()
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "complete_fn.engines.answer_check"],
+            [sys.executable, "-P", "-m", "complete_fn.engines.answer_check"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
             start_new_session=True,  # so that Ctrl-C reaches this process only
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         assert self.child.stdout is not None
         starting = threading.Timer(START_SECONDS, self.child.kill)

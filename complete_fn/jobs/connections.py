@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, fields
 
@@ -10,9 +11,12 @@ import sqlalchemy as sa
 from complete_fn.errors import InputError, InvalidOptionError, NotFoundError
 from complete_fn.jobs.api_keys import NAME
 from complete_fn.rows.databases import RowDatabase, open_database
+from complete_fn.rows.query_process import QueryProcess
 from complete_fn.settings import secret
 from complete_fn.store.job_tables import connections
 from complete_fn.store.store import Store
+
+LOG = logging.getLogger("complete_fn.service")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Connections:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.looked_at: set[tuple[str, str]] = set()  # connections whose role was looked at in this process
 
     def add(self, tenant: str, name: str, url_env: str, writable: bool) -> None:
         """Raises:
@@ -77,14 +82,45 @@ class Connections:
             raise InputError(f"Connection {name!r} is for reading. Its operator allows more with --writable.")
         return found
 
-    def open(self, found: Connection, read_only: bool, seconds: float) -> RowDatabase:
-        """Raises:
-        InputError: the variable is not set where the service runs.
+    def reader(self, found: Connection, seconds: float) -> QueryProcess:
+        """For one SELECT of the tenant's, which may take `seconds`.
+
+        Raises:
+            InputError: the variable is not set where the service runs.
         """
+        url = self.url(found)
+        if (found.tenant, found.name) not in self.looked_at:
+            self.looked_at.add((found.tenant, found.name))
+            warn_of_powers(found, open_database(url, seconds=seconds))
+        return QueryProcess(url, seconds)
+
+    def writer(self, found: Connection, seconds: float) -> RowDatabase:
+        """For answers; each transaction may take `seconds`.
+
+        Raises:
+            InputError: the variable is not set where the service runs.
+        """
+        return open_database(self.url(found), seconds=seconds)
+
+    def url(self, found: Connection) -> str:
         url = secret(found.url_env)
         if not url:
             raise InputError(f"Connection {found.name!r} has no URL where this service runs; its operator can set it.")
-        return open_database(url, read_only=read_only, seconds=seconds)
+        return url
+
+
+def warn_of_powers(found: Connection, database: RowDatabase) -> None:
+    try:
+        powers = database.powers()
+    except InputError:  # the query that follows says why the database cannot be reached
+        return
+    finally:
+        database.close()
+    if powers:
+        LOG.warning(
+            "Connection %s of tenant %s: its role %s, and so could each SELECT of the tenant. Use a plain role.",
+            *(found.name, found.tenant, ", ".join(powers)),
+        )
 
 
 def chosen(tenant: str, name: str) -> sa.ColumnElement[bool]:

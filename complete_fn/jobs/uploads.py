@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from complete_fn.errors import InputError, NotFoundError, TooLargeError
 from complete_fn.rows.formats import FORMATS, format_of
+from complete_fn.rows.limits import TableLimits
 from complete_fn.rows.object_storage import Storage
 from complete_fn.rows.readers import FileSource
 from complete_fn.store.job_tables import files
@@ -62,14 +63,13 @@ class Uploads:
     def key(self, upload: Upload) -> str:
         return f"files/{upload.id}"
 
-    def source(self, upload: Upload, most_rows: int, most_bytes: int) -> FileSource:
+    def source(self, upload: Upload, limits: TableLimits) -> FileSource:
         """The rows of an uploaded table."""
         return FileSource(
             repr(upload.name),
             upload.format,
             lambda: self.storage.reading(self.key(upload)),
-            most_rows=most_rows,
-            most_bytes=most_bytes,
+            limits=limits,
         )
 
     def content(self, upload: Upload) -> bytes:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, datetime
@@ -15,14 +16,18 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from complete_fn.errors import InputError, TooLargeError
+from complete_fn.errors import InputError
 from complete_fn.registry import DATABASES, resolve
 from complete_fn.rows.formats import Rows
-from complete_fn.rows.postgres_adbc import postgres_batches
-from complete_fn.rows.readers import BATCH_ROWS, table_windows
+from complete_fn.rows.limits import NO_LIMITS, TableLimits
+from complete_fn.rows.postgres_adbc import AdbcQuery, open_query
+from complete_fn.rows.readers import BATCH_ROWS, slice_size, table_windows
 from complete_fn.rows.result_tables import is_mariadb, refuse_keys, result_table, upserting
+from complete_fn.rows.watchdog import QueryLimit
 
 CONNECT_SECONDS = 10
+VALUE_BYTES = 64 * 1024 * 1024  # of one value of a stranger's query in SQLite
+STRANGER_ROWS, FETCH_BYTES = 16, 16 * 1024 * 1024  # a stranger's query: rows of the first fetch, bytes of later ones
 LOCK_SECONDS = 30  # longest wait of a write for other sessions' locks, because the writer has other work to do
 DRIVERS = {
     "postgresql": "postgresql+psycopg",
@@ -30,7 +35,17 @@ DRIVERS = {
     "mariadb": "mariadb+pymysql",
     "sqlite": "sqlite",
 }
+THE_QUERY = "The query"  # in messages; its text may hold what is nobody's business
 SCHEMES = (*DRIVERS, *DATABASES)
+# PostgreSQL's functions that reach files, other databases or the server's settings even in a read-only transaction.
+REACHING_OUT = (
+    *("dblink", "dblink_connect", "dblink_exec", "pg_read_file", "pg_read_binary_file", "pg_ls_dir"),
+    *("lo_import", "lo_export", "pg_reload_conf"),
+)
+POWERS = """
+SELECT current_setting('is_superuser') = 'on',
+       (SELECT array_agg(DISTINCT proname::text ORDER BY proname::text) FROM pg_proc
+        WHERE proname = ANY(:names) AND has_function_privilege(oid, 'EXECUTE'))"""
 # The type of a column of NULLs, by the driver's type code: PostgreSQL's oids, MySQL's codes on the wire.
 KINDS: dict[str, dict[int, Any]] = {
     "postgresql": {
@@ -60,8 +75,8 @@ class Query:
     at: bool = False
 
 
-class RowDatabase(Protocol):
-    """A database that gives rows or takes answers."""
+class RowReader(Protocol):
+    """What gives the rows of queries."""
 
     def batches(self, query: Query) -> Iterator[Any]:
         """Record batches of one schema, streamed; at least one, which may be empty.
@@ -70,6 +85,10 @@ class RowDatabase(Protocol):
             InputError: The database refuses the query.
         """
         ...
+
+
+class RowDatabase(RowReader, Protocol):
+    """A database that gives rows and takes answers."""
 
     def has(self, table: str, key: str, value: Any) -> bool:
         """Whether the table exists and has a row with this value of the key."""
@@ -83,6 +102,10 @@ class RowDatabase(Protocol):
         """
         ...
 
+    def powers(self) -> list[str]:
+        """What a stranger's SELECT could do besides reading tables, in words for the operator: "is a superuser"."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -90,19 +113,26 @@ class RowDatabase(Protocol):
 class QuerySource:
     """The rows of a query, as windows."""
 
-    database: RowDatabase
+    database: RowReader
     query: Query
-    most_rows: int | None = None
+    limits: TableLimits = NO_LIMITS
 
     def windows(self) -> Iterator[Rows]:
         count = 0
         batches = self.database.batches(self.query)
         first = next(batches)
-        for rows in table_windows(first.schema, chain(first, batches)):
+        self.limits.refuse_columns(len(first.schema), THE_QUERY)
+        for rows in table_windows(first.schema, self.bounded(itertools.chain([first], batches))):
             count += rows.count
-            if self.most_rows is not None and count > self.most_rows:
-                raise TooLargeError(f"The query has more rows than the {self.most_rows:,} that are taken.")
+            self.limits.refuse_rows(count, THE_QUERY)
             yield rows
+
+    def bounded(self, batches: Iterator[Any]) -> Iterator[Any]:
+        size = 0
+        for batch in batches:
+            size += slice_size(batch, batch)
+            self.limits.refuse_bytes(size, THE_QUERY)
+            yield batch
 
     def behind(self, after: Any) -> QuerySource:
         """The source with only the rows behind the row of this key.
@@ -114,11 +144,6 @@ class QuerySource:
         if sum(batch.num_rows for batch in there) > 1:
             raise InputError(f"The key {self.query.key!r} has the value {after!r} more than once.")
         return replace(self, query=replace(self.query, after=after))
-
-
-def chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def open_database(url: str, *, read_only: bool = False, seconds: float | None = None) -> RowDatabase:
@@ -175,27 +200,32 @@ class SqlDatabase:
             raise InputError(f"The {self.where} cannot be used: {str(error).splitlines()[0]}") from error
 
     def batches(self, query: Query) -> Iterator[Any]:
-        deadline = None if self.seconds is None else time.monotonic() + self.seconds
+        limit = QueryLimit(self.seconds)
         if self.family == "postgresql" and (arrow := self.arrow_batches(query)) is not None:
-            with closing(arrow):
-                for batch in arrow:
+            with closing(arrow), limit.enforced(arrow.cancel):
+                for batch in arrow.batches():
                     if batch.num_rows:
-                        refuse_late(deadline, self.seconds)
+                        limit.refuse_late()
                     yield batch
             return
         mark = "?" if self.family == "sqlite" else "%s"
         given = query.sql if mark == "?" else query.sql.replace("%", "%%")  # these drivers always substitute %s
         sql, values = self.statement(given, query, mark), None if query.after is None else (query.after,)
-        with self.named_errors(), self.engine.connect() as connection:
+        with (
+            self.named_errors(),
+            self.engine.connect() as connection,
+            limit.enforced(self.canceller(connection)),
+            self.named_errors(),
+        ):
             if self.read_only:
-                self.make_read_only(connection, deadline)
+                self.make_read_only(connection)
             streaming = connection.execution_options(stream_results=True, max_row_buffer=BATCH_ROWS)
             result = streaming.exec_driver_sql(sql, values)
             names = list(result.keys())
             codes = [column[1] for column in result.cursor.description] if result.cursor is not None else []
             kinds: list[Any] | None = None
-            while found := result.fetchmany(BATCH_ROWS):
-                refuse_late(deadline, self.seconds)
+            for found in fetched(result, self.read_only):
+                limit.refuse_late()
                 columns = [[plain(v) for v in column] for column in zip(*found, strict=True)]
                 kinds = kinds or [self.kind_of(v, c) for v, c in zip(columns, codes, strict=True)]
                 yield batch_of(names, columns, kinds)
@@ -203,8 +233,8 @@ class SqlDatabase:
                 nothing: list[list[Any]] = [[] for _ in names]
                 yield batch_of(names, nothing, [self.kind_of([], c) for c in codes])
 
-    def arrow_batches(self, query: Query) -> Generator[Any] | None:
-        """The batches by ADBC; None if it is not installed or would read a column differently."""
+    def arrow_batches(self, query: Query) -> AdbcQuery | None:
+        """The query by ADBC; None if it is not installed or would read a column differently."""
         if self.engine.dialect.driver != "psycopg":
             return None
         from psycopg.conninfo import make_conninfo
@@ -215,7 +245,7 @@ class SqlDatabase:
         given = dict(self.engine.dialect.create_connect_args(self.engine.url)[1])
         given.pop("context", None)  # an argument of psycopg that libpq does not know
         conninfo = make_conninfo(**{"connect_timeout": CONNECT_SECONDS} | given | {"client_encoding": "utf8"})
-        return postgres_batches(conninfo, sql, self.read_only_statements(), self.where)
+        return open_query(conninfo, sql, self.read_only_statements(), self.where)
 
     def statement(self, sql: str, query: Query, after: str) -> str:
         """The SQL of the query. `after` is the SQL text of the value `query.after`: a placeholder or a literal."""
@@ -230,21 +260,43 @@ class SqlDatabase:
         limit = f"SET LOCAL statement_timeout = {int((self.seconds or 0.0) * 1000)}"
         return ["SET TRANSACTION READ ONLY", limit] if self.read_only else []
 
-    def make_read_only(self, connection: sa.Connection, deadline: float | None) -> None:
+    def canceller(self, connection: sa.Connection) -> Callable[[], None]:
+        """Ends what the connection's session runs. It is called on another thread."""
+        inner: Any = connection.connection.driver_connection
+        if self.family == "postgresql":
+            return lambda: inner.cancel_safe(timeout=CONNECT_SECONDS)
+        if self.family == "mysql":
+            return lambda: self.kill_query(inner.thread_id())
+        return lambda: inner.interrupt()
+
+    def kill_query(self, session: int) -> None:
+        with self.engine.connect() as connection:
+            connection.exec_driver_sql(f"KILL QUERY {session}")
+
+    def make_read_only(self, connection: sa.Connection) -> None:
         seconds = self.seconds or 0.0
         if self.family == "postgresql":
             for statement in self.read_only_statements():
                 connection.exec_driver_sql(statement)
         elif self.family == "mysql":
-            limit = f"max_statement_time = {seconds}" if is_mariadb(connection.dialect) else ""
-            limit = limit or f"max_execution_time = {int(seconds * 1000)}"
-            connection.exec_driver_sql(f"SET SESSION {limit}, sql_mode = CONCAT(@@sql_mode, ',NO_BACKSLASH_ESCAPES')")
+            own = f"max_statement_time = {seconds}" if is_mariadb(connection.dialect) else ""
+            own = own or f"max_execution_time = {int(seconds * 1000)}"
+            connection.exec_driver_sql(f"SET SESSION {own}, sql_mode = CONCAT(@@sql_mode, ',NO_BACKSLASH_ESCAPES')")
             connection.exec_driver_sql("SET SESSION TRANSACTION READ ONLY")
             connection.commit()
         else:
             connection.exec_driver_sql("PRAGMA query_only = ON")
             inner: Any = connection.connection.driver_connection
-            inner.set_progress_handler(lambda: int(deadline is not None and time.monotonic() > deadline), 10_000)
+            # One call of a function, hex(zeroblob(..)) say, cannot be interrupted: its result is kept small instead.
+            inner.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, VALUE_BYTES)
+
+    def powers(self) -> list[str]:
+        """What else than reading tables a stranger's SELECT could do with this role, for an operator's eyes."""
+        if self.family != "postgresql":
+            return []
+        with self.named_errors(), self.engine.connect() as connection:
+            is_superuser, functions = connection.execute(sa.text(POWERS), {"names": list(REACHING_OUT)}).one()
+        return [*(["is a superuser"] if is_superuser else []), *(f"may call {name}()" for name in functions or ())]
 
     def limit_waiting(self, connection: sa.Connection) -> None:
         """Limit how long a transaction that writes waits for locks."""
@@ -292,9 +344,15 @@ class SqlDatabase:
         self.engine.dispose()
 
 
-def refuse_late(deadline: float | None, seconds: float | None) -> None:
-    if deadline is not None and time.monotonic() > deadline:
-        raise InputError(f"The query takes longer than the {seconds:g} s that it may.")
+def fetched(result: Any, is_stranger: bool) -> Iterator[Any]:
+    """The result's rows in lists. From a stranger's query, of about so many bytes that they fit into memory."""
+    rows = STRANGER_ROWS if is_stranger else BATCH_ROWS
+    while found := result.fetchmany(rows):
+        yield found
+        if is_stranger:
+            size = sum(len(value) for row in found for value in row if isinstance(value, str | bytes))
+            fitting = FETCH_BYTES * len(found) // max(size, 1)
+            rows = max(1, min(2 * rows, fitting, BATCH_ROWS))
 
 
 def plain(value: Any) -> Any:

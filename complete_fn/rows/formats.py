@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -127,6 +127,10 @@ class Rows(Protocol):
         """[n] the column's values. Text that is not UTF-8 stays as bytes, so that only its own row fails."""
         ...
 
+    def columns(self, names: Iterable[str]) -> dict[str, Any]:
+        """`column` for each of the names, in one pass over the rows."""
+        ...
+
     def table(self, schema: Any = None) -> pa.Table:
         """The rows as a table. JSONL columns get the types of `schema`, if given, or text if a value does not fit."""
         ...
@@ -150,9 +154,13 @@ class TableRows:
         return replace(self, arrow=self.arrow.slice(0, rows))
 
     def column(self, name: str) -> Any:
-        if self.names.count(name) > 1:
-            raise InputError(f"The input has {self.names.count(name)} columns named {name!r}; rename one.")
+        places = self.arrow.schema.get_all_field_indices(name)
+        if len(places) > 1:
+            raise InputError(f"The input has {len(places)} columns named {name!r}; rename one.")
         return self.arrow.column(name)
+
+    def columns(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: self.column(name) for name in names}
 
     def table(self, schema: Any = None) -> pa.Table:
         return self.arrow
@@ -180,7 +188,14 @@ class LineRows:
         return LineRows(self.lines[:rows])
 
     def column(self, name: str) -> Any:
-        return text_column([json_text(row.get(name)) for row in self.objects()])
+        return self.columns([name])[name]
+
+    def columns(self, names: Iterable[str]) -> dict[str, Any]:
+        texts: dict[str, list[str | None]] = {name: [] for name in names}
+        for row in self.objects():
+            for name, values in texts.items():
+                values.append(json_text(row.get(name)))
+        return {name: text_column(values) for name, values in texts.items()}
 
     def table(self, schema: Any = None) -> pa.Table:
         """Columns have the types of their values, or JSON text if types are mixed. Lone surrogates become escapes."""

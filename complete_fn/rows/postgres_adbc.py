@@ -6,7 +6,7 @@ It is used only where it gives the same columns as psycopg; `databases` reads al
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import date, datetime
 from typing import Any, TypeVar
@@ -34,16 +34,13 @@ CALENDAR = {
 }
 
 
-def postgres_batches(conninfo: str, sql: str, before: Sequence[str], where: str) -> Generator[Any] | None:
-    """The record batches of a query, streamed, at least one; None if psycopg must read the query.
+def open_query(conninfo: str, sql: str, before: Sequence[str], where: str) -> AdbcQuery | None:
+    """A query that has begun; None if psycopg must read it.
 
     Args:
         conninfo: libpq's connection string.
         before: statements for the beginning of the transaction.
         where: the database's name in error messages.
-
-    Raises:
-        InputError: While batches are drawn: the database reports an error.
     """
     sql = sql.rstrip("; \n")
     if not ROWS.match(sql) or WRITES.search(sql) or ";" in sql:
@@ -52,7 +49,7 @@ def postgres_batches(conninfo: str, sql: str, before: Sequence[str], where: str)
         from adbc_driver_postgresql import dbapi
     except ImportError:
         return None
-    opened = Opened(dbapi, conninfo, sql + "\n", where)  # newline: else a comment at the end swallows COPY's bracket
+    opened = AdbcQuery(dbapi, conninfo, sql + "\n", where)  # newline: else a comment at the end swallows COPY's bracket
     try:
         schema = opened.do(lambda: opened.begin(before))
     except dbapi.Error:
@@ -63,10 +60,10 @@ def postgres_batches(conninfo: str, sql: str, before: Sequence[str], where: str)
     if schema is None:
         opened.close()
         return None
-    return opened.batches(schema)
+    return opened
 
 
-class Opened:
+class AdbcQuery:
     """A query on its own connection. Calls that wait run off the main thread, where the driver would catch Ctrl-C."""
 
     def __init__(self, dbapi: Any, conninfo: str, sql: str, where: str) -> None:
@@ -74,6 +71,7 @@ class Opened:
         self.conninfo, self.sql, self.where = conninfo, sql, where
         self.connection: Any = None
         self.cursor: Any = None
+        self.schema: Any = None
         self.busy = False
 
     def begin(self, before: Sequence[str]) -> Any | None:
@@ -87,21 +85,25 @@ class Opened:
         if not before and limit != "0":
             # ADBC applies the timeout to the whole stream, which waits for completions; psycopg to each FETCH only.
             return None
-        return kinds_of(zone, self.cursor.adbc_execute_schema(self.sql))
+        self.schema = kinds_of(zone, self.cursor.adbc_execute_schema(self.sql))
+        return self.schema
 
-    def batches(self, schema: Any) -> Generator[Any]:
+    def batches(self) -> Iterator[Any]:
+        """The record batches, streamed, at least one.
+
+        Raises:
+            InputError: The database reports an error.
+        """
         try:
             self.do(lambda: self.cursor.execute(self.sql))
             reader = iter(self.cursor.fetch_record_batch())
-            batch = pa.RecordBatch.from_pylist([], schema)
+            batch = pa.RecordBatch.from_pylist([], self.schema)
             while batch is not None:
                 yield batch
                 found = self.do(lambda: next(reader, None))
-                batch = None if found is None else as_schema(found, schema)
+                batch = None if found is None else as_schema(found, self.schema)
         except (self.dbapi.Error, OSError) as error:
             raise InputError(f"The {self.where} refuses: {own_words(str(error))}") from error
-        finally:
-            self.close()
 
     def do(self, call: Callable[[], T]) -> T:
         def work() -> T:

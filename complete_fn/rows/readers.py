@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from complete_fn.errors import InputError, TooLargeError
+from complete_fn.errors import InputError
 from complete_fn.registry import resolve
 from complete_fn.rows.formats import FORMATS, LineRows, Rows, TableRows, clean
+from complete_fn.rows.limits import NO_LIMITS, TableLimits
 
 WINDOW_ROWS, WINDOW_BYTES = 200_000, 256 * 1024 * 1024  # a window ends at whichever comes first
 BATCH_ROWS = 8_192
@@ -38,7 +40,7 @@ class FileSource:
     Attributes:
         name: the file's name in messages.
         open: opens the file at its beginning; the file is seekable unless it is compressed.
-        most_rows, most_bytes: bounds of the decoded content; None for no bound.
+        limits: bounds of the decoded content.
         kept: an object that must live as long as the source.
     """
 
@@ -46,22 +48,20 @@ class FileSource:
     format: str
     open: Callable[[], Any]
     compression: str | None = None
-    most_rows: int | None = None
-    most_bytes: int | None = None
+    limits: TableLimits = NO_LIMITS
     kept: Any = None
 
     def windows(self) -> Iterator[Rows]:
         """Raises:
         InputError: The file is missing, incomplete or not of its format; the message says where.
-        TooLargeError: The file decodes to more rows or bytes than the bounds.
+        TooLargeError: The file decodes to more rows, bytes or columns than the limits.
         """
         count = 0
         try:
             with self.opened() as source:
                 for rows in resolve(FORMATS[self.format].reader)(source, self):
                     count += rows.count
-                    if self.most_rows is not None and count > self.most_rows:
-                        raise TooLargeError(f"{self.name} has more rows than the {self.most_rows:,} that are taken.")
+                    self.limits.refuse_rows(count, self.name)
                     yield rows
         except (pa.ArrowException, OSError, EOFError) as error:
             first = (str(error).splitlines() or [""])[0].rstrip(".")
@@ -105,13 +105,8 @@ class Counted(io.RawIOBase):
         found = self.plain.read(len(buffer))
         buffer[: len(found)] = found
         self.count += len(found)
-        refuse_bytes(self.count, self.source)
+        self.source.limits.refuse_bytes(self.count, self.source.name)
         return len(found)
-
-
-def refuse_bytes(count: int, source: FileSource) -> None:
-    if source.most_bytes is not None and count > source.most_bytes:
-        raise TooLargeError(f"{source.name} decodes to more than the {source.most_bytes:,} bytes that are taken.")
 
 
 # -- columns -------------------------------------------------------------------------------------------------------
@@ -157,7 +152,7 @@ def table_rows(batches: list[Any], schema: Any, decode: bool) -> TableRows:
 def stream_parquet(source: Any, asked: FileSource) -> Iterator[Rows]:
     from pyarrow import parquet
 
-    if asked.most_rows is not None:
+    if asked.limits != NO_LIMITS:
         refuse_bomb(source, asked)
     with parquet.ParquetFile(source) as file:
         width = max(1, len(file.schema))
@@ -173,9 +168,9 @@ def refuse_bomb(source: Any, asked: FileSource) -> None:
     from pyarrow import parquet
 
     with parquet.ParquetFile(source) as file:
+        asked.limits.refuse_columns(len(file.schema), asked.name)
+        asked.limits.refuse_rows(file.metadata.num_rows, asked.name)
         leaves = [file.schema.column(n) for n in range(len(file.schema))]
-        if asked.most_rows is not None and file.metadata.num_rows > asked.most_rows:
-            raise TooLargeError(f"{asked.name} has more rows than the {asked.most_rows:,} that are taken.")
     texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     step = max(1, min(BATCH_ROWS, 1_000_000 // max(1, len(leaves))))
     source.seek(0)
@@ -183,7 +178,7 @@ def refuse_bomb(source: Any, asked: FileSource) -> None:
         size = 0
         for batch in file.iter_batches(batch_size=step):
             size += sum(weight(column) for column in batch.columns)
-            refuse_bytes(size, asked)
+            asked.limits.refuse_bytes(size, asked.name)
     source.seek(0)
 
 
@@ -207,9 +202,11 @@ def stream_arrow(source: Any, asked: FileSource) -> Iterator[Rows]:
     source.seek(0)
     if is_file:
         with pa.ipc.open_file(source) as file:
+            asked.limits.refuse_columns(len(file.schema), asked.name)
             yield from table_windows(file.schema, (file.get_batch(n) for n in range(file.num_record_batches)))
     else:
         with pa.ipc.open_stream(source) as stream:
+            asked.limits.refuse_columns(len(stream.schema), asked.name)
             yield from table_windows(stream.schema, stream)
 
 
@@ -243,12 +240,14 @@ def header(asked: FileSource) -> list[str]:
             raise InputError(f"The CSV's header cannot be read: {error}.") from error
         finally:
             text.detach()
+    asked.limits.refuse_columns(len(names), asked.name)
     if not names:
         raise InputError("The CSV is empty: not even a header line.")
     if bad := [n for n in names if clean(n) != n]:
         raise InputError(f"The CSV's header has a name that is not UTF-8: {clean(bad[0])}.")
-    if again := [n for n in names if names.count(n) > 1]:
-        raise InputError(f"The CSV's header names {again[0]!r} {len(again)} times; rename one.")
+    (name, times), *_ = Counter(names).most_common(1)
+    if times > 1:
+        raise InputError(f"The CSV's header names {name!r} {times} times; rename one.")
     return names
 
 
@@ -257,12 +256,14 @@ def header(asked: FileSource) -> list[str]:
 
 def stream_jsonl(source: Any, asked: FileSource) -> Iterator[Rows]:
     held: list[bytes] = []
+    names: set[str] = set()
     size = count = 0
     for number, raw in enumerate(bounded_lines(source), 1):
         line = (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).strip()
         if not line:
             continue
-        refuse_no_object(line, number)
+        names.update(parsed_object(line, number))
+        asked.limits.refuse_columns(len(names), asked.name)
         if held and (len(held) >= WINDOW_ROWS or size + len(line) > WINDOW_BYTES):
             yield LineRows(held)
             held, size = [], 0
@@ -279,10 +280,11 @@ def bounded_lines(source: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def refuse_no_object(line: bytes, number: int) -> None:
+def parsed_object(line: bytes, number: int) -> dict[str, Any]:
     try:
-        found = json.loads(line.decode("utf-8", "surrogateescape"))
+        found: dict[str, Any] = json.loads(line.decode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise InputError(f"Line {number} of the JSONL is not JSON: {error}. Nothing was run.") from error
     if not isinstance(found, dict):
         raise InputError(f"Line {number} of the JSONL is no object but {type(found).__name__}. Nothing was run.")
+    return found

@@ -127,7 +127,7 @@ def write_file(service: Service, held: Delivery, job: Job, sink: Mapping[str, An
 def write_table(service: Service, held: Delivery, job: Job, sink: Mapping[str, Any]) -> None:
     connection = service.connections.get(job.tenant, sink["connection"], writable=True)
     column, key = json.loads(job.request)["column"], sink.get("key") or ROW_NUMBER
-    database = service.connections.open(connection, read_only=False, seconds=service.settings.sql_seconds)
+    database = service.connections.writer(connection, service.settings.sql_seconds)
     count = 0
     try:
         for rows, new, numbers in result_windows(service, job, True, job.status != "completed"):

@@ -31,6 +31,7 @@ from complete_fn.jobs.worker_store import ModelState, WorkerStore
 from complete_fn.ledger.pruning import prune
 from complete_fn.logs import log
 from complete_fn.prompts.options import CacheMode
+from complete_fn.rows.limits import TableLimits
 from complete_fn.rows.object_storage import Storage
 from complete_fn.settings import load_settings
 from complete_fn.spending.shared_budget import Cap, SharedBudget, day_cap
@@ -46,7 +47,12 @@ class Limits:
     body_bytes: int = 16 * 1024 * 1024
     table_bytes: int = 2 * 1024 * 1024 * 1024  # of a table once it is decoded
     job_rows: int = 10_000_000
+    table_columns: int = 10_000
     batch_rows: int = 50_000
+
+    @property
+    def of_tables(self) -> TableLimits:
+        return TableLimits(self.job_rows, self.table_bytes, self.table_columns)
 
 
 class Service:

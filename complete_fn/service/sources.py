@@ -22,10 +22,10 @@ def open_source(service: Service, tenant: str, asked: Mapping[str, Any]) -> Sour
     Raises:
         RequestError: the tenant has no such source, or may not read it.
     """
-    limits = service.limits
+    limits = service.limits.of_tables
     if "file_id" in asked:
         upload = service.uploads.get(tenant, asked["file_id"])
-        return service.uploads.source(upload, limits.job_rows, limits.table_bytes)
+        return service.uploads.source(upload, limits)
     if "uri" in asked:
         place = place_of(asked["uri"])
         found = allowed(asked["uri"], service.settings.sources, tenant, "read")
@@ -34,13 +34,12 @@ def open_source(service: Service, tenant: str, asked: Mapping[str, Any]) -> Sour
             place.format,
             found.reading,
             place.compression,
-            limits.job_rows,
-            limits.table_bytes,
+            limits,
         )
     connection = service.connections.get(tenant, asked["connection"])
     sql = one_select(asked["sql"])
-    database = service.connections.open(connection, read_only=True, seconds=service.settings.sql_seconds)
-    return QuerySource(database, Query(sql), limits.job_rows)
+    reader = service.connections.reader(connection, service.settings.sql_seconds)
+    return QuerySource(reader, Query(sql), limits)
 
 
 def one_select(sql: str) -> str:

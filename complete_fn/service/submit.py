@@ -101,7 +101,7 @@ def prompts_of(rows: Rows, template: str, options: Options) -> tuple[pa.ChunkedA
     fields = template_fields(template)
     if not isinstance(rows, LineRows):
         refuse_missing(fields, rows.names)
-    columns = {name: rows.column(name) for name in fields}
+    columns = rows.columns(fields)
     return render_column(template, columns, rows.count, options.reorder_fields), rows.names
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +13,11 @@ from complete_fn.errors import InputError
 from complete_fn.rows.databases import Query
 from complete_fn.rows.readers import BATCH_ROWS
 from complete_fn.rows.result_tables import refuse_keys, refuse_name
+from complete_fn.rows.watchdog import QueryLimit
 from complete_fn_connectors.duckdb_query.json_versions import read_batches
 from complete_fn_connectors.duckdb_query.materialise import quote_name
+
+MEMORY_LIMIT = "1GiB"  # of a tenant's query; DuckDB's own default is 80 % of the machine's memory
 
 
 def open_database(url: str, read_only: bool, seconds: float | None) -> DuckDatabase:
@@ -36,22 +38,16 @@ class DuckDatabase:
     def connected(self, reading: bool) -> Iterator[Any]:
         settings: dict[str, Any] = {}
         if self.read_only:
-            settings = {"enable_external_access": "false", "lock_configuration": "true"}
-        timer: threading.Timer | None = None
+            settings = {"enable_external_access": "false", "lock_configuration": "true", "memory_limit": MEMORY_LIMIT}
+        limit = QueryLimit(self.seconds)
         try:
-            with duckdb.connect(self.path, read_only=reading, config=settings) as connection:
-                if self.seconds is not None:
-                    timer = threading.Timer(self.seconds, connection.interrupt)
-                    timer.daemon = True
-                    timer.start()
+            with (
+                duckdb.connect(self.path, read_only=reading, config=settings) as connection,
+                limit.enforced(connection.interrupt),
+            ):
                 yield connection
-        except duckdb.InterruptException as error:
-            raise InputError(f"The query takes longer than the {self.seconds:g} s that it may.") from error
         except duckdb.Error as error:
             raise InputError(f"DuckDB refuses: {str(error).splitlines()[0]}") from error
-        finally:
-            if timer is not None:
-                timer.cancel()
 
     def batches(self, query: Query) -> Iterator[Any]:
         sql, values = query.sql, []
@@ -99,6 +95,9 @@ class DuckDatabase:
                 f"ON CONFLICT ({quote_name(key)}) DO UPDATE SET {others}"
             )
             connection.commit()
+
+    def powers(self) -> list[str]:
+        return []  # a tenant's SELECT has no files, no network and no settings
 
     def close(self) -> None:
         pass

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pyarrow as pa
@@ -50,9 +51,10 @@ def both(database: SqlDatabase, query: Query, monkeypatch: pytest.MonkeyPatch) -
     """The table by ADBC, and by the driver."""
     arrow = database.arrow_batches(query)
     assert arrow is not None
-    fast = pa.Table.from_batches(list(arrow))
+    with closing(arrow):
+        fast = pa.Table.from_batches(list(arrow.batches()))
     with monkeypatch.context() as patch:
-        patch.setattr(databases, "postgres_batches", lambda *_: None)
+        patch.setattr(databases, "open_query", lambda *_: None)
         return fast, pa.Table.from_batches(list(database.batches(query)))
 
 
@@ -99,8 +101,8 @@ def test_types_that_they_read_otherwise_go_the_other_way(column: str, database: 
 def test_refusals_are_the_same(sql: str, database: SqlDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     guarded = SqlDatabase(database.engine.url, read_only=True, seconds=1.0)
     told = []
-    for way in (databases.postgres_batches, lambda *_: None):
-        monkeypatch.setattr(databases, "postgres_batches", way)
+    for way in (databases.open_query, lambda *_: None):
+        monkeypatch.setattr(databases, "open_query", way)
         with pytest.raises(InputError) as caught:
             list(guarded.batches(Query(sql)))
         told.append(str(caught.value))
@@ -127,7 +129,8 @@ def test_settings_of_the_url_and_a_time_limit_count(database: SqlDatabase) -> No
     odd = SqlDatabase(database.engine.url.update_query_dict(options), read_only=False, seconds=None)
     arrow = odd.arrow_batches(query)
     assert arrow is not None
-    assert pa.Table.from_batches(list(arrow)).to_pylist() == [{"tenant": "odd one", "mem": "3MB"}]
+    with closing(arrow):
+        assert pa.Table.from_batches(list(arrow.batches())).to_pylist() == [{"tenant": "odd one", "mem": "3MB"}]
     limited = {"options": "-c statement_timeout=60000"}
     slow = SqlDatabase(database.engine.url.update_query_dict(limited), read_only=False, seconds=None)
     assert slow.arrow_batches(Query("SELECT 1 AS a")) is None
