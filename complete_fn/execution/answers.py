@@ -1,4 +1,4 @@
-"""The outcome of a run in the caller's row order, and its one-line summary."""
+"""The outcome of a run in the caller's row order."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Prices
 from complete_fn.engines.prices import amount
-from complete_fn.execution.summary import Summary
+from complete_fn.engines.tokenizer import token_sizes
+from complete_fn.execution.run_state import known_answers
+from complete_fn.execution.summary import Summary, summarise
+from complete_fn.planning import make_plan
 from complete_fn.planning.field_order import names_in_order
 from complete_fn.planning.plan import BatchPlan
-from complete_fn.types import Completion, Usage
+from complete_fn.prompts.options import CacheMode
+from complete_fn.store.store import Store
+from complete_fn.types import Asker, Completion, Usage
 
 USAGE = pa.struct([("prompt_tokens", pa.int64()), ("cached_tokens", pa.int64()), ("completion_tokens", pa.int64())])
 ERROR = pa.struct([("code", pa.string()), ("message", pa.string())])
@@ -89,6 +95,17 @@ class Answers:
         copy = np.zeros(len(self.plan.prompts), bool)
         copy[self.plan.order] = self.plan.first[self.plan.distinct] != self.plan.order
         return copy
+
+
+def committed_answers(
+    call: Call, prompts: object, store: Store, who: Asker, cache: CacheMode, missing: Completion
+) -> Answers:
+    """What a stopped run of these prompts has committed. The other rows get `missing`."""
+    plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
+    work = known_answers(call, plan, store, who, cache)
+    for number in work.missing():
+        work.found[number] = missing
+    return Answers(plan, work.completions, call.model.prices, summarise(call, work, 0.0))
 
 
 def usage_row(usage: Usage) -> dict[str, int]:

@@ -11,10 +11,7 @@ from typing import Any
 
 from complete_fn.engines.stoppable import Stopped
 from complete_fn.errors import EngineBusyError
-from complete_fn.execution.answers import Answers
-from complete_fn.execution.run_state import known_answers
-from complete_fn.execution.summary import summarise
-from complete_fn.planning import make_plan
+from complete_fn.execution.answers import committed_answers
 from complete_fn.service.call_out import Detail, Share
 from complete_fn.service.service import Service
 from complete_fn.text import text_column
@@ -123,21 +120,13 @@ class Merger:
 
     def answer(self, tickets: list[Ticket], prompts: Any, stop: threading.Event, seconds: float) -> list[Detail]:
         """Raises Stopped if all have left."""
-        first = tickets[0]
+        who, share = tickets[0].who, tickets[0].share
         try:
-            answers = self.service.complete(first.share.call, prompts, first.who, stop, first.share.cache)
+            answers = self.service.complete(share.call, prompts, who, stop, share.cache)
         except Stopped:
             if all(t.gone.is_set() for t in tickets):
                 raise
-            answers = self.known(first, prompts, LATE.format(seconds))
+            late = Completion.failed("timeout", LATE.format(seconds))
+            answers = committed_answers(share.call, prompts, self.service.store, who, share.cache, late)
         rows: list[Detail] = answers.details.to_pylist()
         return rows
-
-    def known(self, first: Ticket, prompts: Any, why: str) -> Answers:
-        """What a stopped run had committed; the other rows are `timeout`."""
-        call = first.share.call
-        plan = make_plan(prompts, mergeable=call.sampling.greedy)
-        work = known_answers(call, plan, self.service.store, first.who, first.share.cache)
-        for number in work.missing():
-            work.found[number] = Completion.failed("timeout", why)
-        return Answers(plan, work.completions, call.model.prices, summarise(call, work, 0.0))

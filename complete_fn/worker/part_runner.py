@@ -13,22 +13,18 @@ from pyarrow import parquet
 from complete_fn.engines.call import Call
 from complete_fn.engines.stoppable import Stopped
 from complete_fn.engines.throughput import Watch
-from complete_fn.engines.tokenizer import token_sizes
 from complete_fn.errors import CompleteError, StoreError
-from complete_fn.execution.answers import Answers
-from complete_fn.execution.run_state import known_answers
-from complete_fn.execution.summary import summarise
+from complete_fn.execution.answers import Answers, committed_answers
 from complete_fn.jobs.job import STORE_TRIES, Job, Part
 from complete_fn.logs import log
-from complete_fn.planning import make_plan
-from complete_fn.prompts.options import Options, parse_options
+from complete_fn.prompts.options import parse_options
 from complete_fn.service.job_files import part_file, write_part
 from complete_fn.service.service import Service
 from complete_fn.spending.shared_budget import Cap, job_cap
 from complete_fn.types import Asker, Completion
 
 RETRY_SECONDS = 2.0  # pause before a failed part runs again; doubled with each try
-CANCELLED = "The job was stopped before the row was done."
+CANCELLED = Completion.failed("cancelled", "The job was stopped before the row was done.")
 
 
 @dataclass
@@ -104,8 +100,9 @@ class PartRunner:
             )
         except Stopped:
             if hand.salvage or hand.why == "job":
-                rest = stopped_answers(service, call, table.column("prompt"), who, options)
-                self.commit(part, table, rest, "cancelled")
+                prompts = table.column("prompt")
+                committed = committed_answers(call, prompts, service.store, who, options.cache, CANCELLED)
+                self.commit(part, table, committed, "cancelled")
             elif self.closing.is_set():
                 self.jobs.give_back(part)
             return
@@ -124,12 +121,3 @@ class PartRunner:
 def cap_of(job: Job) -> Cap | None:
     """The job's `max_cost`, which its parts share on all machines."""
     return None if job.max_cost_nano is None else job_cap(job.id, job.max_cost_nano)
-
-
-def stopped_answers(service: Service, call: Call, prompts: Any, who: Asker, options: Options) -> Answers:
-    """The answers that a stopped run has committed; all other rows have the error `cancelled`."""
-    plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
-    work = known_answers(call, plan, service.store, who, options.cache)
-    for number in work.missing():
-        work.found[number] = Completion.failed("cancelled", CANCELLED)
-    return Answers(plan, work.completions, call.model.prices, summarise(call, work, 0.0))
