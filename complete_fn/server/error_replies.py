@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from complete_fn.errors import CompleteError, EngineError, RateLimitError, TooLargeError
+from complete_fn.logs import log_failure
 from complete_fn.server.call_out_replies import refused_at
 
 LOG = logging.getLogger("complete_fn.server")
@@ -34,14 +34,10 @@ def refusal(status: int, message: str, code: str | None = None, param: str | Non
 
 
 def told(request: Request, error: Exception) -> tuple[int, str, str]:
-    """(status, message, code) of an error. Details for the operator (paths, log tails) stay in the log.
-
-    For an unknown exception only type and place are logged, because its message may quote a prompt.
-    """
+    """(status, message, code) of an error. Details for the operator (paths, log tails) stay in the log."""
     where = f"{request.method} {request.url.path}"
     if not isinstance(error, CompleteError):
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        LOG.error("%s: %s at %s:%s", where, type(error).__name__, last.name, last.lineno)
+        log_failure(where, error, "server")
         return 500, "The service failed; its log says where.", "internal_error"
     message = str(error)
     if error.status >= 500:

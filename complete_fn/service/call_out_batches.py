@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import threading
 import time
-import traceback
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -24,13 +22,13 @@ from complete_fn.engines.stoppable import Stopped
 from complete_fn.errors import CompleteError, EngineError, JobError, NotFoundError
 from complete_fn.host import here
 from complete_fn.jobs.job_store import worker_gone, worker_name
+from complete_fn.logs import log_failure
 from complete_fn.service.call_out import CallOut, Detail, Share, shares, value_of
 from complete_fn.service.call_out_merging import Merger, Ticket
 from complete_fn.service.service import Service
 from complete_fn.store.job_tables import call_outs
 from complete_fn.types import Asker
 
-LOG = logging.getLogger("complete_fn.server")
 KEEP_SECONDS = 12 * 3600.0
 LOST_SECONDS = 600.0
 OTHER_BODY = "Batch {0!r} was sent before with other rows. A batch's name belongs to one body for 12 hours."
@@ -261,8 +259,7 @@ class CallOuts:
         if isinstance(error, Stopped):
             shown = EngineError("The batch was stopped. Send it again.")
         elif not isinstance(error, CompleteError):
-            last = traceback.extract_tb(error.__traceback__)[-1]  # its message may quote a prompt
-            LOG.error("a call-out: %s at %s:%s", type(error).__name__, last.name, last.lineno)
+            log_failure("a call-out", error)
             shown = EngineError("The service failed; its log says where.")
         try:
             self.keep(name, {"status": "failed", "error": str(shown).splitlines()[0]})

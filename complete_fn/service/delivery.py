@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from complete_fn.errors import CompleteError, JobError, RequestError
 from complete_fn.jobs.job import JOB_OPEN, Job
-from complete_fn.logs import log
+from complete_fn.logs import log_failure
 from complete_fn.rows.result_tables import result_columns
 from complete_fn.rows.writers import written_to
 from complete_fn.service.results import lines_schema, result_windows
@@ -86,7 +86,7 @@ def keep_delivering(service: Service, closing: threading.Event) -> None:
             if not deliver_next(service):
                 closing.wait(LOOK_SECONDS)
         except Exception as error:
-            log("delivering results", error)
+            log_failure("delivering results", error)
             closing.wait(PAUSE_SECONDS)
 
 

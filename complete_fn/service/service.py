@@ -29,7 +29,7 @@ from complete_fn.jobs.queue import InlineQueue, JobQueue
 from complete_fn.jobs.uploads import Uploads
 from complete_fn.jobs.worker_store import ModelState, WorkerStore
 from complete_fn.ledger.pruning import prune
-from complete_fn.logs import log
+from complete_fn.logs import log_failure
 from complete_fn.prompts.options import CacheMode
 from complete_fn.rows.limits import TableLimits
 from complete_fn.rows.object_storage import Storage
@@ -194,7 +194,7 @@ class Service:
             try:
                 step()
             except Exception as error:
-                log(f"unloading {name}", error)
+                log_failure(f"unloading {name}", error)
         self.queue.bell.ring()  # what waits for its place has more parts
 
     def model_states(self) -> dict[str, ModelState]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from complete_fn.jobs.job import LEASE_SECONDS, Part
 from complete_fn.jobs.job_store import worker_name
 from complete_fn.jobs.worker_store import BEAT_SECONDS
-from complete_fn.logs import log
+from complete_fn.logs import log_failure
 from complete_fn.service.service import Service
 from complete_fn.worker.part_runner import Hand, PartRunner
 from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
@@ -91,7 +91,7 @@ class WorkerLoop:
                 else:
                     self.runner.run(part, fed)
             except Exception as error:
-                log("claiming a part", error)
+                log_failure("claiming a part", error)
                 self.closing.wait(IDLE_SECONDS)
             finally:
                 fed()

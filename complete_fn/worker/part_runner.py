@@ -16,7 +16,7 @@ from complete_fn.engines.throughput import Watch
 from complete_fn.errors import CompleteError, StoreError
 from complete_fn.execution.answers import Answers, committed_answers
 from complete_fn.jobs.job import STORE_TRIES, Job, Part
-from complete_fn.logs import log
+from complete_fn.logs import log_failure
 from complete_fn.prompts.options import parse_options
 from complete_fn.service.job_files import part_file, write_part
 from complete_fn.service.service import Service
@@ -77,7 +77,7 @@ class PartRunner:
             else:
                 self.jobs.fail(part, str(error), hand.salvage)
         except Exception as error:
-            log(f"part {part.name}", error)
+            log_failure(f"part {part.name}", error)
             told = f"The service failed: {type(error).__name__}."
             self.jobs.give_back(part, RETRY_SECONDS, told, salvage=hand.salvage)
         finally:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from complete_fn.logs import log
+from complete_fn.logs import log_failure
 
 
 @dataclass
@@ -27,4 +27,4 @@ def run_due_tasks(tasks: Iterable[PeriodicTask]) -> None:
             try:
                 task.what()
             except Exception as error:
-                log("upkeep", error)
+                log_failure("upkeep", error)
