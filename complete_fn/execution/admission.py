@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from complete_fn.engines.base import Engine
 from complete_fn.engines.call import Call
 from complete_fn.errors import EngineError
 from complete_fn.execution.commits import Slices
+from complete_fn.execution.listener import Listener, Tell
 from complete_fn.execution.run_state import Work
 from complete_fn.history.run_history import Meter
 from complete_fn.progress import Progress, Quiet
 from complete_fn.spending.budget import NO_BRAKE, Brake, Budget, Caps
-from complete_fn.spending.token_bound import PromptBound
 from complete_fn.store.store import Store
 from complete_fn.text import is_utf8, without_surrogates
 from complete_fn.types import Completion, CompletionRequest, Usage
 
 ADMIT = 128  # rows noted in the store as handed to the engine at a time
-Tell = Callable[[int, str, Usage], None]  # (row, new piece, tokens so far) on another thread; not of known answers
 LEFT = "Whoever read the answer left before its end."
 NOT_TEXT = "The prompt has a lone surrogate or bytes that are not UTF-8, which no tokenizer takes."
 
@@ -48,19 +45,14 @@ class Tools:
 class Admission:
     """Hands prompts to the engine as it draws them, each within the caps; remembers what was sent."""
 
-    def __init__(
-        self, call: Call, work: Work, slices: Slices, tools: Tools, caps: Caps, bound: PromptBound, meter: Meter
-    ) -> None:
-        self.call, self.work, self.slices, self.caps, self.bound = call, work, slices, caps, bound
-        self.priority, self.tell, self.meter = tools.priority, tools.tell, meter
+    def __init__(self, call: Call, work: Work, slices: Slices, tools: Tools, caps: Caps, meter: Meter) -> None:
+        self.call, self.work, self.slices, self.caps, self.meter = call, work, slices, caps, meter
+        self.priority, self.listener = tools.priority, Listener(tools.tell, work.plan)
         self.sent: list[int] = []
         self.elsewhere: list[int] = []
         self.answered = 0
         self.refused: dict[int, Usage] = {}
         self.held: dict[int, Usage] = {}
-        self.telling = threading.Lock()
-        self.told: dict[int, Usage] = {}  # of rows under way of which somebody has read something
-        self.silent = False
 
     def requests(self, numbers: list[int]) -> Iterator[CompletionRequest]:
         call = self.call
@@ -74,7 +66,7 @@ class Admission:
                     continue
                 self.sent.append(number)
                 self.meter.draw()
-                prompt, tell = self.work.prompt(number, text), self.teller(number)
+                prompt, tell = self.work.prompt(number, text), self.listener.teller(number)
                 yield CompletionRequest(
                     call.model.name,
                     prompt,
@@ -86,30 +78,14 @@ class Admission:
                 )
 
     def leave(self, number: int) -> None:
-        """To the run that is computing it."""
+        """Skip the prompt: another run is already computing it."""
         self.elsewhere.append(number)
         if (worst := self.held.pop(number, None)) is not None:
             self.caps.settle(worst, Usage())
 
-    def teller(self, number: int) -> Callable[[str, Usage], None] | None:
-        """Tells the rows of a distinct prompt, if anybody listens."""
-        if self.tell is None:
-            return None
-        return partial(self.tell_rows, self.tell, number, self.work.plan.rows_of(number))
-
-    def tell_rows(self, tell: Tell, number: int, rows: list[int], piece: str, usage: Usage) -> None:
-        with self.telling:
-            if self.silent:
-                return
-            self.told[number] = usage
-            for row in rows:
-                tell(row, piece, usage)
-
     def bill_told(self) -> None:
         """Rows whose beginning was told end here, at the price of their prompt and of what was told."""
-        with self.telling:
-            self.silent = True  # so that nothing is read that is not billed
-        for number, usage in list(self.told.items()):
+        for number, usage in self.listener.silence().items():
             self.slices.add(number, self.settled(number, replace(Completion.failed("cancelled", LEFT), usage=usage)))
 
     def sendable(self, number: int, text: str) -> bool:
@@ -124,7 +100,7 @@ class Admission:
         if not self.caps:
             return True
         answer = self.call.sampling.max_tokens or self.call.model.default_max_tokens
-        worst = Usage(self.bound.of(text), 0, answer)
+        worst = Usage(self.caps.bound.of(text), 0, answer)
         if not self.caps.reserve(worst):
             self.refused[number] = worst
             return False
@@ -133,12 +109,12 @@ class Admission:
 
     def settled(self, number: int, completion: Completion) -> Completion:
         self.answered += 1
-        self.told.pop(number, None)
+        self.listener.forget(number)
         self.meter.add(completion.usage)
         worst = self.held.pop(number, None)
         if worst is not None:
             self.caps.settle(worst, completion.usage)
-            self.bound.learn(completion.usage)
+            self.caps.bound.learn(completion.usage)
         return storable(completion)
 
     def check_complete(self) -> None:

@@ -59,11 +59,10 @@ def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: T
         The prompts that other runs are computing.
     """
     elsewhere: list[int] = []
-    bound, caps = PromptBound(call.model), Caps(call.model.prices, tools.budget, tools.tokens, tools.brake)
-    meter = Meter()
+    caps, meter = Caps(PromptBound(call.model), tools.budget, tools.tokens, tools.brake), Meter()
     while numbers:
-        turn = numbers if not caps or bound.known else numbers[:1]
-        admission = Admission(call, work, slices, tools, caps, bound, meter)
+        turn = numbers if not caps or caps.bound.known else numbers[:1]
+        admission = Admission(call, work, slices, tools, caps, meter)
         stream = tools.engine.stream(admission.requests(turn), who.tenant)
         try:
             for position, completion in stream:

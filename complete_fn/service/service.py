@@ -18,8 +18,9 @@ from complete_fn.engines.slots import EngineRoom, usual_engines
 from complete_fn.engines.stoppable import Stop, StoppableEngine
 from complete_fn.engines.throughput import Pace, PacedEngine, Throughput, Watch
 from complete_fn.errors import StoreError, UnknownModelError
-from complete_fn.execution.admission import Tell, Tools
+from complete_fn.execution.admission import Tools
 from complete_fn.execution.answers import Answers
+from complete_fn.execution.listener import Tell
 from complete_fn.execution.runner import run
 from complete_fn.history.device_time import note_device_time
 from complete_fn.jobs.api_keys import KeyStore

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
-from complete_fn.engines.catalogue import Model, Prices
+from complete_fn.engines.catalogue import Model
 from complete_fn.engines.prices import amount
 from complete_fn.errors import InvalidOptionError
 from complete_fn.types import Usage
 
 if TYPE_CHECKING:
+    from complete_fn.spending.token_bound import PromptBound
     from complete_fn.store.attempts import Attempt
 
 LARGEST_CAP = Decimal(9_000_000_000)  # of the currency; in billionths it fits into the store's 64 bits
@@ -100,12 +101,15 @@ NO_BRAKE = Brake()
 
 
 class Caps:
-    """The caps of one run, on money and on tokens. A row is admitted only if each cap covers its worst case."""
+    """The caps of one run, on money and on tokens. A row is admitted only if each cap covers its worst case.
+
+    `bound` says how many tokens the row's prompt can have.
+    """
 
     def __init__(
-        self, prices: Prices, money: Budget | None = None, tokens: Budget | None = None, brake: Brake = NO_BRAKE
+        self, bound: PromptBound, money: Budget | None = None, tokens: Budget | None = None, brake: Brake = NO_BRAKE
     ) -> None:
-        self.prices = prices
+        self.bound, self.prices = bound, bound.model.prices
         given = [(money, self.money), (tokens, whole_tokens), (brake.money, self.money), (brake.tokens, whole_tokens)]
         self.budgets = [(budget, unit) for budget, unit in given if budget is not None]
 
