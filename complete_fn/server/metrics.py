@@ -78,7 +78,7 @@ class OfStore(Collector):
             parts.add_metric(of_status, count)
             tokens.add_metric(of_status, size)
         swept = CounterMetricFamily("complete_fn_lease_expiries", "Parts taken back from workers that went silent.")
-        swept.add_metric([], self.service.jobs.swept)
+        swept.add_metric([], self.service.parts.swept)
         yield from (parts, tokens, swept)
 
     def of_workers(self) -> Iterator[Metric]:

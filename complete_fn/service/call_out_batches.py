@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from complete_fn.engines.stoppable import Stopped
 from complete_fn.errors import CompleteError, EngineError, JobError, NotFoundError
 from complete_fn.host import here
-from complete_fn.jobs.job_store import worker_gone, worker_name
+from complete_fn.jobs.part_queue import worker_gone, worker_name
 from complete_fn.logs import log_failure
 from complete_fn.service.call_out import CallOut, Detail, Share, shares, value_of
 from complete_fn.service.call_out_merging import Merger, Ticket

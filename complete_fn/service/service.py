@@ -26,6 +26,7 @@ from complete_fn.history.device_time import note_device_time
 from complete_fn.jobs.api_keys import KeyStore
 from complete_fn.jobs.connections import Connections
 from complete_fn.jobs.job_store import JobStore
+from complete_fn.jobs.part_queue import PartQueue
 from complete_fn.jobs.queue import InlineQueue, JobQueue
 from complete_fn.jobs.uploads import Uploads
 from complete_fn.jobs.worker_store import ModelState, WorkerStore
@@ -86,7 +87,7 @@ class Service:
         self.idle_seconds = idle_seconds
         self.store = Store(self.settings.store)
         self.keys = KeyStore(self.store)
-        self.jobs = JobStore(self.store)
+        self.jobs, self.parts = JobStore(self.store), PartQueue(self.store)
         self.connections = Connections(self.store)
         self.storage = Storage(self.settings.storage or str(self.folder))
         self.uploads = Uploads(self.store, self.storage, limits.upload_bytes, self.settings.retention_days)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from complete_fn.jobs.job import LEASE_SECONDS, Part
-from complete_fn.jobs.job_store import worker_name
+from complete_fn.jobs.part_queue import worker_name
 from complete_fn.jobs.worker_store import BEAT_SECONDS
 from complete_fn.logs import log_failure
 from complete_fn.service.service import Service
@@ -38,7 +38,7 @@ class WorkerLoop:
         poll_seconds: float = IDLE_SECONDS,
         tell: Callable[[int], None] | None = None,
     ) -> None:
-        self.service, self.jobs = service, service.jobs
+        self.service, self.parts = service, service.parts
         self.poll_seconds, self.tell = poll_seconds, tell
         self.feeding = threading.BoundedSemaphore(at_once)
         self.draining, self.closing = threading.Event(), threading.Event()
@@ -99,7 +99,7 @@ class WorkerLoop:
     def claim(self, worker: str) -> Part | None:
         """The next part of the models that `next_models` allows here, in its order; None if there is none."""
         for model in self.service.room.next_models(self.deserted):
-            part = self.jobs.claim(worker, model=model)
+            part = self.parts.claim(worker, model=model)
             if part is not None:
                 return part
         return None
@@ -116,7 +116,7 @@ class WorkerLoop:
         """Stop lost parts, renew leases, send heartbeats. Nothing slow runs on this thread: leases must not lapse."""
         tasks = [
             PeriodicTask(LOOK_SECONDS, self.look),
-            PeriodicTask(RENEW_SECONDS, lambda: self.jobs.renew([hand.part for hand in self.held()])),
+            PeriodicTask(RENEW_SECONDS, lambda: self.parts.renew([hand.part for hand in self.held()])),
         ]
         if self.tell is not None:
             tell = self.tell
@@ -130,7 +130,7 @@ class WorkerLoop:
     def look(self) -> None:
         held = self.held()  # read once: a part claimed after this line must not look lost
         newest = {hand.part.id: hand for hand in sorted(held, key=lambda hand: hand.part.fence)}
-        why = self.jobs.lost([hand.part for hand in newest.values()])
+        why = self.parts.lost([hand.part for hand in newest.values()])
         for hand in held:
             lost = why.get(hand.part.id, "") if newest.get(hand.part.id) is hand else "lease"
             if lost and not hand.stop.is_set():

@@ -52,7 +52,7 @@ class PartRunner:
     """
 
     def __init__(self, service: Service, closing: threading.Event) -> None:
-        self.service, self.jobs, self.closing = service, service.jobs, closing
+        self.service, self.parts, self.closing = service, service.parts, closing
         self.lock = threading.Lock()
         self.hands: dict[tuple[int, int], Hand] = {}
 
@@ -69,24 +69,24 @@ class PartRunner:
         except CompleteError as error:
             told, delay = str(error).splitlines()[0], RETRY_SECONDS * 2**part.tries
             if error.retryable and hand.watch.answered:  # rows were answered, so the part itself is not the cause
-                self.jobs.give_back(part, delay=RETRY_SECONDS)
+                self.parts.give_back(part, delay=RETRY_SECONDS)
             elif isinstance(error, StoreError):
-                self.jobs.give_back(part, delay, told, STORE_TRIES, hand.salvage)
+                self.parts.give_back(part, delay, told, STORE_TRIES, hand.salvage)
             elif error.retryable:
-                self.jobs.give_back(part, delay, told, salvage=hand.salvage)
+                self.parts.give_back(part, delay, told, salvage=hand.salvage)
             else:
-                self.jobs.fail(part, str(error), hand.salvage)
+                self.parts.fail(part, str(error), hand.salvage)
         except Exception as error:
             log_failure(f"part {part.name}", error)
             told = f"The service failed: {type(error).__name__}."
-            self.jobs.give_back(part, RETRY_SECONDS, told, salvage=hand.salvage)
+            self.parts.give_back(part, RETRY_SECONDS, told, salvage=hand.salvage)
         finally:
             with self.lock:
                 del self.hands[part.id, part.fence]
 
     def complete(self, hand: Hand) -> None:
         part, service = hand.part, self.service
-        job = self.jobs.get(part.tenant, part.job)
+        job = service.jobs.get(part.tenant, part.job)
         with service.storage.reading(service.job_key(job.id, part_file(part.number))) as source:
             table = parquet.read_table(source)
         options = parse_options(json.loads(part.options))
@@ -104,7 +104,7 @@ class PartRunner:
                 committed = committed_answers(call, prompts, service.store, who, options.cache, CANCELLED)
                 self.commit(part, table, committed, "cancelled")
             elif self.closing.is_set():
-                self.jobs.give_back(part)
+                self.parts.give_back(part)
             return
         self.commit(part, table, answers, "done")
 
@@ -112,7 +112,7 @@ class PartRunner:
         """Write the answers to this claim's own file, then name the file in the store. A lost lease leaves no trace."""
         service, name = self.service, f"result-{part.number:05}-{part.fence}.parquet"
         failed = write_part(service, service.job_key(part.job, name), table.column("row"), answers)
-        if self.jobs.finish(part, status, name, failed):
+        if self.parts.finish(part, status, name, failed):
             service.store.end_job(part.tenant, part.name)
         else:
             service.storage.delete(service.job_key(part.job, name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from complete_fn.jobs.job_store import worker_name
+from complete_fn.jobs.part_queue import worker_name
 from complete_fn.service.delivery import keep_delivering
 from complete_fn.service.retention import expire
 from complete_fn.service.service import Service
@@ -46,8 +46,8 @@ class Upkeep:
         absent = [name for name, model in self.service.models().items() if model.is_absent]
         if absent and not self.service.workers.alive():
             absent = []
-        jobs = self.service.jobs
-        while (part := jobs.claim_stopped(worker_name(self.number), not_of=absent)) is not None:
+        parts = self.service.parts
+        while (part := parts.claim_stopped(worker_name(self.number), not_of=absent)) is not None:
             self.runner.run(part, lambda: None, salvage=True)
 
     def sweep(self) -> None:
@@ -55,6 +55,6 @@ class Upkeep:
         self.service.store.sweep()  # other runs may be waiting for money that a dead attempt has reserved
         self.service.jobs.expire()
         expire(self.service)
-        if self.service.jobs.sweep():
+        if self.service.parts.sweep():
             self.service.queue.bell.ring()
         self.service.upkeep()

@@ -19,7 +19,8 @@ from complete_fn.engines.catalogue import Model
 from complete_fn.errors import StoreError, StoreLostError
 from complete_fn.execution.admission import Tools
 from complete_fn.execution.runner import run
-from complete_fn.jobs.job_store import JobStore, worker_name
+from complete_fn.jobs.job_store import JobStore
+from complete_fn.jobs.part_queue import PartQueue, worker_name
 from complete_fn.store.attempts import StoredAnswer
 from complete_fn.store.records import LedgerLine
 from complete_fn.store.store import Store
@@ -75,14 +76,14 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(forgetful: Forgetful) 
 
 
 def test_a_part_whose_claim_and_commit_lost_their_answers_is_claimed_and_committed(forgetful: Forgetful) -> None:
-    jobs = JobStore(forgetful)
+    jobs, queue = JobStore(forgetful), PartQueue(forgetful)
     made = jobs.create(job("a", idempotency_key="k"), [PIECE])
     assert made.id == jobs.create(job("b", idempotency_key="k"), [PIECE]).id == "a"
-    part = jobs.claim(worker_name(0))
+    part = queue.claim(worker_name(0))
     assert part is not None
-    assert jobs.finish(part, "done", "r", 0)
+    assert queue.finish(part, "done", "r", 0)
     assert jobs.get("acme", "a").status == "completed"
-    assert not jobs.finish(part, "done", "another", 0)
+    assert not queue.finish(part, "done", "another", 0)
 
 
 def test_an_attempt_that_was_given_up_commits_nothing_more(store_url: str) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from complete_fn.errors import JobError, NotFoundError, StoreError
 from complete_fn.jobs.job import JOB_MOVES, PART_MOVES, TRIES, Job
-from complete_fn.jobs.job_store import DEATHS, JobStore, worker_name
+from complete_fn.jobs.job_store import JobStore
+from complete_fn.jobs.part_queue import DEATHS, PartQueue, worker_name
 from complete_fn.store.records import LedgerLine
 from complete_fn.store.store import Store
 from complete_fn.types import Asker
@@ -54,6 +55,11 @@ def jobs(store_url: str) -> Iterator[JobStore]:
     store.close()
 
 
+@pytest.fixture
+def queue(jobs: JobStore) -> PartQueue:
+    return PartQueue(jobs.store)
+
+
 ME = worker_name(0)
 
 
@@ -62,16 +68,16 @@ def test_every_status_that_can_be_reached_is_known() -> None:
         assert {s for reached in moves.values() for s in reached} <= set(moves)
 
 
-def test_parts_are_claimed_in_order_and_end_their_job(jobs: JobStore) -> None:
+def test_parts_are_claimed_in_order_and_end_their_job(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE, PIECE])
-    first, second = jobs.claim(ME), jobs.claim(ME)
+    first, second = queue.claim(ME), queue.claim(ME)
     assert first is not None
     assert second is not None
-    assert (first.number, second.number, jobs.claim(ME)) == (0, 1, None)
+    assert (first.number, second.number, queue.claim(ME)) == (0, 1, None)
     assert jobs.get("acme", "a").status == "running"
-    assert jobs.finish(first, "done", "r0", 0)
+    assert queue.finish(first, "done", "r0", 0)
     assert jobs.get("acme", "a").status == "running"
-    assert jobs.finish(second, "done", "r1", 0)
+    assert queue.finish(second, "done", "r1", 0)
     assert jobs.get("acme", "a").status == "completed"
 
 
@@ -79,21 +85,23 @@ def test_a_job_without_work_is_completed_at_once(jobs: JobStore) -> None:
     assert jobs.create(job("a"), []).status == "completed"
 
 
-def test_tenants_take_turns_and_priority_counts_within_one(jobs: JobStore) -> None:
+def test_tenants_take_turns_and_priority_counts_within_one(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("big"), [PIECE] * 4)
     jobs.create(job("urgent", priority=5), [PIECE])
     jobs.create(job("other", tenant="bolt", priority=-5), [PIECE] * 2)
-    order = [part.job for n in range(7) if (part := jobs.claim(ME, now=time.time() + n)) is not None]
+    order = [part.job for n in range(7) if (part := queue.claim(ME, now=time.time() + n)) is not None]
     assert order == ["urgent", "other", "big", "other", "big", "big", "big"]
 
 
-def test_a_process_goes_on_behind_its_own_part_and_another_takes_the_cheapest_cut(jobs: JobStore) -> None:
+def test_a_process_goes_on_behind_its_own_part_and_another_takes_the_cheapest_cut(
+    jobs: JobStore, queue: PartQueue
+) -> None:
     """Six parts; what they share with the part before is least at 3. Loads count down too: who is done takes more."""
     jobs.create(job("a"), [PIECE | {"shared": s} for s in (0, 50, 50, 5, 40, 60)])
     a, b, c = "host|1|1.0|0", "host|2|2.0|0", "host|3|3.0|1"
 
     def claim(worker: str) -> int:
-        part = jobs.claim(worker)
+        part = queue.claim(worker)
         assert part is not None
         held.setdefault(worker, []).append(part)
         return part.number
@@ -108,22 +116,22 @@ def test_a_process_goes_on_behind_its_own_part_and_another_takes_the_cheapest_cu
     assert (counts.parts, counts.recomputed_tokens) == (6, 5 + 60)
 
 
-def test_a_part_behind_a_done_one_of_another_process_is_anybodys(jobs: JobStore) -> None:
+def test_a_part_behind_a_done_one_of_another_process_is_anybodys(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE | {"shared": s} for s in (0, 50, 90)])
-    first = jobs.claim("host|1|1.0|0")
+    first = queue.claim("host|1|1.0|0")
     assert first is not None
-    assert jobs.claim("host|2|2.0|0").number == 2  # type: ignore[union-attr]
-    assert jobs.finish(first, "done", "r", 0)
-    assert jobs.claim("host|2|2.0|1").number == 1  # type: ignore[union-attr]
+    assert queue.claim("host|2|2.0|0").number == 2  # type: ignore[union-attr]
+    assert queue.finish(first, "done", "r", 0)
+    assert queue.claim("host|2|2.0|1").number == 1  # type: ignore[union-attr]
     assert jobs.counts(jobs.get("acme", "a")).recomputed_tokens == 50  # 1 and 2 are one process's, in whatever order
 
 
-def test_a_part_is_claimed_once_by_many_threads(jobs: JobStore) -> None:
+def test_a_part_is_claimed_once_by_many_threads(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE] * 40)
     claimed: list[int] = []
 
     def take(n: int) -> None:
-        while (part := jobs.claim(worker_name(n))) is not None:
+        while (part := queue.claim(worker_name(n))) is not None:
             claimed.append(part.number)
 
     threads = [threading.Thread(target=take, args=(n,)) for n in range(8)]
@@ -134,88 +142,88 @@ def test_a_part_is_claimed_once_by_many_threads(jobs: JobStore) -> None:
     assert sorted(claimed) == list(range(40))
 
 
-def test_a_commit_after_the_lease_went_to_another_is_void(jobs: JobStore) -> None:
+def test_a_commit_after_the_lease_went_to_another_is_void(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE])
-    late = jobs.claim(ME)
+    late = queue.claim(ME)
     assert late is not None
-    assert jobs.sweep(now=time.time() + 60) == 1
-    assert jobs.lost([late]) == {late.id: "lease"}
-    now = jobs.claim(ME)
+    assert queue.sweep(now=time.time() + 60) == 1
+    assert queue.lost([late]) == {late.id: "lease"}
+    now = queue.claim(ME)
     assert now is not None
     assert now.fence == late.fence + 1
-    assert not jobs.finish(late, "done", "stale", 3)
-    jobs.give_back(late, error="stale")
-    jobs.fail(late, "stale")
-    assert jobs.finish(now, "done", "fresh", 0)
+    assert not queue.finish(late, "done", "stale", 3)
+    queue.give_back(late, error="stale")
+    queue.fail(late, "stale")
+    assert queue.finish(now, "done", "fresh", 0)
     (part,) = jobs.parts("a")
     assert (part.status, part.result, part.failed) == ("done", "fresh", 0)
     assert jobs.get("acme", "a").status == "completed"
 
 
-def test_renewed_leases_are_not_swept_those_of_dead_processes_at_once(jobs: JobStore) -> None:
+def test_renewed_leases_are_not_swept_those_of_dead_processes_at_once(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE, PIECE])
-    mine = jobs.claim(ME)
+    mine = queue.claim(ME)
     assert mine is not None
-    jobs.renew([mine], now=time.time() + 60)
+    queue.renew([mine], now=time.time() + 60)
     host = ME.split("|")[0]
-    assert jobs.claim(f"{host}|999999999|1.0|0") is not None
-    assert jobs.sweep() == 1
+    assert queue.claim(f"{host}|999999999|1.0|0") is not None
+    assert queue.sweep() == 1
     assert [p.status for p in jobs.parts("a")] == ["running", "queued"]
 
 
-def test_the_last_try_fails_the_job_and_cancels_what_waits(jobs: JobStore) -> None:
+def test_the_last_try_fails_the_job_and_cancels_what_waits(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE, PIECE])
     for _ in range(TRIES):
-        part = jobs.claim(ME)
+        part = queue.claim(ME)
         assert part is not None
         assert part.number == 0
-        jobs.give_back(part, error="No memory.")
+        queue.give_back(part, error="No memory.")
     ending = jobs.get("acme", "a")
     assert (ending.status, ending.ends_as, ending.error) == ("stopping", "failed", "No memory.")
-    assert jobs.claim(ME) is None
-    salvage = jobs.claim_stopped(ME)
+    assert queue.claim(ME) is None
+    salvage = queue.claim_stopped(ME)
     assert salvage is not None
     assert (salvage.number, salvage.tries) == (0, 0)
-    jobs.give_back(salvage, 60, "No storage.", salvage=True)
-    assert jobs.claim_stopped(ME) is None  # for a minute
-    salvage = jobs.claim_stopped(ME, now=time.time() + 61)
+    queue.give_back(salvage, 60, "No storage.", salvage=True)
+    assert queue.claim_stopped(ME) is None  # for a minute
+    salvage = queue.claim_stopped(ME, now=time.time() + 61)
     assert salvage is not None
-    jobs.fail(salvage, "No storage.", salvage=True)
+    queue.fail(salvage, "No storage.", salvage=True)
     ended = jobs.get("acme", "a")
     assert (ended.status, ended.error) == ("failed", "No memory.")
     assert [p.status for p in jobs.parts("a")] == ["failed", "cancelled"]
 
 
-def test_draining_does_not_count_as_a_try(jobs: JobStore) -> None:
+def test_draining_does_not_count_as_a_try(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE])
     for _ in range(TRIES + 2):
-        part = jobs.claim(ME)
+        part = queue.claim(ME)
         assert part is not None
-        jobs.give_back(part)
+        queue.give_back(part)
     assert jobs.get("acme", "a").status == "running"
 
 
-def test_a_stopped_job_ends_when_its_running_part_has_let_go(jobs: JobStore) -> None:
+def test_a_stopped_job_ends_when_its_running_part_has_let_go(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE, PIECE])
-    part = jobs.claim(ME)
+    part = queue.claim(ME)
     assert part is not None
     assert jobs.stop(jobs.get("acme", "a"), "cancelled").status == "stopping"
-    assert jobs.claim(ME) is None
-    assert jobs.lost([part]) == {part.id: "job"}
-    assert jobs.finish(part, "cancelled", "r", 1)
+    assert queue.claim(ME) is None
+    assert queue.lost([part]) == {part.id: "job"}
+    assert queue.finish(part, "cancelled", "r", 1)
     ended = jobs.get("acme", "a")
     assert ended.status == "cancelled"
     with pytest.raises(JobError, match="is cancelled"):
         jobs.stop(ended, "cancelled")
 
 
-def test_a_part_given_back_to_a_stopping_job_is_not_run_again(jobs: JobStore) -> None:
+def test_a_part_given_back_to_a_stopping_job_is_not_run_again(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE])
-    part = jobs.claim(ME)
+    part = queue.claim(ME)
     assert part is not None
     jobs.stop(jobs.get("acme", "a"), "cancelled")
-    jobs.give_back(part)
-    assert jobs.claim(ME) is None
+    queue.give_back(part)
+    assert queue.claim(ME) is None
 
 
 def test_a_job_expires_at_its_deadline(jobs: JobStore) -> None:
@@ -259,43 +267,43 @@ def test_two_submissions_with_one_idempotency_key_make_one_job(jobs: JobStore) -
     assert jobs.create(job("y", tenant="bolt", idempotency_key="k"), [PIECE]).id == "y"
 
 
-def test_what_a_part_committed_before_its_job_was_stopped_is_asked_for(jobs: JobStore) -> None:
+def test_what_a_part_committed_before_its_job_was_stopped_is_asked_for(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE, PIECE])
-    begun = jobs.claim(ME)
+    begun = queue.claim(ME)
     assert begun is not None
-    jobs.give_back(begun, delay=60)
-    assert jobs.claim_stopped(ME) is None
+    queue.give_back(begun, delay=60)
+    assert queue.claim_stopped(ME) is None
     assert jobs.stop(jobs.get("acme", "a"), "cancelled").status == "stopping"
-    assert jobs.claim(ME, now=time.time() + 90) is None
-    again = jobs.claim_stopped(ME)
+    assert queue.claim(ME, now=time.time() + 90) is None
+    again = queue.claim_stopped(ME)
     assert again is not None
     assert (again.number, again.fence) == (0, 2)
-    assert jobs.claim_stopped(ME) is None
-    assert jobs.finish(again, "cancelled", "r0", 1)
+    assert queue.claim_stopped(ME) is None
+    assert queue.finish(again, "cancelled", "r0", 1)
     assert jobs.get("acme", "a").status == "cancelled"
     assert [p.status for p in jobs.parts("a")] == ["cancelled", "cancelled"]
 
 
-def test_a_run_whose_part_was_swept_commits_nothing_more(jobs: JobStore) -> None:
+def test_a_run_whose_part_was_swept_commits_nothing_more(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE])
-    part = jobs.claim(ME)
+    part = queue.claim(ME)
     assert part is not None
     attempt = jobs.store.begin(Asker("acme", job=part.name), "m", "USD", "example")
     jobs.store.admit(attempt, 3, 30)
-    jobs.sweep(now=time.time() + 60)
+    queue.sweep(now=time.time() + 60)
     with pytest.raises(StoreError, match="given up as lost"):
         jobs.store.commit(attempt, [], [LedgerLine("input", 3, 30, 30)], 3, 30)
     assert jobs.counts(jobs.get("acme", "a")).cost_nano == 0
 
 
-def test_a_part_that_kills_every_worker_fails_its_job(jobs: JobStore) -> None:
+def test_a_part_that_kills_every_worker_fails_its_job(jobs: JobStore, queue: PartQueue) -> None:
     jobs.create(job("a"), [PIECE])
     for death in range(DEATHS):
-        part = jobs.claim(ME, now=time.time() + death)
+        part = queue.claim(ME, now=time.time() + death)
         assert part is not None
         jobs.store.begin(Asker("acme", job=part.name), "m", "USD", "example")
         assert jobs.get("acme", "a").status == "running"
-        jobs.sweep(now=time.time() + 100)
+        queue.sweep(now=time.time() + 100)
     ended = jobs.get("acme", "a")
     assert (ended.status, ended.ends_as) == ("stopping", "failed")
     assert "10 workers in a row died" in (ended.error or "")

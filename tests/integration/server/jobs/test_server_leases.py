@@ -20,7 +20,7 @@ from complete_fn.errors import EngineError, InputError, StoreError, StoreLostErr
 from complete_fn.host import here
 from complete_fn.jobs.api_keys import Principal
 from complete_fn.jobs.job import Job, Part
-from complete_fn.jobs.job_store import worker_name
+from complete_fn.jobs.part_queue import worker_name
 from complete_fn.rows import readers as windows
 from complete_fn.service.delivery import LeaseLost, claim, move
 from complete_fn.service.rerun import rerun
@@ -65,34 +65,34 @@ def status_of(service: Service, attempt: int) -> str:
 
 def test_a_sweeper_that_comes_late_leaves_the_next_holder_alone(service: Service) -> None:
     submit(service, 5)
-    service.jobs.claim(DEAD)
-    (seen,) = service.jobs.running()
-    assert service.jobs.sweep() == 1
-    part = service.jobs.claim(worker_name(0))
+    service.parts.claim(DEAD)
+    (seen,) = service.parts.running()
+    assert service.parts.sweep() == 1
+    part = service.parts.claim(worker_name(0))
     assert part is not None
     attempt = service.store.begin(Asker(job=part.name, claim=(part.id, part.fence)), "echo", "USD", "x")
-    assert not service.jobs.take_back(seen, None)
-    assert not service.jobs.lost([part])
+    assert not service.parts.take_back(seen, None)
+    assert not service.parts.lost([part])
     service.store.touch(attempt)
 
 
 def test_a_renewed_lease_is_not_swept(service: Service) -> None:
     submit(service, 5)
-    part = service.jobs.claim(worker_name(0), now=time.time() - 3600)
+    part = service.parts.claim(worker_name(0), now=time.time() - 3600)
     assert part is not None
-    (seen,) = service.jobs.running()
-    service.jobs.renew([part], now=time.time() + 60)
-    assert not service.jobs.take_back(seen, None)
-    assert not service.jobs.lost([part])
+    (seen,) = service.parts.running()
+    service.parts.renew([part], now=time.time() + 60)
+    assert not service.parts.take_back(seen, None)
+    assert not service.parts.lost([part])
 
 
 def test_nobody_begins_a_part_that_was_given_to_another(service: Service) -> None:
     submit(service, 5)
-    part = service.jobs.claim(worker_name(0))
+    part = service.parts.claim(worker_name(0))
     assert part is not None
     with service.store.write() as connection:
         connection.execute(parts.update().values(lease_until=time.time() - 1))
-    assert service.jobs.sweep() == 1
+    assert service.parts.sweep() == 1
     with pytest.raises(StoreError, match="given up as lost"):
         service.store.begin(Asker(job=part.name, claim=(part.id, part.fence)), "echo", "USD", "x")
     with service.store.read() as connection:
@@ -146,9 +146,9 @@ def test_a_rerun_takes_the_delivery_from_who_still_writes(
     folder.mkdir()
     monkeypatch.setattr(service, "settings", replace(service.settings, sinks=(str(folder),)))
     job = submit(service, 5, sink={"uri": f"{folder}/r.parquet"})
-    part = service.jobs.claim(worker_name(0))
+    part = service.parts.claim(worker_name(0))
     assert part is not None
-    service.jobs.finish(part, "done", "x", 0)
+    service.parts.finish(part, "done", "x", 0)
     first = claim(service)
     assert first is not None
     with service.store.write() as connection:
@@ -277,12 +277,12 @@ def test_a_slow_storage_holds_up_no_lease_and_no_heartbeat(service: Service, mon
     loop = WorkerLoop(service, 1, tell=beats.append)
     loop.start()
     assert cleaning.wait(10)
-    while not service.jobs.running():
+    while not service.parts.running():
         time.sleep(0.02)
-    (part,) = service.jobs.running()
+    (part,) = service.parts.running()
     told = len(beats)
     time.sleep(1.5)
-    (later,) = service.jobs.running()
+    (later,) = service.parts.running()
     assert later.lease_until > part.lease_until
     assert len(beats) > told
     end.set()
@@ -293,8 +293,8 @@ def test_a_part_that_is_claimed_while_others_are_looked_after_goes_on(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(service, 5)
-    loop, real = WorkerLoop(service), service.jobs.lost
-    part = service.jobs.claim(worker_name(0))
+    loop, real = WorkerLoop(service), service.parts.lost
+    part = service.parts.claim(worker_name(0))
     assert part is not None
     hand = Hand(part, Watch())
 
@@ -302,7 +302,7 @@ def test_a_part_that_is_claimed_while_others_are_looked_after_goes_on(
         loop.runner.hands[part.id, part.fence] = hand
         return real(held)
 
-    monkeypatch.setattr(service.jobs, "lost", lost)
+    monkeypatch.setattr(service.parts, "lost", lost)
     loop.look()
     assert not hand.stop.is_set()
     loop.look()

@@ -1,0 +1,245 @@
+"""Parts of jobs in the store, as workers see them: claimed with a lease and a fence, finished, given back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from complete_fn.host import here, process_started
+from complete_fn.jobs.job import LEASE_SECONDS, TRIES, Part
+from complete_fn.jobs.job_store import PART, cancel_queued_of_stopping, settle_job, stop_job
+from complete_fn.store.job_tables import jobs, parts, tenants
+from complete_fn.store.store import Store, gone
+from complete_fn.store.tables import attempts, ledger, summed
+from complete_fn.store.transactions import retried
+
+Wanted = Callable[[Any], sa.ColumnElement[bool]]  # of the column of models
+DEATHS = 10  # claims of a part that were lost in a row without an answer
+DEADLY = f"{DEATHS} workers in a row died on a part of the job before they answered a row of it."
+SHARE_SECONDS = 600.0  # what a tenant was served longer ago does not count against it
+
+
+def worker_name(number: int) -> str:
+    """The worker's name, by which others on its machine can tell when its process is gone."""
+    pid = os.getpid()
+    return f"{here()}|{pid}|{process_started(pid) or 0.0}|{number}"
+
+
+def worker_gone(worker: str) -> bool:
+    host, pid, started, _ = worker.split("|")
+    return host == here() and gone(int(pid), float(started))
+
+
+class PartQueue:
+    """The parts of one store's jobs that wait for a worker or are with one. Each step is one transaction."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.swept = 0  # parts whose lease ran out, in this process's life
+
+    def claim(self, worker: str, now: float | None = None, model: str | None = None) -> Part | None:
+        """The next part, leased to `worker`, in one statement that skips what others are claiming.
+
+        The order of preference:
+        1. the tenant that was served least in the last 10 minutes: estimated tokens over the tenant's weight
+        2. the tenant that was served longest ago
+        3. the job with the highest priority, then the oldest job
+        4. a part that this process had, or the part behind it: its engine is warm for them
+        5. a part whose part before it does not run; of these, the one that shares least with it
+        6. a part that another process would go on with
+
+        Args:
+            model: only parts of this model.
+        """
+
+        def wanted(c: Any) -> sa.ColumnElement[bool]:
+            return sa.true() if model is None else c == model
+
+        return self.claim_at(worker, time.time() if now is None else now, wanted, ("queued", "running"))
+
+    def claim_stopped(self, worker: str, now: float | None = None, not_of: Collection[str] = ()) -> Part | None:
+        """A part that was begun and given back, and whose job is to stop: what it committed is to be its result.
+
+        Args:
+            not_of: models whose parts are left to others.
+        """
+        return self.claim_at(worker, time.time() if now is None else now, lambda c: c.not_in(not_of), ("stopping",))
+
+    @retried
+    def claim_at(self, worker: str, now: float, wanted: Wanted, of_jobs: Sequence[str]) -> Part | None:
+        """`worker` claims one part at a time, so that a repeat finds what it claimed at `now`."""
+        before = (parts.c.worker == worker) & (parts.c.claimed_at == now) & (parts.c.status == "running")
+        until = max(now, time.time()) + LEASE_SECONDS  # a repeat may come long after
+        leased = {"status": "running", "worker": worker, "lease_until": until, "claimed_at": now}
+        leased["claimant"] = process = worker.rpartition("|")[0]
+        first = next_part(now, process, wanted, of_jobs).scalar_subquery()
+        claim = parts.update().where(parts.c.id == first, parts.c.status == "queued")
+        with self.store.write() as connection:
+            row = connection.execute(sa.select(*PART).where(before)).first()
+            if row is not None:
+                return Part(*row)
+            row = connection.execute(claim.values(**leased, fence=parts.c.fence + 1).returning(*PART)).first()
+            if row is None:
+                return None
+            begun = jobs.update().where(jobs.c.id == row.job, jobs.c.status == "queued")
+            connection.execute(begun.values(status="running", started_at=now))
+        return Part(*row)
+
+    @retried
+    def renew(self, held: Iterable[Part], now: float | None = None) -> None:
+        """Another lease for the parts whose fence is still theirs."""
+        until = (time.time() if now is None else now) + LEASE_SECONDS
+        with self.store.write() as connection:
+            for part in sorted(held, key=lambda p: p.id):
+                connection.execute(parts.update().where(holds(part)).values(lease_until=until))
+
+    @retried
+    def lost(self, held: Sequence[Part]) -> dict[int, str]:
+        """Of the parts held, those to stop, and why: `job` (it is to stop) or `lease` (another worker has the part)."""
+        if not held:
+            return {}
+        chosen = (
+            sa.select(parts.c.id, parts.c.fence, parts.c.status, jobs.c.status.label("job_status"))
+            .join(jobs, jobs.c.id == parts.c.job)
+            .where(parts.c.id.in_([p.id for p in held]))
+        )
+        with self.store.read() as connection:
+            rows = {r.id: r for r in connection.execute(chosen)}
+        why = {}
+        for part in held:
+            row = rows.get(part.id)
+            if row is None or row.fence != part.fence or row.status != "running":
+                why[part.id] = "lease"
+            elif row.job_status not in ("queued", "running"):
+                why[part.id] = "job"
+        return why
+
+    @retried
+    def finish(self, part: Part, status: str, result: str, failed: int) -> bool:
+        """Commit the part's result; False if the lease was lost, and nothing was committed."""
+        values = {"status": status, "result": result, "failed": failed, "worker": None}
+        with self.store.write() as connection:
+            if connection.execute(parts.update().where(holds(part)).values(values)).rowcount == 0:
+                again = sa.select(parts.c.id).where(of_claim(part), parts.c.status == status, parts.c.result == result)
+                return connection.execute(again).first() is not None  # the answer to the first commit was lost
+            settle_job(connection, part.job)
+        return True
+
+    @retried
+    def give_back(
+        self, part: Part, delay: float = 0.0, error: str | None = None, tries: int = TRIES, salvage: bool = False
+    ) -> None:
+        """The part is to be run again. With an `error` that counts as a try, and the last of `tries` fails the job."""
+        with self.store.write() as connection:
+            give_back_part(connection, part, delay, error, tries, salvage)
+
+    @retried
+    def fail(self, part: Part, error: str, salvage: bool = False) -> None:
+        """The part cannot be run; its job fails. What it committed is to be its result, see `claim_stopped`.
+
+        Args:
+            salvage: that is what could not be done.
+        """
+        with self.store.write() as connection:
+            fail_part(connection, part, error, salvage)
+
+    def sweep(self, now: float | None = None) -> int:
+        """Parts whose lease has run out, or whose worker's process is gone, are queued again; returns how many."""
+        now = time.time() if now is None else now
+        dead = [p for p in self.running() if p.lease_until < now or worker_gone(p.worker or "|0|0|")]
+        taken = sum(self.take_back(part, DEADLY if self.deadly(part) else None) for part in dead)
+        self.swept += taken
+        return taken
+
+    @retried
+    def running(self) -> list[Part]:
+        with self.store.read() as connection:
+            return [Part(*r) for r in connection.execute(sa.select(*PART).where(parts.c.status == "running"))]
+
+    @retried
+    def take_back(self, part: Part, error: str | None) -> bool:
+        """As `give_back`, for a worker that seems dead; False if it renewed its lease or another sweeper was first."""
+        same_lease = holds(part) & (parts.c.lease_until == part.lease_until)
+        with self.store.write() as connection:
+            if connection.execute(sa.select(parts.c.id).where(same_lease).with_for_update()).first() is None:
+                return False
+            self.store.lose(connection, part.tenant, part.name)  # if it only seemed dead, it must not go on paying
+            salvage = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == part.job)).scalar() == "stopping"
+            give_back_part(connection, part, 0.0, error, 1, salvage)
+        return True
+
+    def deadly(self, part: Part) -> bool:
+        """Whether the part is lost again and again without a single answer: each worker that takes it dies."""
+        mine = (attempts.c.tenant == part.tenant) & (attempts.c.job == part.name)
+        answered = sa.exists().where(ledger.c.attempt == attempts.c.id, ledger.c.price_class == "input")
+        newest = sa.select(attempts.c.status, answered).where(mine).order_by(attempts.c.id.desc()).limit(DEATHS)
+        with self.store.read() as connection:
+            rows = connection.execute(newest).all()
+        return len(rows) == DEATHS and all(s in ("lost", "running") and not answers for s, answers in rows)
+
+
+def of_claim(part: Part) -> sa.ColumnElement[bool]:
+    return (parts.c.id == part.id) & (parts.c.fence == part.fence)
+
+
+def holds(part: Part) -> sa.ColumnElement[bool]:
+    return of_claim(part) & (parts.c.status == "running")
+
+
+def next_part(now: float, process: str, wanted: Wanted, of_jobs: Sequence[str]) -> sa.Select[Any]:
+    """The id of the part to claim; its row stays locked, and rows that others have locked are passed over."""
+    waiting, served, before = parts.alias("waiting"), parts.alias("served"), parts.alias("before")
+    lately = (
+        sa.select(served.c.tenant, summed(served.c.tokens).label("tokens"))
+        .where(served.c.claimed_at > now - SHARE_SECONDS)
+        .group_by(served.c.tenant)
+        .subquery("lately")
+    )
+    last_served = sa.select(sa.func.max(served.c.claimed_at)).where(served.c.tenant == waiting.c.tenant)
+    share = sa.func.coalesce(lately.c.tokens, 0) / sa.func.coalesce(tenants.c.weight, 1.0)
+    follows = (before.c.job == waiting.c.job) & (before.c.number == waiting.c.number - 1)
+    mine = (before.c.claimant == process) | (waiting.c.claimant == process)
+    warmth = sa.case((mine, 0), (before.c.status == "running", 2), else_=1)
+    chosen = (
+        sa.select(waiting.c.id)
+        .join(jobs, jobs.c.id == waiting.c.job)
+        .outerjoin(lately, lately.c.tenant == waiting.c.tenant)
+        .outerjoin(tenants, tenants.c.name == waiting.c.tenant)
+        .outerjoin(before, follows)
+        .where(waiting.c.status == "queued", waiting.c.not_before <= now, jobs.c.status.in_(of_jobs))
+        .order_by(
+            share,
+            last_served.scalar_subquery().asc().nulls_first(),
+            jobs.c.priority.desc(),
+            jobs.c.created_at,
+            warmth,
+            sa.case((mine, 0), else_=waiting.c.shared),
+            waiting.c.number,
+        )
+        .limit(1)
+        .with_for_update(of=waiting, skip_locked=True)
+    )
+    return chosen.where(wanted(waiting.c.model))
+
+
+def give_back_part(
+    connection: sa.Connection, part: Part, delay: float, error: str | None, tries: int, salvage: bool
+) -> None:
+    tried = part.tries + (error is not None)
+    if error is not None and tried >= tries:
+        fail_part(connection, part, error, salvage)
+        return
+    again = {"status": "queued", "worker": None, "tries": tried, "not_before": time.time() + delay}
+    connection.execute(parts.update().where(holds(part)).values(again))
+    cancel_queued_of_stopping(connection, part.job)
+
+
+def fail_part(connection: sa.Connection, part: Part, error: str, salvage: bool) -> None:
+    to_salvage = {"status": "queued", "worker": None, "tries": 0, "not_before": 0.0}
+    ended = {"status": "failed"} if salvage else to_salvage
+    if connection.execute(parts.update().where(holds(part)).values(ended)).rowcount:
+        stop_job(connection, part.job, "failed", error)
