@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from complete_fn.text import encode_text
+
 BYTES_PER_TOKEN = 3.5  # English prose with Llama 3's tokenizer has 4 to 4.5: this errs on the large side
 
 
 def tokens_by_bytes(texts: list[str]) -> list[int]:
     """Tokens of each text where no tokenizer is at hand."""
-    return [math.ceil(len(t.encode("utf-8", "surrogatepass")) / BYTES_PER_TOKEN) for t in texts]
+    return [math.ceil(len(encode_text(t)) / BYTES_PER_TOKEN) for t in texts]
 
 
 @dataclass(frozen=True)

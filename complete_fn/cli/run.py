@@ -272,7 +272,7 @@ def job_id(asked: argparse.Namespace, options: Options, call: Call, identity: st
     into = [asked.into, asked.key] if asked.into else []
     keys = [asked.prompt, target, asked.limit, options.cache, options.reorder_fields, asked.column, asked.details]
     what = [identity, call.fingerprint.hex(), *keys, *into]
-    return hashlib.sha256(json.dumps(what).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 class Teller:

@@ -11,6 +11,7 @@ from complete_fn.engines.catalogue import Model
 from complete_fn.engines.checkpoint import checkpoint_digest
 from complete_fn.prompts.choices import most_tokens
 from complete_fn.prompts.options import Options
+from complete_fn.text import encode_text
 from complete_fn.types import SamplingParams
 
 # engine_args that change an answer's speed but not its text.
@@ -72,6 +73,6 @@ def answer_keys(fingerprint: bytes, texts: Iterable[str]) -> list[bytes]:
     keys = []
     for text in texts:
         h = base.copy()
-        h.update(text.encode("utf-8", "surrogatepass"))
+        h.update(encode_text(text))
         keys.append(h.digest())
     return keys

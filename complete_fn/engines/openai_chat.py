@@ -16,6 +16,7 @@ import httpx
 from complete_fn.engines.catalogue import Model
 from complete_fn.engines.structured_output import choice_schema
 from complete_fn.errors import EngineBusyError, EngineError, RequestError
+from complete_fn.text import is_utf8
 from complete_fn.tokens import BYTES_PER_TOKEN
 from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 
@@ -75,9 +76,7 @@ class Endpoint:
         """
         await self.learn()
         body = self.body(request, tenant)
-        try:
-            json.dumps(body, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
+        if not is_utf8(json.dumps(body, ensure_ascii=False)):
             return Completion.failed("invalid_request", "The prompt has a lone surrogate and cannot be encoded.")
         if not body["messages"]:
             return Completion.failed("invalid_request", "The prompt has no messages.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from complete_fn.engines.catalogue import Model
+from complete_fn.text import without_surrogates
 from complete_fn.tokens import TokenSizes, tokens_by_bytes
 
 BLOCK = 32  # tokens of a KV block on a CPU; a whole block of 32 is also whole in a GPU's blocks of 16
@@ -35,13 +36,13 @@ def count_with(file: Path, texts: list[str]) -> list[int]:
     Texts are encoded one at a time: the library's own threads would print a warning if the process forks later.
     """
     tokenizer = read(file, file.stat().st_mtime_ns)
-    return [len(tokenizer.encode(encodable(text), add_special_tokens=False)) for text in texts]
+    return [len(tokenizer.encode(without_surrogates(text), add_special_tokens=False)) for text in texts]
 
 
 def ids_with(file: Path, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
     tokenizer = read(file, file.stat().st_mtime_ns)
-    return [tokenizer.encode(encodable(text), add_special_tokens=False).ids for text in texts]
+    return [tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids for text in texts]
 
 
 def token_sizes(model: Model) -> TokenSizes:
@@ -55,11 +56,6 @@ def token_sizes(model: Model) -> TokenSizes:
         return tokens_by_bytes(texts) if file is None else count_with(file, texts)
 
     return TokenSizes(count, int(model.engine_args.get("block_size") or BLOCK))
-
-
-def encodable(text: str) -> str:
-    """The text with lone surrogates replaced, because they cannot be tokenised."""
-    return text.encode("utf-8", "replace").decode() if not text.isascii() else text
 
 
 @lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from complete_fn.planning.field_search import Cells, Ints, Near, expected_hits, field_orders, row_order
 from complete_fn.planning.plan import BatchPlan
 from complete_fn.prompts.fields import FIELDS_MARK, FieldPrompt, has_fields, head, line, unpack_fields
-from complete_fn.text import to_texts
+from complete_fn.text import encode_text, to_texts
 from complete_fn.tokens import BYTES_PER_TOKEN, TokenSizes
 
 WINDOW = 50_000  # rows arranged at a time: bounds memory; a larger table is first sorted by its best fixed order
@@ -111,7 +111,7 @@ def cells_of(prompts: list[FieldPrompt], sizes: TokenSizes) -> Cells:
 
 def column_of(name: str, values: list[str], sizes: TokenSizes) -> Column:
     """The column of one field. Only repeated values are tokenised, each once: a unique value's line is never shared."""
-    raw = [v.encode("utf-8", "surrogatepass") for v in values]
+    raw = [encode_text(v) for v in values]
     distinct, codes, counts = unique(raw)
     lengths = np.array([len(line(name, "")) + len(v) for v in distinct], np.float64)
     repeated = np.flatnonzero(counts > 1)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from complete_fn.planning.field_order import common, rendered
 from complete_fn.planning.plan import BatchPlan
 from complete_fn.prompts.fields import has_fields
+from complete_fn.text import encode_text
 from complete_fn.tokens import BYTES_PER_TOKEN
 
 SLACK = 0.25  # share of its size by which a part may be smaller or larger, for a cheaper cut
@@ -64,7 +65,7 @@ def shared_beginnings(plan: BatchPlan) -> Ints:
     before = b""
     for low, texts in plan.texts():
         for number, text in enumerate(texts, low):
-            now = (rendered(plan, number, text) if has_fields(text) else text).encode("utf-8", "surrogatepass")
+            now = encode_text(rendered(plan, number, text) if has_fields(text) else text)
             shared[number] = int(common(before, now) / BYTES_PER_TOKEN)
             before = now
     return shared

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from complete_fn.errors import InvalidOptionError
+from complete_fn.text import is_utf8
 
 MOST_LABELS, LABEL_CHARACTERS = 128, 256  # vLLM scores at most 128 tokens in a step
 JSON_TOKENS = 32  # tokens of the JSON around a label in an endpoint's answer; a generous bound
@@ -35,7 +36,7 @@ def parse_choices(given: Any) -> tuple[str, ...]:
             )
         if label in given[:number]:
             raise InvalidOptionError(f"choices has {label!r} twice. Name each label once.")
-        if not label.isascii() and any("\ud800" <= c <= "\udfff" for c in label):
+        if not is_utf8(label):
             raise InvalidOptionError(f"choices has {label!r}, with half of a character (a lone surrogate).")
     return tuple(given)
 

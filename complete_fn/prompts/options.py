@@ -16,6 +16,7 @@ import referencing.exceptions
 from complete_fn.errors import InvalidOptionError
 from complete_fn.prompts.choices import parse_choices
 from complete_fn.prompts.schema_rules import VALUES, refuse_heavy, resolver_of
+from complete_fn.text import is_utf8
 from complete_fn.types import SamplingParams
 
 CacheMode = Literal["on", "off", "refresh"]
@@ -165,10 +166,9 @@ def canonical_schema(given: Any) -> str:
     check_references(schema)
     refuse_heavy(schema)
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise InvalidOptionError("response_format has half of a character (a lone surrogate).") from error
+    if not is_utf8(text):
+        raise InvalidOptionError("response_format has half of a character (a lone surrogate).")
+    size = len(text.encode())
     if size > SCHEMA_BYTES:
         raise InvalidOptionError(f"response_format has {size} bytes; at most {SCHEMA_BYTES} are taken.")
     return text

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
 from complete_fn.registry import Table
-from complete_fn.text import text_column
+from complete_fn.text import decode_bytes, escape_surrogates, text_column
 
 MIXED = pa.large_string()  # the type of a JSONL column whose values have several types
 EXACT = {b"complete_fn": b"exact"}  # marks a JSONL column with integers that float64 cannot hold
@@ -182,7 +182,7 @@ class LineRows:
 
     def objects(self) -> Iterator[dict[str, Any]]:
         for line in self.lines:
-            yield json.loads(line.decode("utf-8", "surrogateescape"))
+            yield json.loads(decode_bytes(line))
 
     def limit(self, rows: int) -> LineRows:
         return LineRows(self.lines[:rows])
@@ -256,7 +256,7 @@ def json_text(value: Any) -> str | None:
 def clean(value: Any) -> Any:
     """The value with escapes in place of lone surrogates, because Arrow's strings are UTF-8."""
     if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+        return escape_surrogates(value)
     if isinstance(value, list):
         return [clean(v) for v in value]
     return {clean(k): clean(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from complete_fn.text import to_texts
+from complete_fn.text import is_utf8, to_texts
 
 # JSON allows these characters in strings, but str.splitlines and many readers of JSONL or events end a line there.
 LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
@@ -86,7 +86,7 @@ def as_json(value: Any) -> str:
         text = json_line(value, json_form, allow_nan=False)
     except (Inexact, ValueError):
         return digits(value)
-    return text if text.isascii() or encodable(text) else json.dumps(value, default=json_form)
+    return text if is_utf8(text) else json.dumps(value, default=json_form)
 
 
 def digits(value: Any) -> str:
@@ -101,14 +101,6 @@ def digits(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(digits, value)) + "]"
     return as_json(value)
-
-
-def encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def json_form(value: Any) -> Any:

@@ -20,6 +20,7 @@ from complete_fn.errors import InputError
 from complete_fn.registry import resolve
 from complete_fn.rows.formats import FORMATS, LineRows, Rows, TableRows, clean
 from complete_fn.rows.limits import NO_LIMITS, TableLimits
+from complete_fn.text import decode_bytes
 
 WINDOW_ROWS, WINDOW_BYTES = 200_000, 256 * 1024 * 1024  # a window ends at whichever comes first
 BATCH_ROWS = 8_192
@@ -282,7 +283,7 @@ def bounded_lines(source: IO[bytes]) -> Iterator[bytes]:
 
 def parsed_object(line: bytes, number: int) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(line.decode("utf-8", "surrogateescape"))
+        found: dict[str, Any] = json.loads(decode_bytes(line))
     except ValueError as error:
         raise InputError(f"Line {number} of the JSONL is not JSON: {error}. Nothing was run.") from error
     if not isinstance(found, dict):

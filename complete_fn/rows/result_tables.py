@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from complete_fn.errors import InputError
+from complete_fn.text import encode_text
 
 NAME = re.compile(r"[^\W\d]\w{0,62}(\.[^\W\d]\w{0,62})?")
 
@@ -69,7 +70,7 @@ class KeysSeen:
 def hashes(column: Any) -> np.ndarray[Any, np.dtype[np.uint64]]:
     if pa.types.is_integer(column.type):
         return np.asarray(column.to_numpy()).astype(np.uint64)
-    texts = (str(value).encode("utf-8", "surrogatepass") for value in column.to_pylist())
+    texts = (encode_text(str(value)) for value in column.to_pylist())
     eight = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
     return np.frombuffer(b"".join(eight), np.uint64)
 

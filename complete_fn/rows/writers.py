@@ -21,7 +21,7 @@ from complete_fn.registry import resolve
 from complete_fn.rows.formats import FORMATS, LineRows, Rows, TablePlace, clean
 from complete_fn.rows.json_values import as_json, json_line, json_values, values_of
 from complete_fn.rows.object_storage import Storage, remote
-from complete_fn.text import to_texts
+from complete_fn.text import is_utf8_column, restore_bytes, to_texts
 
 BATCH_ROWS = 8_192
 
@@ -195,7 +195,7 @@ class ArrowWriter(Writer):
         table = self.joined(rows, new)
         for number, field in enumerate(table.schema):
             column = table.column(number)
-            if not is_utf8(column):
+            if not is_utf8_column(column):
                 escaped = pa.array([clean(text) for text in to_texts(column)], field.type)
                 table = table.set_column(number, field, escaped)
         if self.inner is None:
@@ -207,15 +207,6 @@ class ArrowWriter(Writer):
 
     def close(self) -> None:
         self.inner.close()
-
-
-def is_utf8(column: Any) -> bool:
-    """Whether all text of a column is UTF-8, which other readers of the file require. Copies nothing."""
-    raw = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
-    try:
-        return raw is None or column.cast(raw).cast(column.type) is not None
-    except pa.ArrowInvalid:
-        return False
 
 
 class ParquetWriter(ArrowWriter):
@@ -238,7 +229,7 @@ class CsvWriter(Writer):
         for batch in table.to_batches(BATCH_ROWS):
             columns = [csv_texts(column) for column in batch.columns]
             text = "".join(",".join(map(csv_field, row)) + "\n" for row in zip(*columns, strict=True))
-            self.sink.write(text.encode("utf-8", "surrogateescape"))
+            self.sink.write(restore_bytes(text))
 
 
 class JsonlWriter(Writer):

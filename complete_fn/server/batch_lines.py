@@ -19,7 +19,7 @@ from complete_fn.server.replies import Detail, chat_body, completion_body, refus
 from complete_fn.server.request_bodies import ChatBody, CompletionBody
 from complete_fn.service.job_files import PromptGroup
 from complete_fn.service.service import Service
-from complete_fn.text import text_column
+from complete_fn.text import is_utf8, text_column
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MOST_KINDS = 1_000  # different models and settings in one batch, because each needs its own run
@@ -71,7 +71,7 @@ def read_line(service: Service, raw: bytes, endpoint: str) -> Line:
     name = found.get("custom_id")
     if not isinstance(name, str) or not 0 < len(name) <= 512:
         raise ValueError("custom_id must be a text of 1 to 512 characters.")
-    if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+    if not is_utf8(name):
         raise ValueError(f"custom_id {name!r} has half of a character (a lone surrogate).")
     if found.get("method") != "POST" or found.get("url") != endpoint:
         raise ValueError(f"method and url must be 'POST' and the batch's endpoint, {endpoint!r}.")

@@ -7,6 +7,7 @@ from functools import cached_property
 from complete_fn.engines.catalogue import Model
 from complete_fn.engines.tokenizer import template_tokens
 from complete_fn.prompts.templates import unpack
+from complete_fn.text import encode_text
 from complete_fn.types import Usage
 
 
@@ -39,7 +40,7 @@ class PromptBound:
         turns = 1 if isinstance(prompt, str) else max(1, len(prompt))
         template = self.UNSEEN if self.template is None else self.template + self.MARGIN
         said = prompt if isinstance(prompt, str) else text
-        tokens = len(said.encode("utf-8", "surrogatepass")) + turns * template
+        tokens = len(encode_text(said)) + turns * template
         return tokens if self.limit is None else min(tokens, self.limit)
 
     def learn(self, usage: Usage) -> None:

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-import pyarrow as pa
-
 from complete_fn.errors import CompleteError
 from complete_fn.execution.answers import Answers
 from complete_fn.execution.summary import Summary
 from complete_fn.planning import BatchPlan, make_plan
 from complete_fn.prompts.options import Options, parse_options
+from complete_fn.text import restore_bytes, text_column
 from complete_fn.types import Completion
 from complete_fn_connectors.concurrent_runs import WantedRun, complete_together
 from complete_fn_connectors.duckdb_query.dependencies import LimitWindow, Order
@@ -270,12 +269,8 @@ def distinct_texts(plan: BatchPlan) -> list[str]:
 
 
 def texts_column(texts: list[str]) -> Any:
-    """Planned texts as a column. A lone surrogate becomes the byte that it stands for."""
-    try:
-        return pa.array(texts, pa.large_string())
-    except UnicodeEncodeError:
-        raw = pa.array([t.encode("utf-8", "surrogateescape") for t in texts], pa.large_binary())
-        return raw.view(pa.large_string())
+    """Planned texts as a column, with the bytes that they were read from."""
+    return text_column(texts, restore_bytes)
 
 
 @dataclass

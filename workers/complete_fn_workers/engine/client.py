@@ -24,11 +24,12 @@ from typing import Any
 
 from complete_fn.engines.catalogue import Model
 from complete_fn.engines.structured_output import checked
-from complete_fn.engines.tokenizer import count_with, encodable, tokenizer_file
+from complete_fn.engines.tokenizer import count_with, tokenizer_file
 from complete_fn.errors import EngineError
 from complete_fn.history.device_time import DeviceTime
 from complete_fn.host import here
 from complete_fn.settings import Settings
+from complete_fn.text import is_utf8, without_surrogates
 from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 from complete_fn_workers.engine.launch import (
     EnginePlace,
@@ -211,7 +212,7 @@ class EmbeddedEngine:
             return count_with(file, texts)
         link, _ = self.connect("")
         try:
-            link.send({"count": [encodable(text) for text in texts]})
+            link.send({"count": [without_surrogates(text) for text in texts]})
             return list(link.receive()["counts"])
         finally:
             link.close()
@@ -303,12 +304,7 @@ def is_abandoned(requests: Iterable[CompletionRequest]) -> bool:
 def is_sendable(request: CompletionRequest) -> bool:
     """Whether the prompt is text that can be encoded, and there is a prompt at all."""
     parts = [request.prompt] if isinstance(request.prompt, str) else [m.content for m in request.prompt]
-    try:
-        for part in parts:
-            part.encode()
-    except UnicodeEncodeError:
-        return False
-    return bool(parts)
+    return bool(parts) and all(map(is_utf8, parts))
 
 
 class RowSender:
