@@ -228,7 +228,7 @@ def register(
         progress=progress,
         task_model=task_model,
     )
-    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    con = connection_of(con)
     refuse_transaction(con)
     earlier = REGISTERED.get(con, no_one)()
     if earlier is not None:
@@ -251,13 +251,17 @@ def register(
     return registration
 
 
+def connection_of(con: duckdb.DuckDBPyConnection | ModuleType) -> duckdb.DuckDBPyConnection:
+    return duckdb.default_connection() if isinstance(con, ModuleType) else con
+
+
 def registration_of(con: duckdb.DuckDBPyConnection | ModuleType) -> Registration:
     """The registration whose functions the connection or cursor sees.
 
     Raises:
         InputError: There is none.
     """
-    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    con = connection_of(con)
     found = REGISTERED.get(con, no_one)()
     if found is not None:
         return found
@@ -306,7 +310,7 @@ def sql(
         InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
         duckdb.Error: as `con.execute`.
     """
-    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    con = connection_of(con)
     registration = registration_of(con)
     with registration.session.braked(max_cost, max_total_tokens):
         return query.run_query(con, registration, query_text, params)
@@ -322,7 +326,7 @@ def explain(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params
         InputError: the connection is not registered.
         duckdb.Error: the query is none.
     """
-    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    con = connection_of(con)
     return explain_query(con, registration_of(con), query_text, params)
 
 
@@ -335,7 +339,7 @@ def estimate(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, param
         InputError: the connection is not registered.
         duckdb.Error: the query is none.
     """
-    con = duckdb.default_connection() if isinstance(con, ModuleType) else con
+    con = connection_of(con)
     return estimate_query(con, registration_of(con), query_text, params)
 
 

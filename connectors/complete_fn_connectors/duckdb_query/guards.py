@@ -71,10 +71,8 @@ class Guarding:
 
     def alternatives(self, part: Tree) -> Tree:
         """A disjunction with its cheap conditions first; another condition as it is."""
-        parts = children_of(part, "CONJUNCTION_OR")
-        cheap = [p for p in parts if self.may_guard(p)]
-        costly = [p for p in parts if self.may_move(p)]
-        if len(parts) < 2 or len(cheap) + len(costly) < len(parts):
+        cheap, costly = self.split(part, "CONJUNCTION_OR")
+        if not costly:
             return part
         ordered = self.in_order(costly)
         found = self.conjunction(ordered[-1])
@@ -84,12 +82,14 @@ class Guarding:
 
     def conjunction(self, part: Tree) -> Tree:
         """A conjunction inside of a disjunction, ordered like the outermost one."""
-        parts = children_of(part, "CONJUNCTION_AND")
-        cheap = [p for p in parts if self.may_guard(p)]
-        costly = [p for p in parts if self.may_move(p)]
-        if len(parts) < 2 or len(cheap) + len(costly) < len(parts):
-            return part
-        return self.chain(cheap, costly)
+        cheap, costly = self.split(part, "CONJUNCTION_AND")
+        return self.chain(cheap, costly) if costly else part
+
+    def split(self, part: Tree, kind: str) -> tuple[list[Tree], list[Tree]]:
+        """(cheap, costly) conditions of a junction; both empty for another condition, or where one is neither."""
+        parts = children_of(part, kind)
+        cheap, costly = [p for p in parts if self.may_guard(p)], [p for p in parts if self.may_move(p)]
+        return (cheap, costly) if 1 < len(parts) == len(cheap) + len(costly) else ([], [])
 
     def may_guard(self, part: Tree) -> bool:
         return not sites_in(part) and not any(n.get("class") in ("SUBQUERY", "WINDOW", "LAMBDA") for n in nodes(part))
