@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import anyio
 from anyio import to_thread
 from fastapi import FastAPI
 
 from complete_fn import __version__
-from complete_fn.server import live_chat
 from complete_fn.server.auth import Door
 from complete_fn.server.error_replies import Bounds, add_refusals
+from complete_fn.server.fair_slots import Lanes
 from complete_fn.server.metrics import Metrics, RequestCounter
 from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.routes import call_outs, health
 from complete_fn.server.routes.jobs import estimate, jobs, usage
 from complete_fn.server.routes.openai import batches, completions, files
-from complete_fn.server.table_slots import TableSlots
 from complete_fn.server.worker_api import internal_secret
 from complete_fn.server.worker_proxy import Proxy
 from complete_fn.service.call_out_batches import CallOuts
@@ -56,8 +54,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.lanes = anyio.CapacityLimiter(live_chat.AT_ONCE)
-        app.state.tables = TableSlots()
+        app.state.lanes, app.state.readiness = Lanes(), health.Readiness(service)
         app.state.loop = maintenance or WorkerLoop(service, workers)
         app.state.loop.start()
         app.state.call_outs = CallOuts(service)

@@ -13,10 +13,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from complete_fn.errors import CompleteError, KeyRefusedError, ScopeError
 from complete_fn.jobs.api_keys import REFUSED, Principal
+from complete_fn.server.call_out_replies import PREFIX
 from complete_fn.server.error_replies import of_complete_error
 from complete_fn.service.service import Service
 from complete_fn.types import Asker
 
+# The scope that a request needs, by the beginning of its path; /v1/models needs a key alone.
+SCOPE_OF = {
+    "/v1/chat/": "complete",
+    "/v1/completions": "complete",
+    PREFIX: "complete",
+    "/v1/files": "jobs",
+    "/v1/jobs": "jobs",
+    "/v1/batches": "jobs",
+    "/v1/estimate": "jobs",
+    "/v1/usage": "usage",
+    "/metrics": "metrics",
+}
 AT_ONCE = 16  # lookups of keys at a time, on threads of their own, so that slow routes cannot block them
 
 
@@ -32,7 +45,7 @@ async def principal(request: Request) -> Principal:
 
 
 class Door:
-    """Refuses callers of /v1/ and /metrics who are not authenticated, before a byte of the body is read."""
+    """Refuses callers of /v1/ and /metrics without a key or its scope, before a byte of the body is read."""
 
     def __init__(self, app: ASGIApp, service: Service, loopback: bool) -> None:
         self.app = app
@@ -53,8 +66,15 @@ class Door:
     def identify(self, request: Request) -> Principal:
         """Raises:
         KeyRefusedError: An API key is needed, and the request has none or an invalid one.
-        ScopeError: No API key exists, and a web page sends the request under another site's name.
+        ScopeError: The key was made without the scope that the request needs. Or no API key exists, and a web page
+            sends the request under another site's name.
         """
+        found = self.caller(request)
+        if (scope := scope_of(request.url.path)) is not None:
+            found.require(scope)
+        return found
+
+    def caller(self, request: Request) -> Principal:
         if self.loopback and not self.service.keys.any():
             refuse_strange_pages(request)
             return Principal()
@@ -62,6 +82,10 @@ class Door:
         if scheme.lower() != "bearer":
             raise KeyRefusedError(REFUSED)
         return self.service.keys.check(key.strip())
+
+
+def scope_of(path: str) -> str | None:
+    return next((scope for start, scope in SCOPE_OF.items() if path.startswith(start)), None)
 
 
 def refuse_strange_pages(request: Request) -> None:

@@ -9,12 +9,11 @@ import time
 from contextlib import suppress
 
 import anyio
-from anyio import to_thread
 from fastapi import Request
 
 from complete_fn.engines.call import Call
 from complete_fn.engines.stoppable import Stopped
-from complete_fn.errors import EngineBusyError
+from complete_fn.server.fair_slots import Lanes
 from complete_fn.server.rate_limits import Grant
 from complete_fn.server.replies import Detail
 from complete_fn.service.service import Service
@@ -22,7 +21,6 @@ from complete_fn.text import text_column
 from complete_fn.tokens import tokens_by_bytes
 from complete_fn.types import Asker, Usage
 
-AT_ONCE, WAITING = 64, 256  # requests that run, and that may wait
 GONE_SECONDS = 0.25  # between two looks whether the client is gone
 Piece = tuple[int, str]  # row, new text
 
@@ -46,7 +44,7 @@ class Live:
 
     def start(self, grant: Grant, priority: int, streaming: bool) -> None:
         """Run the prompts and settle the grant when they end. If the client left, a row counts at least its prompt."""
-        lanes = self.request.app.state.lanes
+        chats = self.lanes.chats
 
         def work() -> None:
             column, tell = text_column(self.prompts), self.tell if streaming else None
@@ -55,7 +53,7 @@ class Live:
 
         async def run() -> None:
             try:
-                await to_thread.run_sync(work, limiter=lanes, abandon_on_cancel=True)
+                await chats.run(self.who.tenant, work, abandon_on_cancel=True)
             except BaseException as error:
                 self.stop.set()
                 self.failure = error
@@ -69,12 +67,10 @@ class Live:
 
         self.task = asyncio.create_task(run())
 
-    def refuse_crowd(self) -> None:
-        """Raises:
-        EngineBusyError: Too many requests are already waiting.
-        """
-        if self.request.app.state.lanes.statistics().tasks_waiting >= WAITING:
-            raise EngineBusyError(f"{AT_ONCE} requests run and {WAITING} wait. Try again in a moment, or use a job.")
+    @property
+    def lanes(self) -> Lanes:
+        lanes: Lanes = self.request.app.state.lanes
+        return lanes
 
     @property
     def prompt_tokens(self) -> int:

@@ -16,15 +16,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import anyio
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from complete_fn.errors import EngineError
 from complete_fn.jobs.api_keys import NAME, Principal
-from complete_fn.server import live_chat
 from complete_fn.server.error_replies import Bounds, add_refusals, refusal
+from complete_fn.server.fair_slots import Lanes
 from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.routes.openai import completions as routes_completions
 from complete_fn.server.worker_proxy import TENANT, USER
@@ -57,7 +56,7 @@ class InternalDoor:
 def internal_app(service: Service, secret: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.lanes = anyio.CapacityLimiter(live_chat.AT_ONCE)
+        app.state.lanes = Lanes()
         yield
 
     app = FastAPI(title="complete-fn worker", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)

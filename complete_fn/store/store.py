@@ -19,8 +19,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, InterfaceError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from complete_fn.errors import StoreError
+from complete_fn.errors import StoreBusyError, StoreError
 from complete_fn.host import here, process_started
 from complete_fn.store.attempts import Attempt, StoredAnswer, attempt_of
 from complete_fn.store.backends import open_database
@@ -92,6 +93,8 @@ class Store:
     def named_errors(self) -> Iterator[None]:
         try:
             yield
+        except PoolTimeoutError as error:
+            raise StoreBusyError("All connections to the store are in use. Try again in a moment.") from error
         except (DatabaseError, InterfaceError, OSError) as error:
             raise self.database.fault(error) from error
 
@@ -114,6 +117,13 @@ class Store:
 
     def connect(self, **options: Any) -> sa.Connection:
         return self.engine.connect().execution_options(**options)
+
+    def ping(self) -> None:
+        """Raises:
+        StoreError: The database does not answer.
+        """
+        with self.read() as connection:
+            connection.execute(sa.select(1))
 
     def close(self) -> None:
         self.engine.dispose()

@@ -41,7 +41,6 @@ async def ask(dialect: Which, function: Function, request: Request, caller: Call
     translator = dialect_of(dialect)
     until = time.monotonic() + translator.patience
     try:
-        caller.require("complete")
         body = unzipped(await request.body(), request)
         asked = translator.read(body, request.headers)
         name = named(caller, dialect, function, asked.batch)
@@ -60,7 +59,6 @@ async def poll(dialect: Which, function: Function, request: Request, caller: Cal
     translator = dialect_of(dialect)
     until = time.monotonic() + translator.patience
     try:
-        caller.require("complete")
         name = named(caller, dialect, function, translator.batch(request.headers))
         outs, admit = call_outs(request), admission(request, caller)
 
@@ -80,7 +78,6 @@ async def poll(dialect: Which, function: Function, request: Request, caller: Cal
 async def forget(dialect: Which, function: Function, request: Request, caller: Caller) -> Response:
     translator = dialect_of(dialect)
     try:
-        caller.require("complete")
         name = named(caller, dialect, function, translator.batch(request.headers))
         await to_thread.run_sync(call_outs(request).forget, name)
         return Response(status_code=204)

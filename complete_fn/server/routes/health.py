@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import time
+
+import anyio
+from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.auth import Caller
 from complete_fn.server.error_replies import refusal
+from complete_fn.server.fair_slots import LanesOf
+from complete_fn.service.service import Service
+
+READY_SECONDS = 1.0  # an answer of the store counts for so long, however many ask
+
+
+class Readiness:
+    """Whether the store answers, on a thread of its own: requests that hold all others do not hide it."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.limiter = anyio.CapacityLimiter(1)
+        self.answered_at = -READY_SECONDS
+
+    async def check(self) -> None:
+        """Raises:
+        StoreError: The store does not answer.
+        """
+        await to_thread.run_sync(self.look, limiter=self.limiter)
+
+    def look(self) -> None:
+        if time.monotonic() - self.answered_at >= READY_SECONDS:
+            self.service.store.ping()
+            self.answered_at = time.monotonic()
+
 
 router = APIRouter(tags=["health"])
 
@@ -18,14 +47,15 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/metrics", summary="Counts for Prometheus", response_class=PlainTextResponse)
-def metrics(request: Request, caller: Caller) -> Response:
-    caller.require("metrics")
-    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request: Request, caller: Caller, lanes: LanesOf) -> Response:
+    registry = request.app.state.metrics.registry
+    text = await lanes.reports.run(caller.tenant, lambda: generate_latest(registry))
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/readyz", summary="API and workers accept work, models loaded or not", response_model=None)
-def readyz(request: Request, service: ServiceOf) -> dict[str, str] | JSONResponse:
-    service.keys.any()  # reads the store, whose StoreError becomes a 5xx
+async def readyz(request: Request) -> dict[str, str] | JSONResponse:
+    await request.app.state.readiness.check()
     if not request.app.state.loop.alive():
         return refusal(503, "A worker thread has ended. Restart the service.", "worker_gone")
     return {"status": "ready"}

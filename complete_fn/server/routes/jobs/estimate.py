@@ -15,9 +15,9 @@ from complete_fn.prompts.options import parse_options
 from complete_fn.prompts.schema_rules import refuse_patterns
 from complete_fn.prompts.templates import template_fields
 from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body
 from complete_fn.server.routes.jobs.jobs import SourceBody
-from complete_fn.server.table_slots import Tables
 from complete_fn.service.sources import open_source
 from complete_fn.service.submit import prompts_of, refuse_missing
 from complete_fn.types import Asker
@@ -45,9 +45,8 @@ class EstimateBody(Body):
 
 
 @router.post("/v1/estimate", summary="What a job over a table would take")
-async def post_estimate(body: EstimateBody, service: ServiceOf, caller: Caller, tables: Tables) -> dict[str, Any]:
+async def post_estimate(body: EstimateBody, service: ServiceOf, caller: Caller, lanes: LanesOf) -> dict[str, Any]:
     """Rows, tokens, cached share, price and device-seconds; `report` is the same as text. Refuses what a job would."""
-    caller.require("jobs")
     options = parse_options(body.options)
     refuse_patterns(options.response_format)
     call = Call.of(service.model(body.model), options)
@@ -64,4 +63,4 @@ async def post_estimate(body: EstimateBody, service: ServiceOf, caller: Caller, 
         found = estimate(call, prompts, service.store, Asker(caller.tenant, caller.user), options.cache)
         return {"object": "estimate", **as_values(found), "report": report(found)}
 
-    return await tables.run(caller.tenant, work)
+    return await lanes.tables.run(caller.tenant, work)

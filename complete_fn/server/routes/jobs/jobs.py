@@ -14,9 +14,9 @@ from complete_fn.errors import InputError
 from complete_fn.jobs.job import Job
 from complete_fn.rows.formats import FORMATS
 from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body, TableName
 from complete_fn.server.routes.openai.files import Limit, chunks, page
-from complete_fn.server.table_slots import Tables
 from complete_fn.service.eta import eta_seconds
 from complete_fn.service.rerun import rerun
 from complete_fn.service.results import write_results
@@ -134,11 +134,10 @@ async def create_job(
     body: JobBody,
     service: ServiceOf,
     caller: Caller,
-    tables: Tables,
+    lanes: LanesOf,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> dict[str, Any]:
     """A wrong model, option, template or file is refused here, before anything is paid for."""
-    caller.require("jobs")
     spec = TableSpec(
         model=body.model,
         prompt=body.prompt,
@@ -151,46 +150,46 @@ async def create_job(
         idempotency_key=body.idempotency_key or idempotency_key or None,
         query_tag=body.query_tag,
     )
-    return await tables.run(caller.tenant, lambda: job_body(service, submit_table(service, caller, spec)))
+    return await lanes.tables.run(caller.tenant, lambda: job_body(service, submit_table(service, caller, spec)))
 
 
 @router.get("/v1/jobs", summary="The tenant's jobs, newest first")
-def list_jobs(service: ServiceOf, caller: Caller, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
-    caller.require("jobs")
-    found = service.jobs.newest(caller.tenant, "table", limit + 1, after)
-    return page([job_body(service, job) for job in found], limit)
+async def list_jobs(
+    service: ServiceOf, caller: Caller, lanes: LanesOf, limit: Limit = 20, after: str | None = None
+) -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        found = service.jobs.newest(caller.tenant, "table", limit + 1, after)
+        return page([job_body(service, job) for job in found], limit)
+
+    return await lanes.reports.run(caller.tenant, work)
 
 
 @router.get("/v1/jobs/{job_id}", summary="How far a job is")
 def get_job(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    caller.require("jobs")
     return job_body(service, service.jobs.get(caller.tenant, job_id, "table"))
 
 
 @router.post("/v1/jobs/{job_id}/cancel", summary="Stop a job; the rows that are done stay")
 def cancel_job(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    caller.require("jobs")
     job = service.jobs.get(caller.tenant, job_id, "table")
     return job_body(service, service.jobs.stop(job, "cancelled"))
 
 
 @router.post("/v1/jobs/{job_id}/rerun", summary="Run the rows again that failed, or that the job never came to")
 async def rerun_job(
-    job_id: str, service: ServiceOf, caller: Caller, tables: Tables, body: RerunBody | None = None
+    job_id: str, service: ServiceOf, caller: Caller, lanes: LanesOf, body: RerunBody | None = None
 ) -> dict[str, Any]:
     """For a job that is over. Answers that are there stay and cost nothing more."""
-    caller.require("jobs")
 
     def work() -> dict[str, Any]:
         job = service.jobs.get(caller.tenant, job_id, "table")
         return job_body(service, rerun(service, job, body.max_cost if body else None))
 
-    return await tables.run(caller.tenant, work)
+    return await lanes.tables.run(caller.tenant, work)
 
 
 @router.delete("/v1/jobs/{job_id}", summary="Delete a job's input, results and stored answers; its ledger lines stay")
 def delete_one(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    caller.require("jobs")
     job = service.jobs.get(caller.tenant, job_id, "table")
     delete_job(service, job)
     return {"id": job.id, "object": "job", "deleted": True}
@@ -201,14 +200,13 @@ async def get_results(
     job_id: str,
     service: ServiceOf,
     caller: Caller,
-    tables: Tables,
+    lanes: LanesOf,
     format: Annotated[str, TableName(FORMATS)] = "parquet",
     details: Annotated[bool, Query(description="add error, usage, cost and source of each row")] = False,
     partial: Annotated[
         bool, Query(description="rows that are done, also before the end; all of a completed job")
     ] = False,
 ) -> StreamingResponse:
-    caller.require("jobs")
 
     def work() -> IO[bytes]:
         job = service.jobs.get(caller.tenant, job_id, "table")
@@ -221,7 +219,7 @@ async def get_results(
             raise
         return sink
 
-    sink = await tables.run(caller.tenant, work)
+    sink = await lanes.tables.run(caller.tenant, work)
     opened = ExitStack()
     opened.callback(sink.close)
     return StreamingResponse(chunks(sink, opened), media_type=FORMATS[format].media_type)

@@ -10,26 +10,28 @@ from fastapi import APIRouter, Query
 from complete_fn.errors import InvalidOptionError
 from complete_fn.ledger.usage import GROUPS, UsageLine, usage
 from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.fair_slots import LanesOf
 
 router = APIRouter(tags=["usage"])
 
 
 @router.get("/v1/usage", summary="Rows, tokens and cost of the tenant, by day and model")
-def get_usage(
+async def get_usage(
     service: ServiceOf,
     caller: Caller,
+    lanes: LanesOf,
     by: Annotated[str, Query(description=f"one or more of {', '.join(GROUPS)}, with commas")] = "day,model",
     since: Annotated[
         datetime | None, Query(description="ISO 8601, UTC if it names no zone; all time if not given")
     ] = None,
 ) -> dict[str, Any]:
-    caller.require("usage")
     names = by.split(",")
     if wrong := [name for name in names if name not in GROUPS]:
         raise InvalidOptionError(f"by = {wrong[0]!r} is not one of {', '.join(GROUPS)}.")
     if since is not None and since.tzinfo is None:
         since = since.replace(tzinfo=UTC)
-    lines = usage(service.store, names, since.timestamp() if since else 0.0, caller.tenant)
+    from_time = since.timestamp() if since else 0.0
+    lines = await lanes.reports.run(caller.tenant, lambda: usage(service.store, names, from_time, caller.tenant))
     return {"object": "list", "data": [line_body(names, line) for line in lines]}
 
 

@@ -15,9 +15,9 @@ from complete_fn.jobs.job import Job
 from complete_fn.server.auth import Caller, ServiceOf
 from complete_fn.server.batch_lines import answer_lines, groups, read_lines
 from complete_fn.server.error_replies import told
+from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body
 from complete_fn.server.routes.openai.files import Limit, page
-from complete_fn.server.table_slots import Tables
 from complete_fn.service.job_files import details_of, windows_of
 from complete_fn.service.retention import delete_job
 from complete_fn.service.service import Service
@@ -50,10 +50,9 @@ class BatchBody(Body):
 
 
 @router.post("/v1/batches", summary="Run an uploaded file of requests")
-async def create_batch(body: BatchBody, service: ServiceOf, caller: Caller, tables: Tables) -> dict[str, Any]:
+async def create_batch(body: BatchBody, service: ServiceOf, caller: Caller, lanes: LanesOf) -> dict[str, Any]:
     """A line that cannot be run, or a custom_id used twice, is refused here, before anything is paid for."""
-    caller.require("jobs")
-    return await tables.run(caller.tenant, lambda: batch_body(service, submit_batch(service, caller, body)))
+    return await lanes.tables.run(caller.tenant, lambda: batch_body(service, submit_batch(service, caller, body)))
 
 
 def submit_batch(service: Service, caller: Principal, body: BatchBody) -> Job:
@@ -74,13 +73,16 @@ def submit_batch(service: Service, caller: Principal, body: BatchBody) -> Job:
 
 
 @router.get("/v1/batches", summary="The tenant's batches, newest first")
-def list_batches(
-    request: Request, service: ServiceOf, caller: Caller, limit: Limit = 20, after: str | None = None
+async def list_batches(
+    request: Request, service: ServiceOf, caller: Caller, lanes: LanesOf, limit: Limit = 20, after: str | None = None
 ) -> dict[str, Any]:
     """A batch whose files cannot be read says so in `errors`."""
-    caller.require("jobs")
-    found = service.jobs.newest(caller.tenant, "batch", limit + 1, after)
-    return page([listed(request, service, job) for job in found], limit)
+
+    def work() -> dict[str, Any]:
+        found = service.jobs.newest(caller.tenant, "batch", limit + 1, after)
+        return page([listed(request, service, job) for job in found], limit)
+
+    return await lanes.reports.run(caller.tenant, work)
 
 
 def listed(request: Request, service: Service, job: Job) -> dict[str, Any]:
@@ -94,13 +96,11 @@ def listed(request: Request, service: Service, job: Job) -> dict[str, Any]:
 
 @router.get("/v1/batches/{batch_id}", summary="How far a batch is")
 def get_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    caller.require("jobs")
     return batch_body(service, service.jobs.get(caller.tenant, batch_id, "batch"))
 
 
 @router.post("/v1/batches/{batch_id}/cancel", summary="Stop a batch; the answers that are done stay")
 def cancel_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    caller.require("jobs")
     job = service.jobs.get(caller.tenant, batch_id, "batch")
     return batch_body(service, service.jobs.stop(job, "cancelled"))
 
@@ -109,7 +109,6 @@ def cancel_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str,
     "/v1/batches/{batch_id}", summary="Delete a batch and its stored answers; files are deleted by themselves"
 )
 def delete_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    caller.require("jobs")
     job = service.jobs.get(caller.tenant, batch_id, "batch")
     delete_job(service, job)
     return {"id": job.id, "object": "batch", "deleted": True}

@@ -46,7 +46,6 @@ def model_body(model: Model) -> dict[str, Any]:
 
 @router.post("/v1/chat/completions", summary="Answer one conversation", response_model=None)
 async def chat(body: ChatBody, request: Request, service: ServiceOf, caller: Caller) -> Response:
-    caller.require("complete")
     live = Live(request, service, body.chat_call(service.model(body.model)), [body.prompt()], asker(caller))
     return await answer(live, body, Chunks("chat.completion.chunk", body.model, body.wants_usage), caller)
 
@@ -54,14 +53,13 @@ async def chat(body: ChatBody, request: Request, service: ServiceOf, caller: Cal
 @router.post("/v1/completions", summary="Answer one prompt or several", response_model=None)
 async def complete(body: CompletionBody, request: Request, service: ServiceOf, caller: Caller) -> Response:
     """Of several prompts one that fails ends with finish_reason `error`; its choice says why in `error`."""
-    caller.require("complete")
     live = Live(request, service, body.completion_call(service.model(body.model)), body.texts(), asker(caller))
     return await answer(live, body, Chunks("text_completion", body.model, body.wants_usage), caller)
 
 
 async def answer(live: Live, body: ChatBody | CompletionBody, chunks: Chunks, caller: Principal) -> Response:
     """The reply. An error before the first piece of text has its own status."""
-    live.refuse_crowd()
+    live.lanes.chats.refuse_crowd(caller.tenant)
     rates: RateLimits = live.request.app.state.rates
     grant = await rates.admitted(caller, live.most_tokens)
     remote: Proxy | None = live.request.app.state.remote

@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from complete_fn.errors import InputError
 from complete_fn.jobs.uploads import Upload
 from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.fair_slots import LanesOf
 
 PURPOSES = ("batch", "user_data")
 CHUNK = 1 << 16
@@ -42,43 +43,52 @@ def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
 
 
 @router.post("/v1/files", summary="Upload a table (.parquet, .csv, .jsonl) or a batch (.jsonl)")
-def upload_file(
+async def upload_file(
     service: ServiceOf,
     caller: Caller,
+    lanes: LanesOf,
     file: Annotated[UploadFile, File()],
     purpose: Annotated[str, Form()],
     anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
     seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=SHORTEST, le=LONGEST)] = None,
 ) -> dict[str, Any]:
     """Kept as long as this service keeps files, or for `expires_after` seconds (3600 to 2592000)."""
-    caller.require("jobs")
     if purpose not in PURPOSES:
         raise InputError(f"purpose = {purpose!r} is not one of {', '.join(PURPOSES)}.")
     name = (file.filename or "").replace("\\", "/").rpartition("/")[2]
     if (anchor is None) != (seconds is None):
         raise InputError("expires_after needs both 'anchor' ('created_at') and 'seconds'.")
     Upload("", caller.tenant, name, purpose, 0, 0.0, None).format  # noqa: B018  refuses names that say no format
-    return file_body(service.uploads.save(caller.tenant, name, purpose, file.file, seconds))
+
+    def work() -> dict[str, Any]:
+        return file_body(service.uploads.save(caller.tenant, name, purpose, file.file, seconds))
+
+    return await lanes.tables.run(caller.tenant, work)
 
 
 @router.get("/v1/files", summary="The tenant's files, newest first")
-def list_files(
-    service: ServiceOf, caller: Caller, purpose: str | None = None, limit: Limit = 100, after: str | None = None
+async def list_files(
+    service: ServiceOf,
+    caller: Caller,
+    lanes: LanesOf,
+    purpose: str | None = None,
+    limit: Limit = 100,
+    after: str | None = None,
 ) -> dict[str, Any]:
-    caller.require("jobs")
-    found = service.uploads.newest(caller.tenant, limit + 1, after, purpose)
-    return page([file_body(f) for f in found], limit)
+    def work() -> dict[str, Any]:
+        found = service.uploads.newest(caller.tenant, limit + 1, after, purpose)
+        return page([file_body(f) for f in found], limit)
+
+    return await lanes.reports.run(caller.tenant, work)
 
 
 @router.get("/v1/files/{file_id}", summary="One file")
 def get_file(file_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    caller.require("jobs")
     return file_body(service.uploads.get(caller.tenant, file_id))
 
 
 @router.get("/v1/files/{file_id}/content", summary="A file's bytes")
 def get_content(file_id: str, service: ServiceOf, caller: Caller) -> StreamingResponse:
-    caller.require("jobs")
     upload = service.uploads.get(caller.tenant, file_id)
     opened = ExitStack()
     source = opened.enter_context(service.storage.reading(service.uploads.key(upload)))
@@ -95,6 +105,5 @@ def chunks(source: IO[bytes], opened: ExitStack) -> Iterator[bytes]:
 
 @router.delete("/v1/files/{file_id}", summary="Delete a file; jobs keep their own copy")
 def delete_file(file_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    caller.require("jobs")
     service.uploads.delete(service.uploads.get(caller.tenant, file_id))
     return {"id": file_id, "object": "file", "deleted": True}

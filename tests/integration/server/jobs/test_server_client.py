@@ -26,6 +26,7 @@ from complete_fn.errors import (
     UnknownModelError,
 )
 from complete_fn.ledger.usage import usage
+from complete_fn.server.fair_slots import FairSlots
 
 TABLE = pa.table({"id": [1, 2, 3], "text": ["a", None, "c c"]})
 
@@ -63,12 +64,17 @@ def test_what_the_service_refuses_is_raised_as_what_it_is(running: Any) -> None:
         client.jobs()
 
 
+def no_slot(self: FairSlots, tenant: str) -> Any:
+    raise EngineBusyError(f"32 requests wait already. {self.advice}")
+
+
 def test_a_busy_service_is_asked_again(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("complete_fn.server.error_replies.RETRY_SECONDS", 1)
-    monkeypatch.setattr("complete_fn.server.table_slots.MOST", 0)
-    with pytest.raises(EngineBusyError, match="read or write tables already"):
+    slot = FairSlots.slot
+    monkeypatch.setattr(FairSlots, "slot", no_slot)
+    with pytest.raises(EngineBusyError, match="read or write tables"):
         Client(running.url, timeout=0.5).submit(TABLE, "echo", "Say: {text}")
-    threading.Timer(0.5, monkeypatch.setattr, ("complete_fn.server.table_slots.MOST", 16)).start()
+    threading.Timer(0.5, monkeypatch.setattr, (FairSlots, "slot", slot)).start()
     job = Client(running.url).submit(TABLE, "echo", "Say: {text}")
     job.wait()
     assert b"".join(job.download("jsonl")).count(b"\n") == 3

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
 from complete_fn import EchoEngine
-from complete_fn.server.live_chat import AT_ONCE
+from complete_fn.server.fair_slots import CHATS_OF_ONE
 from complete_fn.service.service import Service
 from tests.integration.server.conftest import at_service, write_models
 
@@ -64,7 +64,7 @@ def test_no_request_of_many_breaks_the_service(operations: list[Any]) -> None:
 def test_clients_that_stall_in_the_middle_of_a_body_hold_nobody_up(shared: Any) -> None:
     url = urlsplit(shared.url)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{"
-    stalled = [socket.create_connection((url.hostname, url.port)) for _ in range(AT_ONCE + 20)]
+    stalled = [socket.create_connection((url.hostname, url.port)) for _ in range(CHATS_OF_ONE + 20)]
     try:
         for link in stalled:
             link.sendall(head)
