@@ -22,7 +22,8 @@ from read_databases import new_database
 
 from complete_fn import Completion, CompletionRequest, EchoEngine
 from complete_fn.server.app import make_app
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 
 SQL = Path(__file__).parents[1] / "sql" / "complete_fn_sql" / "postgres_install.sql"
 MODEL = "[models.echo]\ncheckpoint = 'echo'\nmax_model_len = 4096\n"
@@ -44,9 +45,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     (folder / "models.toml").write_text(MODEL)
     engine = Counting()
-    service = Service(folder / "home", folder / "models.toml", engine)
+    engines = EngineHost(ServiceState(folder / "home", folder / "models.toml", engine))
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(make_app(engines), log_level="warning"))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     with new_database(chosen.dsn) as name:

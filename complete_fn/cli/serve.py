@@ -54,12 +54,13 @@ def serve_main(argv: list[str]) -> int:
     )
     add_home(parser)
     asked = parser.parse_args(argv)
-    is_loopback, make_app, service_type, uvicorn = (
+    is_loopback, make_app, state_type, host_type, uvicorn = (
         resolve(name)
         for name in (
             "complete_fn.server.auth:is_loopback",
             "complete_fn.server.app:make_app",
-            "complete_fn.service.service:Service",
+            "complete_fn.service.state:ServiceState",
+            "complete_fn.service.engine_host:EngineHost",
             "uvicorn:Server",
         )
     )
@@ -70,22 +71,23 @@ def serve_main(argv: list[str]) -> int:
         raise InvalidOptionError(NO_BROKER.format(workers=asked.workers))
     queue = CeleryQueue(broker) if broker else None
     with alone(home) if settings.database is None else nullcontext(), listening(asked.host, asked.port) as listener:
-        service = service_type(home=home, idle_seconds=asked.idle_seconds, queue=queue)
+        state = state_type(home, queue=queue)
+        engines = host_type(state, asked.idle_seconds)
         loopback = is_loopback(listener.getsockname()[0])
-        if not loopback and not service.keys.any():
+        if not loopback and not state.keys.any():
             raise InvalidOptionError(NO_KEYS.format(host=asked.host))
         where = f"http://{asked.host}:{listener.getsockname()[1]}"
         print(
-            f"complete-fn serves {where}/v1 (API: {where}/docs; state: {service.store.place}). Ctrl-C ends it.",
+            f"complete-fn serves {where}/v1 (API: {where}/docs; state: {state.store.place}). Ctrl-C ends it.",
             file=sys.stderr,
         )
-        app = make_app(service, loopback, maintenance=maintenance_of(service, broker, workers))
+        app = make_app(engines, loopback, maintenance=maintenance_of(engines, broker, workers))
         config = resolve("uvicorn:Config")(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
         uvicorn(config).run(sockets=[listener])
     return OK
 
 
-def maintenance_of(service: Any, broker: str | None, workers: tuple[int, int] | None) -> Any:
+def maintenance_of(engines: Any, broker: str | None, workers: tuple[int, int] | None) -> Any:
     """The maintenance that this process does for worker processes; None if it runs the jobs itself."""
     if broker is None:
         return None
@@ -98,11 +100,11 @@ def maintenance_of(service: Any, broker: str | None, workers: tuple[int, int] | 
         )
     )
     if workers is None or not workers[1]:
-        return maintenance(service)
+        return maintenance(engines)
     devices = visible_devices()
     least, most = within_devices(*workers, devices)
-    start = worker_starter(service.settings, broker, service.idle_seconds, device_shares(devices, most))
-    return maintenance(service, fleet(service.workers, start, least, most, service.idle_seconds))
+    start = worker_starter(engines.state.settings, broker, engines.idle_seconds, device_shares(devices, most))
+    return maintenance(engines, fleet(engines.state.workers, start, least, most, engines.idle_seconds))
 
 
 @contextmanager
@@ -182,14 +184,14 @@ def create_key(asked: argparse.Namespace) -> int:
 
 def list_keys(asked: argparse.Namespace) -> int:
     lines = [
-        (k.id, k.tenant, k.user, k.scopes, moment(k.created_at), str(k.tokens_per_minute or ""), state(k))
+        (k.id, k.tenant, k.user, k.scopes, moment(k.created_at), str(k.tokens_per_minute or ""), key_state(k))
         for k in key_store(asked).list()
     ]
     print_table([("ID", "TENANT", "USER", "SCOPES", "CREATED", "TOKENS/MIN", "STATE"), *lines])
     return OK
 
 
-def state(key: Any) -> str:
+def key_state(key: Any) -> str:
     return "revoked" if key.revoked_at else "valid"
 
 

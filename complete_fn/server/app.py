@@ -20,7 +20,8 @@ from complete_fn.server.routes.openai import batches, completions, files
 from complete_fn.server.worker_api import internal_secret
 from complete_fn.server.worker_proxy import Proxy
 from complete_fn.service.call_out_batches import CallOuts
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 from complete_fn.worker.loop import AT_ONCE, WorkerLoop
 from complete_fn.worker.maintenance import Maintenance
 
@@ -40,9 +41,9 @@ catalogue. Errors are `{"error": {"message", "type", "param", "code"}}` everywhe
 
 
 def make_app(
-    service: Service, loopback: bool = True, workers: int = AT_ONCE, maintenance: Maintenance | None = None
+    engines: EngineHost, loopback: bool = True, workers: int = AT_ONCE, maintenance: Maintenance | None = None
 ) -> FastAPI:
-    """The application. It owns the service from now on, and closes the service when it ends.
+    """The application of a service. It owns the engines and their state from now on, and closes both when it ends.
 
     Args:
         loopback: whether only this machine can reach the application. If so, no API key is needed as long as none was
@@ -51,35 +52,36 @@ def make_app(
         maintenance: the maintenance for worker processes, which then run the jobs and answer chats; None if this
             process does both itself.
     """
+    state = engines.state
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.lanes, app.state.readiness = Lanes(), health.Readiness(service)
-        app.state.loop = maintenance or WorkerLoop(service, workers)
+        app.state.lanes, app.state.readiness = Lanes(), health.Readiness(state)
+        app.state.loop = maintenance or WorkerLoop(engines, workers)
         app.state.loop.start()
-        app.state.call_outs = CallOuts(service)
+        app.state.call_outs = CallOuts(engines)
         yield
         app.state.call_outs.close()
         if app.state.remote is not None:
             await app.state.remote.close()
         await to_thread.run_sync(app.state.loop.close)
-        service.close()
+        engines.close()
 
     app = FastAPI(title="complete-fn", version=__version__, description=DESCRIPTION, lifespan=lifespan)
-    app.state.service, app.state.metrics, app.state.rates = service, Metrics(service), RateLimits(service.store)
-    app.state.remote, app.state.internal = remote_of(service, maintenance), False
+    app.state.engines, app.state.metrics, app.state.rates = engines, Metrics(state), RateLimits(state.store)
+    app.state.remote, app.state.internal = remote_of(state, maintenance), False
     add_refusals(app)
-    app.add_middleware(Door, service=service, loopback=loopback)
-    app.add_middleware(Bounds, upload_bytes=service.limits.upload_bytes, body_bytes=service.limits.body_bytes)
+    app.add_middleware(Door, state=state, loopback=loopback)
+    app.add_middleware(Bounds, upload_bytes=state.limits.upload_bytes, body_bytes=state.limits.body_bytes)
     app.add_middleware(RequestCounter, metrics=app.state.metrics)
     for router in ROUTERS:
         app.include_router(router)
     return app
 
 
-def remote_of(service: Service, maintenance: Maintenance | None) -> Proxy | None:
+def remote_of(state: ServiceState, maintenance: Maintenance | None) -> Proxy | None:
     """The proxy that passes chats on to the worker processes; None without worker processes."""
     if maintenance is None:
         return None
-    secret = internal_secret(service.settings.internal_secret, service.settings.home)
-    return Proxy(service, secret, maintenance.fleet.want if maintenance.fleet is not None else None)
+    secret = internal_secret(state.settings.internal_secret, state.settings.home)
+    return Proxy(state, secret, maintenance.fleet.want if maintenance.fleet is not None else None)

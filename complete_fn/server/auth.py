@@ -15,7 +15,8 @@ from complete_fn.errors import CompleteError, KeyRefusedError, ScopeError
 from complete_fn.jobs.api_keys import REFUSED, Principal
 from complete_fn.server.call_out_replies import PREFIX
 from complete_fn.server.error_replies import of_complete_error
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 from complete_fn.types import Asker
 
 # The scope that a request needs, by the beginning of its path; /v1/models needs a key alone.
@@ -34,9 +35,14 @@ AT_ONCE = 16  # lookups of keys at a time, on threads of their own, so that slow
 
 
 # Dependencies are coroutines: a plain function would need a thread, and slow routes may hold all of them.
-async def service_of(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
+async def engines_of(request: Request) -> EngineHost:
+    engines: EngineHost = request.app.state.engines
+    return engines
+
+
+async def state_of(request: Request) -> ServiceState:
+    engines: EngineHost = request.app.state.engines
+    return engines.state
 
 
 async def principal(request: Request) -> Principal:
@@ -47,9 +53,9 @@ async def principal(request: Request) -> Principal:
 class Door:
     """Refuses callers of /v1/ and /metrics without a key or its scope, before a byte of the body is read."""
 
-    def __init__(self, app: ASGIApp, service: Service, loopback: bool) -> None:
+    def __init__(self, app: ASGIApp, state: ServiceState, loopback: bool) -> None:
         self.app = app
-        self.service = service
+        self.state = state
         self.loopback = loopback
         self.limiter = anyio.CapacityLimiter(AT_ONCE)
 
@@ -75,13 +81,13 @@ class Door:
         return found
 
     def caller(self, request: Request) -> Principal:
-        if self.loopback and not self.service.keys.any():
+        if self.loopback and not self.state.keys.any():
             refuse_strange_pages(request)
             return Principal()
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             raise KeyRefusedError(REFUSED)
-        return self.service.keys.check(key.strip())
+        return self.state.keys.check(key.strip())
 
 
 def scope_of(path: str) -> str | None:
@@ -112,5 +118,6 @@ def asker(caller: Principal, job: str | None = None, query_tag: str | None = Non
     return Asker(caller.tenant, caller.user, job, query_tag)
 
 
-ServiceOf = Annotated[Service, Depends(service_of)]
+EnginesOf = Annotated[EngineHost, Depends(engines_of)]
+StateOf = Annotated[ServiceState, Depends(state_of)]
 Caller = Annotated[Principal, Depends(principal)]

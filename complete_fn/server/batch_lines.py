@@ -18,7 +18,7 @@ from complete_fn.rows.json_values import json_line
 from complete_fn.server.replies import Detail, chat_body, completion_body, refused
 from complete_fn.server.request_bodies import ChatBody, CompletionBody
 from complete_fn.service.job_files import PromptGroup
-from complete_fn.service.service import Service
+from complete_fn.service.state import ServiceState
 from complete_fn.text import is_utf8, text_column
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -35,7 +35,7 @@ class Line:
     prompt: str
 
 
-def read_lines(service: Service, source: bytes, endpoint: str) -> list[Line]:
+def read_lines(state: ServiceState, source: bytes, endpoint: str) -> list[Line]:
     """Raises:
     InputError: A line cannot be run; the message has its number.
     TooLargeError: The batch has more lines than a batch may have.
@@ -45,10 +45,10 @@ def read_lines(service: Service, source: bytes, endpoint: str) -> list[Line]:
     for number, raw in enumerate(source.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not raw.strip():
             continue
-        if len(lines) == service.limits.batch_rows:
-            raise TooLargeError(f"The batch has more than {service.limits.batch_rows:,} requests. Split it.")
+        if len(lines) == state.limits.batch_rows:
+            raise TooLargeError(f"The batch has more than {state.limits.batch_rows:,} requests. Split it.")
         try:
-            line = read_line(service, raw, endpoint)
+            line = read_line(state, raw, endpoint)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(step) for step in ("body", *first["loc"]))
@@ -64,7 +64,7 @@ def read_lines(service: Service, source: bytes, endpoint: str) -> list[Line]:
     return lines
 
 
-def read_line(service: Service, raw: bytes, endpoint: str) -> Line:
+def read_line(state: ServiceState, raw: bytes, endpoint: str) -> Line:
     found = json.loads(raw)
     if not isinstance(found, dict):
         raise ValueError(f"it is no object but {type(found).__name__}.")
@@ -79,12 +79,12 @@ def read_line(service: Service, raw: bytes, endpoint: str) -> Line:
     if endpoint == CHAT:
         chat = ChatBody.model_validate(body)
         refuse_stream(chat.stream)
-        return Line(name, chat.chat_call(service.model(chat.model)), chat.prompt())
+        return Line(name, chat.chat_call(state.model(chat.model)), chat.prompt())
     plain = CompletionBody.model_validate(body)
     refuse_stream(plain.stream)
     if not isinstance(plain.prompt, str):
         raise ValueError("prompt must be one text in a batch.")
-    return Line(name, plain.completion_call(service.model(plain.model)), plain.texts()[0])
+    return Line(name, plain.completion_call(state.model(plain.model)), plain.texts()[0])
 
 
 def refuse_stream(stream: bool) -> None:

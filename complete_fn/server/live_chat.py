@@ -16,7 +16,7 @@ from complete_fn.engines.stoppable import Stopped
 from complete_fn.server.fair_slots import Lanes
 from complete_fn.server.rate_limits import Grant
 from complete_fn.server.replies import Detail
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
 from complete_fn.text import text_column
 from complete_fn.tokens import tokens_by_bytes
 from complete_fn.types import Asker, Usage
@@ -31,8 +31,8 @@ class Live:
     Then a row of which the client has read a piece is billed up to that piece; other unfinished rows are not billed.
     """
 
-    def __init__(self, request: Request, service: Service, call: Call, prompts: list[str], who: Asker) -> None:
-        self.request, self.service = request, service
+    def __init__(self, request: Request, engines: EngineHost, call: Call, prompts: list[str], who: Asker) -> None:
+        self.request, self.engines = request, engines
         self.call, self.prompts, self.who = call, prompts, who
         self.stop = threading.Event()
         self.loop = asyncio.get_running_loop()
@@ -48,7 +48,7 @@ class Live:
 
         def work() -> None:
             column, tell = text_column(self.prompts), self.tell if streaming else None
-            answers = self.service.complete(self.call, column, self.who, self.stop, priority=priority, tell=tell)
+            answers = self.engines.complete(self.call, column, self.who, self.stop, priority=priority, tell=tell)
             self.rows.extend(answers.details.to_pylist())
 
         async def run() -> None:

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from complete_fn.ledger.usage import Totals
-from complete_fn.service.service import Service
+from complete_fn.service.state import ServiceState
 from complete_fn.store.records import money
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -20,7 +20,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 class Metrics:
     """One registry of this process's own counts and of sums from the store."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, state: ServiceState) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "complete_fn_requests", "Requests by route and status.", ["route", "status"], registry=self.registry
@@ -39,15 +39,15 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.registry.register(OfStore(service))
+        self.registry.register(OfStore(state))
 
 
 class OfStore(Collector):
     """Metrics of ledger, queue and workers, which are read from the store at each scrape."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self.totals = Totals(service.store)
+    def __init__(self, state: ServiceState) -> None:
+        self.state = state
+        self.totals = Totals(state.store)
 
     def describe(self) -> list[Metric]:
         return []  # else registration would read the store, before the first scrape
@@ -78,12 +78,12 @@ class OfStore(Collector):
             parts.add_metric(of_status, count)
             tokens.add_metric(of_status, size)
         swept = CounterMetricFamily("complete_fn_lease_expiries", "Parts taken back from workers that went silent.")
-        swept.add_metric([], self.service.parts.swept)
+        swept.add_metric([], self.state.parts.swept)
         yield from (parts, tokens, swept)
 
     def of_workers(self) -> Iterator[Metric]:
         """Metrics of worker processes, by their heartbeats. An API process that runs the jobs itself has none."""
-        beats, paces = self.service.workers.alive(), self.service.workers.paces()
+        beats, paces = self.state.workers.alive(), self.state.workers.paces()
         alive = GaugeMetricFamily("complete_fn_workers", "Worker processes.", labels=["draining"])
         for draining in (False, True):
             alive.add_metric([str(draining).lower()], sum(beat.draining == draining for beat in beats))

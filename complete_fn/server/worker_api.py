@@ -27,7 +27,7 @@ from complete_fn.server.fair_slots import Lanes
 from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.routes.openai import completions as routes_completions
 from complete_fn.server.worker_proxy import TENANT, USER
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
 
 START_SECONDS = 30.0
 
@@ -53,22 +53,22 @@ class InternalDoor:
         await self.app(scope, receive, send)
 
 
-def internal_app(service: Service, secret: str) -> FastAPI:
+def internal_app(engines: EngineHost, secret: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.lanes = Lanes()
         yield
 
     app = FastAPI(title="complete-fn worker", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service, app.state.rates, app.state.remote, app.state.internal = (
-        service,
-        RateLimits(service.store),
+    app.state.engines, app.state.rates, app.state.remote, app.state.internal = (
+        engines,
+        RateLimits(engines.state.store),
         None,
         True,
     )
     add_refusals(app)
     app.add_middleware(InternalDoor, secret=secret)
-    app.add_middleware(Bounds, upload_bytes=0, body_bytes=service.limits.body_bytes)
+    app.add_middleware(Bounds, upload_bytes=0, body_bytes=engines.state.limits.body_bytes)
     app.include_router(routes_completions.router)
     return app
 
@@ -80,7 +80,7 @@ class Internal:
         address: the URL that the heartbeat announces; with the machine's name if the server listens on all interfaces.
     """
 
-    def __init__(self, service: Service, host: str, secret: str) -> None:
+    def __init__(self, engines: EngineHost, host: str, secret: str) -> None:
         kind, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(kind, socket.SOCK_STREAM)
         listener.bind(place)
@@ -89,7 +89,7 @@ class Internal:
         shown = socket.gethostname() if everywhere else f"[{host}]" if ":" in host else host
         self.address = f"http://{shown}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
-            internal_app(service, secret), log_level="warning", access_log=False, timeout_graceful_shutdown=10
+            internal_app(engines, secret), log_level="warning", access_log=False, timeout_graceful_shutdown=10
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([listener],), name="internal", daemon=True)
@@ -106,13 +106,13 @@ class Internal:
         self.thread.join(START_SECONDS)
 
 
-def serve_internal(service: Service, host: str, secret: str) -> Internal:
+def serve_internal(engines: EngineHost, host: str, secret: str) -> Internal:
     """Serve the OpenAI routes on a free port of `host`, to callers that have the secret.
 
     Raises:
         EngineError, OSError: The server cannot listen on the address.
     """
-    return Internal(service, host, secret)
+    return Internal(engines, host, secret)
 
 
 def internal_secret(given: str | None, home: Path) -> str:

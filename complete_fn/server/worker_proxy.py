@@ -18,7 +18,7 @@ from complete_fn.jobs.api_keys import Principal
 from complete_fn.jobs.worker_store import Beat
 from complete_fn.server.live_chat import GONE_SECONDS
 from complete_fn.server.rate_limits import Grant
-from complete_fn.service.service import Service
+from complete_fn.service.state import ServiceState
 
 CLIENT_CLOSED = 499  # nginx's status for a client that left; no client reads this reply
 TENANT, USER, TOKENS = "x-complete-tenant", "x-complete-user", "x-complete-tokens"
@@ -38,8 +38,8 @@ class Proxy:
         want: asks for a worker for a model; None if this process starts no workers.
     """
 
-    def __init__(self, service: Service, secret: str, want: Callable[[str], None] | None) -> None:
-        self.service, self.secret, self.want = service, secret, want
+    def __init__(self, state: ServiceState, secret: str, want: Callable[[str], None] | None) -> None:
+        self.state, self.secret, self.want = state, secret, want
         self.client = httpx.AsyncClient(  # without HTTP_PROXY: a proxy would see secret and prompts
             trust_env=False,
             timeout=httpx.Timeout(None, connect=5.0),
@@ -68,7 +68,7 @@ class Proxy:
         """The workers that accept requests: first those with a warm engine, and among them the least busy first."""
         now = time.monotonic()
         if now - self.looked > FRESH_SECONDS:
-            self.beats, self.looked = list(await to_thread.run_sync(self.service.workers.alive)), now
+            self.beats, self.looked = list(await to_thread.run_sync(self.state.workers.alive)), now
         up = [beat for beat in self.beats if beat.address and not beat.draining]
         return sorted(up, key=lambda beat: (not beat.warm(model), beat.in_flight))
 

@@ -12,7 +12,7 @@ from complete_fn.errors import CompleteError, InputError, InvalidOptionError, Un
 from complete_fn.prompts.options import CacheMode, parse_options
 from complete_fn.prompts.schema_rules import refuse_patterns
 from complete_fn.prompts.templates import escape, pack_messages
-from complete_fn.service.service import Service
+from complete_fn.service.state import ServiceState
 
 ARGUMENTS = "complete(model, prompt [, options])"
 FUNCTIONS = ("complete", "complete_details")  # the answer as text; everything about the row, as JSON
@@ -90,7 +90,7 @@ class Share:
     prompts: list[str] = field(default_factory=list)
 
 
-def shares(service: Service, rows: Sequence[Sequence[Any]]) -> list[Share]:
+def shares(state: ServiceState, rows: Sequence[Sequence[Any]]) -> list[Share]:
     """The rows by model and options; rows whose model or prompt is NULL are in none.
 
     Raises:
@@ -110,19 +110,19 @@ def shares(service: Service, rows: Sequence[Sequence[Any]]) -> list[Share]:
         options = option_text(row[2] if len(row) == 3 else None, number)
         share = found.get((model, options))
         if share is None:
-            share = found[model, options] = new_share(service, model, options)
+            share = found[model, options] = new_share(state, model, options)
         share.rows.append(number)
         share.prompts.append(prompt_text(prompt, number))
     return list(found.values())
 
 
-def new_share(service: Service, model: str, options: str) -> Share:
+def new_share(state: ServiceState, model: str, options: str) -> Share:
     given = json.loads(options)
     if "strict" in given:
         raise InvalidOptionError("'strict' is no option here: a row that fails is NULL, and complete_details says why.")
     parsed = parse_options(given)
     refuse_patterns(parsed.response_format)
-    return Share(model, options, Call.of(service.model(model), parsed), parsed.cache)
+    return Share(model, options, Call.of(state.model(model), parsed), parsed.cache)
 
 
 def option_text(given: Any, number: int) -> str:

@@ -25,7 +25,7 @@ from complete_fn.jobs.part_queue import worker_gone, worker_name
 from complete_fn.logs import log_failure
 from complete_fn.service.call_out import CallOut, Detail, Share, shares, value_of
 from complete_fn.service.call_out_merging import Merger, Ticket
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
 from complete_fn.store.job_tables import call_outs
 from complete_fn.types import Asker
 
@@ -96,8 +96,8 @@ def kept(now: float) -> sa.ColumnElement[bool]:
 class CallOuts:
     """The batches of one service. Safe to use from several threads."""
 
-    def __init__(self, service: Service) -> None:
-        self.service, self.merger = service, Merger(service)
+    def __init__(self, engines: EngineHost) -> None:
+        self.state, self.merger = engines.state, Merger(engines)
         self.holder = worker_name(0)
         self.lock = threading.Lock()
         self.running: dict[CallOutName, Running] = {}
@@ -115,7 +115,7 @@ class CallOuts:
         known = self.look(name, digest)
         if known is not None and not known.lost:
             return known.values
-        wanted = shares(self.service, asked.rows)
+        wanted = shares(self.state, asked.rows)
         with self.lock:
             here = self.running.get(name)
             if here is not None:
@@ -143,7 +143,7 @@ class CallOuts:
             here = self.running.pop(name, None)
         for ticket in here.tickets if here else ():
             ticket.leave()
-        with self.service.store.write() as connection:
+        with self.state.store.write() as connection:
             connection.execute(call_outs.delete().where(name.row))
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class CallOuts:
 
     def look(self, name: CallOutName, digest: bytes | None) -> Known | None:
         """What is known of the batch; None if nothing is. `digest`, if given, must be that of its rows."""
-        with self.service.store.read() as connection:
+        with self.state.store.read() as connection:
             row = connection.execute(sa.select(call_outs).where(name.row, kept(time.time()))).first()
         if row is None:
             return None
@@ -193,7 +193,7 @@ class CallOuts:
             "asked": zlib.compress(json.dumps(asdict(asked)).encode(), 1),
             "created_at": now,
         }
-        with self.service.store.write() as connection:
+        with self.state.store.write() as connection:
             held = connection.execute(sa.select(call_outs).where(name.row)).first()
             if held is not None:
                 if held.created_at > now - KEEP_SECONDS and (held.status == "done" or self.elsewhere(held)):
@@ -219,7 +219,7 @@ class CallOuts:
             running.tickets = self.merger.submit(list(zip(wanted, askers, strict=True)), seconds)
         except BaseException:
             running.settle([])
-            with self.service.store.write() as connection:
+            with self.state.store.write() as connection:
                 connection.execute(call_outs.delete().where(name.row))
             raise
         self.running[name] = running
@@ -243,7 +243,7 @@ class CallOuts:
             self.keep(name, {"status": "done", "reply": reply, "asked": None})
             for ticket in running.tickets:
                 if ticket.who.job is not None:
-                    self.service.store.end_job(name.tenant, ticket.who.job)
+                    self.state.store.end_job(name.tenant, ticket.who.job)
             running.settle([row for row in details if row is not None])
         except BaseException as error:
             self.fail(name, running, error)
@@ -269,7 +269,7 @@ class CallOuts:
             running.values.set_exception(shown)
 
     def keep(self, name: CallOutName, values: dict[str, Any]) -> None:
-        with self.service.store.write() as connection:
+        with self.state.store.write() as connection:
             mine = call_outs.update().where(name.row, call_outs.c.holder == self.holder)
             connection.execute(mine.values(values))
 

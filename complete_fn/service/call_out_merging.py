@@ -13,7 +13,7 @@ from complete_fn.engines.stoppable import Stopped
 from complete_fn.errors import EngineBusyError
 from complete_fn.execution.answers import committed_answers
 from complete_fn.service.call_out import Detail, Share
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
 from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion
 
@@ -49,8 +49,8 @@ class Ticket:
 class Merger:
     """Merges requests of the same tenant, user, query, model and options. Safe from several threads."""
 
-    def __init__(self, service: Service, window: float = WINDOW, lanes: int = LANES) -> None:
-        self.service, self.window = service, window
+    def __init__(self, engines: EngineHost, window: float = WINDOW, lanes: int = LANES) -> None:
+        self.engines, self.window = engines, window
         self.lock = threading.Lock()
         self.lanes = threading.BoundedSemaphore(lanes)
         self.waiting: dict[Key, list[Ticket]] = {}
@@ -122,11 +122,11 @@ class Merger:
         """Raises Stopped if all have left."""
         who, share = tickets[0].who, tickets[0].share
         try:
-            answers = self.service.complete(share.call, prompts, who, stop, share.cache)
+            answers = self.engines.complete(share.call, prompts, who, stop, share.cache)
         except Stopped:
             if all(t.gone.is_set() for t in tickets):
                 raise
             late = Completion.failed("timeout", LATE.format(seconds))
-            answers = committed_answers(share.call, prompts, self.service.store, who, share.cache, late)
+            answers = committed_answers(share.call, prompts, self.engines.state.store, who, share.cache, late)
         rows: list[Detail] = answers.details.to_pylist()
         return rows

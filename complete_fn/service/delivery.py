@@ -21,8 +21,8 @@ from complete_fn.logs import log_failure
 from complete_fn.rows.result_tables import result_columns
 from complete_fn.rows.writers import written_to
 from complete_fn.service.results import lines_schema, result_windows
-from complete_fn.service.service import Service
 from complete_fn.service.sinks import COLUMNS, Delivery, sink_place
+from complete_fn.service.state import ServiceState
 from complete_fn.store.job_tables import deliveries, jobs
 
 LEASE_SECONDS, RETRY_SECONDS, TRIES = 60.0, 10.0, 3
@@ -34,29 +34,29 @@ class LeaseLost(Exception):
     """Another worker has this delivery."""
 
 
-def claim(service: Service) -> Delivery | None:
+def claim(state: ServiceState) -> Delivery | None:
     """The next delivery whose job is over, leased to the caller."""
     now = time.time()
     free = deliveries.c.status.in_(("waiting", "writing")) & (deliveries.c.lease_until < now)
     over = jobs.c.status.notin_(JOB_OPEN)
     first = sa.select(deliveries.c.job).join(jobs, jobs.c.id == deliveries.c.job).where(free, over)
-    with service.store.read() as connection:
+    with state.store.read() as connection:
         name = connection.execute(first.order_by(jobs.c.ended_at).limit(1)).scalar()
     if name is None:
         return None
     taken = {"status": "writing", "lease_until": now + LEASE_SECONDS, "fence": deliveries.c.fence + 1, "rows": 0}
-    with service.store.write() as connection:
+    with state.store.write() as connection:
         mine = deliveries.update().where(deliveries.c.job == name, free).values(taken).returning(*COLUMNS)
         row = connection.execute(mine).first()
     return None if row is None else Delivery(*row)
 
 
-def move(service: Service, held: Delivery, **values: Any) -> None:
+def move(state: ServiceState, held: Delivery, **values: Any) -> None:
     """Raises:
     LeaseLost: the fence is no longer the caller's.
     """
     mine = (deliveries.c.job == held.job) & (deliveries.c.fence == held.fence)
-    with service.store.write() as connection:
+    with state.store.write() as connection:
         if connection.execute(deliveries.update().where(mine).values(values)).rowcount == 0:
             raise LeaseLost
 
@@ -64,33 +64,33 @@ def move(service: Service, held: Delivery, **values: Any) -> None:
 # -- the work --------------------------------------------------------------------------------------------------------
 
 
-def deliver_next(service: Service) -> bool:
+def deliver_next(state: ServiceState) -> bool:
     """Write the results of one job that is over to its sink; False if there is none."""
-    held = claim(service)
+    held = claim(state)
     if held is None:
         return False
     try:
-        write(service, held, service.jobs.get(held.tenant, held.job))
-        move(service, held, status="written", error=None)
+        write(state, held, state.jobs.get(held.tenant, held.job))
+        move(state, held, status="written", error=None)
     except LeaseLost:
         pass
     except Exception as error:
-        failed(service, held, error)
+        failed(state, held, error)
     return True
 
 
-def keep_delivering(service: Service, closing: threading.Event) -> None:
+def keep_delivering(state: ServiceState, closing: threading.Event) -> None:
     """Write what is ready for a sink, until `closing`. API processes and workers do: neither may be up alone."""
     while not closing.is_set():
         try:
-            if not deliver_next(service):
+            if not deliver_next(state):
                 closing.wait(LOOK_SECONDS)
         except Exception as error:
             log_failure("delivering results", error)
             closing.wait(PAUSE_SECONDS)
 
 
-def failed(service: Service, held: Delivery, error: Exception) -> None:
+def failed(state: ServiceState, held: Delivery, error: Exception) -> None:
     """Once more a little later, or never: what the request asks cannot be had by asking again."""
     final = held.tries + 1 >= TRIES
     shown = str(error).splitlines()[0] if isinstance(error, RequestError | JobError) else ""
@@ -98,42 +98,42 @@ def failed(service: Service, held: Delivery, error: Exception) -> None:
     status = "failed" if final else "waiting"
     try:
         later = time.time() + RETRY_SECONDS * 2**held.tries
-        move(service, held, status=status, error=text, tries=held.tries + 1, lease_until=later)
+        move(state, held, status=status, error=text, tries=held.tries + 1, lease_until=later)
     except (LeaseLost, CompleteError):
         return
 
 
-def write(service: Service, held: Delivery, job: Job) -> None:
+def write(state: ServiceState, held: Delivery, job: Job) -> None:
     sink = json.loads(job.request)["sink"]
     if "uri" in sink:
-        write_file(service, held, job, sink)
+        write_file(state, held, job, sink)
     else:
-        write_table(service, held, job, sink)
+        write_table(state, held, job, sink)
 
 
-def write_file(service: Service, held: Delivery, job: Job, sink: Mapping[str, Any]) -> None:
-    found, place = sink_place(service, job.tenant, sink)
-    schema = None if place.format == "jsonl" else lines_schema(service, job)
+def write_file(state: ServiceState, held: Delivery, job: Job, sink: Mapping[str, Any]) -> None:
+    found, place = sink_place(state, job.tenant, sink)
+    schema = None if place.format == "jsonl" else lines_schema(state, job)
     count = 0
     with found.writing() as target:
         with written_to(target, place, schema) as writer:
-            for rows, new, _ in result_windows(service, job, True, job.status != "completed"):
+            for rows, new, _ in result_windows(state, job, True, job.status != "completed"):
                 writer.write(rows, new)
                 count += rows.count
-                move(service, held, rows=count, lease_until=time.time() + LEASE_SECONDS)
+                move(state, held, rows=count, lease_until=time.time() + LEASE_SECONDS)
         target.flush()
 
 
-def write_table(service: Service, held: Delivery, job: Job, sink: Mapping[str, Any]) -> None:
-    connection = service.connections.get(job.tenant, sink["connection"], writable=True)
+def write_table(state: ServiceState, held: Delivery, job: Job, sink: Mapping[str, Any]) -> None:
+    connection = state.connections.get(job.tenant, sink["connection"], writable=True)
     column, key = json.loads(job.request)["column"], sink.get("key") or ROW_NUMBER
-    database = service.connections.writer(connection, service.settings.sql_seconds)
+    database = state.connections.writer(connection, state.settings.sql_seconds)
     count = 0
     try:
-        for rows, new, numbers in result_windows(service, job, True, job.status != "completed"):
+        for rows, new, numbers in result_windows(state, job, True, job.status != "completed"):
             keys = rows.column(key) if sink.get("key") else numbers
             database.upsert(sink["table"], key, pa.table({key: keys, **result_columns(column, new, True)}))
             count += rows.count
-            move(service, held, rows=count, lease_until=time.time() + LEASE_SECONDS)
+            move(state, held, rows=count, lease_until=time.time() + LEASE_SECONDS)
     finally:
         database.close()

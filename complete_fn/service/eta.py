@@ -6,23 +6,22 @@ import time
 
 from complete_fn.engines.throughput import Throughput
 from complete_fn.jobs.job import Counts, Job
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
 
 OWN_PACE = 0.05  # of its rows done: from there on a job's own pace tells more than other jobs'
 
 
-def eta_seconds(service: Service, job: Job, counts: Counts) -> float | None:
+def eta_seconds(engines: EngineHost, job: Job, counts: Counts) -> float | None:
     """Seconds left, the start of a cold engine included; None when it is over or nothing was ever measured."""
     if job.over:
         return None
     worked = counts.done - job.nulls
     if job.started_at is not None and worked > OWN_PACE * (job.rows - job.nulls):
         return at_own_pace(time.time() - job.started_at, worked, job.rows - counts.done)
-    warm = sum(beat.warm(job.model) for beat in service.workers.alive())
-    if job.model in service.paces:
-        warm += service.paces[job.model].warm
-    pace = service.workers.paces([job.model]).get(job.model, Throughput())
-    return at_measured_pace(service.workers.tokens_before(job), pace, warm)
+    state = engines.state
+    warm = sum(beat.warm(job.model) for beat in state.workers.alive()) + engines.is_warm(job.model)
+    pace = state.workers.paces([job.model]).get(job.model, Throughput())
+    return at_measured_pace(state.workers.tokens_before(job), pace, warm)
 
 
 def at_own_pace(seconds: float, worked: int, left: int) -> float:

@@ -22,7 +22,7 @@ from complete_fn.planning.parts import estimated_tokens
 from complete_fn.planning.prefix_tree import SLACK, cut_tree, shared_beginnings
 from complete_fn.prompts.options import parse_options
 from complete_fn.rows.formats import LineRows, Rows, TableRows
-from complete_fn.service.service import Service
+from complete_fn.service.state import ServiceState
 
 PART_TOKENS = 250_000  # prompts and answers: about a minute of a small engine
 PART_ROWS = 4_096
@@ -46,12 +46,12 @@ class PromptGroup:
     prompts: Any
 
 
-def write_parts(service: Service, job: str, first: int, groups: Sequence[PromptGroup]) -> list[dict[str, Any]]:
+def write_parts(state: ServiceState, job: str, first: int, groups: Sequence[PromptGroup]) -> list[dict[str, Any]]:
     """Write parts numbered from `first` on; returns them as `JobStore.create` takes them."""
     pieces: list[dict[str, Any]] = []
     for group in groups:
-        for rows, prompts, tokens, shared in cut(group, likely_output(service, group)):
-            with service.storage.writing(service.job_key(job, part_file(first + len(pieces)))) as sink:
+        for rows, prompts, tokens, shared in cut(group, likely_output(state, group)):
+            with state.storage.writing(state.job_key(job, part_file(first + len(pieces)))) as sink:
                 parquet.write_table(pa.table({"row": pa.array(rows), "prompt": prompts}), sink)
             pieces.append(
                 {
@@ -65,15 +65,15 @@ def write_parts(service: Service, job: str, first: int, groups: Sequence[PromptG
     return pieces
 
 
-def write_window(service: Service, job: str, number: int, rows: Rows) -> None:
+def write_window(state: ServiceState, job: str, number: int, rows: Rows) -> None:
     table = pa.table([rows.lines], schema=LINES) if isinstance(rows, LineRows) else rows.table()
-    with service.storage.writing(service.job_key(job, window_file(number))) as sink:
+    with state.storage.writing(state.job_key(job, window_file(number))) as sink:
         parquet.write_table(table, sink)
 
 
-def write_windows(service: Service, job: str, windows: Sequence[Mapping[str, Any]]) -> None:
+def write_windows(state: ServiceState, job: str, windows: Sequence[Mapping[str, Any]]) -> None:
     """Note how many rows each window has, and the numbers of its parts."""
-    with service.storage.writing(service.job_key(job, WINDOWS)) as sink:
+    with state.storage.writing(state.job_key(job, WINDOWS)) as sink:
         sink.write(json.dumps(windows).encode())
 
 
@@ -85,10 +85,10 @@ def part_file(number: int) -> str:
     return f"part-{number:05}.parquet"
 
 
-def likely_output(service: Service, group: PromptGroup) -> int:
+def likely_output(state: ServiceState, group: PromptGroup) -> int:
     """Tokens of an answer, from the model's past rows."""
     limit = parse_options(group.options).sampling.max_tokens or group.model.default_max_tokens
-    return min(limit, round(mean_output(service.store, group.model.name) or LIKELY_OUTPUT))
+    return min(limit, round(mean_output(state.store, group.model.name) or LIKELY_OUTPUT))
 
 
 def cut(group: PromptGroup, output: int) -> list[tuple[Any, Any, int, int]]:
@@ -126,15 +126,15 @@ class ResultWindow:
     parts: Sequence[int]
 
 
-def write_part(service: Service, key: str, rows: Any, answers: Answers) -> int:
+def write_part(state: ServiceState, key: str, rows: Any, answers: Answers) -> int:
     """Write a part's answers; returns how many rows have none."""
-    with service.storage.writing(key) as sink:
+    with state.storage.writing(key) as sink:
         parquet.write_table(pa.table([rows, answers.details], schema=RESULT), sink)
     return answers.summary.failed.total()
 
 
-def windows_of(service: Service, job: Job) -> list[ResultWindow]:
-    with service.storage.reading(service.job_key(job.id, WINDOWS)) as source:
+def windows_of(state: ServiceState, job: Job) -> list[ResultWindow]:
+    with state.storage.reading(state.job_key(job.id, WINDOWS)) as source:
         noted = json.loads(source.read())
     found, first = [], 0
     for number, window in enumerate(noted):
@@ -143,16 +143,16 @@ def windows_of(service: Service, job: Job) -> list[ResultWindow]:
     return found
 
 
-def rows_of(service: Service, job: Job, window: ResultWindow) -> Rows:
+def rows_of(state: ServiceState, job: Job, window: ResultWindow) -> Rows:
     """The window's rows as they were submitted."""
-    with service.storage.reading(service.job_key(job.id, window_file(window.number))) as source:
+    with state.storage.reading(state.job_key(job.id, window_file(window.number))) as source:
         table = parquet.read_table(source)
     if (table.schema.metadata or {}).get(b"complete_fn") == LINES.metadata[b"complete_fn"]:
         return LineRows(table.column("line").to_pylist())
     return TableRows(table)
 
 
-def details_of(service: Service, job: Job, window: ResultWindow, parts: Sequence[Part]) -> Any:
+def details_of(state: ServiceState, job: Job, window: ResultWindow, parts: Sequence[Part]) -> Any:
     """[rows] DETAILS in the window's row order; NULL where the prompt was NULL, or the row has not been done yet.
 
     Of a row that was run again the later part counts.
@@ -160,7 +160,7 @@ def details_of(service: Service, job: Job, window: ResultWindow, parts: Sequence
     done = [RESULT.empty_table()]
     for part in parts:
         if part.number in window.parts and part.result:
-            with service.storage.reading(service.job_key(job.id, part.result)) as source:
+            with state.storage.reading(state.job_key(job.id, part.result)) as source:
                 done.append(parquet.read_table(source, schema=RESULT))
     joined = pa.concat_tables(done).combine_chunks()
     at = np.full(window.rows, -1, np.int64)

@@ -25,8 +25,8 @@ from complete_fn.service.job_files import (
     write_parts,
     write_windows,
 )
-from complete_fn.service.service import Service
 from complete_fn.service.sinks import promise
+from complete_fn.service.state import ServiceState
 from complete_fn.spending.budget import parse_cap
 from complete_fn.store.job_tables import jobs, parts
 
@@ -40,7 +40,7 @@ class Again:
     left: dict[int, int] = field(default_factory=dict)
 
 
-def rerun(service: Service, job: Job, max_cost: Any = None) -> Job:
+def rerun(state: ServiceState, job: Job, max_cost: Any = None) -> Job:
     """Queue the failed rows of a job that is over, and those it never came to.
 
     Args:
@@ -54,29 +54,29 @@ def rerun(service: Service, job: Job, max_cost: Any = None) -> Job:
     cap = job.max_cost_nano if max_cost is None else nano(parse_cap(max_cost))
     if job.max_cost_nano is not None and cap is not None and cap < job.max_cost_nano:
         raise InvalidOptionError(f"max_cost = {max_cost} is below what the job has. Leave it out, or name more.")
-    known = service.jobs.parts(job.id)
+    known = state.jobs.parts(job.id)
     again, first = Again(), max((p.number for p in known), default=-1) + 1
-    for window in windows_of(service, job):
-        collect(service, job, window, known, again, first)
+    for window in windows_of(state, job):
+        collect(state, job, window, known, again, first)
     if not again.pieces:
         raise JobError(f"Every row of job {job.id} has its answer: there is nothing to run again.")
     # The note first: numbers of parts that never come do no harm, parts that no window names would.
-    write_windows(service, job.id, again.windows)
-    record(service, job, again, first, cap)
-    service.queue.announce(Counter(p["model"] for p in again.pieces))
-    return service.jobs.get(job.tenant, job.id)
+    write_windows(state, job.id, again.windows)
+    record(state, job, again, first, cap)
+    state.queue.announce(Counter(p["model"] for p in again.pieces))
+    return state.jobs.get(job.tenant, job.id)
 
 
-def collect(service: Service, job: Job, window: ResultWindow, known: list[Part], again: Again, first: int) -> None:
+def collect(state: ServiceState, job: Job, window: ResultWindow, known: list[Part], again: Again, first: int) -> None:
     """Add the rows of a window that have no answer, by the model and options they were asked with."""
-    details = details_of(service, job, window, known)
+    details = details_of(state, job, window, known)
     failed = pc.is_valid(pc.struct_field(details, [1]))
     missing = pc.or_(pc.is_null(details), pc.fill_null(failed, False)).to_numpy(zero_copy_only=False)
     owner = np.full(window.rows, -1, np.int64)
     asked: dict[int, tuple[Any, Any]] = {}
     here = [part for part in known if part.number in window.parts]
     for part in here:
-        with service.storage.reading(service.job_key(job.id, part_file(part.number))) as source:
+        with state.storage.reading(state.job_key(job.id, part_file(part.number))) as source:
             table = parquet.read_table(source)
         rows = table.column("row").to_numpy() - window.first
         owner[rows] = part.number
@@ -88,18 +88,18 @@ def collect(service: Service, job: Job, window: ResultWindow, known: list[Part],
         chosen = mine & missing[rows]
         again.left[part.id] = int((mine & ~missing[rows]).sum())
         if chosen.any():
-            model = service.model(part.model)
+            model = state.model(part.model)
             group = PromptGroup(
                 model, json.loads(part.options), rows[chosen] + window.first, prompts.filter(pa.array(chosen))
             )
             low = first + len(again.pieces)
-            made = write_parts(service, job.id, low, [group])
+            made = write_parts(state, job.id, low, [group])
             again.pieces += made
             numbers += range(low, low + len(made))
     again.windows.append({"rows": window.rows, "parts": numbers})
 
 
-def record(service: Service, job: Job, again: Again, first: int, cap: int | None) -> None:
+def record(state: ServiceState, job: Job, again: Again, first: int, cap: int | None) -> None:
     """One transaction: the job is queued again, its new parts are there, the old ones answer for what they have.
 
     Raises:
@@ -119,7 +119,7 @@ def record(service: Service, job: Job, again: Again, first: int, cap: int | None
         for n, piece in enumerate(again.pieces)
     ]
     newest = sa.select(sa.func.max(parts.c.number)).where(parts.c.job == job.id)
-    with service.store.write() as connection:
+    with state.store.write() as connection:
         if connection.execute(jobs.update().where(over).values(fresh)).rowcount == 0 or (
             connection.execute(newest).scalar() != first - 1
         ):

@@ -15,19 +15,19 @@ from complete_fn.jobs.job import Job
 from complete_fn.rows.formats import LineRows, Rows, TablePlace, TableRows, common_schema
 from complete_fn.rows.writers import written_to
 from complete_fn.service.job_files import details_of, rows_of, windows_of
-from complete_fn.service.service import Service
+from complete_fn.service.state import ServiceState
 
 
-def result_windows(service: Service, job: Job, with_details: bool, partial: bool) -> Iterator[tuple[Rows, Any, Any]]:
+def result_windows(state: ServiceState, job: Job, with_details: bool, partial: bool) -> Iterator[tuple[Rows, Any, Any]]:
     """(rows, their new columns, their numbers) of each window.
 
     Args:
         partial: only the rows that are done; of a completed job all, those without a prompt too.
     """
     column = json.loads(job.request)["column"]
-    parts = service.jobs.parts(job.id)
-    for window in windows_of(service, job):
-        rows, details = rows_of(service, job, window), details_of(service, job, window, parts)
+    parts = state.jobs.parts(job.id)
+    for window in windows_of(state, job):
+        rows, details = rows_of(state, job, window), details_of(state, job, window, parts)
         numbers = pa.array(np.arange(window.rows) + window.first)
         if partial and job.status != "completed":
             done = pc.indices_nonzero(pc.is_valid(details))
@@ -45,7 +45,7 @@ def taken(rows: Rows, numbers: Any) -> Rows:
     return TableRows(rows.table().take(numbers))
 
 
-def write_results(service: Service, job: Job, kind: str, with_details: bool, partial: bool, sink: Any) -> None:
+def write_results(state: ServiceState, job: Job, kind: str, with_details: bool, partial: bool, sink: Any) -> None:
     """The source's rows with the answers behind them, as `complete-fn run` writes them.
 
     Args:
@@ -56,17 +56,17 @@ def write_results(service: Service, job: Job, kind: str, with_details: bool, par
     """
     if not job.over and not partial:
         raise JobError(f"Job {job.id} is {job.status}. Wait, or ask with partial=true for the rows that are done.")
-    with written_to(sink, TablePlace("-", kind), None if kind == "jsonl" else lines_schema(service, job)) as writer:
-        for rows, new, _ in result_windows(service, job, with_details, partial):
+    with written_to(sink, TablePlace("-", kind), None if kind == "jsonl" else lines_schema(state, job)) as writer:
+        for rows, new, _ in result_windows(state, job, with_details, partial):
             writer.write(rows, new)
 
 
-def lines_schema(service: Service, job: Job) -> Any:
+def lines_schema(state: ServiceState, job: Job) -> Any:
     """The columns of a JSONL of several windows, which may differ in each; None where one window says all."""
-    windows = windows_of(service, job)
+    windows = windows_of(state, job)
     schema = None
     for window in windows if len(windows) > 1 else []:
-        rows = rows_of(service, job, window)
+        rows = rows_of(state, job, window)
         if not isinstance(rows, LineRows):
             return None
         schema = common_schema(schema, rows.schema())

@@ -9,33 +9,33 @@ import sqlalchemy as sa
 from complete_fn.jobs.job import JOB_OPEN, Job
 from complete_fn.jobs.uploads import DAY
 from complete_fn.service.call_out_batches import kept
-from complete_fn.service.service import Service
 from complete_fn.service.sinks import withdraw
+from complete_fn.service.state import ServiceState
 from complete_fn.store.job_tables import call_outs, jobs
 
 MOST_AT_ONCE = 100  # jobs that go in one round of upkeep
 
 
-def delete_job(service: Service, job: Job) -> None:
+def delete_job(state: ServiceState, job: Job) -> None:
     """Its record, input, results and the answers that it computed.
 
     Raises:
         JobError: it is not over.
     """
     if job.over:  # the texts first: what is left of a deletion that broke off can be deleted again
-        service.storage.delete_folder(service.job_key(job.id))
-        withdraw(service, job.id)
-    service.jobs.delete(job)
+        state.storage.delete_folder(state.job_key(job.id))
+        withdraw(state, job.id)
+    state.jobs.delete(job)
 
 
-def expire(service: Service, now: float | None = None) -> int:
+def expire(state: ServiceState, now: float | None = None) -> int:
     """Delete what has been kept for longer than the settings say; returns how many jobs and files went."""
     now = time.time() if now is None else now
-    before = now - service.settings.retention_days * DAY
+    before = now - state.settings.retention_days * DAY
     late = sa.select(jobs.c.tenant, jobs.c.id).where(jobs.c.status.notin_(JOB_OPEN), jobs.c.ended_at < before)
-    with service.store.write() as connection:
+    with state.store.write() as connection:
         connection.execute(call_outs.delete().where(~kept(now)))
         found = connection.execute(late.limit(MOST_AT_ONCE)).all()
     for tenant, name in found:
-        delete_job(service, service.jobs.get(tenant, name))
-    return len(found) + service.uploads.expire(now)
+        delete_job(state, state.jobs.get(tenant, name))
+    return len(found) + state.uploads.expire(now)

@@ -13,7 +13,7 @@ from complete_fn.jobs.job import Job
 from complete_fn.rows.allowed_paths import Allowed, allowed
 from complete_fn.rows.formats import COMPRESSIONS, Rows, TablePlace, place_of
 from complete_fn.rows.result_tables import KeysSeen, refuse_name
-from complete_fn.service.service import Service
+from complete_fn.service.state import ServiceState
 from complete_fn.store.job_tables import deliveries
 
 
@@ -33,14 +33,14 @@ class Delivery:
 COLUMNS = [deliveries.c[f.name] for f in fields(Delivery)]
 
 
-def refuse_sink(service: Service, tenant: str, sink: Mapping[str, Any]) -> None:
+def refuse_sink(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> None:
     """Raises:
     RequestError: the tenant may not write there.
     """
     if "uri" in sink:
-        sink_place(service, tenant, sink)
+        sink_place(state, tenant, sink)
         return
-    service.connections.get(tenant, sink["connection"], writable=True)
+    state.connections.get(tenant, sink["connection"], writable=True)
     refuse_name(sink["table"])
 
 
@@ -56,8 +56,8 @@ def refuse_sink_keys(sink: Mapping[str, Any], rows: Rows, seen: KeysSeen) -> Non
     seen.add(rows.column(key), key)
 
 
-def sink_place(service: Service, tenant: str, sink: Mapping[str, Any]) -> tuple[Allowed, TablePlace]:
-    found = allowed(sink["uri"], service.settings.sinks, tenant, "write")
+def sink_place(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> tuple[Allowed, TablePlace]:
+    found = allowed(sink["uri"], state.settings.sinks, tenant, "write")
     place = place_of(sink["uri"])
     if place.compression is not None:
         raise InputError(f"A sink's file is not compressed as a whole ({', '.join(COMPRESSIONS)}); take .parquet.")
@@ -74,12 +74,12 @@ def promise(connection: sa.Connection, job: Job) -> None:
         connection.execute(deliveries.insert().values(job=job.id, tenant=job.tenant, **fresh))
 
 
-def withdraw(service: Service, job: str) -> None:
-    with service.store.write() as connection:
+def withdraw(state: ServiceState, job: str) -> None:
+    with state.store.write() as connection:
         connection.execute(deliveries.delete().where(deliveries.c.job == job))
 
 
-def delivery_of(service: Service, job: Job) -> Delivery | None:
-    with service.store.read() as connection:
+def delivery_of(state: ServiceState, job: Job) -> Delivery | None:
+    with state.store.read() as connection:
         row = connection.execute(sa.select(*COLUMNS).where(deliveries.c.job == job.id)).first()
     return None if row is None else Delivery(*row)

@@ -10,25 +10,25 @@ from complete_fn.rows.allowed_paths import allowed
 from complete_fn.rows.databases import Query, QuerySource
 from complete_fn.rows.formats import place_of
 from complete_fn.rows.readers import FileSource, Source
-from complete_fn.service.service import Service
+from complete_fn.service.state import ServiceState
 
 LONGEST_SQL = 65_536  # characters
 
 
-def open_source(service: Service, tenant: str, asked: Mapping[str, Any]) -> Source:
+def open_source(state: ServiceState, tenant: str, asked: Mapping[str, Any]) -> Source:
     """Args:
         asked: `file_id`, or `uri`, or `connection` and `sql`.
 
     Raises:
         RequestError: the tenant has no such source, or may not read it.
     """
-    limits = service.limits.of_tables
+    limits = state.limits.of_tables
     if "file_id" in asked:
-        upload = service.uploads.get(tenant, asked["file_id"])
-        return service.uploads.source(upload, limits)
+        upload = state.uploads.get(tenant, asked["file_id"])
+        return state.uploads.source(upload, limits)
     if "uri" in asked:
         place = place_of(asked["uri"])
-        found = allowed(asked["uri"], service.settings.sources, tenant, "read")
+        found = allowed(asked["uri"], state.settings.sources, tenant, "read")
         return FileSource(
             repr(asked["uri"]),
             place.format,
@@ -36,9 +36,9 @@ def open_source(service: Service, tenant: str, asked: Mapping[str, Any]) -> Sour
             place.compression,
             limits,
         )
-    connection = service.connections.get(tenant, asked["connection"])
+    connection = state.connections.get(tenant, asked["connection"])
     sql = one_select(asked["sql"])
-    reader = service.connections.reader(connection, service.settings.sql_seconds)
+    reader = state.connections.reader(connection, state.settings.sql_seconds)
     return QuerySource(reader, Query(sql), limits)
 
 

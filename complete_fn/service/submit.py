@@ -25,9 +25,9 @@ from complete_fn.prompts.templates import render_column, template_fields
 from complete_fn.rows.formats import LineRows, Rows
 from complete_fn.rows.result_tables import KeysSeen
 from complete_fn.service.job_files import PromptGroup, write_parts, write_window, write_windows
-from complete_fn.service.service import Service
 from complete_fn.service.sinks import promise, refuse_sink, refuse_sink_keys, withdraw
 from complete_fn.service.sources import open_source
+from complete_fn.service.state import ServiceState
 from complete_fn.spending.budget import parse_cap
 
 RESULT_COLUMN = "completion"
@@ -52,11 +52,11 @@ class TableSpec:
     query_tag: str | None = None
 
 
-def submit_table(service: Service, caller: Principal, spec: TableSpec) -> Job:
+def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job:
     """Raises:
     RequestError: model, options, template or source cannot be used; nothing was kept.
     """
-    model = service.model(spec.model)
+    model = state.model(spec.model)
     if "strict" in spec.options:
         raise InvalidOptionError("'strict' is no option of a job: its results name the rows that failed.")
     options = parse_options(spec.options)
@@ -64,9 +64,9 @@ def submit_table(service: Service, caller: Principal, spec: TableSpec) -> Job:
     fields = template_fields(spec.prompt)
     if not fields:
         raise InvalidOptionError("The prompt names no {column}: every row would be asked the same.")
-    source = open_source(service, caller.tenant, spec.source)
+    source = open_source(state, caller.tenant, spec.source)
     if spec.sink is not None:
-        refuse_sink(service, caller.tenant, spec.sink)
+        refuse_sink(state, caller.tenant, spec.sink)
     request = {
         "model": spec.model,
         "prompt": spec.prompt,
@@ -77,7 +77,7 @@ def submit_table(service: Service, caller: Principal, spec: TableSpec) -> Job:
         "max_cost": None if spec.max_cost is None else str(spec.max_cost),
     }
     job = new_job(caller, "table", model, 0, request, spec)
-    with drafted(service, job) as draft:
+    with drafted(state, job) as draft:
         names: set[str] = set()
         seen = KeysSeen()
         for rows in source.windows():
@@ -150,20 +150,20 @@ def new_job(
 
 
 @contextmanager
-def drafted(service: Service, job: Job) -> Iterator[Draft]:
+def drafted(state: ServiceState, job: Job) -> Iterator[Draft]:
     """A job that is being written; what it has in the storage goes again unless there is a record of it."""
-    draft = Draft(service, job)
+    draft = Draft(state, job)
     try:
         yield draft
     finally:
-        if not draft.kept and not recorded(service, job):
-            service.storage.delete_folder(service.job_key(job.id))
+        if not draft.kept and not recorded(state, job):
+            state.storage.delete_folder(state.job_key(job.id))
 
 
-def recorded(service: Service, job: Job) -> bool:
+def recorded(state: ServiceState, job: Job) -> bool:
     """Whether the store has the job: the answer to its commit may have been lost. True if the store cannot tell."""
     try:
-        service.jobs.get(job.tenant, job.id)
+        state.jobs.get(job.tenant, job.id)
     except NotFoundError:
         return False
     except StoreError:
@@ -174,8 +174,8 @@ def recorded(service: Service, job: Job) -> bool:
 class Draft:
     """A job and its objects, before there is a record of it."""
 
-    def __init__(self, service: Service, job: Job) -> None:
-        self.service, self.job = service, job
+    def __init__(self, state: ServiceState, job: Job) -> None:
+        self.state, self.job = state, job
         self.rows = 0
         self.windows: list[dict[str, Any]] = []
         self.pieces: list[dict[str, Any]] = []
@@ -184,22 +184,22 @@ class Draft:
     def add_window(self, count: int, groups: Sequence[PromptGroup], rows: Rows | None = None) -> None:
         """The next `count` rows, as groups to answer; `rows` are kept, if given, to be written with their answers."""
         if rows is not None:
-            write_window(self.service, self.job.id, len(self.windows), rows)
+            write_window(self.state, self.job.id, len(self.windows), rows)
         first = len(self.pieces)
-        self.pieces += write_parts(self.service, self.job.id, first, groups)
+        self.pieces += write_parts(self.state, self.job.id, first, groups)
         self.windows.append({"rows": count, "parts": list(range(first, len(self.pieces)))})
         self.rows += count
 
     def keep(self) -> Job:
         """Record the job; one known by its idempotency key is returned as it is."""
-        write_windows(self.service, self.job.id, self.windows)
+        write_windows(self.state, self.job.id, self.windows)
         nulls = self.rows - sum(p["rows"] for p in self.pieces)
         if json.loads(self.job.request).get("sink"):
-            with self.service.store.write() as connection:
+            with self.state.store.write() as connection:
                 promise(connection, self.job)  # first: one without a job does no harm
-        kept = self.service.jobs.create(replace(self.job, rows=self.rows, nulls=nulls), self.pieces)
+        kept = self.state.jobs.create(replace(self.job, rows=self.rows, nulls=nulls), self.pieces)
         self.kept = kept.id == self.job.id
         if not self.kept:
-            withdraw(self.service, self.job.id)
-        self.service.queue.announce(Counter(p["model"] for p in self.pieces))
+            withdraw(self.state, self.job.id)
+        self.state.queue.announce(Counter(p["model"] for p in self.pieces))
         return kept

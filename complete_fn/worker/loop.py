@@ -10,7 +10,7 @@ from complete_fn.jobs.job import LEASE_SECONDS, Part
 from complete_fn.jobs.part_queue import worker_name
 from complete_fn.jobs.worker_store import BEAT_SECONDS
 from complete_fn.logs import log_failure
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
 from complete_fn.worker.part_runner import Hand, PartRunner
 from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
 from complete_fn.worker.upkeep import Upkeep
@@ -33,17 +33,17 @@ class WorkerLoop:
 
     def __init__(
         self,
-        service: Service,
+        engines: EngineHost,
         at_once: int = AT_ONCE,
         poll_seconds: float = IDLE_SECONDS,
         tell: Callable[[int], None] | None = None,
     ) -> None:
-        self.service, self.parts = service, service.parts
+        self.engines, self.state, self.parts = engines, engines.state, engines.state.parts
         self.poll_seconds, self.tell = poll_seconds, tell
         self.feeding = threading.BoundedSemaphore(at_once)
         self.draining, self.closing = threading.Event(), threading.Event()
-        self.runner = PartRunner(service, self.closing)
-        self.upkeep = Upkeep(service, self.runner, at_once + TAILS, "worker")
+        self.runner = PartRunner(engines, self.closing)
+        self.upkeep = Upkeep(engines, self.runner, at_once + TAILS, "worker")
         self.threads = [
             threading.Thread(target=self.run_parts, args=(n,), name=f"worker-{n}", daemon=True)
             for n in range(at_once + TAILS)
@@ -61,7 +61,7 @@ class WorkerLoop:
     def drain(self) -> None:
         """Claim no more parts. Parts that run go on."""
         self.draining.set()
-        self.service.queue.bell.close()
+        self.state.queue.bell.close()
 
     def close(self) -> None:
         """Give back the parts that run; their committed rows are kept."""
@@ -78,7 +78,7 @@ class WorkerLoop:
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def run_parts(self, number: int) -> None:
-        worker, bell = worker_name(number), self.service.queue.bell
+        worker, bell = worker_name(number), self.state.queue.bell
         while not self.draining.is_set():
             fed = Once(self.feeding.release)
             self.feeding.acquire()
@@ -98,7 +98,7 @@ class WorkerLoop:
 
     def claim(self, worker: str) -> Part | None:
         """The next part of the models that `next_models` allows here, in its order; None if there is none."""
-        for model in self.service.room.next_models(self.deserted):
+        for model in self.engines.room.next_models(self.deserted):
             part = self.parts.claim(worker, model=model)
             if part is not None:
                 return part
@@ -106,8 +106,8 @@ class WorkerLoop:
 
     def deserted(self) -> bool:
         """Whether a model has queued parts and no worker has its engine warm."""
-        beats = self.service.workers.alive()
-        loads = self.service.workers.load().items()
+        beats = self.state.workers.alive()
+        loads = self.state.workers.load().items()
         return any(load.queued_parts and not any(b.warm(model) for b in beats) for model, load in loads)
 
     # -- leases --------------------------------------------------------------------------------------------------

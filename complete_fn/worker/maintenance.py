@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from complete_fn.jobs.job import LEASE_SECONDS
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
 from complete_fn.worker.fleet import Fleet
 from complete_fn.worker.part_runner import PartRunner
 from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
@@ -21,10 +21,10 @@ class Maintenance:
         fleet: the worker processes that this process starts and stops; None if it starts none.
     """
 
-    def __init__(self, service: Service, fleet: Fleet | None = None) -> None:
-        self.service, self.fleet = service, fleet
+    def __init__(self, engines: EngineHost, fleet: Fleet | None = None) -> None:
+        self.state, self.fleet = engines.state, fleet
         self.closing = threading.Event()
-        self.upkeep = Upkeep(service, PartRunner(service, self.closing), 0, "maintenance")
+        self.upkeep = Upkeep(engines, PartRunner(engines, self.closing), 0, "maintenance")
         self.threads = [
             threading.Thread(target=self.go, name="maintenance", daemon=True),
             *self.upkeep.threads,
@@ -48,7 +48,7 @@ class Maintenance:
     def go(self) -> None:
         tasks = [
             PeriodicTask(ANNOUNCE_SECONDS, self.announce),
-            PeriodicTask(FORGET_SECONDS, self.service.workers.forget_gone),
+            PeriodicTask(FORGET_SECONDS, self.state.workers.forget_gone),
         ]
         if self.fleet is not None:
             tasks.append(PeriodicTask(LOOK_SECONDS, self.fleet.adjust))
@@ -56,5 +56,5 @@ class Maintenance:
             run_due_tasks(tasks)
 
     def announce(self) -> None:
-        load = self.service.workers.load()
-        self.service.queue.announce({model: work.queued_parts for model, work in load.items()})
+        load = self.state.workers.load()
+        self.state.queue.announce({model: work.queued_parts for model, work in load.items()})

@@ -18,8 +18,8 @@ from complete_fn.execution.answers import Answers, committed_answers
 from complete_fn.jobs.job import STORE_TRIES, Job, Part
 from complete_fn.logs import log_failure
 from complete_fn.prompts.options import parse_options
+from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.job_files import part_file, write_part
-from complete_fn.service.service import Service
 from complete_fn.spending.shared_budget import Cap, job_cap
 from complete_fn.types import Asker, Completion
 
@@ -51,8 +51,8 @@ class PartRunner:
         closing: set when the worker ends, so that stopped parts are given back.
     """
 
-    def __init__(self, service: Service, closing: threading.Event) -> None:
-        self.service, self.parts, self.closing = service, service.parts, closing
+    def __init__(self, engines: EngineHost, closing: threading.Event) -> None:
+        self.engines, self.state, self.closing = engines, engines.state, closing
         self.lock = threading.Lock()
         self.hands: dict[tuple[int, int], Hand] = {}
 
@@ -69,53 +69,53 @@ class PartRunner:
         except CompleteError as error:
             told, delay = str(error).splitlines()[0], RETRY_SECONDS * 2**part.tries
             if error.retryable and hand.watch.answered:  # rows were answered, so the part itself is not the cause
-                self.parts.give_back(part, delay=RETRY_SECONDS)
+                self.state.parts.give_back(part, delay=RETRY_SECONDS)
             elif isinstance(error, StoreError):
-                self.parts.give_back(part, delay, told, STORE_TRIES, hand.salvage)
+                self.state.parts.give_back(part, delay, told, STORE_TRIES, hand.salvage)
             elif error.retryable:
-                self.parts.give_back(part, delay, told, salvage=hand.salvage)
+                self.state.parts.give_back(part, delay, told, salvage=hand.salvage)
             else:
-                self.parts.fail(part, str(error), hand.salvage)
+                self.state.parts.fail(part, str(error), hand.salvage)
         except Exception as error:
             log_failure(f"part {part.name}", error)
             told = f"The service failed: {type(error).__name__}."
-            self.parts.give_back(part, RETRY_SECONDS, told, salvage=hand.salvage)
+            self.state.parts.give_back(part, RETRY_SECONDS, told, salvage=hand.salvage)
         finally:
             with self.lock:
                 del self.hands[part.id, part.fence]
 
     def complete(self, hand: Hand) -> None:
-        part, service = hand.part, self.service
-        job = service.jobs.get(part.tenant, part.job)
-        with service.storage.reading(service.job_key(job.id, part_file(part.number))) as source:
+        part, state = hand.part, self.state
+        job = state.jobs.get(part.tenant, part.job)
+        with state.storage.reading(state.job_key(job.id, part_file(part.number))) as source:
             table = parquet.read_table(source)
         options = parse_options(json.loads(part.options))
-        call = Call.of(service.model(part.model), options)
+        call = Call.of(state.model(part.model), options)
         who = Asker(part.tenant, job.user, part.name, job.query_tag, (part.id, part.fence))
         try:
             if hand.salvage:
                 raise Stopped
-            answers = service.complete(
+            answers = self.engines.complete(
                 call, table.column("prompt"), who, hand.stop, options.cache, cap_of(job), watch=hand.watch
             )
         except Stopped:
             if hand.salvage or hand.why == "job":
                 prompts = table.column("prompt")
-                committed = committed_answers(call, prompts, service.store, who, options.cache, CANCELLED)
+                committed = committed_answers(call, prompts, state.store, who, options.cache, CANCELLED)
                 self.commit(part, table, committed, "cancelled")
             elif self.closing.is_set():
-                self.parts.give_back(part)
+                self.state.parts.give_back(part)
             return
         self.commit(part, table, answers, "done")
 
     def commit(self, part: Part, table: Any, answers: Answers, status: str) -> None:
         """Write the answers to this claim's own file, then name the file in the store. A lost lease leaves no trace."""
-        service, name = self.service, f"result-{part.number:05}-{part.fence}.parquet"
-        failed = write_part(service, service.job_key(part.job, name), table.column("row"), answers)
-        if self.parts.finish(part, status, name, failed):
-            service.store.end_job(part.tenant, part.name)
+        state, name = self.state, f"result-{part.number:05}-{part.fence}.parquet"
+        failed = write_part(state, state.job_key(part.job, name), table.column("row"), answers)
+        if state.parts.finish(part, status, name, failed):
+            state.store.end_job(part.tenant, part.name)
         else:
-            service.storage.delete(service.job_key(part.job, name))
+            state.storage.delete(state.job_key(part.job, name))
 
 
 def cap_of(job: Job) -> Cap | None:

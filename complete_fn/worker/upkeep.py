@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 
 from complete_fn.jobs.part_queue import worker_name
+from complete_fn.ledger.pruning import prune
 from complete_fn.service.delivery import keep_delivering
+from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.retention import expire
-from complete_fn.service.service import Service
 from complete_fn.worker.part_runner import PartRunner
 from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
 
@@ -23,10 +24,10 @@ class Upkeep:
         name: the beginning of the threads' names.
     """
 
-    def __init__(self, service: Service, runner: PartRunner, number: int, name: str) -> None:
-        self.service, self.runner, self.number = service, runner, number
+    def __init__(self, engines: EngineHost, runner: PartRunner, number: int, name: str) -> None:
+        self.engines, self.state, self.runner, self.number = engines, engines.state, runner, number
         self.closing = runner.closing
-        given = (service, self.closing)
+        given = (self.state, self.closing)
         self.threads = [
             threading.Thread(target=keep_delivering, args=given, name=f"{name}-writer", daemon=True),
             threading.Thread(target=self.clean, name=f"{name}-cleaner", daemon=True),
@@ -43,18 +44,20 @@ class Upkeep:
         Committed rows are found by the checkpoint's identity. Parts of a model whose folder is not on this machine are
         left to the workers, unless no worker is alive.
         """
-        absent = [name for name, model in self.service.models().items() if model.is_absent]
-        if absent and not self.service.workers.alive():
+        absent = [name for name, model in self.state.models().items() if model.is_absent]
+        if absent and not self.state.workers.alive():
             absent = []
-        parts = self.service.parts
+        parts = self.state.parts
         while (part := parts.claim_stopped(worker_name(self.number), not_of=absent)) is not None:
             self.runner.run(part, lambda: None, salvage=True)
 
     def sweep(self) -> None:
-        """Free what dead attempts and workers hold, and delete what has expired."""
-        self.service.store.sweep()  # other runs may be waiting for money that a dead attempt has reserved
-        self.service.jobs.expire()
-        expire(self.service)
-        if self.service.parts.sweep():
-            self.service.queue.bell.ring()
-        self.service.upkeep()
+        """Free what dead attempts and workers hold, delete what has expired, and let idle engines go."""
+        state = self.state
+        state.store.sweep()  # other runs may be waiting for money that a dead attempt has reserved
+        state.jobs.expire()
+        expire(state)
+        if state.parts.sweep():
+            state.queue.bell.ring()
+        prune(state.store, state.settings.cache_gib, state.settings.cache_days)
+        self.engines.upkeep()

@@ -26,7 +26,8 @@ from complete_fn.host import here
 from complete_fn.jobs.queue import CeleryQueue
 from complete_fn.jobs.worker_store import Beat, own_id
 from complete_fn.server.worker_api import internal_secret, serve_internal
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 from complete_fn.settings import load_settings
 from complete_fn.worker.loop import AT_ONCE, TAILS, WorkerLoop
 from complete_fn_workers.celery_messages import Messages
@@ -71,41 +72,41 @@ def main(argv: list[str]) -> int:
         raise InvalidOptionError(NO_BROKER)
     queue = CeleryQueue(broker)
     with engine_folder(settings.home) as engine_home:
-        service = Service(home=settings.home, idle_seconds=asked.idle_seconds, queue=queue, engine_home=engine_home)
+        state = ServiceState(settings.home, queue=queue)
+        engines = EngineHost(state, asked.idle_seconds, engine_home)
         secret = internal_secret(settings.internal_secret, settings.home)
-        internal = serve_internal(service, asked.internal_host, secret)
-        worker = Worker(service, asked.parts, asked.poll_seconds, internal.address)
-        messages = Messages(broker, service.models(), queue.bell, asked.parts + TAILS)
+        internal = serve_internal(engines, asked.internal_host, secret)
+        worker = Worker(engines, asked.parts, asked.poll_seconds, internal.address)
+        messages = Messages(broker, state.models(), queue.bell, asked.parts + TAILS)
         try:
             worker.run(messages, asked.drain_seconds, asked.parent)
         finally:
             internal.close()
-            service.close()
+            engines.close()
     return OK
 
 
 class Worker:
     """Runs a `WorkerLoop`, sends its heartbeats, and drains it at a signal."""
 
-    def __init__(self, service: Service, at_once: int, poll_seconds: float, address: str | None = None) -> None:
-        self.service, self.address = service, address
+    def __init__(self, engines: EngineHost, at_once: int, poll_seconds: float, address: str | None = None) -> None:
+        self.engines, self.state, self.address = engines, engines.state, address
         self.began = time.time()
         self.id = own_id()
-        self.loop = WorkerLoop(service, at_once, poll_seconds, self.tell)
+        self.loop = WorkerLoop(engines, at_once, poll_seconds, self.tell)
         self.signals = 0
         self.signalled = threading.Event()
 
     def tell(self, in_flight: int) -> None:
         """Write the heartbeat, with the number of parts in flight."""
-        now, states = time.time(), self.service.model_states()
+        now, states = time.time(), self.engines.model_states()
         if in_flight:
-            self.service.busy_at = now
+            self.engines.busy_at = now
+        busy_at = self.engines.busy_at
         pid = os.getpid()
         draining = self.loop.draining.is_set()
-        beat = Beat(
-            self.id, here(), pid, self.began, now, self.service.busy_at, self.address, draining, in_flight, states
-        )
-        self.service.workers.beat(beat)
+        beat = Beat(self.id, here(), pid, self.began, now, busy_at, self.address, draining, in_flight, states)
+        self.state.workers.beat(beat)
 
     def run(self, messages: Messages, drain_seconds: float, parent: int | None) -> None:
         """Run until a signal comes, or until the parent process is gone and this worker is idle."""
@@ -123,14 +124,14 @@ class Worker:
             time.sleep(LOOK_SECONDS)
         self.loop.close()
         with suppress(StoreError):
-            self.service.workers.leave(self.id)
+            self.state.workers.leave(self.id)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signals += 1
         self.signalled.set()
 
     def orphaned(self, parent: int | None) -> bool:
-        idle = time.time() - self.service.busy_at > self.service.idle_seconds
+        idle = time.time() - self.engines.busy_at > self.engines.idle_seconds
         return parent is not None and os.getppid() != parent and idle and not self.loop.held()
 
 

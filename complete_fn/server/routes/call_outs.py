@@ -1,4 +1,4 @@
-"""Warehouses call `/v1/dialects/...`. Each dialect only translates; all call-outs end in `Service.complete`."""
+"""Warehouses call `/v1/dialects/...`. Each dialect only translates; all call-outs end in `EngineHost.complete`."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def unzipped(body: bytes, request: Request) -> bytes:
     """
     if request.headers.get("content-encoding", "identity") == "identity":
         return body
-    limit: int = request.app.state.service.limits.body_bytes
+    limit: int = request.app.state.engines.state.limits.body_bytes
     reader = zlib.decompressobj(wbits=31)
     try:
         plain = reader.decompress(body, limit + 1)

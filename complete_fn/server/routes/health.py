@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from complete_fn.server.auth import Caller
 from complete_fn.server.error_replies import refusal
 from complete_fn.server.fair_slots import LanesOf
-from complete_fn.service.service import Service
+from complete_fn.service.state import ServiceState
 
 READY_SECONDS = 1.0  # an answer of the store counts for so long, however many ask
 
@@ -21,8 +21,8 @@ READY_SECONDS = 1.0  # an answer of the store counts for so long, however many a
 class Readiness:
     """Whether the store answers, on a thread of its own: requests that hold all others do not hide it."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, state: ServiceState) -> None:
+        self.state = state
         self.limiter = anyio.CapacityLimiter(1)
         self.answered_at = -READY_SECONDS
 
@@ -34,7 +34,7 @@ class Readiness:
 
     def look(self) -> None:
         if time.monotonic() - self.answered_at >= READY_SECONDS:
-            self.service.store.ping()
+            self.state.store.ping()
             self.answered_at = time.monotonic()
 
 

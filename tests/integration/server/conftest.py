@@ -21,7 +21,8 @@ import uvicorn
 
 from complete_fn import EchoEngine
 from complete_fn.server.app import make_app
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 from complete_fn.worker.maintenance import Maintenance
 from deploy.servers import binary
 
@@ -42,9 +43,9 @@ prices = { input = 10, cached_input = 5, output = 20 }
 
 @dataclass
 class Running:
-    """A server that runs: its service, its address, and clients for it."""
+    """A server that runs: its state, its address, and clients for it."""
 
-    service: Service
+    state: ServiceState
     url: str
     end: Callable[[], None] = lambda: None
 
@@ -63,9 +64,9 @@ def write_models(folder: Path) -> Path:
 
 
 @contextmanager
-def at_service(service: Service, loopback: bool = True, maintenance: Maintenance | None = None) -> Iterator[Running]:
+def at_service(engines: EngineHost, loopback: bool = True, maintenance: Maintenance | None = None) -> Iterator[Running]:
     listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(service, loopback, maintenance=maintenance)
+    app = make_app(engines, loopback, maintenance=maintenance)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -73,7 +74,7 @@ def at_service(service: Service, loopback: bool = True, maintenance: Maintenance
     until = time.monotonic() + 30
     while not server.started and time.monotonic() < until:
         time.sleep(0.01)
-    yield Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    yield Running(engines.state, f"http://127.0.0.1:{listener.getsockname()[1]}")
     server.should_exit = True
     thread.join(30)
 
@@ -89,9 +90,9 @@ def serve(tmp_path: Path, models_file: Path) -> Iterator[Callable[..., Running]]
     with ExitStack() as stack:
 
         def start(engine: Any = None, loopback: bool = True, **more: Any) -> Running:
-            service = Service(tmp_path / "home", models_file, engine or EchoEngine(64), **more)
+            engines = EngineHost(ServiceState(tmp_path / "home", models_file, engine or EchoEngine(64), **more))
             own = stack.enter_context(ExitStack())
-            return replace(own.enter_context(at_service(service, loopback)), end=own.close)
+            return replace(own.enter_context(at_service(engines, loopback)), end=own.close)
 
         yield start
 
@@ -106,7 +107,7 @@ def running(serve: Callable[..., Running]) -> Running:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Such a server for all tests that leave nothing behind in it: no keys, no jobs."""
     folder = tmp_path_factory.mktemp("shared")
-    with at_service(Service(folder / "home", write_models(folder), EchoEngine(64))) as found:
+    with at_service(EngineHost(ServiceState(folder / "home", write_models(folder), EchoEngine(64)))) as found:
         yield found
 
 

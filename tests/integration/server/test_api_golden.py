@@ -19,7 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from complete_fn import EchoEngine, __version__
 from complete_fn.server.worker_api import internal_secret, serve_internal
-from complete_fn.service.service import Limits, Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import Limits, ServiceState
 from complete_fn.worker.maintenance import Maintenance
 from tests.api_recorder import CSV, Moody, Recorder, without_time
 from tests.golden_files import GOLDEN, check_golden, check_names, plain_environment, rewriting
@@ -50,7 +51,7 @@ def no_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def working(no_settings: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A service that runs its jobs itself. Each test is a tenant of its own, so none sees what another left."""
     folder = tmp_path_factory.mktemp("working")
-    with at_service(Service(folder / "home", write_models(folder), Moody())) as running:
+    with at_service(EngineHost(ServiceState(folder / "home", write_models(folder), Moody()))) as running:
         yield running
 
 
@@ -58,14 +59,14 @@ def working(no_settings: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def waiting(no_settings: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A service whose workers would be other processes, of which there are none: its jobs stay queued."""
     folder = tmp_path_factory.mktemp("waiting")
-    service = Service(folder / "home", write_models(folder), EchoEngine(64))
-    with at_service(service, maintenance=Maintenance(service)) as running:
+    engines = EngineHost(ServiceState(folder / "home", write_models(folder), EchoEngine(64)))
+    with at_service(engines, maintenance=Maintenance(engines)) as running:
         yield running
 
 
 def recorded(running: Running, request: pytest.FixtureRequest) -> Iterator[Recorder]:
     tenant = re.sub(r"\W+", "-", request.node.name).strip("-")
-    with running.http(running.service.keys.create(tenant, "ann")) as http:
+    with running.http(running.state.keys.create(tenant, "ann")) as http:
         yield Recorder(http, {tenant: "<tenant>"})
 
 
@@ -260,8 +261,8 @@ def test_jobs_that_read_and_write_by_themselves(
     monkeypatch.setenv("COMPLETE_FN_SINKS", f"{tmp_path}/out")
     monkeypatch.setenv("DOCS_URL", f"sqlite:///{tmp_path}/docs.db")
     running = serve(EchoEngine(64))
-    running.service.connections.add("local", "docs", "DOCS_URL", writable=True)
-    running.service.connections.add("local", "view", "DOCS_URL", writable=False)
+    running.state.connections.add("local", "docs", "DOCS_URL", writable=True)
+    running.state.connections.add("local", "view", "DOCS_URL", writable=False)
     with running.http() as http:
         record = Recorder(http, {str(tmp_path): "<folder>"})
         body = {"model": "echo", "prompt": "{text}", "source": {"uri": f"{tmp_path}/in/rows.csv"}}
@@ -397,7 +398,7 @@ def test_who_may_do_what(serve: Callable[..., Running]) -> None:
         record = Recorder(http)
         record.ask("GET /v1/models", headers={"Host": "evil.example"})
         record.ask("GET /v1/models", headers={"Origin": "https://evil.example"})
-        keys = {scope: running.service.keys.create("acme", "ann", [scope]) for scope in ("complete", "jobs", "usage")}
+        keys = {scope: running.state.keys.create("acme", "ann", [scope]) for scope in ("complete", "jobs", "usage")}
         for request in ("GET /v1/models", "POST /v1/chat/completions", "GET /metrics", "GET /healthz", "GET /readyz"):
             record.ask(request)
         record.ask("GET /v1/models", headers={"Authorization": "Bearer nonsense"})
@@ -438,7 +439,7 @@ def test_limits_of_size_money_and_rate(serve: Callable[..., Running]) -> None:
         bomb = gzip.compress(b"x" * 10_000, mtime=0)
         headers = {"Content-Encoding": "gzip", "sf-external-function-query-batch-id": "b"}
         record.ask("POST /v1/dialects/snowflake/complete", content=bomb, headers=headers)
-        keys = running.service.keys
+        keys = running.state.keys
         rated, poor = keys.create("rated", "ann"), keys.create("poor", "bob")
         keys.limit_tenant("rated", 2)  # a token in half a minute, so that none comes back meanwhile
         keys.set_daily_budget("poor", Decimal("0.000001"))
@@ -525,18 +526,18 @@ def test_a_call_out_that_takes_long(serve: Callable[..., Running]) -> None:
 
 
 @contextmanager
-def worker(service: Service, secret: str) -> Iterator[httpx.Client]:
+def worker(engines: EngineHost, secret: str) -> Iterator[httpx.Client]:
     """A client of a worker's own address."""
-    internal = serve_internal(service, "127.0.0.1", secret)
+    internal = serve_internal(engines, "127.0.0.1", secret)
     with httpx.Client(base_url=internal.address) as http:
         yield http
     internal.close()
-    service.close()
+    engines.close()
 
 
 def test_the_api_of_workers(tmp_path: Path, models_file: Path) -> None:
     secret = internal_secret(None, tmp_path / "home")
-    with worker(Service(tmp_path / "home", models_file, Moody()), secret) as http:
+    with worker(EngineHost(ServiceState(tmp_path / "home", models_file, Moody())), secret) as http:
         record = Recorder(http)
         chat = "POST /v1/chat/completions"
         for headers in ({}, {"authorization": "Bearer nonsense"}):

@@ -14,7 +14,7 @@ from complete_fn.estimates.estimate_report import as_values, report
 from complete_fn.prompts.options import parse_options
 from complete_fn.prompts.schema_rules import refuse_patterns
 from complete_fn.prompts.templates import template_fields
-from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.auth import Caller, StateOf
 from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body
 from complete_fn.server.routes.jobs.jobs import SourceBody
@@ -45,14 +45,14 @@ class EstimateBody(Body):
 
 
 @router.post("/v1/estimate", summary="What a job over a table would take")
-async def post_estimate(body: EstimateBody, service: ServiceOf, caller: Caller, lanes: LanesOf) -> dict[str, Any]:
+async def post_estimate(body: EstimateBody, state: StateOf, caller: Caller, lanes: LanesOf) -> dict[str, Any]:
     """Rows, tokens, cached share, price and device-seconds; `report` is the same as text. Refuses what a job would."""
     options = parse_options(body.options)
     refuse_patterns(options.response_format)
-    call = Call.of(service.model(body.model), options)
+    call = Call.of(state.model(body.model), options)
 
     def work() -> dict[str, Any]:
-        source, chunks = open_source(service, caller.tenant, body.source.chosen()), []
+        source, chunks = open_source(state, caller.tenant, body.source.chosen()), []
         names: set[str] = set()
         for rows in source.windows():
             prompts, there = prompts_of(rows, body.prompt, options)
@@ -60,7 +60,7 @@ async def post_estimate(body: EstimateBody, service: ServiceOf, caller: Caller, 
             names.update(there)
         refuse_missing(template_fields(body.prompt), sorted(names))
         prompts = pa.chunked_array(chunks, pa.large_string())
-        found = estimate(call, prompts, service.store, Asker(caller.tenant, caller.user), options.cache)
+        found = estimate(call, prompts, state.store, Asker(caller.tenant, caller.user), options.cache)
         return {"object": "estimate", **as_values(found), "report": report(found)}
 
     return await lanes.tables.run(caller.tenant, work)

@@ -13,17 +13,18 @@ from pydantic import ConfigDict, Field
 from complete_fn.errors import InputError
 from complete_fn.jobs.job import Job
 from complete_fn.rows.formats import FORMATS
-from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.auth import Caller, EnginesOf, StateOf
 from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body, TableName
 from complete_fn.server.routes.openai.files import Limit, chunks, page
+from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.eta import eta_seconds
 from complete_fn.service.rerun import rerun
 from complete_fn.service.results import write_results
 from complete_fn.service.retention import delete_job
-from complete_fn.service.service import Service
 from complete_fn.service.sinks import delivery_of
 from complete_fn.service.sources import LONGEST_SQL
+from complete_fn.service.state import ServiceState
 from complete_fn.service.submit import RESULT_COLUMN, TableSpec, submit_table
 from complete_fn.store.records import money
 
@@ -96,8 +97,8 @@ class JobBody(Body):
     idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None
 
 
-def job_body(service: Service, job: Job) -> dict[str, Any]:
-    c = service.jobs.counts(job)
+def job_body(engines: EngineHost, job: Job) -> dict[str, Any]:
+    c = engines.state.jobs.counts(job)
     usage = {
         "prompt_tokens": c.prompt_tokens,
         "cached_tokens": c.cached_tokens,
@@ -113,26 +114,26 @@ def job_body(service: Service, job: Job) -> dict[str, Any]:
         "usage": usage,
         "cost": {"amount": f"{money(c.cost_nano):f}", "currency": job.currency, "basis": job.basis, "max_cost": cap},
         "parts": {"total": c.parts, "recomputed_tokens": c.recomputed_tokens},
-        "eta_seconds": eta_seconds(service, job, c),
+        "eta_seconds": eta_seconds(engines, job, c),
         "priority": job.priority,
         "query_tag": job.query_tag,
         "created_at": job.created_at,
         "started_at": job.started_at,
         "ended_at": job.ended_at,
         "error": job.error,
-        "sink": sink_body(service, job),
+        "sink": sink_body(engines.state, job),
     }
 
 
-def sink_body(service: Service, job: Job) -> dict[str, Any] | None:
-    found = delivery_of(service, job)
+def sink_body(state: ServiceState, job: Job) -> dict[str, Any] | None:
+    found = delivery_of(state, job)
     return None if found is None else {"status": found.status, "rows": found.rows, "error": found.error}
 
 
 @router.post("/v1/jobs", summary="Submit a job over a table", status_code=201)
 async def create_job(
     body: JobBody,
-    service: ServiceOf,
+    engines: EnginesOf,
     caller: Caller,
     lanes: LanesOf,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
@@ -150,55 +151,55 @@ async def create_job(
         idempotency_key=body.idempotency_key or idempotency_key or None,
         query_tag=body.query_tag,
     )
-    return await lanes.tables.run(caller.tenant, lambda: job_body(service, submit_table(service, caller, spec)))
+    return await lanes.tables.run(caller.tenant, lambda: job_body(engines, submit_table(engines.state, caller, spec)))
 
 
 @router.get("/v1/jobs", summary="The tenant's jobs, newest first")
 async def list_jobs(
-    service: ServiceOf, caller: Caller, lanes: LanesOf, limit: Limit = 20, after: str | None = None
+    engines: EnginesOf, caller: Caller, lanes: LanesOf, limit: Limit = 20, after: str | None = None
 ) -> dict[str, Any]:
     def work() -> dict[str, Any]:
-        found = service.jobs.newest(caller.tenant, "table", limit + 1, after)
-        return page([job_body(service, job) for job in found], limit)
+        found = engines.state.jobs.newest(caller.tenant, "table", limit + 1, after)
+        return page([job_body(engines, job) for job in found], limit)
 
     return await lanes.reports.run(caller.tenant, work)
 
 
 @router.get("/v1/jobs/{job_id}", summary="How far a job is")
-def get_job(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    return job_body(service, service.jobs.get(caller.tenant, job_id, "table"))
+def get_job(job_id: str, engines: EnginesOf, caller: Caller) -> dict[str, Any]:
+    return job_body(engines, engines.state.jobs.get(caller.tenant, job_id, "table"))
 
 
 @router.post("/v1/jobs/{job_id}/cancel", summary="Stop a job; the rows that are done stay")
-def cancel_job(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    job = service.jobs.get(caller.tenant, job_id, "table")
-    return job_body(service, service.jobs.stop(job, "cancelled"))
+def cancel_job(job_id: str, engines: EnginesOf, caller: Caller) -> dict[str, Any]:
+    job = engines.state.jobs.get(caller.tenant, job_id, "table")
+    return job_body(engines, engines.state.jobs.stop(job, "cancelled"))
 
 
 @router.post("/v1/jobs/{job_id}/rerun", summary="Run the rows again that failed, or that the job never came to")
 async def rerun_job(
-    job_id: str, service: ServiceOf, caller: Caller, lanes: LanesOf, body: RerunBody | None = None
+    job_id: str, engines: EnginesOf, caller: Caller, lanes: LanesOf, body: RerunBody | None = None
 ) -> dict[str, Any]:
     """For a job that is over. Answers that are there stay and cost nothing more."""
 
     def work() -> dict[str, Any]:
-        job = service.jobs.get(caller.tenant, job_id, "table")
-        return job_body(service, rerun(service, job, body.max_cost if body else None))
+        job = engines.state.jobs.get(caller.tenant, job_id, "table")
+        return job_body(engines, rerun(engines.state, job, body.max_cost if body else None))
 
     return await lanes.tables.run(caller.tenant, work)
 
 
 @router.delete("/v1/jobs/{job_id}", summary="Delete a job's input, results and stored answers; its ledger lines stay")
-def delete_one(job_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    job = service.jobs.get(caller.tenant, job_id, "table")
-    delete_job(service, job)
+def delete_one(job_id: str, state: StateOf, caller: Caller) -> dict[str, Any]:
+    job = state.jobs.get(caller.tenant, job_id, "table")
+    delete_job(state, job)
     return {"id": job.id, "object": "job", "deleted": True}
 
 
 @router.get("/v1/jobs/{job_id}/results", summary="The rows with their answers")
 async def get_results(
     job_id: str,
-    service: ServiceOf,
+    state: StateOf,
     caller: Caller,
     lanes: LanesOf,
     format: Annotated[str, TableName(FORMATS)] = "parquet",
@@ -209,10 +210,10 @@ async def get_results(
 ) -> StreamingResponse:
 
     def work() -> IO[bytes]:
-        job = service.jobs.get(caller.tenant, job_id, "table")
-        sink = tempfile.TemporaryFile(dir=service.folder)  # noqa: SIM115  closed after it was sent
+        job = state.jobs.get(caller.tenant, job_id, "table")
+        sink = tempfile.TemporaryFile(dir=state.folder)  # noqa: SIM115  closed after it was sent
         try:
-            write_results(service, job, format, details, partial, sink)
+            write_results(state, job, format, details, partial, sink)
             sink.seek(0)
         except BaseException:
             sink.close()

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 
 from complete_fn.errors import InvalidOptionError
 from complete_fn.ledger.usage import GROUPS, UsageLine, usage
-from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.auth import Caller, StateOf
 from complete_fn.server.fair_slots import LanesOf
 
 router = APIRouter(tags=["usage"])
@@ -17,7 +17,7 @@ router = APIRouter(tags=["usage"])
 
 @router.get("/v1/usage", summary="Rows, tokens and cost of the tenant, by day and model")
 async def get_usage(
-    service: ServiceOf,
+    state: StateOf,
     caller: Caller,
     lanes: LanesOf,
     by: Annotated[str, Query(description=f"one or more of {', '.join(GROUPS)}, with commas")] = "day,model",
@@ -31,7 +31,7 @@ async def get_usage(
     if since is not None and since.tzinfo is None:
         since = since.replace(tzinfo=UTC)
     from_time = since.timestamp() if since else 0.0
-    lines = await lanes.reports.run(caller.tenant, lambda: usage(service.store, names, from_time, caller.tenant))
+    lines = await lanes.reports.run(caller.tenant, lambda: usage(state.store, names, from_time, caller.tenant))
     return {"object": "list", "data": [line_body(names, line) for line in lines]}
 
 

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from complete_fn.errors import InputError
 from complete_fn.jobs.api_keys import Principal
 from complete_fn.jobs.job import Job
-from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.auth import Caller, StateOf
 from complete_fn.server.batch_lines import answer_lines, groups, read_lines
 from complete_fn.server.error_replies import told
 from complete_fn.server.fair_slots import LanesOf
@@ -20,7 +20,7 @@ from complete_fn.server.request_bodies import Body
 from complete_fn.server.routes.openai.files import Limit, page
 from complete_fn.service.job_files import details_of, windows_of
 from complete_fn.service.retention import delete_job
-from complete_fn.service.service import Service
+from complete_fn.service.state import ServiceState
 from complete_fn.service.submit import drafted, new_job
 
 DAY = 86_400
@@ -50,23 +50,23 @@ class BatchBody(Body):
 
 
 @router.post("/v1/batches", summary="Run an uploaded file of requests")
-async def create_batch(body: BatchBody, service: ServiceOf, caller: Caller, lanes: LanesOf) -> dict[str, Any]:
+async def create_batch(body: BatchBody, state: StateOf, caller: Caller, lanes: LanesOf) -> dict[str, Any]:
     """A line that cannot be run, or a custom_id used twice, is refused here, before anything is paid for."""
-    return await lanes.tables.run(caller.tenant, lambda: batch_body(service, submit_batch(service, caller, body)))
+    return await lanes.tables.run(caller.tenant, lambda: batch_body(state, submit_batch(state, caller, body)))
 
 
-def submit_batch(service: Service, caller: Principal, body: BatchBody) -> Job:
+def submit_batch(state: ServiceState, caller: Principal, body: BatchBody) -> Job:
     """Raises:
     RequestError: The file or one of its lines cannot be run; nothing was kept.
     """
-    upload = service.uploads.get(caller.tenant, body.input_file_id)
+    upload = state.uploads.get(caller.tenant, body.input_file_id)
     if upload.purpose != "batch":
         raise InputError(f"File {upload.id} has purpose {upload.purpose!r}; upload it with purpose 'batch'.")
-    content = service.uploads.content(upload)
-    lines = read_lines(service, content, body.endpoint)
+    content = state.uploads.content(upload)
+    lines = read_lines(state, content, body.endpoint)
     job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
-    with drafted(service, job) as draft:
-        with service.storage.writing(service.job_key(job.id, REQUESTS)) as sink:
+    with drafted(state, job) as draft:
+        with state.storage.writing(state.job_key(job.id, REQUESTS)) as sink:
             sink.write(content)
         draft.add_window(len(lines), groups(lines))
         return draft.keep()
@@ -74,51 +74,51 @@ def submit_batch(service: Service, caller: Principal, body: BatchBody) -> Job:
 
 @router.get("/v1/batches", summary="The tenant's batches, newest first")
 async def list_batches(
-    request: Request, service: ServiceOf, caller: Caller, lanes: LanesOf, limit: Limit = 20, after: str | None = None
+    request: Request, state: StateOf, caller: Caller, lanes: LanesOf, limit: Limit = 20, after: str | None = None
 ) -> dict[str, Any]:
     """A batch whose files cannot be read says so in `errors`."""
 
     def work() -> dict[str, Any]:
-        found = service.jobs.newest(caller.tenant, "batch", limit + 1, after)
-        return page([listed(request, service, job) for job in found], limit)
+        found = state.jobs.newest(caller.tenant, "batch", limit + 1, after)
+        return page([listed(request, state, job) for job in found], limit)
 
     return await lanes.reports.run(caller.tenant, work)
 
 
-def listed(request: Request, service: Service, job: Job) -> dict[str, Any]:
+def listed(request: Request, state: ServiceState, job: Job) -> dict[str, Any]:
     """The batch. If its files cannot be read, only this batch tells an error, and the page goes on."""
     try:
-        return batch_body(service, job)
+        return batch_body(state, job)
     except Exception as error:
         _, message, code = told(request, error)
-        return batch_body(service, job, (code, message))
+        return batch_body(state, job, (code, message))
 
 
 @router.get("/v1/batches/{batch_id}", summary="How far a batch is")
-def get_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    return batch_body(service, service.jobs.get(caller.tenant, batch_id, "batch"))
+def get_batch(batch_id: str, state: StateOf, caller: Caller) -> dict[str, Any]:
+    return batch_body(state, state.jobs.get(caller.tenant, batch_id, "batch"))
 
 
 @router.post("/v1/batches/{batch_id}/cancel", summary="Stop a batch; the answers that are done stay")
-def cancel_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    job = service.jobs.get(caller.tenant, batch_id, "batch")
-    return batch_body(service, service.jobs.stop(job, "cancelled"))
+def cancel_batch(batch_id: str, state: StateOf, caller: Caller) -> dict[str, Any]:
+    job = state.jobs.get(caller.tenant, batch_id, "batch")
+    return batch_body(state, state.jobs.stop(job, "cancelled"))
 
 
 @router.delete(
     "/v1/batches/{batch_id}", summary="Delete a batch and its stored answers; files are deleted by themselves"
 )
-def delete_batch(batch_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    job = service.jobs.get(caller.tenant, batch_id, "batch")
-    delete_job(service, job)
+def delete_batch(batch_id: str, state: StateOf, caller: Caller) -> dict[str, Any]:
+    job = state.jobs.get(caller.tenant, batch_id, "batch")
+    delete_job(state, job)
     return {"id": job.id, "object": "batch", "deleted": True}
 
 
-def batch_body(service: Service, job: Job, unreadable: tuple[str, str] | None = None) -> dict[str, Any]:
+def batch_body(state: ServiceState, job: Job, unreadable: tuple[str, str] | None = None) -> dict[str, Any]:
     """The batch with its result files; or without them and with `unreadable` (code, message) as the reason."""
     asked = json.loads(job.request)
-    counts = service.jobs.counts(job)
-    outputs = outputs_of(service, job) if job.over and unreadable is None else {"output": None, "errors": None}
+    counts = state.jobs.counts(job)
+    outputs = outputs_of(state, job) if job.over and unreadable is None else {"output": None, "errors": None}
     status = STATUS.get(job.status, job.status)
     if job.status == "stopping" and job.ends_as == "cancelled":
         status = "cancelling"
@@ -151,25 +151,25 @@ def ended(job: Job, status: str) -> int | None:
     return second(job.ended_at) if job.status == status else None
 
 
-def outputs_of(service: Service, job: Job) -> dict[str, str | None]:
+def outputs_of(state: ServiceState, job: Job) -> dict[str, str | None]:
     """Ids of the files of answers and of errors, which are written when first requested; None for an empty file."""
-    note = service.job_key(job.id, OUTPUTS)
-    with service.outputs_lock:
-        if not service.storage.exists(note):
-            made = write_outputs(service, job)
-            with service.storage.writing(note) as sink:
+    note = state.job_key(job.id, OUTPUTS)
+    with state.outputs_lock:
+        if not state.storage.exists(note):
+            made = write_outputs(state, job)
+            with state.storage.writing(note) as sink:
                 sink.write(json.dumps(made).encode())
             return made
-    with service.storage.reading(note) as source:
+    with state.storage.reading(note) as source:
         found: dict[str, str | None] = json.loads(source.read())
     return found
 
 
-def write_outputs(service: Service, job: Job) -> dict[str, str | None]:
-    with service.storage.reading(service.job_key(job.id, REQUESTS)) as source:
+def write_outputs(state: ServiceState, job: Job) -> dict[str, str | None]:
+    with state.storage.reading(state.job_key(job.id, REQUESTS)) as source:
         requests = source.read()
-    (window,) = windows_of(service, job)
-    details = details_of(service, job, window, service.jobs.parts(job.id)).to_pylist()
+    (window,) = windows_of(state, job)
+    details = details_of(state, job, window, state.jobs.parts(job.id)).to_pylist()
     stem = f"file-{job.id.removeprefix('batch_')}"
     made: dict[str, str | None] = {"output": None, "errors": None}
     lines = list(answer_lines(job, requests, details))
@@ -179,6 +179,6 @@ def write_outputs(service: Service, job: Job) -> dict[str, str | None]:
             continue
         made[kind] = f"{stem}-{kind[:3]}"
         name = f"{job.id}_{kind}.jsonl"
-        with service.uploads.writing(job.tenant, name, "batch_output", made[kind]) as (sink, _):
+        with state.uploads.writing(job.tenant, name, "batch_output", made[kind]) as (sink, _):
             sink.writelines(chosen)
     return made

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from complete_fn.engines.catalogue import Model
 from complete_fn.jobs.api_keys import Principal
-from complete_fn.server.auth import Caller, ServiceOf, asker
+from complete_fn.server.auth import Caller, EnginesOf, StateOf, asker
 from complete_fn.server.error_replies import refusal
 from complete_fn.server.live_chat import Live, computed_tokens
 from complete_fn.server.rate_limits import RateLimits
@@ -24,13 +24,13 @@ router = APIRouter(tags=["OpenAI"])
 
 
 @router.get("/v1/models", summary="The catalogue")
-def list_models(service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    return {"object": "list", "data": [model_body(m) for m in service.models().values()]}
+def list_models(state: StateOf, caller: Caller) -> dict[str, Any]:
+    return {"object": "list", "data": [model_body(m) for m in state.models().values()]}
 
 
 @router.get("/v1/models/{name}", summary="One model of the catalogue")
-def get_model(name: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    return model_body(service.model(name))
+def get_model(name: str, state: StateOf, caller: Caller) -> dict[str, Any]:
+    return model_body(state.model(name))
 
 
 def model_body(model: Model) -> dict[str, Any]:
@@ -45,15 +45,15 @@ def model_body(model: Model) -> dict[str, Any]:
 
 
 @router.post("/v1/chat/completions", summary="Answer one conversation", response_model=None)
-async def chat(body: ChatBody, request: Request, service: ServiceOf, caller: Caller) -> Response:
-    live = Live(request, service, body.chat_call(service.model(body.model)), [body.prompt()], asker(caller))
+async def chat(body: ChatBody, request: Request, engines: EnginesOf, caller: Caller) -> Response:
+    live = Live(request, engines, body.chat_call(engines.state.model(body.model)), [body.prompt()], asker(caller))
     return await answer(live, body, Chunks("chat.completion.chunk", body.model, body.wants_usage), caller)
 
 
 @router.post("/v1/completions", summary="Answer one prompt or several", response_model=None)
-async def complete(body: CompletionBody, request: Request, service: ServiceOf, caller: Caller) -> Response:
+async def complete(body: CompletionBody, request: Request, engines: EnginesOf, caller: Caller) -> Response:
     """Of several prompts one that fails ends with finish_reason `error`; its choice says why in `error`."""
-    live = Live(request, service, body.completion_call(service.model(body.model)), body.texts(), asker(caller))
+    live = Live(request, engines, body.completion_call(engines.state.model(body.model)), body.texts(), asker(caller))
     return await answer(live, body, Chunks("text_completion", body.model, body.wants_usage), caller)
 
 

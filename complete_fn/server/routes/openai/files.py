@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from complete_fn.errors import InputError
 from complete_fn.jobs.uploads import Upload
-from complete_fn.server.auth import Caller, ServiceOf
+from complete_fn.server.auth import Caller, StateOf
 from complete_fn.server.fair_slots import LanesOf
 
 PURPOSES = ("batch", "user_data")
@@ -44,7 +44,7 @@ def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
 
 @router.post("/v1/files", summary="Upload a table (.parquet, .csv, .jsonl) or a batch (.jsonl)")
 async def upload_file(
-    service: ServiceOf,
+    state: StateOf,
     caller: Caller,
     lanes: LanesOf,
     file: Annotated[UploadFile, File()],
@@ -61,14 +61,14 @@ async def upload_file(
     Upload("", caller.tenant, name, purpose, 0, 0.0, None).format  # noqa: B018  refuses names that say no format
 
     def work() -> dict[str, Any]:
-        return file_body(service.uploads.save(caller.tenant, name, purpose, file.file, seconds))
+        return file_body(state.uploads.save(caller.tenant, name, purpose, file.file, seconds))
 
     return await lanes.tables.run(caller.tenant, work)
 
 
 @router.get("/v1/files", summary="The tenant's files, newest first")
 async def list_files(
-    service: ServiceOf,
+    state: StateOf,
     caller: Caller,
     lanes: LanesOf,
     purpose: str | None = None,
@@ -76,22 +76,22 @@ async def list_files(
     after: str | None = None,
 ) -> dict[str, Any]:
     def work() -> dict[str, Any]:
-        found = service.uploads.newest(caller.tenant, limit + 1, after, purpose)
+        found = state.uploads.newest(caller.tenant, limit + 1, after, purpose)
         return page([file_body(f) for f in found], limit)
 
     return await lanes.reports.run(caller.tenant, work)
 
 
 @router.get("/v1/files/{file_id}", summary="One file")
-def get_file(file_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    return file_body(service.uploads.get(caller.tenant, file_id))
+def get_file(file_id: str, state: StateOf, caller: Caller) -> dict[str, Any]:
+    return file_body(state.uploads.get(caller.tenant, file_id))
 
 
 @router.get("/v1/files/{file_id}/content", summary="A file's bytes")
-def get_content(file_id: str, service: ServiceOf, caller: Caller) -> StreamingResponse:
-    upload = service.uploads.get(caller.tenant, file_id)
+def get_content(file_id: str, state: StateOf, caller: Caller) -> StreamingResponse:
+    upload = state.uploads.get(caller.tenant, file_id)
     opened = ExitStack()
-    source = opened.enter_context(service.storage.reading(service.uploads.key(upload)))
+    source = opened.enter_context(state.storage.reading(state.uploads.key(upload)))
     headers = {"Content-Length": str(upload.bytes)}
     return StreamingResponse(chunks(source, opened), headers=headers, media_type="application/octet-stream")
 
@@ -104,6 +104,6 @@ def chunks(source: IO[bytes], opened: ExitStack) -> Iterator[bytes]:
 
 
 @router.delete("/v1/files/{file_id}", summary="Delete a file; jobs keep their own copy")
-def delete_file(file_id: str, service: ServiceOf, caller: Caller) -> dict[str, Any]:
-    service.uploads.delete(service.uploads.get(caller.tenant, file_id))
+def delete_file(file_id: str, state: StateOf, caller: Caller) -> dict[str, Any]:
+    state.uploads.delete(state.uploads.get(caller.tenant, file_id))
     return {"id": file_id, "object": "file", "deleted": True}

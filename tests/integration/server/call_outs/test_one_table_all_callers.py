@@ -17,7 +17,8 @@ import pytest
 
 from complete_fn.client import Client
 from complete_fn.engines.catalogue import find_model
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 from complete_fn_connectors.duckdb import register
 from complete_fn_connectors.functions import QuerySession
 from complete_fn_connectors.polars import complete
@@ -103,7 +104,7 @@ def all_pay_once(
 ) -> list[Any]:
     """Two tenants: the first's answers come to all its callers for one payment, the second pays as much."""
     running = callers.running
-    keys = {tenant: running.service.keys.create(tenant, "ann") for tenant in ("a", "b")}
+    keys = {tenant: running.state.keys.create(tenant, "ann") for tenant in ("a", "b")}
     con = installed(running, keys["a"])
     monkeypatch.setenv("COMPLETE_FN_URL", running.url)
     monkeypatch.setenv("COMPLETE_FN_KEY", keys["a"])
@@ -152,7 +153,7 @@ def test_so_it_is_with_a_thousand_rows_and_a_real_model(
     table = pq.read_table(SAMPLE, columns=["description", "section"]).to_pylist()
     chosen = list({row["description"]: row for row in table}.values())[:1000]
     texts = ["Name the section: " + row["description"] for row in chosen]
-    with at_service(Service(tmp_path / "home", models_file)) as running:
+    with at_service(EngineHost(ServiceState(tmp_path / "home", models_file))) as running:
         callers = Callers(running, "demo", texts, tmp_path, models_file)
         answers = all_pay_once(callers, installed, monkeypatch, lambda: billed(running, "a") + billed(running, "b"))
     assert len(answers) == 1000

@@ -91,7 +91,7 @@ def test_a_table_is_one_submission_and_rows_are_one_each(serve: Callable[..., Ru
 
 def test_faults_are_errors_with_a_hint(serve: Callable[..., Running], installed: Install) -> None:
     running = serve()
-    key = running.service.keys.create("acme", "ann")
+    key = running.state.keys.create("acme", "ann")
     con = installed(running, key)
 
     def refused(query: str) -> psycopg.Error:
@@ -193,7 +193,7 @@ def test_a_job_shows_what_is_done_and_can_be_cancelled(serve: Callable[..., Runn
 
 def attempts_of(running: Running) -> set[str]:
     """How the runs of the service have ended."""
-    with running.service.store.read() as connection:
+    with running.state.store.read() as connection:
         return set(connection.execute(sa.select(attempts.c.status)).scalars())
 
 

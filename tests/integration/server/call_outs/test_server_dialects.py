@@ -90,7 +90,7 @@ def billed(running: Running, tenant: str = "local") -> int:
     sums = sa.select(sa.func.sum(ledger.c.tokens)).where(
         ledger.c.tenant == tenant, ledger.c.price_class.in_(("input", "cached_input", "output"))
     )
-    with running.service.store.read() as connection:
+    with running.state.store.read() as connection:
         return connection.execute(sums).scalar() or 0
 
 
@@ -198,7 +198,7 @@ def elsewhere(serve: Callable[..., Running]) -> Iterator[tuple[Running, subproce
             "asked": zlib.compress(json.dumps({"batch": "b1", "rows": [["echo", "x"]]}).encode()),
             "created_at": time.time(),
         }
-        with running.service.store.write() as connection:
+        with running.state.store.write() as connection:
             connection.execute(call_outs.insert().values(row))
         yield running, other, name
         other.kill()
@@ -234,7 +234,7 @@ def test_who_asks_for_a_batch_of_another_process_gets_its_values(
         assert not asked.done()
         if how == "done":
             reply = zlib.compress(json.dumps([[], [value]]).encode())
-            with running.service.store.write() as connection:
+            with running.state.store.write() as connection:
                 connection.execute(call_outs.update().where(name.row).values(status="done", reply=reply))
         else:
             other.kill()
@@ -290,7 +290,7 @@ def test_small_requests_that_arrive_together_become_few_runs(serve: Callable[...
 def test_tenants_share_no_batch_and_no_answer(serve: Callable[..., Running]) -> None:
     engine = Counting()
     running = serve(engine=engine)
-    a, a2, b = (running.service.keys.create(t, u) for t, u in (("a", "ann"), ("a", "abe"), ("b", "bob")))
+    a, a2, b = (running.state.keys.create(t, u) for t, u in (("a", "ann"), ("a", "abe"), ("b", "bob")))
     rows = [["echo", "secret"]]
     assert post(running, "snowflake", rows, "same", key=a).status_code == 200
     assert post(running, "redshift", rows, "same", key=a2).status_code == 200
@@ -351,11 +351,11 @@ def test_wrong_keys_and_oversized_bodies_are_refused(serve: Callable[..., Runnin
         small = gzip.compress(json.dumps(body(warehouse, [["echo", "hi"]])[0]).encode())
         fine = http.post(f"/v1/dialects/{warehouse}/complete", content=small, headers=headers)
         assert values(warehouse, fine) == ["hi"]
-    running.service.keys.create("a", "ann")
+    running.state.keys.create("a", "ann")
     strange = post(running, warehouse, [["echo", "x"]], key="cfn-wrong")
     assert strange.status_code == 401
     assert "API key" in strange.json()[place]
-    only_usage = running.service.keys.create("a", "ann", ["usage"])
+    only_usage = running.state.keys.create("a", "ann", ["usage"])
     assert post(running, warehouse, [["echo", "x"]], key=only_usage).status_code == 403
 
 
@@ -364,8 +364,8 @@ def test_rate_limits_hold_for_batches_and_not_for_their_repetition(
     serve: Callable[..., Running], warehouse: str, status: int
 ) -> None:
     running = serve(engine=Counting())
-    key = running.service.keys.create("acme", "ann")
-    running.service.keys.limit_tenant("acme", 20)  # tokens a minute
+    key = running.state.keys.create("acme", "ann")
+    running.state.keys.limit_tenant("acme", 20)  # tokens a minute
     large = [["echo", f"row {n}"] for n in range(20)]  # may need far more: let in once, as the bucket is full
     assert post(running, warehouse, large, "first", key=key).status_code == 200
     assert post(running, warehouse, large, "first", key=key).status_code == 200
@@ -442,12 +442,12 @@ def test_a_batch_is_forgotten_after_its_hours_though_no_other_comes(serve: Calla
     running = serve(engine=Counting())
     rows = [["echo", "patient Smith", {"cache": "off"}]]
     assert post(running, "snowflake", rows).status_code == 200
-    with running.service.store.write() as connection:
+    with running.state.store.write() as connection:
         connection.execute(call_outs.update().values(created_at=time.time() - 13 * 3600))
     assert post(running, "snowflake", rows).status_code == 200  # it is begun again, not read
-    with running.service.store.write() as connection:
+    with running.state.store.write() as connection:
         connection.execute(call_outs.update().values(created_at=time.time() - 13 * 3600))
-    expire(running.service)
-    with running.service.store.read() as connection:
+    expire(running.state)
+    with running.state.store.read() as connection:
         assert connection.execute(sa.select(call_outs)).all() == []
     assert billed(running) == 2 * 4

@@ -21,7 +21,7 @@ def service(serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> R
     """A service that wants a key, and the forwarders' settings for it."""
     running = serve(engine=Counting())
     monkeypatch.setenv("COMPLETE_FN_URL", running.url)
-    monkeypatch.setenv("COMPLETE_FN_KEY", running.service.keys.create("acme", "ann"))
+    monkeypatch.setenv("COMPLETE_FN_KEY", running.state.keys.create("acme", "ann"))
     return running
 
 
@@ -58,7 +58,7 @@ def test_redshift_is_asked_for_until_its_rows_are_there(
 
     monkeypatch.setattr(dialect_of("redshift"), "patience", 0.1)
     gate = threading.Event()
-    engine = service.service.engine
+    engine = service.state.engine
     assert isinstance(engine, Counting)
     engine.gate = gate
     statuses: list[int] = []

@@ -58,7 +58,7 @@ def test_a_query_is_submitted_and_its_result_read_elsewhere(serve: Callable[...,
 def test_a_job_is_cancelled_and_strangers_do_not_see_it(serve: Callable[..., Running]) -> None:
     gate = threading.Event()
     running = serve(engine=Counting(gate))
-    ann, bob = (running.service.keys.create(tenant, "x") for tenant in ("a", "b"))
+    ann, bob = (running.state.keys.create(tenant, "x") for tenant in ("a", "b"))
     with connected(running, ann) as con, connected(running, bob) as other:
         job = one(con, "SELECT complete_submit('SELECT 1 AS id', 'echo', 'row {id}')")
         assert con.execute("SELECT * FROM complete_result(?)", [job]).fetchall() == []

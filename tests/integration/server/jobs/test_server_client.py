@@ -59,7 +59,7 @@ def test_what_the_service_refuses_is_raised_as_what_it_is(running: Any) -> None:
     with pytest.raises(EngineError, match="Nobody answers"):
         Client("http://127.0.0.1:9").jobs()
     assert client.ask("GET", "/files").json()["data"] == []
-    running.service.keys.create("acme", "ann")
+    running.state.keys.create("acme", "ann")
     with pytest.raises(KeyRefusedError):
         client.jobs()
 
@@ -84,7 +84,7 @@ def test_jobs_from_the_shell(
     running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COMPLETE_FN_URL", running.url)
-    monkeypatch.setenv("COMPLETE_FN_KEY", running.service.keys.create("acme", "ann"))
+    monkeypatch.setenv("COMPLETE_FN_KEY", running.state.keys.create("acme", "ann"))
     source, target = tmp_path / "in.parquet", tmp_path / "out.parquet"
     parquet.write_table(TABLE, source)
     submit = ["jobs", "submit", str(source), "-m", "echo", "-p", "{text}", "--option", "max_tokens=5"]
@@ -205,7 +205,7 @@ def test_a_session_asks_the_service_as_its_engine(running: Any, tmp_path: Path) 
     session = Session(engine=f"{running.url}/v1", home=tmp_path / "client")
     assert session.complete("echo", ["one two", None, "one two"]).text.to_pylist() == ["one two", None, "one two"]
     session.close()
-    assert sum(line.cost for line in usage(running.service.store)) > 0
+    assert sum(line.cost for line in usage(running.state.store)) > 0
 
 
 def test_an_upload_without_a_key_is_refused_before_it_is_read(serve: Callable[..., Any]) -> None:

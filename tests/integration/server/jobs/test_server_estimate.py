@@ -44,7 +44,7 @@ def test_one_tenants_tables_keep_nobody_waiting(running: Running, monkeypatch: p
         return open_source(*given)
 
     monkeypatch.setattr("complete_fn.server.routes.jobs.estimate.open_source", slow)
-    busy, other = (running.service.keys.create(tenant, "ann") for tenant in ("busy", "other"))
+    busy, other = (running.state.keys.create(tenant, "ann") for tenant in ("busy", "other"))
     with running.http(busy) as client:
         body = asked(upload(client, parquet_bytes(ROWS)))
     with ThreadPoolExecutor(45) as pool, running.http(other) as client:

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from complete_fn import EchoEngine
 from complete_fn.errors import EngineError
-from complete_fn.service.service import Limits
+from complete_fn.service.state import Limits
 from complete_fn.store.tables import answers, ledger
 from complete_fn.types import Completion, CompletionRequest
 
@@ -77,7 +77,7 @@ def test_a_job_answers_every_row_in_order_and_bills_each_prompt_once(serve: Call
     paid = sum(r["completion_details"]["cost"] for r in rows if r["completion_details"])
     assert paid == Decimal(job["cost"]["amount"])
     assert {r["completion_details"]["source"] for r in rows if r["completion_details"]} == {"computed", "duplicate"}
-    with running.service.store.read() as connection:
+    with running.state.store.read() as connection:
         assert set(connection.execute(sa.select(ledger.c.query_tag)).scalars()) == {"t"}
 
 
@@ -118,7 +118,7 @@ def test_an_idempotency_key_makes_one_job(running: Any) -> None:
         other = client.post("/v1/jobs", json=body, headers={"Idempotency-Key": "k"})
         assert other.status_code == 409
         assert len(client.get("/v1/jobs").json()["data"]) == 1
-    folders = list((running.service.folder / "jobs").iterdir())
+    folders = list((running.state.folder / "jobs").iterdir())
     assert [f.name for f in folders] == [first["id"]]
 
 
@@ -204,7 +204,7 @@ def test_a_service_that_ends_gives_its_parts_back_and_the_next_goes_on(serve: Ca
     with running.http() as client:
         ended = wait(client, job)
         assert [r["completion"] for r in results(client, job)] == [f"Say: row {n}" for n in range(400)]
-        (part,) = running.service.jobs.parts(job)
+        (part,) = running.state.jobs.parts(job)
     assert (part.tries, part.fence) == (0, 2)
     # What the first had committed was not computed again, though sampled answers are never shared.
     assert 64 <= 400 - len(quick.requests) <= len(slow.requests)
@@ -238,11 +238,11 @@ def test_deleting_leaves_the_ledger_and_nothing_with_text(running: Any) -> None:
         assert len(results(client, job)) == 100  # the job keeps its own copy
         assert client.delete(f"/v1/jobs/{job}").status_code == 200
         assert client.get(f"/v1/jobs/{job}").status_code == 404
-    store = running.service.store
+    store = running.state.store
     with store.read() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(answers)).scalar() == 0
         assert connection.execute(sa.select(sa.func.sum(ledger.c.tokens))).scalar() > 0
-    left = [p for p in running.service.folder.rglob("*") if p.is_file()]
+    left = [p for p in running.state.folder.rglob("*") if p.is_file()]
     assert left == []
 
 
@@ -283,7 +283,7 @@ def test_an_engine_that_cannot_work_fails_the_job_after_three_tries(serve: Calla
     ],
 )
 def test_what_cannot_run_is_refused_at_once(shared: Any, change: dict[str, Any], status: int, words: str) -> None:
-    folder = shared.service.folder / "jobs"
+    folder = shared.state.folder / "jobs"
     with shared.http() as client:
         jobs, folders = client.get("/v1/jobs").json()["data"], set(folder.glob("*"))
         body = {"model": "echo", "prompt": "{text}", "source": {"file_id": upload(client, parquet_bytes(ROWS))}}
@@ -313,7 +313,7 @@ def test_tables_that_are_broken_or_too_large_are_refused(
         body = {"model": "echo", "prompt": "{text}", "source": {"file_id": upload(client, content, name)}}
         reply = client.post("/v1/jobs", json=body)
     assert reply.status_code == status, reply.text
-    assert str(running.service.folder) not in reply.text
+    assert str(running.state.folder) not in reply.text
 
 
 def test_uploads_are_bounded_and_named_by_us(serve: Callable[..., Any]) -> None:
@@ -328,12 +328,12 @@ def test_uploads_are_bounded_and_named_by_us(serve: Callable[..., Any]) -> None:
         sly = client.post("/v1/files", files={"file": ("../../../x.csv", b"x")}, data={"purpose": "batch"}).json()
         assert sly["filename"] == "x.csv"
         assert client.get(f"/v1/files/{sly['id']}/content").content == b"x"
-    folder: Path = running.service.folder
+    folder: Path = running.state.folder
     assert [p.name for p in folder.rglob("*") if p.is_file()] == [sly["id"]]
 
 
 def test_tenants_see_nothing_of_each_other(running: Any) -> None:
-    ann, bob = (running.service.keys.create(t, "u") for t in ("acme", "bolt"))
+    ann, bob = (running.state.keys.create(t, "u") for t in ("acme", "bolt"))
     with running.http(ann) as mine, running.http(bob) as theirs:
         file = upload(mine, parquet_bytes(ROWS))
         job = wait(mine, submit(mine, file)["id"])["id"]

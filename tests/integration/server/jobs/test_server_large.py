@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from complete_fn.service.service import Limits
+from complete_fn.service.state import Limits
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
@@ -33,8 +33,8 @@ def test_an_upload_above_the_limit_leaves_nothing(running: Any) -> None:
         reply = client.post("/v1/files", content=body(), headers={"Content-Type": "multipart/form-data; boundary=x"})
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
         assert client.get("/healthz").status_code == 200
-    assert running.service.limits == Limits()
-    assert running.service.storage.keys() == []
+    assert running.state.limits == Limits()
+    assert running.state.storage.keys() == []
 
 
 def test_a_million_rows(running: Any) -> None:

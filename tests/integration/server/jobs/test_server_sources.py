@@ -22,7 +22,7 @@ from complete_fn import EchoEngine
 from complete_fn.rows.object_storage import Storage
 from complete_fn.service.delivery import deliver_next
 from complete_fn.service.retention import expire
-from complete_fn.service.service import Limits
+from complete_fn.service.state import Limits
 from complete_fn.types import Completion, CompletionRequest
 from tests.objects import object_server
 
@@ -131,7 +131,7 @@ def test_nothing_outside_the_roots_can_be_named(roots: Path, serve: Callable[...
                 assert "secret\n" not in reply.text
                 assert "No such" not in reply.text
         assert client.get("/v1/jobs").json()["data"] == []
-    assert running.service.storage.keys() == []
+    assert running.state.storage.keys() == []
     assert (roots / "secret.csv").read_text() == "text\nsecret\n"
 
 
@@ -201,7 +201,7 @@ def execute(url: str, *statements: str) -> list[Any]:
 @pytest.mark.usefixtures("small_windows")
 def test_a_query_into_a_table_once_and_again(connection: str, serve: Callable[..., Any]) -> None:
     running = serve()
-    running.service.connections.add("local", "docs", "DOCS_URL", writable=True)
+    running.state.connections.add("local", "docs", "DOCS_URL", writable=True)
     source = {"connection": "docs", "sql": "SELECT id, text FROM docs ORDER BY id;"}
     sink = {"connection": "docs", "table": "answers", "key": "id"}
     with running.http() as client:
@@ -213,7 +213,7 @@ def test_a_query_into_a_table_once_and_again(connection: str, serve: Callable[..
     found = execute(connection, "SELECT id, completion, completion_error FROM answers ORDER BY id")
     assert [r[1] for r in found] == [t and " ".join(t.split()[:2]) for t in SAID]
     assert [r[0] for r in execute(connection, "SELECT row FROM numbered ORDER BY 1")] == list(range(ROWS))
-    with running.service.store.read() as stored:
+    with running.state.store.read() as stored:
         dump = str(stored.exec_driver_sql("SELECT * FROM connections").all())
         assert connection not in dump
         assert connection not in str(stored.exec_driver_sql("SELECT request, error FROM jobs").all())
@@ -232,7 +232,7 @@ MORE_THAN_A_SELECT = [
 
 def test_sql_that_is_more_than_a_select(connection: str, serve: Callable[..., Any]) -> None:
     running = serve()
-    running.service.connections.add("local", "docs", "DOCS_URL", writable=True)
+    running.state.connections.add("local", "docs", "DOCS_URL", writable=True)
     with running.http() as client:
         for sql in MORE_THAN_A_SELECT:
             reply = ask(client, {"connection": "docs", "sql": sql})
@@ -245,8 +245,8 @@ def test_sql_that_is_more_than_a_select(connection: str, serve: Callable[..., An
 
 def test_connections_belong_to_a_tenant(connection: str, serve: Callable[..., Any]) -> None:
     running = serve()
-    running.service.connections.add("acme", "docs", "DOCS_URL", writable=False)
-    ann, bob = (running.service.keys.create(t, "u") for t in ("acme", "bolt"))
+    running.state.connections.add("acme", "docs", "DOCS_URL", writable=False)
+    ann, bob = (running.state.keys.create(t, "u") for t in ("acme", "bolt"))
     source = {"connection": "docs", "sql": "SELECT id, text FROM docs"}
     with running.http(ann) as mine, running.http(bob) as theirs:
         job = wait(mine, ask(mine, source))
@@ -256,8 +256,8 @@ def test_connections_belong_to_a_tenant(connection: str, serve: Callable[..., An
         assert theirs.post(f"/v1/jobs/{job['id']}/rerun").status_code == 404
         sink = ask(mine, source, sink={"connection": "docs", "table": "answers"})
         assert (sink.status_code, "for reading" in sink.text) == (400, True)
-    running.service.connections.remove("acme", "docs")
-    running.service.connections.add("acme", "docs", "NO_SUCH_VARIABLE", writable=False)
+    running.state.connections.remove("acme", "docs")
+    running.state.connections.add("acme", "docs", "NO_SUCH_VARIABLE", writable=False)
     with running.http(ann) as mine:
         gone = ask(mine, source)
         assert (gone.status_code, "NO_SUCH_VARIABLE" in gone.text) == (400, False)
@@ -276,7 +276,7 @@ BAD_SINKS = [
 
 def test_sinks_that_cannot_be_written(connection: str, serve: Callable[..., Any]) -> None:
     running = serve()
-    running.service.connections.add("local", "docs", "DOCS_URL", writable=True)
+    running.state.connections.add("local", "docs", "DOCS_URL", writable=True)
     source = {"connection": "docs", "sql": "SELECT id, text, 1 AS same FROM docs"}
     with pytest.MonkeyPatch.context() as patch, running.http() as client:
         patch.setattr("complete_fn.service.delivery.RETRY_SECONDS", 0.0)
@@ -296,7 +296,7 @@ def test_a_writer_that_died_half_way_is_followed_by_another(
 ) -> None:
     monkeypatch.setattr("complete_fn.service.delivery.deliver_next", lambda _: False)
     running = serve()
-    running.service.connections.add("local", "docs", "DOCS_URL", writable=True)
+    running.state.connections.add("local", "docs", "DOCS_URL", writable=True)
     source = {"connection": "docs", "sql": "SELECT id, text FROM docs"}
     with running.http() as client:
         reply = ask(client, source, sink={"connection": "docs", "table": "answers", "key": "id"})
@@ -305,12 +305,12 @@ def test_a_writer_that_died_half_way_is_followed_by_another(
         with pytest.MonkeyPatch.context() as patch:
             dying(patch)
             with pytest.raises(SystemExit):
-                deliver_next(running.service)
+                deliver_next(running.state)
         half = client.get(f"/v1/jobs/{reply.json()['id']}").json()["sink"]
         assert half["status"] == "writing"
-        assert not deliver_next(running.service)  # leased
+        assert not deliver_next(running.state)  # leased
         monkeypatch.setattr("complete_fn.service.delivery.time.time", lambda now=time.time: now() + 120)
-        assert deliver_next(running.service)
+        assert deliver_next(running.state)
         assert client.get(f"/v1/jobs/{reply.json()['id']}").json()["sink"]["status"] == "written"
     assert len(execute(connection, "SELECT id FROM answers")) == ROWS
 
@@ -320,11 +320,11 @@ def dying(patch: pytest.MonkeyPatch) -> None:
 
     move, moves = deliveries.move, []
 
-    def once(service: Any, held: Any, **values: Any) -> None:
+    def once(state: Any, held: Any, **values: Any) -> None:
         moves.append(values)
         if len(moves) == 2:
             raise SystemExit
-        move(service, held, **values)
+        move(state, held, **values)
 
     patch.setattr(deliveries, "move", once)
 
@@ -386,11 +386,11 @@ def test_files_and_jobs_expire(running: Any) -> None:
         assert abs(sent.expires_at - now - 3600) < 60
         assert abs(kept.expires_at - now - 30 * 86_400) < 60
         job = wait(client, ask(client, {"file_id": sent.id}))
-        expire(running.service, now + 4000)
+        expire(running.state, now + 4000)
         assert client.get(f"/v1/files/{sent.id}").status_code == 404
         assert client.get(f"/v1/files/{kept.id}").status_code == 200
         assert client.get(f"/v1/jobs/{job['id']}/results").status_code == 200
-        expire(running.service, now + 31 * 86_400)
+        expire(running.state, now + 31 * 86_400)
         assert client.get(f"/v1/jobs/{job['id']}").status_code == 404
         short = client.post(
             "/v1/files",
@@ -398,7 +398,7 @@ def test_files_and_jobs_expire(running: Any) -> None:
             data={"purpose": "user_data", "expires_after[anchor]": "created_at", "expires_after[seconds]": "60"},
         )
         assert short.status_code == 400
-    assert running.service.storage.keys() == []
+    assert running.state.storage.keys() == []
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -415,10 +415,10 @@ def test_a_service_that_keeps_everything_in_object_storage(
         with running.http() as client:
             job = wait(client, ask(client, {"uri": f"{bucket}/in/docs.parquet"}, sink={"uri": f"{bucket}/out/a.jsonl"}))
             assert [r["completion"] for r in results(client, job["id"])] == SAID
-            assert running.service.storage.keys("jobs")
+            assert running.state.storage.keys("jobs")
             assert client.delete(f"/v1/jobs/{job['id']}").status_code == 200
-        assert running.service.storage.keys() == []
-        assert not [p for p in running.service.folder.rglob("*") if p.is_file()]
+        assert running.state.storage.keys() == []
+        assert not [p for p in running.state.folder.rglob("*") if p.is_file()]
         with Storage(f"{bucket}/out").reading("a.jsonl") as source:
             assert [json.loads(line)["completion"] for line in source] == SAID
         running.end()

@@ -63,7 +63,7 @@ def test_a_job_outlives_a_worker_an_engine_and_the_broker(start: Start, engine: 
         assert engine_pid not in (None, warm.models["tiny"].engine_pid)
         os.kill(engine_pid, signal.SIGKILL)
         assert found.finish(job, 400)["status"] == "completed"
-        now, rows = found.state(job), found.results(job)
+        now, rows = found.job_state(job), found.results(job)
     assert now["rows"] == {"total": ROWS, "done": ROWS, "failed": 0, "null": 0}
     assert [row["id"] for row in rows] == list(range(ROWS))
     used = [row["completion_details"]["usage"] for row in rows]

@@ -22,7 +22,8 @@ import redis
 from complete_fn.cli.main import main
 from complete_fn.jobs.queue import CeleryQueue, queue_name, without_password
 from complete_fn.jobs.worker_store import Beat
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 from complete_fn.worker.fleet import Fleet, worker_starter
 from complete_fn.worker.maintenance import Maintenance
 from deploy.servers import Redis, running
@@ -44,7 +45,7 @@ class Site:
 
     home: Path
     broker: str
-    service: Service
+    state: ServiceState
     http: httpx.Client
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -54,7 +55,7 @@ class Site:
         own = {"COMPLETE_FN_BROKER": self.broker, "COMPLETE_FN_MODELS": str(self.home / "models.toml")}
         worker = subprocess.Popen(command, env={**os.environ, **own})
         self.workers.append(worker)
-        until(lambda: any(beat.pid == worker.pid for beat in self.service.workers.alive()))
+        until(lambda: any(beat.pid == worker.pid for beat in self.state.workers.alive()))
         return worker
 
     def submit(self, rows: int, name: str = "row", model: str = "slow", tokens: int = 8, **more: Any) -> str:
@@ -64,23 +65,23 @@ class Site:
         body = {"model": model, "prompt": "{text}", "source": {"file_id": file}, "options": {"max_tokens": tokens}}
         return str(self.http.post("/v1/jobs", json=body | more).json()["id"])
 
-    def state(self, job: str) -> dict[str, Any]:
+    def job_state(self, job: str) -> dict[str, Any]:
         found: dict[str, Any] = self.http.get(f"/v1/jobs/{job}").json()
         return found
 
     def done(self, job: str) -> int:
-        return int(self.state(job)["rows"]["done"])
+        return int(self.job_state(job)["rows"]["done"])
 
     def finish(self, job: str, seconds: float = HANG) -> dict[str, Any]:
-        until(lambda: self.state(job)["status"] not in ("queued", "running", "stopping"), seconds)
-        return self.state(job)
+        until(lambda: self.job_state(job)["status"] not in ("queued", "running", "stopping"), seconds)
+        return self.job_state(job)
 
     def results(self, job: str) -> list[dict[str, Any]]:
         text = self.http.get(f"/v1/jobs/{job}/results", params={"format": "jsonl", "details": True}).text
         return [json.loads(line) for line in text.splitlines()]
 
     def beats(self) -> list[Beat]:
-        return self.service.workers.alive()
+        return self.state.workers.alive()
 
 
 def until(true: Callable[[], object], seconds: float = HANG) -> None:
@@ -94,13 +95,14 @@ def until(true: Callable[[], object], seconds: float = HANG) -> None:
 def site(home: Path, broker: str, models: str = MODELS, workers: tuple[int, int] | None = None) -> Iterator[Site]:
     home.mkdir(parents=True)
     (home / "models.toml").write_text(models)
-    service = Service(home, home / "models.toml", queue=CeleryQueue(broker), idle_seconds=3.0)
+    state = ServiceState(home, home / "models.toml", queue=CeleryQueue(broker))
+    engines = EngineHost(state, idle_seconds=3.0)
     fleet = None
     if workers is not None:
-        fleet = Fleet(service.workers, worker_starter(service.settings, broker, 3.0), *workers, idle_seconds=3.0)
+        fleet = Fleet(state.workers, worker_starter(state.settings, broker, 3.0), *workers, idle_seconds=3.0)
     with ExitStack() as stack:
-        server = stack.enter_context(at_service(service, maintenance=Maintenance(service, fleet)))
-        found = Site(home, broker, service, server.http())
+        server = stack.enter_context(at_service(engines, maintenance=Maintenance(engines, fleet)))
+        found = Site(home, broker, state, server.http())
         try:
             yield found
         finally:
@@ -116,7 +118,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def whole(found: Site, job: str, rows: int, name: str = "row") -> None:
     """Every row once and in order; what is billed are the tokens of the rows."""
-    now = found.state(job)
+    now = found.job_state(job)
     assert now["status"] == "completed"
     results = found.results(job)
     assert [(r["id"], r["completion"]) for r in results] == [(n, f"{name} number {n}") for n in range(rows)]
@@ -150,9 +152,9 @@ def test_a_worker_drains_and_a_job_is_cancelled_in_another_process(tmp_path: Pat
         worker.terminate()
         assert worker.wait(30) == 0
         assert found.beats() == []
-        assert {part.status for part in found.service.jobs.parts(job)} <= {"queued", "done"}
+        assert {part.status for part in found.state.jobs.parts(job)} <= {"queued", "done"}
         worker = found.work()
-        until(lambda: found.state(job)["status"] == "running" and found.beats()[0].in_flight)
+        until(lambda: found.job_state(job)["status"] == "running" and found.beats()[0].in_flight)
         began = time.monotonic()
         found.http.post(f"/v1/jobs/{job}/cancel")
         now = found.finish(job)
@@ -180,17 +182,17 @@ def test_workers_come_when_there_is_work_and_go_when_there_is_none(tmp_path: Pat
         whole(found, job, 200)
         assert crashed not in [b.pid for b in found.beats()]
         for number in range(5):  # how fast it is is told with a heartbeat; what was left of the job may be too little
-            if any(pace.tokens_per_second for pace in found.service.workers.paces().values()):
+            if any(pace.tokens_per_second for pace in found.state.workers.paces().values()):
                 break
             found.finish(found.submit(300, f"again {number}"))
-        measured = found.service.workers.paces()["slow"]
+        measured = found.state.workers.paces()["slow"]
         assert measured.cold_seconds is not None
         shown = found.http.get("/metrics").text
         assert 'complete_fn_workers{draining="false"} 1.0' in shown
         assert 'complete_fn_cold_start_seconds{model="slow"}' in shown
         until(lambda: not found.beats())  # idle for three seconds
         waiting = found.submit(400, "more")
-        assert found.state(waiting)["eta_seconds"] > measured.cold_seconds
+        assert found.job_state(waiting)["eta_seconds"] > measured.cold_seconds
         found.http.post(f"/v1/jobs/{waiting}/cancel")
 
 

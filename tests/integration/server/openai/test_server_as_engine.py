@@ -26,7 +26,7 @@ def test_duckdb_asks_the_service_and_the_service_bills(
     engine = EchoEngine(64)
     running = serve(engine)
     monkeypatch.setenv("COMPLETE_FN_URL", running.url)
-    monkeypatch.setenv("COMPLETE_FN_KEY", running.service.keys.create("acme", "ann"))
+    monkeypatch.setenv("COMPLETE_FN_KEY", running.state.keys.create("acme", "ann"))
     con = duckdb.connect()
     register(con, engine=f"{running.url}/v1", home=tmp_path / "mine", models_file=models_file, progress=False)
     rows = con.execute("SELECT complete('echo', 'say ' || i) FROM range(20) t(i) ORDER BY i").fetchall()
@@ -35,7 +35,7 @@ def test_duckdb_asks_the_service_and_the_service_bills(
     session = QuerySession(engine=f"{running.url}/v1", home=tmp_path / "mine", models_file=models_file, progress=False)
     frame = pl.DataFrame({"i": ["a", "b"]}).with_columns(answer=complete("echo", pl.col("i"), session=session))
     assert frame["answer"].to_list() == ["a", "b"]
-    (billed,) = usage(running.service.store, ["model"], tenant="acme")
+    (billed,) = usage(running.state.store, ["model"], tenant="acme")
     (noted,) = usage(Store(load_settings(tmp_path / "mine").store), ["model"])
     assert (billed.rows, billed.basis, noted.rows, noted.basis) == (22, "yours", 22, "service")
     assert (billed.cost, billed.output) == (noted.cost, noted.output)
@@ -45,7 +45,7 @@ def test_without_its_name_in_the_environment_no_key_is_sent_anywhere(
     serve: Callable[..., Any], tmp_path: Path, models_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = serve()
-    monkeypatch.setenv("COMPLETE_FN_KEY", running.service.keys.create("acme", "ann"))
+    monkeypatch.setenv("COMPLETE_FN_KEY", running.state.keys.create("acme", "ann"))
     monkeypatch.setenv("COMPLETE_FN_URL", "http://127.0.0.1:9")
     con = duckdb.connect()
     register(con, engine=f"{running.url}/v1", home=tmp_path / "mine", models_file=models_file, progress=False)

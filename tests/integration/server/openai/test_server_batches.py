@@ -15,7 +15,7 @@ import pytest
 from complete_fn import EchoEngine
 from complete_fn.server.batch_lines import Line, read_line
 from complete_fn.server.routes.openai.batches import OUTPUTS, REQUESTS
-from complete_fn.service.service import Limits, Service
+from complete_fn.service.state import Limits, ServiceState
 from complete_fn.types import Completion, CompletionRequest
 
 CHAT = "/v1/chat/completions"
@@ -129,7 +129,7 @@ def test_a_batch_whose_files_are_gone_fails_no_list(running: Any) -> None:
     for batch in batches:
         wait(client, batch)
     for name in (REQUESTS, OUTPUTS):
-        running.service.storage.delete(running.service.job_key(batches[0], name))
+        running.state.storage.delete(running.state.job_key(batches[0], name))
     good, broken = client.batches.list().data
     assert (good.id, good.errors, broken.id, broken.output_file_id) == (batches[1], None, batches[0], None)
     assert good.output_file_id is not None
@@ -141,10 +141,10 @@ def test_a_batch_whose_files_are_gone_fails_no_list(running: Any) -> None:
 def test_a_paid_batch_with_half_a_character_in_a_custom_id_can_be_read(
     running: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def taken(service: Service, raw: bytes, endpoint: str) -> Line:
+    def taken(state: ServiceState, raw: bytes, endpoint: str) -> Line:
         """As lines were read before they were refused for it."""
         found = json.loads(raw)
-        return replace(read_line(service, raw.replace(b"\\ud83d", b""), endpoint), custom_id=found["custom_id"])
+        return replace(read_line(state, raw.replace(b"\\ud83d", b""), endpoint), custom_id=found["custom_id"])
 
     monkeypatch.setattr("complete_fn.server.batch_lines.read_line", taken)
     client = running.openai()
@@ -170,7 +170,7 @@ def test_a_batch_that_ends_early_keeps_its_finished_rows(serve: Callable[..., An
     if how == "cancelled":
         assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
     else:
-        assert running.service.jobs.expire(now=time.time() + 86_401) == [batch.id]
+        assert running.state.jobs.expire(now=time.time() + 86_401) == [batch.id]
     done = wait(client, batch.id, how)
     answers, errors = lines_of(client, done.output_file_id), lines_of(client, done.error_file_id)
     assert len(answers) + len(errors) == 1000

@@ -13,7 +13,8 @@ from complete_fn.engines import pool as engines
 from complete_fn.engines.call import Call
 from complete_fn.engines.catalogue import Model
 from complete_fn.ledger.usage import usage
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 from complete_fn.text import text_column
 from complete_fn.types import Asker
 
@@ -59,7 +60,7 @@ def test_chats_and_a_job_on_the_embedded_engine(
 
 def leave_after_a_few_words(running: Any) -> None:
     """The row is billed as far as it was told, not to the end it would have had."""
-    (before,) = usage(running.service.store)
+    (before,) = usage(running.state.store)
     long = running.openai().chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "Go on"}], max_tokens=900, stream=True
     )
@@ -67,7 +68,7 @@ def leave_after_a_few_words(running: Any) -> None:
     assert [next(texts) for _ in range(3)]
     long.close()
     deadline = time.monotonic() + 60
-    while (after := usage(running.service.store)[0]).rows == before.rows and time.monotonic() < deadline:
+    while (after := usage(running.state.store)[0]).rows == before.rows and time.monotonic() < deadline:
         time.sleep(0.1)
     assert after.rows == before.rows + 1
     assert after.input > before.input
@@ -78,17 +79,17 @@ def leave_after_a_few_words(running: Any) -> None:
 def test_engines_are_let_go_when_idle_and_opened_again(tmp_path: Path, models_file: Path) -> None:
     with models_file.open("a") as file:
         file.write("\n[models.own]\nengine = 'echo'\ncheckpoint = 'own'\n")
-    service = Service(tmp_path / "home", models_file, idle_seconds=0.2)
-    call = Call(service.model("own"))
+    host = EngineHost(ServiceState(tmp_path / "home", models_file), idle_seconds=0.2)
+    call = Call(host.state.model("own"))
 
     def open_ones() -> list[Any]:
         return [e for key, e in engines.OPEN.items() if "own" in key[0]]
 
     for text in ("a", "b"):
-        assert service.complete(call, text_column([text]), Asker()).text.to_pylist() == [text]
-        service.upkeep()
+        assert host.complete(call, text_column([text]), Asker()).text.to_pylist() == [text]
+        host.upkeep()
         assert len(open_ones()) == 1
         time.sleep(0.3)
-        service.upkeep()
+        host.upkeep()
         assert open_ones() == []
-    service.close()
+    host.close()

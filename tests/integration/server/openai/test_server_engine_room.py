@@ -9,7 +9,8 @@ import pytest
 
 from complete_fn import EchoEngine
 from complete_fn.engines.catalogue import Model
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 from complete_fn.settings import Settings
 from complete_fn.types import Completion, CompletionRequest
 from tests.integration.server.conftest import Running, at_service
@@ -58,9 +59,8 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
 
 def test_two_tenants_with_a_model_each_share_one_place(engines: Engines, tmp_path: Path) -> None:
     (tmp_path / "models.toml").write_text(MODELS)
-    service = Service(tmp_path / "home", tmp_path / "models.toml")
-    with at_service(service) as running:
-        jobs = [(key, begin(running, key, model)) for key, model in keys_of(service)]
+    with at_service(EngineHost(ServiceState(tmp_path / "home", tmp_path / "models.toml"))) as running:
+        jobs = [(key, begin(running, key, model)) for key, model in keys_of(running.state)]
         with running.http(jobs[0][0]) as client:
             chat = {"model": "two", "messages": [{"role": "user", "content": "hello"}]}
             assert client.post("/v1/chat/completions", json=chat).status_code == 200
@@ -73,8 +73,8 @@ def test_two_tenants_with_a_model_each_share_one_place(engines: Engines, tmp_pat
     assert len(engines.opened) <= 6  # and not with each of 40 parts
 
 
-def keys_of(service: Service) -> list[tuple[str, str]]:
-    return [(service.keys.create(name, "ann"), name) for name in ("one", "two")]
+def keys_of(state: ServiceState) -> list[tuple[str, str]]:
+    return [(state.keys.create(name, "ann"), name) for name in ("one", "two")]
 
 
 def begin(running: Running, key: str, model: str) -> str:

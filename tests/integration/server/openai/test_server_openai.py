@@ -14,7 +14,7 @@ import pytest
 
 from complete_fn import EchoEngine
 from complete_fn.ledger.usage import usage
-from complete_fn.service.service import Limits
+from complete_fn.service.state import Limits
 from complete_fn.types import Completion, CompletionRequest, SamplingParams, Usage
 
 
@@ -230,7 +230,7 @@ def test_a_client_that_goes_away_stops_its_rows_and_pays_for_none(serve: Callabl
     assert engine.closed.wait(60)
     assert len(engine.requests) < 50
     time.sleep(0.3)
-    assert sum(line.rows for line in usage(running.service.store)) < 50
+    assert sum(line.rows for line in usage(running.state.store)) < 50
 
 
 def test_health(shared: Any) -> None:

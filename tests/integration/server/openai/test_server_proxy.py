@@ -20,7 +20,8 @@ from complete_fn.jobs.worker_store import Beat, ModelState, own_id
 from complete_fn.ledger.usage import usage
 from complete_fn.server.worker_api import Internal, internal_secret, serve_internal
 from complete_fn.server.worker_proxy import Proxy
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 from complete_fn.worker.fleet import Fleet
 from complete_fn.worker.maintenance import Maintenance
 from tests.integration.server.conftest import Running, at_service
@@ -31,43 +32,44 @@ def never(slot: int) -> Any:
     raise AssertionError("no worker process is started here")
 
 
-def announce(service: Service, address: str) -> None:
+def announce(state: ServiceState, address: str) -> None:
     now = time.time()
     name = own_id()
     host, pid, _ = name.split("|")
-    service.workers.beat(Beat(name, host, int(pid), now, now, now, address))
+    state.workers.beat(Beat(name, host, int(pid), now, now, now, address))
 
 
 @pytest.fixture
 def api(tmp_path: Path, models_file: Path) -> Iterator[Running]:
     """An API that runs nothing itself."""
-    service = Service(tmp_path / "home", models_file, EchoEngine(64))
-    with at_service(service, maintenance=Maintenance(service, Fleet(service.workers, never, 0, 0))) as running:
+    engines = EngineHost(ServiceState(tmp_path / "home", models_file, EchoEngine(64)))
+    fleet = Fleet(engines.state.workers, never, 0, 0)
+    with at_service(engines, maintenance=Maintenance(engines, fleet)) as running:
         yield running
 
 
 @pytest.fixture
 def work(api: Running, tmp_path: Path, models_file: Path) -> Iterator[Callable[..., Internal]]:
     """Call it for a worker on the same state, with an engine of its own."""
-    opened: list[tuple[Internal, Service]] = []
+    opened: list[tuple[Internal, EngineHost]] = []
 
     def start(engine: Any) -> Internal:
-        service = Service(tmp_path / "home", models_file, engine)
-        internal = serve_internal(service, "127.0.0.1", internal_secret(None, tmp_path / "home"))
-        opened.append((internal, service))
-        announce(api.service, internal.address)
+        engines = EngineHost(ServiceState(tmp_path / "home", models_file, engine))
+        internal = serve_internal(engines, "127.0.0.1", internal_secret(None, tmp_path / "home"))
+        opened.append((internal, engines))
+        announce(api.state, internal.address)
         return internal
 
     yield start
-    for internal, service in opened:
+    for internal, engines in opened:
         internal.close()
-        service.close()
+        engines.close()
 
 
 def test_a_chat_is_answered_by_the_worker_and_counted_once(api: Running, work: Callable[..., Internal]) -> None:
     engine = EchoEngine(64)
     work(engine)
-    keys = api.service.keys
+    keys = api.state.keys
     key = keys.create("acme", "ann")
     keys.limit_tenant("acme", 600)
     with api.http(key) as client:
@@ -80,7 +82,7 @@ def test_a_chat_is_answered_by_the_worker_and_counted_once(api: Running, work: C
         left = int(client.post("/v1/chat/completions", json=body).headers["x-ratelimit-remaining-tokens"])
     assert 540 < left < 600 - 6 - 6  # the third is still held at its most
     assert len(engine.requests) == 3
-    (line,) = usage(api.service.store, ["user"], tenant="acme")
+    (line,) = usage(api.state.store, ["user"], tenant="acme")
     assert (line.group, line.rows, line.cost) == (("ann",), 3, Decimal("0.000027"))
 
 
@@ -105,13 +107,13 @@ def test_a_client_that_leaves_ends_its_row_at_the_worker(api: Running, work: Cal
             client.post("/v1/chat/completions", json=body, timeout=1.0)
         assert engine.closed.wait(60)
         internal.close()
-    assert sum(line.rows for line in usage(api.service.store)) == 1  # of which a word was told
+    assert sum(line.rows for line in usage(api.state.store)) == 1  # of which a word was told
 
 
 def test_the_budget_of_the_tenant_holds_at_the_worker(api: Running, work: Callable[..., Internal]) -> None:
     work(EchoEngine(64))
-    key = api.service.keys.create("acme", "ann")
-    api.service.keys.set_daily_budget("acme", Decimal("0.000001"))
+    key = api.state.keys.create("acme", "ann")
+    api.state.keys.set_daily_budget("acme", Decimal("0.000001"))
     with pytest.raises(openai.APIStatusError) as caught:
         api.openai(key).chat.completions.create(model="echo", messages=user("one two three"))
     assert (caught.value.status_code, caught.value.code) == (402, "budget_exceeded")
@@ -125,7 +127,7 @@ def test_errors_of_the_worker_come_through(api: Running, work: Callable[..., Int
 
 
 def test_without_a_worker_one_is_wanted_and_the_client_may_try_again(api: Running) -> None:
-    announce(api.service, "http://127.0.0.1:9")  # it has gone, and nobody noticed yet
+    announce(api.state, "http://127.0.0.1:9")  # it has gone, and nobody noticed yet
     with api.http() as client:
         reply = client.post("/v1/chat/completions", json={"model": "echo", "messages": user("x")})
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
@@ -165,7 +167,7 @@ def test_a_worker_whose_host_is_silent_is_passed_over(
     monkeypatch.setattr(httpx.AsyncClient, "send", send)
     now = time.time()
     silent = ModelState(True)  # warm, so that it comes first
-    api.service.workers.beat(
+    api.state.workers.beat(
         Beat("elsewhere|1|1.0", "elsewhere", 1, now, now, now, "http://192.0.2.1:9", models={"echo": silent})
     )
     with api.http() as client:
@@ -179,8 +181,8 @@ def test_secret_and_prompts_take_no_detour(tmp_path: Path, models_file: Path, mo
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    service = Service(tmp_path / "home", models_file, EchoEngine(64))
-    proxy = Proxy(service, "secret", None)
+    state = ServiceState(tmp_path / "home", models_file, EchoEngine(64))
+    proxy = Proxy(state, "secret", None)
 
     async def asked() -> int:
         async with proxy.client as client:
@@ -190,4 +192,4 @@ def test_secret_and_prompts_take_no_detour(tmp_path: Path, models_file: Path, mo
         threading.Thread(target=server.serve_forever, daemon=True).start()
         assert asyncio.run(asked()) == 501  # it has no GET, but it was asked
         server.shutdown()
-    service.close()
+    state.close()

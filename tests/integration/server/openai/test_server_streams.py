@@ -54,7 +54,7 @@ def test_text_comes_before_the_row_is_done(serve: Callable[..., Any]) -> None:
     engine.go.set()
     assert list(texts) == ["second", None]
     assert engine.requests[0].priority == INTERACTIVE
-    (line,) = usage(running.service.store)
+    (line,) = usage(running.state.store)
     assert (line.rows, line.input, line.output) == (1, 3, 2)
 
 
@@ -121,7 +121,7 @@ def test_a_client_that_leaves_a_stream_pays_what_it_was_told(serve: Callable[...
     assert (line.rows, line.input, line.output, line.lost_rows) == (1, 3, 1, 0)
     engine.go.set()
     assert running.openai().chat.completions.create(model="echo", messages=user("x")).choices[0].finish_reason == "stop"
-    assert [(line.rows, line.output) for line in usage(running.service.store)] == [(2, 3)]
+    assert [(line.rows, line.output) for line in usage(running.state.store)] == [(2, 3)]
 
 
 def test_a_client_that_leaves_without_a_word_pays_nothing(serve: Callable[..., Any]) -> None:
@@ -136,7 +136,7 @@ def test_a_client_that_leaves_without_a_word_pays_nothing(serve: Callable[..., A
 def lines_of(running: Any) -> list[Any]:
     """The ledger, once the run has ended."""
     until = time.monotonic() + 60
-    while not (lines := usage(running.service.store)) and time.monotonic() < until:
+    while not (lines := usage(running.state.store)) and time.monotonic() < until:
         time.sleep(0.05)
     return lines
 
@@ -146,4 +146,4 @@ def test_a_streamed_answer_is_reused_and_comes_in_one_piece(running: Any) -> Non
         body = {"model": "echo", "messages": user("one two"), "stream": True, "temperature": 0}
         first, again = (client.post("/v1/chat/completions", json=body).text.count("data: ") for _ in range(2))
     assert (first, again) == (1 + 2 + 2, 1 + 1 + 2)
-    assert [(line.rows, line.saved > 0) for line in usage(running.service.store, ["model"])] == [(2, True)]
+    assert [(line.rows, line.saved > 0) for line in usage(running.state.store, ["model"])] == [(2, True)]

@@ -63,14 +63,14 @@ def client(shared: Any) -> Any:
 @often
 @given(path=st.sampled_from(POSTS), body=JSON)
 def test_any_json(client: httpx.Client, shared: Any, path: str, body: Any) -> None:
-    check(post(client, path, body), str(shared.service.folder))
+    check(post(client, path, body), str(shared.state.folder))
 
 
 @often
 @given(path=st.sampled_from(POSTS), changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
 def test_almost_right_bodies(client: httpx.Client, shared: Any, path: str, changes: dict[str, Any]) -> None:
     body = {**{name: GOOD[name] for name in WANTED[path]}, **changes}
-    check(post(client, path, body), str(shared.service.folder))
+    check(post(client, path, body), str(shared.state.folder))
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_almost_right_bodies(client: httpx.Client, shared: Any, path: str, chang
 )
 def test_half_a_character_in_any_field(client: httpx.Client, shared: Any, path: str, field: str) -> None:
     body = {**{name: GOOD[name] for name in WANTED[path]}, field: "\ud800"}
-    check(post(client, path, body), str(shared.service.folder))
+    check(post(client, path, body), str(shared.state.folder))
 
 
 @often
 @given(options=st.dictionaries(st.sampled_from([*FIELDS, "cache", "strict"]), JSON, min_size=1, max_size=3))
 def test_any_options_of_a_job(client: httpx.Client, shared: Any, options: dict[str, Any]) -> None:
     body = {name: GOOD[name] for name in WANTED["/v1/jobs"]} | {"options": options}
-    check(post(client, "/v1/jobs", body), str(shared.service.folder))
+    check(post(client, "/v1/jobs", body), str(shared.state.folder))
 
 
 @often
@@ -99,7 +99,7 @@ def test_every_route_with_strange_ids_and_queries(client: httpx.Client, shared: 
         path = path.replace(f"{{{name}}}", quote(data.draw(IDS), safe="%"))
     names = st.sampled_from(["limit", "after", "purpose", "format", "details", "partial", "by", "since"])
     query = data.draw(st.dictionaries(names, st.text(max_size=12), max_size=3))
-    check(client.request(method, path, params=query), str(shared.service.folder))
+    check(client.request(method, path, params=query), str(shared.state.folder))
 
 
 @often
@@ -113,10 +113,10 @@ def test_any_bytes_as_a_table_or_a_batch(client: httpx.Client, shared: Any, line
     ):
         purpose = "batch" if path == "/v1/batches" else "user_data"
         sent = client.post("/v1/files", files={"file": (name, line)}, data={"purpose": purpose})
-        check(sent, str(shared.service.folder))
+        check(sent, str(shared.state.folder))
         file = sent.json()["id"]
         body = {n: GOOD[n] for n in WANTED[path]} | {"source": {"file_id": file}, "input_file_id": file}
-        check(client.post(path, json={n: body[n] for n in WANTED[path]}), str(shared.service.folder))
+        check(client.post(path, json={n: body[n] for n in WANTED[path]}), str(shared.state.folder))
         client.delete(f"/v1/files/{file}")
 
 

@@ -16,7 +16,8 @@ from schemathesis.checks import not_a_server_error
 
 from complete_fn import EchoEngine
 from complete_fn.server.fair_slots import CHATS_OF_ONE
-from complete_fn.service.service import Service
+from complete_fn.service.engine_host import EngineHost
+from complete_fn.service.state import ServiceState
 from tests.integration.server.conftest import at_service, write_models
 
 QUICK, THOROUGH = 40, 4000  # requests
@@ -26,7 +27,7 @@ QUICK, THOROUGH = 40, 4000  # requests
 def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
     """Every operation of a running service, to be called over HTTP."""
     folder = tmp_path_factory.mktemp("fuzz")
-    with at_service(Service(folder / "home", write_models(folder), EchoEngine(64))) as running:
+    with at_service(EngineHost(ServiceState(folder / "home", write_models(folder), EchoEngine(64)))) as running:
         schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
         yield [found.ok() for found in schema.get_all_operations()]
 

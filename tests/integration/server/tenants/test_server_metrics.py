@@ -46,8 +46,8 @@ def test_requests_rows_tokens_and_cost_are_counted(serve: Callable[..., Any], mo
 
 
 def test_where_there_are_keys_metrics_need_one_made_for_them(running: Any) -> None:
-    usual = running.service.keys.create("acme", "ann")
-    watcher = running.service.keys.create("ops", "prometheus", ["metrics"])
+    usual = running.state.keys.create("acme", "ann")
+    watcher = running.state.keys.create("ops", "prometheus", ["metrics"])
     with running.http() as client:
         assert client.get("/metrics").status_code == 401
     with running.http(usual) as client:

@@ -48,7 +48,7 @@ def served(serve: Callable[..., Running]) -> Iterator[Served]:
     """(a server, its engine, the key of a tenant that attacks, the key of another)"""
     engine = GatedEngine()
     running = serve(engine)
-    yield running, engine, running.service.keys.create("noisy", "n"), running.service.keys.create("quiet", "q")
+    yield running, engine, running.state.keys.create("noisy", "n"), running.state.keys.create("quiet", "q")
     engine.gate.set()
 
 
@@ -93,7 +93,7 @@ def test_slow_chats_of_one_tenant_leave_lanes_for_another(served: Served) -> Non
 
 def test_slow_tables_of_one_tenant_leave_a_slot_for_another(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     running, engine, noisy, quiet = served
-    submit, held = running.service.uploads.save, []
+    submit, held = running.state.uploads.save, []
 
     def slow(tenant: str, *more: Any) -> Any:
         if tenant == "noisy":
@@ -101,7 +101,7 @@ def test_slow_tables_of_one_tenant_leave_a_slot_for_another(served: Served, monk
             engine.gate.wait(GATE_SECONDS)
         return submit(tenant, *more)
 
-    monkeypatch.setattr(running.service.uploads, "save", slow)
+    monkeypatch.setattr(running.state.uploads, "save", slow)
     with running.http(noisy) as attacker, ThreadPoolExecutor(8) as pool:
         attacks: list[Future[httpx.Response]] = [
             pool.submit(upload, attacker, f"text\n{number}\n".encode()) for number in range(8)
@@ -126,7 +126,7 @@ def test_reports_hold_neither_the_health_check_nor_another_tenants_jobs(
 
     def slow(*_: Any) -> list[Any]:
         held.append(1)
-        with running.service.store.read():
+        with running.state.store.read():
             engine.gate.wait(GATE_SECONDS)
         return []
 
@@ -148,13 +148,13 @@ def test_connections_that_are_all_in_use_are_a_503(
     serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = serve()
-    pool: Any = running.service.store.engine.pool
+    pool: Any = running.state.store.engine.pool
     monkeypatch.setattr(pool, "_timeout", 0.1)
     opened = []
     try:
         while True:
             try:
-                opened.append(running.service.store.engine.connect())
+                opened.append(running.state.store.engine.connect())
             except Exception:
                 break
         with running.http() as client:
@@ -178,7 +178,7 @@ def test_every_route_of_the_api_has_its_scope(shared: Running) -> None:
 
 def test_a_body_is_not_read_for_a_key_without_the_scope(served: Served) -> None:
     running, _, _, _ = served
-    key = running.service.keys.create("noisy", "n", ["complete"])
+    key = running.state.keys.create("noisy", "n", ["complete"])
     sent: list[Message] = []
 
     async def unreachable(*_: Any) -> None:
@@ -194,5 +194,5 @@ def test_a_body_is_not_read_for_a_key_without_the_scope(served: Served) -> None:
         **{"type": "http", "method": "POST", "path": "/v1/files", "query_string": b"", "scheme": "http"},
         **{"server": ("127.0.0.1", 80), "headers": [(b"authorization", f"Bearer {key}".encode())]},
     }
-    asyncio.run(Door(unreachable, running.service, loopback=False)(scope, unread, send))
+    asyncio.run(Door(unreachable, running.state, loopback=False)(scope, unread, send))
     assert sent[0]["status"] == 403

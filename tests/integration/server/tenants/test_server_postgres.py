@@ -35,8 +35,8 @@ def test_a_job_and_its_bill(running: Any) -> None:
 
 
 def test_a_chat_within_a_daily_budget(running: Any) -> None:
-    key = running.service.keys.create("acme", "u")
-    running.service.keys.set_daily_budget("acme", Decimal("0.000100"))
+    key = running.state.keys.create("acme", "u")
+    running.state.keys.set_daily_budget("acme", Decimal("0.000100"))
     chats = running.openai(key).chat.completions
     said = chats.create(model="echo", messages=[{"role": "user", "content": "one two"}], max_tokens=4)
     assert said.choices[0].message.content == "one two"

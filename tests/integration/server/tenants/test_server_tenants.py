@@ -26,7 +26,7 @@ def ask(client: openai.OpenAI, text: str, **more: Any) -> str | None:
 
 def test_once_there_is_a_key_nobody_gets_in_without_one(running: Any) -> None:
     assert ask(running.openai("anything"), "open") == "open"
-    key = running.service.keys.create("acme", "ann")
+    key = running.state.keys.create("acme", "ann")
     name, secret = key.split("-")[1:]
     assert ask(running.openai(key), "x") == "x"
     wrong = [f"cfn-{name}-{secret[:-1]}{'0' if secret[-1] != '0' else '1'}", f"cfn-{'0' * 12}-{secret}", "cfn", "none"]
@@ -36,7 +36,7 @@ def test_once_there_is_a_key_nobody_gets_in_without_one(running: Any) -> None:
     with running.http() as client:
         assert client.get("/v1/models").status_code == 401
         assert client.get("/healthz").status_code == 200
-    running.service.keys.revoke(name)
+    running.state.keys.revoke(name)
     with pytest.raises(openai.AuthenticationError):
         ask(running.openai(key), "x")
     with pytest.raises(openai.AuthenticationError):  # revoking the last key does not open the door
@@ -49,7 +49,7 @@ def test_without_a_loopback_bind_keys_are_always_asked_for(serve: Callable[..., 
 
 
 def test_a_key_does_what_its_scopes_say(running: Any) -> None:
-    key = running.service.keys.create("acme", "ann", ["usage"])
+    key = running.state.keys.create("acme", "ann", ["usage"])
     with pytest.raises(openai.PermissionDeniedError):
         ask(running.openai(key), "x")
     assert running.openai(key).models.list().data
@@ -74,7 +74,7 @@ def test_answers_and_the_prefix_cache_are_not_shared_across_tenants(serve: Calla
 
     engine = Salted(64)
     running = serve(engine)
-    ann, bob = (running.service.keys.create(tenant, "u") for tenant in ("acme", "bolt"))
+    ann, bob = (running.state.keys.create(tenant, "u") for tenant in ("acme", "bolt"))
     for key in (ann, ann, bob):
         ask(running.openai(key), "the same question")
     assert len(engine.requests) == 2
@@ -84,9 +84,9 @@ def test_answers_and_the_prefix_cache_are_not_shared_across_tenants(serve: Calla
 def test_a_daily_budget_is_never_passed(serve: Callable[..., Any]) -> None:
     engine = EchoEngine(64)
     running = serve(engine)
-    key = running.service.keys.create("acme", "ann")
-    other = running.service.keys.create("bolt", "bob")
-    running.service.keys.set_daily_budget("acme", Decimal("0.000132"))
+    key = running.state.keys.create("acme", "ann")
+    other = running.state.keys.create("bolt", "bob")
+    running.state.keys.set_daily_budget("acme", Decimal("0.000132"))
     client = running.openai(key)
     # A row costs 3 + 2 x 2 = 7 millionths and reserves 64 + 2 x 2 = 68: the tenth is the last that 132 can cover.
     for n in range(10):
@@ -96,11 +96,11 @@ def test_a_daily_budget_is_never_passed(serve: Callable[..., Any]) -> None:
     assert caught.value.status_code == 402
     assert "daily budget" in caught.value.message
     assert ask(running.openai(other), "x", max_tokens=2) == "x"
-    assert sum(line.cost for line in usage(running.service.store, tenant="acme")) == Decimal("0.000070")
+    assert sum(line.cost for line in usage(running.state.store, tenant="acme")) == Decimal("0.000070")
 
 
 def test_usage_shows_a_tenant_its_own_lines_only(running: Any) -> None:
-    ann, bob = (running.service.keys.create(tenant, "u") for tenant in ("acme", "bolt"))
+    ann, bob = (running.state.keys.create(tenant, "u") for tenant in ("acme", "bolt"))
     ask(running.openai(ann), "one two")
     ask(running.openai(ann), "one two")
     ask(running.openai(bob), "three")
@@ -112,13 +112,13 @@ def test_usage_shows_a_tenant_its_own_lines_only(running: Any) -> None:
         (own,) = client.get("/v1/usage", params={"by": "tenant"}).json()["data"]
         assert (own["tenant"], own["rows"]) == ("acme", 2)
         assert client.get("/v1/usage", params={"by": "prompt"}).status_code == 400
-    with running.http(running.service.keys.create("acme", "ann", ["complete"])) as client:
+    with running.http(running.state.keys.create("acme", "ann", ["complete"])) as client:
         assert client.get("/v1/usage").status_code == 403
 
 
 def test_tokens_of_a_minute_are_limited_by_tenant_and_key(serve: Callable[..., Any]) -> None:
     running = serve()
-    keys = running.service.keys
+    keys = running.state.keys
     mine, other = keys.create("acme", "a"), keys.create("other", "b")
     keys.limit_tenant("acme", 60)
     body = {"model": "echo", "messages": [{"role": "user", "content": "a b c"}], "max_tokens": 8}

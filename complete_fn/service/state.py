@@ -1,0 +1,105 @@
+"""The state of one service: its settings, stores, storage and queue, which all its processes share."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from complete_fn.engines.base import Engine
+from complete_fn.engines.catalogue import Model, load_catalogue
+from complete_fn.engines.pool import at_engine
+from complete_fn.errors import UnknownModelError
+from complete_fn.jobs.api_keys import KeyStore
+from complete_fn.jobs.connections import Connections
+from complete_fn.jobs.job_store import JobStore
+from complete_fn.jobs.part_queue import PartQueue
+from complete_fn.jobs.queue import InlineQueue, JobQueue
+from complete_fn.jobs.uploads import Uploads
+from complete_fn.jobs.worker_store import WorkerStore
+from complete_fn.rows.limits import TableLimits
+from complete_fn.rows.object_storage import Storage
+from complete_fn.settings import load_settings
+from complete_fn.spending.shared_budget import Cap, day_cap
+from complete_fn.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of what a caller may send."""
+
+    upload_bytes: int = 200 * 1024 * 1024
+    body_bytes: int = 16 * 1024 * 1024
+    table_bytes: int = 2 * 1024 * 1024 * 1024  # of a table once it is decoded
+    job_rows: int = 10_000_000
+    table_columns: int = 10_000
+    batch_rows: int = 50_000
+
+    @property
+    def of_tables(self) -> TableLimits:
+        return TableLimits(self.job_rows, self.table_bytes, self.table_columns)
+
+
+class ServiceState:
+    """What a service remembers, and where. It runs nothing. Safe to use from several threads.
+
+    Args:
+        home: folder of the state; None takes COMPLETE_FN_HOME or the platform's user data folder.
+        models_file: a TOML file over the built-in catalogue; None takes COMPLETE_FN_MODELS or the config folder's.
+        engine: answers for every model of the catalogue; None takes each model's own.
+        queue: how workers learn of work; None means that they are threads of this process.
+    """
+
+    def __init__(
+        self,
+        home: Path | str | None = None,
+        models_file: Path | str | None = None,
+        engine: Engine | None = None,
+        limits: Limits = Limits(),
+        queue: JobQueue | None = None,
+    ) -> None:
+        self.settings = load_settings(home, models_file)
+        self.engine = engine
+        self.limits = limits
+        self.store = Store(self.settings.store)
+        self.keys = KeyStore(self.store)
+        self.jobs, self.parts = JobStore(self.store), PartQueue(self.store)
+        self.connections = Connections(self.store)
+        self.storage = Storage(self.settings.storage or str(self.folder))
+        self.uploads = Uploads(self.store, self.storage, limits.upload_bytes, self.settings.retention_days)
+        self.workers = WorkerStore(self.store)
+        self.queue: JobQueue = queue or InlineQueue()
+        self.outputs_lock = threading.Lock()
+
+    @property
+    def folder(self) -> Path:
+        """Uploads and results, unless the settings name another storage; what is being sent."""
+        folder = self.settings.home / "service"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
+
+    def job_key(self, job: str, name: str = "") -> str:
+        """A job's folder in the storage, or an object of it."""
+        return f"jobs/{job}/{name}".rstrip("/")
+
+    def models(self) -> dict[str, Model]:
+        return load_catalogue(self.settings.models_file)
+
+    def model(self, name: str) -> Model:
+        """The catalogue's entry: a request can name neither a folder nor a Hub id.
+
+        Raises:
+            UnknownModelError: The name is not in the catalogue.
+        """
+        found = self.models().get(name)
+        if found is None:
+            raise UnknownModelError(f"Model {name!r} is not in this service's catalogue. GET /v1/models lists all.")
+        return at_engine(found, self.engine)
+
+    def day_cap(self, tenant: str) -> Cap | None:
+        """What the tenant may spend today (UTC), in all processes together. None: unbounded."""
+        daily = self.keys.daily_nano(tenant)
+        return None if daily is None else day_cap(daily)
+
+    def close(self) -> None:
+        self.store.close()
