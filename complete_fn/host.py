@@ -1,4 +1,4 @@
-"""What the operating system says of a folder's file system, of a process, and of where we run."""
+"""The operating system: a folder's file system, processes and their forks, and where we run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import functools
 import os
 import socket
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 
 def filesystem_of(path: Path, mounts: str | None = None) -> str | None:
@@ -55,3 +58,33 @@ def here() -> str:
         return f"{socket.gethostname()}/{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
         return socket.gethostname()
+
+
+class Forkable(Protocol):
+    """What a forked child must not share with its parent."""
+
+    def after_fork(self) -> None:
+        """In the child: make each lock anew, as a thread of the parent may hold it; leave the parent's connections."""
+        ...
+
+
+FORKABLE: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def renew_in_child(thing: Forkable) -> None:
+    """Call `thing.after_fork()` in every child that is forked while the thing lives."""
+    FORKABLE.add(thing)
+
+
+def renew_all() -> None:
+    for thing in FORKABLE:
+        thing.after_fork()
+
+
+def at_fork(**hooks: Callable[[], None]) -> None:
+    """`os.register_at_fork`. Windows does not fork."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(**hooks)
+
+
+at_fork(after_in_child=renew_all)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import os
 import queue
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Generic, ParamSpec, TypeVar
+
+from complete_fn.host import renew_in_child
 
 POLL_SECONDS, GRACE_SECONDS = 0.1, 2.0
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Interrupts:
             return
         self.inbox, self.outbox = inbox, outbox
 
-    def forget(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: its signals are none of its parent's business."""
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
@@ -69,8 +69,7 @@ class Interrupts:
 
 
 INTERRUPTS = Interrupts()
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=INTERRUPTS.forget)
+renew_in_child(INTERRUPTS)
 
 
 class NextInterrupt:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 import uuid
 import weakref
@@ -14,6 +13,7 @@ from complete_fn.engines.base import Engine
 from complete_fn.engines.catalogue import Model, Prices
 from complete_fn.engines.checkpoint import checkpoint_digest
 from complete_fn.errors import RequestError
+from complete_fn.host import at_fork
 from complete_fn.registry import ENGINES, resolve
 from complete_fn.settings import Settings, secret
 
@@ -82,7 +82,7 @@ def identity(engine: Engine) -> str:
     return IDENTITIES.setdefault(engine, uuid.uuid4().hex)
 
 
-def after_fork() -> None:
+def renew_lock() -> None:
     """Give a forked child a new lock: another thread may have held the parent's lock during the fork."""
     global LOCK
     LOCK = threading.Lock()
@@ -104,6 +104,5 @@ def close_engines() -> None:
         engine.close()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=after_fork)
+at_fork(after_in_child=renew_lock)
 atexit.register(close_engines)

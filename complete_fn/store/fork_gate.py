@@ -6,8 +6,9 @@ thread's transaction would inherit those locks for good, and would wait for itse
 
 from __future__ import annotations
 
-import os
 import threading
+
+from complete_fn.host import at_fork
 
 PATIENCE = 5.0  # seconds that a fork waits at most; then it goes ahead
 
@@ -55,5 +56,4 @@ class ForkGate:
 
 FORKS = ForkGate()
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=FORKS.before_fork, after_in_parent=FORKS.after_fork_in_parent, after_in_child=FORKS.open)
+at_fork(before=FORKS.before_fork, after_in_parent=FORKS.after_fork_in_parent, after_in_child=FORKS.open)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import time
-import weakref
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import fields
@@ -22,7 +21,7 @@ from sqlalchemy.exc import DatabaseError, InterfaceError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from complete_fn.errors import StoreBusyError, StoreError
-from complete_fn.host import here, process_started
+from complete_fn.host import here, process_started, renew_in_child
 from complete_fn.store.attempts import Attempt, StoredAnswer, attempt_of
 from complete_fn.store.backends import open_database
 from complete_fn.store.budget_holds import Refused, charge, draw, release
@@ -38,9 +37,6 @@ from complete_fn.types import Asker, Completion
 LOOK_UP = 500  # keys in one IN list; old SQLite versions take at most 999 parameters
 SEEN_SECONDS = 20.0  # how often a running attempt reports that it lives
 SILENT_SECONDS = 180.0  # an attempt of another machine that is silent for so long counts as lost
-
-
-STORES: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
 class Store:
@@ -62,7 +58,7 @@ class Store:
         if not current:
             with self.write() as connection:
                 migrate(connection, self.database)
-        STORES.add(self)
+        renew_in_child(self.database)
         self.sweep()
 
     @property
@@ -363,12 +359,3 @@ GIVEN_UP = "The run was given up as lost: it was silent for too long. What it co
 def gone(pid: int, started: float) -> bool:
     now = process_started(pid)
     return now is None or (bool(started) and now != started)
-
-
-def after_fork() -> None:
-    for store in STORES:
-        store.database.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=after_fork)

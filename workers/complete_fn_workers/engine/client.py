@@ -13,7 +13,6 @@ import socket
 import subprocess
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -27,7 +26,7 @@ from complete_fn.engines.structured_output import checked
 from complete_fn.engines.tokenizer import count_with, tokenizer_file
 from complete_fn.errors import EngineError
 from complete_fn.history.device_time import DeviceTime
-from complete_fn.host import here
+from complete_fn.host import here, renew_in_child
 from complete_fn.settings import Settings
 from complete_fn.text import is_utf8, without_surrogates
 from complete_fn.types import Completion, CompletionRequest, RowError, Usage
@@ -61,7 +60,7 @@ class Link:
         self.answers: deque[list[Any]] = deque()  # received and not yet given out
         self.poll = select.poll()
         self.poll.register(link, select.POLLIN)
-        links.add(self)
+        renew_in_child(self)
 
     def send(self, message: dict[str, Any]) -> None:
         try:
@@ -94,18 +93,9 @@ class Link:
     def close(self) -> None:
         self.link.close()
 
-
-links: weakref.WeakSet[Link] = weakref.WeakSet()
-
-
-def close_inherited() -> None:
-    """Close a forked process's copies of the connections: they would keep the engine alive."""
-    for link in links:
-        link.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=close_inherited)
+    def after_fork(self) -> None:
+        """Close the forked process's copy of the connection: it would keep the engine alive."""
+        self.close()
 
 
 class EmbeddedEngine:
