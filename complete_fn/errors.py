@@ -125,6 +125,14 @@ class EngineMissingError(EngineError):
     retryable = False
 
 
+class UsageRefusedError(EngineError):
+    """The endpoint reports more tokens than it was asked for, so that no cap can be kept."""
+
+    status = 502
+    code = "usage_refused"
+    retryable = False
+
+
 class EngineBusyError(EngineError):
     """The engine refuses work for now."""
 
@@ -169,5 +177,6 @@ ROW_ERRORS: dict[str, str] = {
     "budget_exceeded": "the remaining budget does not cover the row at list price",
     "cancelled": "the run was cancelled before the row was done",
     "timeout": "the engine did not finish the row in time",
+    "usage_refused": "the endpoint reports more tokens than it was asked for; the row is billed as far as asked for",
     "blocked": "the endpoint's content filter or the model itself refused the row",
 }

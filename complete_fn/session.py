@@ -15,11 +15,11 @@ from typing import Any
 
 from complete_fn.engines.base import Engine
 from complete_fn.engines.call import Call
-from complete_fn.engines.catalogue import Model, find_model, load_catalogue
+from complete_fn.engines.catalogue import Model, find_model, load_catalogue, parse_prices
 from complete_fn.engines.instructions import advice_for
 from complete_fn.engines.pool import at_engine, engine_for
 from complete_fn.engines.stoppable import EitherStop, Stop, StoppableEngine
-from complete_fn.errors import RowFailedError
+from complete_fn.errors import InvalidOptionError, RowFailedError
 from complete_fn.estimates.estimate import Estimate, estimate
 from complete_fn.execution.admission import Tools
 from complete_fn.execution.answers import Answers
@@ -63,7 +63,10 @@ class Session:
             each model's own.
         home: folder of the state; None takes COMPLETE_FN_HOME or the platform's user data folder.
         models_file: a TOML file over the built-in catalogue; None takes COMPLETE_FN_MODELS or the config folder's.
-        max_cost: never spend more than this in all, in the catalogue's currency; None sets no cap.
+        prices: what `engine` takes per million tokens, as in models.toml: {"input": 0.15, "output": 0.6, "currency":
+            "EUR"}; None takes those of the catalogue's entry.
+        max_cost: never spend more than this in all, in the catalogue's currency; None sets no cap. A model whose prices
+            are not known is refused under a cap.
         max_total_tokens: never use more tokens than this in all, prompts and answers; None sets no cap.
         progress: show a bar; None shows one when a person is looking.
     """
@@ -72,6 +75,7 @@ class Session:
         self,
         *,
         engine: Engine | str | None = None,
+        prices: Mapping[str, Any] | None = None,
         home: Path | str | None = None,
         models_file: Path | str | None = None,
         max_cost: Any = None,
@@ -81,6 +85,9 @@ class Session:
     ) -> None:
         self.settings = load_settings(home, models_file)
         self.engine = engine
+        self.prices = None if prices is None else parse_prices(prices, "Beside engine")
+        if prices is not None and engine is None:
+            raise InvalidOptionError("prices are those of an engine: give engine= too, or write them into models.toml.")
         self.who = who or Asker()
         self.budgets = SessionBudgets(max_cost, max_total_tokens)
         self.brake = NO_BRAKE
@@ -103,7 +110,8 @@ class Session:
         """The catalogue's entry; with an engine of the session's own, any name will do."""
         if self.engine is not None and isinstance(name, str) and name:
             found = load_catalogue(self.settings.models_file).get(name)
-            return at_engine(found or Model(name=name, checkpoint=name), self.engine)
+            model = at_engine(found or Model(name=name, checkpoint=name), self.engine)
+            return model if self.prices is None else replace(model, prices=self.prices)
         return find_model(name, self.settings.models_file)
 
     def engine_of(self, model: Model) -> Engine:

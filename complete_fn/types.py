@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Source = Literal["computed", "duplicate", "cache"]
-PriceBasis = Literal["example", "yours", "metered", "service"]  # service: billed there, not by this ledger
+# service: billed there, not by this ledger; unknown: nobody has said what the tokens cost, so they count 0
+PriceBasis = Literal["example", "yours", "metered", "service", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,7 @@ def arguments() -> Parser:
     add("--max-total-tokens", type=int, metavar="N", help="never use more tokens in all, prompts and answers")
     add("--strict", action="store_true", help="one failed row fails the run: exit code 1, no output")
     add("--engine", metavar="URL", help="an OpenAI-compatible endpoint to use in place of the model's own engine")
+    add("--prices", metavar="NAME=N,..", help="what --engine takes per million tokens: input=0.15,output=0.6")
     add("--query-tag", metavar="TAG", help="marks the run's lines in the ledger")
     add("--quiet", action="store_true", help="no progress bar, warnings or summary")
     add_home(parser)
@@ -112,6 +113,7 @@ def main(argv: list[str]) -> int:
     options = options_of(asked)
     session = RunSession(
         engine=asked.engine,
+        prices=None if asked.prices is None else named_prices(asked.prices),
         home=asked.home,
         max_cost=asked.max_cost,
         max_total_tokens=asked.max_total_tokens,
@@ -122,6 +124,16 @@ def main(argv: list[str]) -> int:
         return run_file(asked, options, session)
     finally:
         session.close()
+
+
+def named_prices(text: str) -> dict[str, str]:
+    """Raises:
+    InvalidOptionError: A part of the text is not NAME=AMOUNT.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if wrong := ["".join(pair) for pair in pairs if not pair[1]]:
+        raise InvalidOptionError(f"--prices {wrong[0]!r} is not like input=0.15,output=0.6.")
+    return {name.strip(): amount.strip() for name, _, amount in pairs}
 
 
 def interrupt(*_: object) -> None:

@@ -19,13 +19,13 @@ BUILT_IN = Path(__file__).with_name("models.toml")
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Money per million tokens, and the basis of the figures: an example, the user's own, or metered."""
+    """Money per million tokens, and the basis of the figures: an example, the user's own, metered, or unknown."""
 
     input: Decimal = Decimal(0)
     cached_input: Decimal = Decimal(0)
     output: Decimal = Decimal(0)
     currency: str = "USD"
-    basis: PriceBasis = "example"
+    basis: PriceBasis = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,12 @@ def installed_folder(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def price(table: Any, where: str) -> Prices:
+def parse_prices(table: Any, where: str) -> Prices:
+    """Prices from a table like `{"input": 1.5, "output": 3}`; `where` begins the message of an error.
+
+    Raises:
+        InputError: The table has an unknown field, or a price that is no number of at least 0.
+    """
     if not isinstance(table, Mapping):
         raise InputError(f"{where}: prices = {table!r} is no table. Write prices = {{ input = 1.5, output = 3 }}.")
     known = {f.name for f in fields(Prices)}
@@ -129,7 +134,7 @@ def entry(name: str, table: Any, base: Model | None, where: str) -> Model:
     refuse_types(name, table, where)
     changes = dict(table)
     if "prices" in changes:
-        changes["prices"] = price(changes["prices"], f"{where}: model {name!r}")
+        changes["prices"] = parse_prices(changes["prices"], f"{where}: model {name!r}")
     if "instructions" in changes:
         changes["instructions"] = tuple(changes["instructions"])
     if base is not None:

@@ -25,6 +25,8 @@ BROKEN = (502, 504)  # statuses of a gateway: the endpoint behind it may have do
 WHOLE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")  # finish reasons, in lower case
 CUT = ("length", "model_length", "max_tokens")
 WAIT_S, FIRST_WAIT_S = 120.0, 1.0
+MOST_BROKEN = 5  # connections that break one after the other, without a reply in between, until the run ends
+CONNECT_PAUSES_S = (0.5, 1.0, 2.0, 4.0)  # between tries to connect to an endpoint that has answered before
 SPREAD_S = 1.0  # rows that wait for one moment wake up spread over this long after it, or over the pause if shorter
 TOO_LONG = re.compile(
     r"context.{0,12}(length|window|size)|maximum (context|input|prompt)|max_model_len|too (long|many tokens)"
@@ -40,6 +42,7 @@ class Endpoint:
         quiet_until: the time before which a busy endpoint must not be asked, by any row.
         pause: seconds from the busy reply to `quiet_until`.
         served_at: the time of the last reply, to any row, that was not busy.
+        broken: connections that broke since the last reply.
         ours: whether the endpoint is a complete-fn service; None until it was asked.
     """
 
@@ -48,6 +51,7 @@ class Endpoint:
         self.url = url
         self.client = client
         self.quiet_until = self.pause = self.served_at = 0.0
+        self.broken = 0
         self.asked = asyncio.Lock()
         self.ours: bool | None = None
 
@@ -89,6 +93,8 @@ class Endpoint:
             return await self.outcome(reply, request, limited=request.sampling.max_tokens is not None)
         except httpx.TimeoutException:
             return Completion.failed("timeout", f"{self.url} did not answer within {self.client.timeout.read:g} s.")
+        except httpx.TransportError as error:  # the row may have been paid for, so only the caller may send it again
+            return Completion.failed("timeout", f"{self.url} broke the connection ({type(error).__name__}).")
 
     @property
     def max_tokens_field(self) -> str:
@@ -167,17 +173,36 @@ class Endpoint:
             await asyncio.sleep(left + random.uniform(0, min(self.pause, SPREAD_S)))
 
     async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        try:
-            return await self.client.post(self.url + path, json=body)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise EngineError(
-                f"Nobody answers at {self.url} ({error}). Start the endpoint, for example with `vllm serve` or "
-                f"`ollama serve`, or set the url of model {self.model.name!r}."
-            ) from error
-        except httpx.TimeoutException:
-            raise
-        except httpx.TransportError as error:
-            raise EngineError(f"{self.url} broke the connection: {type(error).__name__}: {error}") from error
+        """The reply. A request is sent again only if no connection could be made, so that it cannot have arrived.
+
+        Raises:
+            httpx.TransportError: The endpoint may have got the request, and did not reply.
+            EngineError: No server answers at the URL, or `MOST_BROKEN` connections broke one after the other.
+        """
+        pauses = iter(CONNECT_PAUSES_S if self.served_at else ())
+        while True:
+            try:
+                reply = await self.client.post(self.url + path, json=body)
+                self.broken = 0
+                return reply
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise EngineError(
+                        f"Nobody answers at {self.url} ({error}). Start the endpoint, for example with `vllm serve` or "
+                        f"`ollama serve`, or set the url of model {self.model.name!r}."
+                    ) from error
+                await asyncio.sleep(pause)
+            except httpx.TimeoutException:
+                raise
+            except httpx.TransportError as error:
+                self.broken += 1
+                if self.broken >= MOST_BROKEN:
+                    raise EngineError(
+                        f"{self.url} broke {self.broken} connections one after the other "
+                        f"({type(error).__name__}: {error or 'no reason given'})."
+                    ) from error
+                raise
 
     async def outcome(self, reply: httpx.Response, request: CompletionRequest, limited: bool) -> Completion:
         """The completion that a reply means; `limited`: whether the caller's max_tokens bounds the answer."""

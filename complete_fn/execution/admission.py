@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from complete_fn.engines.base import Engine
 from complete_fn.engines.call import Call
-from complete_fn.errors import EngineError
+from complete_fn.errors import EngineError, UsageRefusedError
 from complete_fn.execution.commits import Slices
 from complete_fn.execution.listener import Listener, Tell
 from complete_fn.execution.run_state import Work
@@ -17,9 +17,10 @@ from complete_fn.progress import Progress, Quiet
 from complete_fn.spending.budget import NO_BRAKE, Brake, Budget, Caps
 from complete_fn.store.store import Store
 from complete_fn.text import is_utf8, without_surrogates
-from complete_fn.types import Completion, CompletionRequest, Usage
+from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 
 ADMIT = 128  # rows noted in the store as handed to the engine at a time
+MOST_TOKENS = 100_000_000  # of one row's prompt or answer, whatever an endpoint reports; sums must fit into 64 bits
 LEFT = "Whoever read the answer left before its end."
 NOT_TEXT = "The prompt has a lone surrogate or bytes that are not UTF-8, which no tokenizer takes."
 
@@ -53,6 +54,9 @@ class Admission:
         self.answered = 0
         self.refused: dict[int, Usage] = {}
         self.held: dict[int, Usage] = {}
+        self.longest = call.sampling.max_tokens or call.model.default_max_tokens
+        self.is_bounded = call.sampling.max_tokens is not None or bool(caps)
+        self.refusal: RowError | None = None
 
     def requests(self, numbers: list[int]) -> Iterator[CompletionRequest]:
         call = self.call
@@ -61,6 +65,8 @@ class Admission:
             admitted = [(n, t) for n, t in self.work.texts(chosen) if self.sendable(n, t) and self.affordable(n, t)]
             mine = self.slices.admit([n for n, _ in admitted])
             for number, text in admitted:
+                if self.refusal is not None and self.caps:
+                    return  # what is under way is still answered, because the endpoint bills it
                 if number not in mine:
                     self.leave(number)
                     continue
@@ -99,8 +105,7 @@ class Admission:
     def affordable(self, number: int, text: str) -> bool:
         if not self.caps:
             return True
-        answer = self.call.sampling.max_tokens or self.call.model.default_max_tokens
-        worst = Usage(self.caps.bound.of(text), 0, answer)
+        worst = Usage(self.caps.bound.of(text), 0, self.longest)
         if not self.caps.reserve(worst):
             self.refused[number] = worst
             return False
@@ -110,12 +115,50 @@ class Admission:
     def settled(self, number: int, completion: Completion) -> Completion:
         self.answered += 1
         self.listener.forget(number)
-        self.meter.add(completion.usage)
         worst = self.held.pop(number, None)
+        completion = self.within_what_was_asked(number, completion, worst)
+        self.meter.add(completion.usage)
         if worst is not None:
             self.caps.settle(worst, completion.usage)
             self.caps.bound.learn(completion.usage)
         return storable(completion)
+
+    def within_what_was_asked(self, number: int, completion: Completion, worst: Usage | None) -> Completion:
+        """The completion; a row error instead of its text where its usage exceeds what was asked for.
+
+        The template of an endpoint is not known before its first row, whose prompt may be longer as far as the caps go.
+        """
+        usage = completion.usage
+        longest = self.longest if self.is_bounded else MOST_TOKENS
+        is_kept = usage.prompt_tokens <= MOST_TOKENS and usage.completion_tokens <= longest
+        if is_kept and worst is not None and usage.prompt_tokens > worst.prompt_tokens:
+            is_kept = not self.caps.bound.known and self.caps.hold(worst, usage)
+        if is_kept:
+            return completion
+        if worst is None:
+            ((_, text),) = self.work.texts([number])
+            worst = Usage(self.caps.bound.of(text), 0, self.longest)
+        self.refusal = RowError(
+            "usage_refused",
+            f"The endpoint reports {usage.prompt_tokens} tokens of prompt and {usage.completion_tokens} of answer; at "
+            f"most {worst.prompt_tokens} and {worst.completion_tokens} were asked for.",
+        )
+        billed = replace(
+            usage,
+            prompt_tokens=min(usage.prompt_tokens, worst.prompt_tokens),
+            cached_tokens=min(usage.cached_tokens, usage.prompt_tokens, worst.prompt_tokens),
+            completion_tokens=min(usage.completion_tokens, worst.completion_tokens),
+        )
+        return replace(completion, text=None, error=self.refusal, usage=billed)
+
+    def refuse_broken_caps(self) -> None:
+        """Raises:
+        UsageRefusedError: A row used more than was asked for, and the run has a cap.
+        """
+        if self.refusal is not None and self.caps:
+            raise UsageRefusedError(
+                f"{self.refusal.message} With such reports no cap can be kept, so the run stops; its answers are kept."
+            )
 
     def check_complete(self) -> None:
         if self.answered < len(self.sent):

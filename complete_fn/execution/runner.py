@@ -32,7 +32,8 @@ def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode 
         prompts: Arrow array or chunked array of strings; NULL stays NULL, messages as `pack_messages` packs them.
 
     Raises:
-        EngineError: the engine cannot do the work; committed slices stay.
+        EngineError: the engine cannot do the work, or reports more tokens than a run under a cap has asked for;
+            committed slices stay.
         StoreError: a slice cannot be committed.
     """
     began = time.monotonic()
@@ -76,6 +77,7 @@ def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: T
             close(stream)
             slices.flush()
             admission.return_unsettled()
+        admission.refuse_broken_caps()
         admission.check_complete()
         if tools.budget is not None:
             tools.budget.release()

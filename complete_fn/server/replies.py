@@ -22,6 +22,7 @@ STATUS = {
     "budget_exceeded": (402, "budget_exceeded"),
     "blocked": (400, "content_filter"),
     "timeout": (504, "timeout"),
+    "usage_refused": (502, "usage_refused"),
     "cancelled": (409, "cancelled"),
 }
 OPEN: Detail = {"finish_reason": None}

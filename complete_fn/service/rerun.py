@@ -27,7 +27,7 @@ from complete_fn.service.job_files import (
 )
 from complete_fn.service.sinks import promise
 from complete_fn.service.state import ServiceState
-from complete_fn.spending.budget import parse_cap
+from complete_fn.spending.budget import parse_cap, refuse_unpriced
 from complete_fn.store.job_tables import jobs, parts
 
 
@@ -48,9 +48,12 @@ def rerun(state: ServiceState, job: Job, max_cost: Any = None) -> Job:
 
     Raises:
         JobError: it is not over, or every row has an answer.
+        InvalidOptionError: `max_cost` is below the job's, or the model's prices are not known.
     """
     if not job.over:
         raise JobError(f"Job {job.id} is {job.status}. Wait until it is over, or cancel it.")
+    if max_cost is not None:
+        refuse_unpriced(state.model(job.model))
     cap = job.max_cost_nano if max_cost is None else nano(parse_cap(max_cost))
     if job.max_cost_nano is not None and cap is not None and cap < job.max_cost_nano:
         raise InvalidOptionError(f"max_cost = {max_cost} is below what the job has. Leave it out, or name more.")

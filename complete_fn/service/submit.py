@@ -28,7 +28,7 @@ from complete_fn.service.job_files import PromptGroup, write_parts, write_window
 from complete_fn.service.sinks import promise, refuse_sink, refuse_sink_keys, withdraw
 from complete_fn.service.sources import open_source
 from complete_fn.service.state import ServiceState
-from complete_fn.spending.budget import parse_cap
+from complete_fn.spending.budget import parse_cap, refuse_unpriced
 
 RESULT_COLUMN = "completion"
 
@@ -59,6 +59,8 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
     model = state.model(spec.model)
     if "strict" in spec.options:
         raise InvalidOptionError("'strict' is no option of a job: its results name the rows that failed.")
+    if spec.max_cost is not None:
+        refuse_unpriced(model)
     options = parse_options(spec.options)
     refuse_patterns(options.response_format)
     fields = template_fields(spec.prompt)

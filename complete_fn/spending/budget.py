@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 LARGEST_CAP = Decimal(9_000_000_000)  # of the currency; in billionths it fits into the store's 64 bits
 
 
+def refuse_unpriced(model: Model, cap: str = "max_cost") -> None:
+    """Refuse a cap on money where every token counts 0.
+
+    Raises:
+        InvalidOptionError: Nobody has said what the model's tokens cost.
+    """
+    if model.prices.basis == "unknown":
+        raise InvalidOptionError(
+            f"{cap} would bound nothing: the prices of {model.name!r} are not known. Give them beside the engine "
+            "(--prices input=0.15,output=0.6, or prices= in Python) or in models.toml, or bound tokens with "
+            "max_total_tokens."
+        )
+
+
 class Budget:
     """A limit in one currency, shared by any number of threads. Spent and reserved money never exceed it together.
 
@@ -39,8 +53,9 @@ class Budget:
         """Count in the currency of the first model.
 
         Raises:
-            InvalidOptionError: The model is priced in another currency than the first one.
+            InvalidOptionError: The model is priced in another currency than the first one, or its prices are not known.
         """
+        refuse_unpriced(model, self.name)
         with self.lock:
             self.currency = self.currency or model.prices.currency
         if model.prices.currency != self.currency:
@@ -55,6 +70,11 @@ class Budget:
                 return False
             self.reserved += worst
             return True
+
+    def can_add(self, more: Decimal) -> bool:
+        """Whether so much may be spent in addition to what is spent and reserved."""
+        with self.lock:
+            return self.spent + self.reserved + more <= self.limit
 
     def settle(self, worst: Decimal, actual: Decimal) -> None:
         with self.lock:
@@ -130,6 +150,10 @@ class Caps:
     def settle(self, worst: Usage, actual: Usage) -> None:
         for budget, unit in self.budgets:
             budget.settle(unit(worst), unit(actual))
+
+    def hold(self, worst: Usage, actual: Usage) -> bool:
+        """Whether each cap holds although the row used more than was reserved for it."""
+        return all(budget.can_add(unit(actual) - unit(worst)) for budget, unit in self.budgets)
 
     def refusal(self, worst: Usage) -> str | None:
         """Why the row can never be admitted; None while returned money or tokens could still make room for it."""

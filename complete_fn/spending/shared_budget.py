@@ -110,6 +110,10 @@ class Purse(Budget):
         self.refused_at, self.refused = now, wanted
         return 0
 
+    def can_add(self, more: Decimal) -> bool:
+        with self.lock:
+            return nano(more) <= self.pocket
+
     def settle(self, worst: Decimal, actual: Decimal) -> None:
         with self.lock:
             self.pocket += nano(worst) - nano(actual) - ROUNDING

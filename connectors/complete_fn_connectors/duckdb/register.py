@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -187,6 +187,7 @@ def register(
     con: duckdb.DuckDBPyConnection | ModuleType,
     *,
     engine: Engine | str | None = None,
+    prices: Mapping[str, Any] | None = None,
     max_cost: Any = None,
     max_total_tokens: int | None = None,
     home: Path | str | None = None,
@@ -204,6 +205,7 @@ def register(
     Args:
         con: a connection, or the module `duckdb` for its default connection.
         engine: URL of an OpenAI-compatible server or an `Engine`, for every model; None takes each model's own.
+        prices: what `engine` takes per million tokens, like {"input": 0.15, "output": 0.6}; None takes the catalogue's.
         max_cost: all queries together never spend more; what it does not cover is NULL with `budget_exceeded`.
         max_total_tokens: the same for tokens, those of prompts and answers together.
         home: folder of answers and ledger; None takes COMPLETE_FN_HOME or the platform's.
@@ -220,6 +222,7 @@ def register(
     """
     session = QuerySession(
         engine=engine,
+        prices=prices,
         home=home,
         models_file=models_file,
         max_cost=max_cost,

@@ -54,6 +54,7 @@ DEFAULT: list[QuerySession] = []
 def configure(
     *,
     engine: Engine | str | None = None,
+    prices: Mapping[str, Any] | None = None,
     max_cost: Any = None,
     max_total_tokens: int | None = None,
     home: Path | str | None = None,
@@ -65,6 +66,7 @@ def configure(
 
     Args:
         engine: URL of an OpenAI-compatible server or an `Engine`, for every model; None takes each model's own.
+        prices: what `engine` takes per million tokens, like {"input": 0.15, "output": 0.6}; None takes the catalogue's.
         max_cost: never spend more in all; what it does not cover is NULL with `budget_exceeded`.
         max_total_tokens: the same for tokens, those of prompts and answers together.
         home: folder of answers and ledger; None takes COMPLETE_FN_HOME or the platform's.
@@ -77,6 +79,7 @@ def configure(
     """
     session = QuerySession(
         engine=engine,
+        prices=prices,
         max_cost=max_cost,
         max_total_tokens=max_total_tokens,
         home=home,
