@@ -42,7 +42,7 @@ def restore_bytes(text: str) -> bytes:
     """The bytes that `decode_bytes` has read.
 
     Raises:
-        UnicodeEncodeError: the text has a lone surrogate that stands for no byte.
+        UnicodeEncodeError: The text has a lone surrogate that stands for no byte.
     """
     return text.encode("utf-8", "surrogateescape")
 

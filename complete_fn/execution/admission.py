@@ -95,12 +95,10 @@ class Admission:
             self.slices.add(number, self.settled(number, replace(Completion.failed("cancelled", LEFT), usage=usage)))
 
     def sendable(self, number: int, text: str) -> bool:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            self.slices.add(number, Completion.failed("invalid_request", NOT_TEXT))
-            return False
-        return True
+        if is_utf8(text):
+            return True
+        self.slices.add(number, Completion.failed("invalid_request", NOT_TEXT))
+        return False
 
     def affordable(self, number: int, text: str) -> bool:
         if not self.caps:
