@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from complete_fn.cli.local_state import print_table
-from complete_fn.cli.main import INTERRUPTED, OK, SOME_FAILED, Parser
+from complete_fn.cli.main import INTERRUPTED, OK, SOME_FAILED, Parser, parse_pairs
 from complete_fn.client import Client, RemoteJob
 from complete_fn.errors import CompleteError, InputError
 from complete_fn.rows.formats import FORMATS, TablePlace, place_of
@@ -94,7 +93,7 @@ def submit(asked: argparse.Namespace, client: Client) -> int:
         asked.model,
         asked.prompt,
         sink=sink_of(asked),
-        options=given_options(asked.option),
+        options=parse_pairs(asked.option),
         column=asked.column,
         max_cost=asked.max_cost,
         query_tag=asked.query_tag,
@@ -161,20 +160,6 @@ def write(job: RemoteJob, place: TablePlace, asked: argparse.Namespace) -> None:
                 sink.write(chunk)
     except OSError as error:
         raise InputError(f"The output {place.name!r} cannot be written: {error.strerror or error}.") from error
-
-
-def given_options(pairs: list[str]) -> dict[str, Any]:
-    """The options of `k=v` pairs, with values as JSON or text. The service checks them."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise InputError(f"--option {pair!r} is not of the form name=value.")
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found
 
 
 def line(state: dict[str, Any]) -> str:

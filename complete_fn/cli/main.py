@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from complete_fn import __version__
 from complete_fn.errors import CompleteError, InvalidOptionError
@@ -95,3 +96,21 @@ def add_home(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--home", metavar="DIR", help="folder of answers and ledger (default: COMPLETE_FN_HOME, else the user's data)"
     )
+
+
+def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
+    """The options of `--option` pairs `k=v`: a value is JSON if it can be read as JSON, else text.
+
+    Raises:
+        InvalidOptionError: One of them has no `=`.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise InvalidOptionError(f"--option {pair!r} is not of the form name=value.")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found

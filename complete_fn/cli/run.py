@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import json
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from complete_fn.cli.main import INTERRUPTED, OK, SOME_FAILED, Parser, add_home
+from complete_fn.cli.main import INTERRUPTED, OK, SOME_FAILED, Parser, add_home, parse_pairs
 from complete_fn.cli.run_input import Limited, Survey, database_url, file_source, is_database, query_source, survey
 from complete_fn.cli.run_windows import (
     RunSession,
@@ -25,7 +24,6 @@ from complete_fn.cli.run_windows import (
     Target,
     WindowedRun,
     end,
-    prompts_of,
     run_whole,
     run_windows,
 )
@@ -36,12 +34,12 @@ from complete_fn.estimates.estimate_report import report
 from complete_fn.interrupts import off_main
 from complete_fn.ledger.usage import committed_rows, last_stop
 from complete_fn.prompts.options import Options, parse_options
-from complete_fn.prompts.templates import template_fields
+from complete_fn.prompts.templates import refuse_missing, template_fields
 from complete_fn.rows.databases import open_database
 from complete_fn.rows.formats import FORMATS, TablePlace, place_of
 from complete_fn.rows.readers import Source
 from complete_fn.rows.result_tables import refuse_name
-from complete_fn.rows.writers import refuse_output, writing
+from complete_fn.rows.writers import refuse_clash, refuse_output, writing
 from complete_fn.session import CompletionWarning, Session
 from complete_fn.types import Asker
 
@@ -151,10 +149,10 @@ def run_file(asked: argparse.Namespace, options: Options, session: RunSession) -
         source = Limited(source, whole(asked.limit))
     found = survey(source, identity, with_schema=place is not None and place.format != "jsonl")
     if place is not None:
-        refuse_clash(found.names, asked.column, asked.details)
-    refuse_missing(found.names, fields)
+        refuse_clash(found.names, asked.column, asked.details, "--column NAME")
+    refuse_missing(fields, found.names)
     job = job_id(asked, options, call, identity)
-    work = WindowedRun(session, asked.model, options, asked.prompt, fields, job, asked.column, asked.details)
+    work = WindowedRun(session, asked.model, options, asked.prompt, job, asked.column, asked.details)
     if asked.dry_run:
         print(report(estimated(work, found)))
         return OK
@@ -220,24 +218,9 @@ def target_of(asked: argparse.Namespace, place: TablePlace | None, schema: Any) 
 def estimated(work: WindowedRun, found: Survey) -> Estimate:
     """The estimate of all windows as one plan. Only here are all prompts in memory at the same time."""
     windows = [found.first] if found.first is not None else found.source.windows()
-    chunks = [chunk for rows in windows for chunk in prompts_of(work, rows).chunks]
+    chunks = [chunk for rows in windows for chunk in work.prompts(rows).chunks]
     prompts = pa.chunked_array(chunks, pa.large_string())
     return work.session.estimate(work.model, prompts, work.options, work.job, planned=True)
-
-
-def refuse_missing(names: list[str], fields: list[str]) -> None:
-    for name in fields:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f" Did you mean {{{near[0]}}}?" if near else ""
-            there = ", ".join(names) or "none"
-            raise InputError(f"The prompt names {{{name}}}, which is no column.{hint} Columns: {there}.")
-
-
-def refuse_clash(names: list[str], column: str, details: bool) -> None:
-    for name in (column, f"{column}_details") if details else (column,):
-        if name in names:
-            raise InputError(f"The input already has a column {name!r}. Name the new one with --column NAME.")
 
 
 def whole(limit: int) -> int:
@@ -248,15 +231,7 @@ def whole(limit: int) -> int:
 
 def options_of(asked: argparse.Namespace) -> Options:
     """The options, from `--option k=v` and from flags of their own. A flag overrides `--option`."""
-    given: dict[str, Any] = {}
-    for pair in asked.option:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise InvalidOptionError(f"--option {pair!r} is not of the form name=value.")
-        try:
-            given[name] = json.loads(text)
-        except ValueError:
-            given[name] = text
+    given = parse_pairs(asked.option)
     for name in ("temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "cache"):
         if getattr(asked, name) is not None:
             given[name] = getattr(asked, name)

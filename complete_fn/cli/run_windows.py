@@ -26,7 +26,7 @@ from complete_fn.execution.summary import Summary
 from complete_fn.interrupts import off_main
 from complete_fn.progress import Progress, progress_for
 from complete_fn.prompts.options import Options
-from complete_fn.prompts.templates import render_column
+from complete_fn.prompts.templates import render_rows
 from complete_fn.rows.databases import QuerySource, RowDatabase
 from complete_fn.rows.formats import Rows
 from complete_fn.rows.readers import Source
@@ -46,7 +46,6 @@ class WindowedRun:
     model: str
     options: Options
     template: str
-    fields: list[str]
     job: str
     column: str
     details: bool
@@ -56,6 +55,9 @@ class WindowedRun:
     @property
     def folder(self) -> Path:
         return self.session.settings.home / "runs" / self.job
+
+    def prompts(self, rows: Rows) -> Any:
+        return render_rows(self.template, rows, self.options.reorder_fields)
 
     def jobs(self) -> list[str]:
         """The names of the windows begun so far, including those of earlier attempts."""
@@ -112,7 +114,7 @@ def run_whole(work: WindowedRun, rows: Rows, target: Target) -> None:
     """Run an input of one window. All its prompts are one plan."""
     if isinstance(target, TableTarget):
         target.refuse(rows)
-    answers = complete(work, rows, prompts_of(work, rows), 0)
+    answers = complete(work, rows, work.prompts(rows), 0)
     target.write(rows, new_columns(work, answers.text, answers.details if work.details else None))
 
 
@@ -126,7 +128,7 @@ def run_windows(work: WindowedRun, survey: Survey, target: Target) -> None:
     for number, rows in enumerate(mark.windows(), mark.number):
         if isinstance(target, TableTarget):
             target.refuse(rows)
-        prompts = prompts_of(work, rows)
+        prompts = work.prompts(rows)
         place = work.folder / f"window-{number:06}-{prompt_digest(prompts)}.parquet"
         details = parquet.read_table(place).column("details").combine_chunks() if place.exists() else None
         if details is not None and not asked_again(details, work.options.strict):
@@ -238,11 +240,6 @@ def complete(work: WindowedRun, rows: Rows, prompts: Any, number: int) -> Answer
     answers = work.session.complete(work.model, prompts, work.options, work.window_job(number), planned=True)
     work.summary = work.summary + answers.summary if work.summary.rows else answers.summary
     return answers
-
-
-def prompts_of(work: WindowedRun, rows: Rows) -> Any:
-    columns = rows.columns(work.fields)
-    return render_column(work.template, columns, rows.count, work.options.reorder_fields)
 
 
 def new_columns(work: WindowedRun, text: Any, details: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.errors import InvalidOptionError
 
 FIELDS_MARK = "\x00fields:"  # no user's text begins like this: `templates.escape` doubles a leading NUL
 
@@ -71,11 +71,9 @@ def pack_fields(template: list[tuple[str, str | None]], columns: Mapping[str, An
 
     Args:
         template: the pieces that `templates.parse_template` returns.
-        columns: large_string arrays of `length` values by field name.
+        columns: large_string arrays of `length` values by field name, one for each field of the template.
     """
     instruction, names = instruction_of(template)
-    if missing := [n for n in names if n not in columns]:
-        raise InputError(f"The template names {{{missing[0]}}}, which is no column. Columns: {', '.join(columns)}.")
     kind = pa.large_string()
     values = [columns[n] for n in names]
     sizes = [pc.utf8_length(v).cast(kind) for v in values]

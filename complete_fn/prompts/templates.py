@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,6 +49,31 @@ def template_fields(template: str) -> list[str]:
     return [name for _, name in parse_template(template) if name is not None]
 
 
+def refuse_missing(fields: Collection[str], names: Collection[str]) -> None:
+    """Raises:
+    InputError: A field of the template is none of the columns `names`.
+    """
+    for field in fields:
+        if field not in names:
+            near = difflib.get_close_matches(field, names, 1)
+            hint = f" Did you mean {{{near[0]}}}?" if near else ""
+            there = ", ".join(names) or "none"
+            raise InputError(f"The prompt names {{{field}}}, which is no column.{hint} Columns: {there}.")
+
+
+class HasColumns(Protocol):
+    """Rows of a table."""
+
+    @property
+    def count(self) -> int: ...
+    def columns(self, names: Iterable[str]) -> dict[str, Any]: ...
+
+
+def render_rows(template: str, rows: HasColumns, reorder_fields: bool = False) -> pa.ChunkedArray:
+    """`render_column` over the columns of a table's rows."""
+    return render_column(template, rows.columns(template_fields(template)), rows.count, reorder_fields)
+
+
 def render_column(
     template: str, columns: Mapping[str, Any], length: int, reorder_fields: bool = False
 ) -> pa.ChunkedArray:
@@ -61,16 +87,16 @@ def render_column(
         InvalidOptionError: The template cannot be used.
         InputError: The template names a field that is no column.
     """
+    fields = template_fields(template)
+    refuse_missing(fields, columns)
     if reorder_fields:
-        texts = {n: as_text(columns[n], n) for n in template_fields(template) if n in columns}
+        texts = {n: as_text(columns[n], n) for n in fields}
         return pack_fields(parse_template(template), texts, length)
     parts: list[Any] = []
     for text, name in parse_template(template):
         if text:
             parts.append(pa.scalar(text, pa.large_string()))
         if name is not None:
-            if name not in columns:
-                raise InputError(f"The template names {{{name}}}, which is no column. Columns: {', '.join(columns)}.")
             parts.append(as_text(columns[name], name))
     if not any(isinstance(p, pa.ChunkedArray | pa.Array) for p in parts):
         whole = "".join(p.as_py() for p in parts)

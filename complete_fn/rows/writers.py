@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,17 @@ from complete_fn.rows.object_storage import Storage, remote
 from complete_fn.text import is_utf8_column, restore_bytes, to_texts
 
 BATCH_ROWS = 8_192
+
+
+def refuse_clash(names: Collection[str], column: str, with_details: bool, option: str) -> None:
+    """Args: option: where the caller names the new column.
+
+    Raises:
+        InputError: A new column has the name of one of the rows' own columns.
+    """
+    for name in (column, f"{column}_details") if with_details else (column,):
+        if name in names:
+            raise InputError(f"The input already has a column {name!r}. Name the new one with {option}.")
 
 
 def refuse_output(place: TablePlace, overwrite: bool) -> None:

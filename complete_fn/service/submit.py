@@ -16,14 +16,15 @@ import pyarrow as pa
 
 from complete_fn.engines.catalogue import Model
 from complete_fn.engines.prices import nano
-from complete_fn.errors import InputError, InvalidOptionError, NotFoundError, StoreError
+from complete_fn.errors import InvalidOptionError, NotFoundError, StoreError
 from complete_fn.jobs.api_keys import Principal
 from complete_fn.jobs.job import Job
 from complete_fn.prompts.options import Options, parse_options
 from complete_fn.prompts.schema_rules import refuse_patterns
-from complete_fn.prompts.templates import render_column, template_fields
+from complete_fn.prompts.templates import refuse_missing, render_rows, template_fields
 from complete_fn.rows.formats import LineRows, Rows
 from complete_fn.rows.result_tables import KeysSeen
+from complete_fn.rows.writers import refuse_clash
 from complete_fn.service.job_files import PromptGroup, write_parts, write_window, write_windows
 from complete_fn.service.sinks import promise, refuse_sink, refuse_sink_keys, withdraw
 from complete_fn.service.sources import open_source
@@ -86,35 +87,23 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
             names.update(rows.names)
             if spec.sink is not None:
                 refuse_sink_keys(spec.sink, rows, seen)
-            refuse_clash(rows, spec.column)
-            prompts, _ = prompts_of(rows, spec.prompt, options)
+            refuse_clash(rows.names, spec.column, with_details=True, option="'column'")
+            prompts = window_prompts(spec.prompt, rows, options)
             numbers = np.arange(rows.count) + draft.rows
             draft.add_window(rows.count, [PromptGroup(model, spec.options, numbers, prompts)], rows)
         refuse_missing(fields, sorted(names))
         return draft.keep()
 
 
-def prompts_of(rows: Rows, template: str, options: Options) -> tuple[pa.ChunkedArray, list[str]]:
-    """(prompts of a window's rows, the columns it has).
+def window_prompts(template: str, rows: Rows, options: Options) -> pa.ChunkedArray:
+    """The prompts of a window's rows.
 
     Raises:
-        InputError: the template names a column that is not there; a JSONL may have it in another window.
+        InputError: The template names a column that the rows lack. A JSONL file may have it in another window.
     """
-    fields = template_fields(template)
     if not isinstance(rows, LineRows):
-        refuse_missing(fields, rows.names)
-    columns = rows.columns(fields)
-    return render_column(template, columns, rows.count, options.reorder_fields), rows.names
-
-
-def refuse_clash(rows: Rows, column: str) -> None:
-    if column in rows.names or f"{column}_details" in rows.names:
-        raise InputError(f"The source already has a column {column!r}. Name the new one with 'column'.")
-
-
-def refuse_missing(fields: Sequence[str], names: Sequence[str]) -> None:
-    if missing := [name for name in fields if name not in names]:
-        raise InputError(f"The prompt names {{{missing[0]}}}, which is no column. Columns: {', '.join(names)}.")
+        refuse_missing(template_fields(template), rows.names)
+    return render_rows(template, rows, options.reorder_fields)
 
 
 def new_job(

@@ -13,31 +13,20 @@ from complete_fn.estimates.estimate import estimate
 from complete_fn.estimates.estimate_report import as_values, report
 from complete_fn.prompts.options import parse_options
 from complete_fn.prompts.schema_rules import refuse_patterns
-from complete_fn.prompts.templates import template_fields
+from complete_fn.prompts.templates import refuse_missing, template_fields
 from complete_fn.server.auth import Caller, StateOf
 from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body
-from complete_fn.server.routes.jobs.jobs import SourceBody
+from complete_fn.server.routes.jobs.jobs import EXAMPLE, SourceBody
 from complete_fn.service.sources import open_source
-from complete_fn.service.submit import prompts_of, refuse_missing
+from complete_fn.service.submit import window_prompts
 from complete_fn.types import Asker
 
 router = APIRouter(tags=["jobs"])
 
 
 class EstimateBody(Body):
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "demo-llama-swiftkv",
-                    "prompt": "Name the section: {description}",
-                    "source": {"file_id": "file-0123456789abcdef01234567"},
-                    "options": {"max_tokens": 16},
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
     model: str
     prompt: Annotated[str, Field(description="as in `/v1/jobs`")]
     source: SourceBody
@@ -55,9 +44,8 @@ async def post_estimate(body: EstimateBody, state: StateOf, caller: Caller, lane
         source, chunks = open_source(state, caller.tenant, body.source.chosen()), []
         names: set[str] = set()
         for rows in source.windows():
-            prompts, there = prompts_of(rows, body.prompt, options)
-            chunks += prompts.chunks
-            names.update(there)
+            chunks += window_prompts(body.prompt, rows, options).chunks
+            names.update(rows.names)
         refuse_missing(template_fields(body.prompt), sorted(names))
         prompts = pa.chunked_array(chunks, pa.large_string())
         found = estimate(call, prompts, state.store, Asker(caller.tenant, caller.user), options.cache)

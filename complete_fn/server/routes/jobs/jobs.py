@@ -71,20 +71,16 @@ class RerunBody(Body):
     max_cost: str | float | None = None
 
 
+EXAMPLE: dict[str, Any] = {
+    "model": "demo-llama-swiftkv",
+    "prompt": "Name the section: {description}",
+    "source": {"file_id": "file-0123456789abcdef01234567"},
+    "options": {"max_tokens": 16},
+}
+
+
 class JobBody(Body):
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "demo-llama-swiftkv",
-                    "prompt": "Name the section: {description}",
-                    "source": {"file_id": "file-0123456789abcdef01234567"},
-                    "options": {"max_tokens": 16},
-                    "max_cost": "0.50",
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{**EXAMPLE, "max_cost": "0.50"}]})
     model: str
     prompt: Annotated[str, Field(description="{column} is replaced; {{ and }} are braces")]
     source: SourceBody
