@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
 import threading
 import warnings
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from complete_fn.execution.answers import Answers
 from complete_fn.execution.run_state import known_answers
 from complete_fn.execution.runner import run
 from complete_fn.execution.summary import Summary
+from complete_fn.host import renew_in_child
 from complete_fn.interrupts import NextInterrupt, off_main
 from complete_fn.ledger.pruning import prune
 from complete_fn.planning import make_plan
@@ -50,9 +49,6 @@ def warn(text: str) -> None:
     while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn"):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, CompletionWarning, stacklevel=level)
-
-
-SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 class Session:
@@ -94,7 +90,7 @@ class Session:
         self.progress = progress
         self.summary = Summary()
         self.lock = threading.Lock()
-        SESSIONS.add(self)
+        renew_in_child(self)
         self.opened: Store | None = None
         self.warned: set[str] = set()  # models whose advice was given
 
@@ -240,20 +236,12 @@ class Session:
         """The results of a job are safe: what was kept only for its resume goes."""
         self.store.end_job(self.who.tenant, job)
 
+    def after_fork(self) -> None:
+        self.lock = threading.Lock()
+        self.brake = NO_BRAKE
+
     def close(self) -> None:
         with self.lock:
             if self.opened is not None:
                 self.opened.close()
                 self.opened = None
-
-
-def after_fork() -> None:
-    """A forked child may have been born while another thread held a lock, which nobody would release there."""
-    for session in SESSIONS:
-        session.lock = threading.Lock()
-        session.brake = NO_BRAKE
-        session.budgets.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=after_fork)

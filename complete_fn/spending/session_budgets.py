@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from complete_fn.engines.catalogue import Model
+from complete_fn.host import renew_in_child
 from complete_fn.ledger.usage import tokens_used
 from complete_fn.spending.budget import Budget, parse_cap, parse_token_cap
 from complete_fn.store.store import Store
@@ -28,6 +29,7 @@ class SessionBudgets:
         if max_total_tokens is not None:
             self.tokens = Budget(parse_token_cap(max_total_tokens), name="max_total_tokens")
         self.lock = threading.Lock()
+        renew_in_child(self)
         self.settled: set[tuple[str, str]] = set()  # (cap, job) whose earlier attempts are counted
 
     def of_run(self, model: Model, job: str | None, store: Store, tenant: str) -> tuple[Budget | None, Budget | None]:
