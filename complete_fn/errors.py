@@ -23,6 +23,8 @@ CompleteError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -180,3 +182,9 @@ ROW_ERRORS: dict[str, str] = {
     "usage_refused": "the endpoint reports more tokens than it was asked for; the row is billed as far as asked for",
     "blocked": "the endpoint's content filter or the model itself refused the row",
 }
+
+
+def did_you_mean(name: str, known: Iterable[str], form: str = "{!r}", cutoff: float = 0.6) -> str:
+    """A sentence to put behind an error's first one, with the known name most like this one; empty if none is alike."""
+    near = difflib.get_close_matches(name, list(known), 1, cutoff)
+    return f" Did you mean {form.format(near[0])}?" if near else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from complete_fn.errors import InputError, UnknownModelError
+from complete_fn.errors import InputError, UnknownModelError, did_you_mean
 from complete_fn.types import PriceBasis
 
 BUILT_IN = Path(__file__).with_name("models.toml")
@@ -128,9 +127,8 @@ def entry(name: str, table: Any, base: Model | None, where: str) -> Model:
         )
     known = {f.name for f in fields(Model)} - {"name"}
     if unknown := set(table) - known:
-        hint = difflib.get_close_matches(sorted(unknown)[0], known, 1)
-        more = f" Did you mean {hint[0]!r}?" if hint else ""
-        raise InputError(f"{where}: model {name!r} has no field {sorted(unknown)[0]!r}.{more}")
+        first = sorted(unknown)[0]
+        raise InputError(f"{where}: model {name!r} has no field {first!r}.{did_you_mean(first, known)}")
     refuse_types(name, table, where)
     changes = dict(table)
     if "prices" in changes:
@@ -194,6 +192,5 @@ def find_model(name: str, models_file: Path | None = None) -> Model:
         return Model(name=name, checkpoint=str(folder.resolve()), note="a local folder")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return Model(name=name, checkpoint=name, note="from the Hub")
-    near = difflib.get_close_matches(name, catalogue, 1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, catalogue, cutoff=0.5)
     raise UnknownModelError(f"Model {name!r} is not in the catalogue.{hint} `complete-fn models` lists all.")

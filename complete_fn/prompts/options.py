@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import reprlib
@@ -13,7 +12,7 @@ from typing import Any, Literal, cast, get_args
 import jsonschema
 import referencing.exceptions
 
-from complete_fn.errors import InvalidOptionError
+from complete_fn.errors import InvalidOptionError, did_you_mean
 from complete_fn.prompts.choices import parse_choices
 from complete_fn.prompts.schema_rules import VALUES, refuse_heavy, resolver_of
 from complete_fn.text import is_utf8
@@ -60,8 +59,7 @@ def parse_options(given: Mapping[str, Any] | Options | None) -> Options:
         return given
     found = {k: v for k, v in (given or {}).items() if v is not None}
     if unknown := sorted(set(found) - set(OPTION_NAMES)):
-        near = difflib.get_close_matches(unknown[0], OPTION_NAMES, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(unknown[0], OPTION_NAMES)
         raise InvalidOptionError(f"Unknown option {unknown[0]!r}.{hint} Options: {', '.join(OPTION_NAMES)}.")
     cache = found.get("cache", "on")
     if cache not in get_args(CacheMode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from complete_fn.errors import InputError, InvalidOptionError
+from complete_fn.errors import InputError, InvalidOptionError, did_you_mean
 from complete_fn.prompts.fields import FIELDS_MARK, pack_fields, unpack_fields
 from complete_fn.text import as_text, text_column
 from complete_fn.types import Message
@@ -55,8 +54,7 @@ def refuse_missing(fields: Collection[str], names: Collection[str]) -> None:
     """
     for field in fields:
         if field not in names:
-            near = difflib.get_close_matches(field, names, 1)
-            hint = f" Did you mean {{{near[0]}}}?" if near else ""
+            hint = did_you_mean(field, names, "{{{}}}")
             there = ", ".join(names) or "none"
             raise InputError(f"The prompt names {{{field}}}, which is no column.{hint} Columns: {there}.")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from vllm import EngineArgs
@@ -11,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.plugins import load_general_plugins
 
+from complete_fn.errors import did_you_mean
 from complete_fn_workers.engine.machine import GIB, computes_bfloat16, memory_bytes
 from complete_fn_workers.engine.vllm_internals import (
     add_seats,
@@ -96,8 +96,7 @@ def check_engine_args(own: dict[str, Any]) -> None:
         if name in OURS and value is not False:
             raise ConfigurationError(f"engine_args.{name} cannot be set: the model's entry has it, or it is refused.")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise ConfigurationError(f"engine_args has no {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+            raise ConfigurationError(f"engine_args has no {name!r}.{did_you_mean(name, known)}")
     load_format = own.get("load_format", "safetensors")
     if load_format not in LOAD_FORMATS:
         raise ConfigurationError(f"engine_args.load_format {load_format!r} is not one of {', '.join(LOAD_FORMATS)}.")
