@@ -317,7 +317,8 @@ def test_what_earlier_attempts_of_a_job_spent_counts_against_its_cap(tmp_path: P
 def test_a_budget_counts_one_currency(tmp_path: Path) -> None:
     models = tmp_path / "m.toml"
     models.write_text(
-        "[models.a]\ncheckpoint = 'a'\nprices = { input = 1 }\n[models.b]\ncheckpoint = 'b'\nprices = { currency = 'JPY' }\n"
+        "[models.a]\ncheckpoint = 'a'\nprices = { input = 1 }\n"
+        "[models.b]\ncheckpoint = 'b'\nprices = { currency = 'JPY' }\n"
     )
     s = session(tmp_path, models, max_cost=1)
     s.complete("a", ["x"])
