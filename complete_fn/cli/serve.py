@@ -14,7 +14,7 @@ from typing import Any
 
 from complete_fn.cli.local_state import open_store, print_table
 from complete_fn.cli.main import OK, Parser, add_home
-from complete_fn.errors import InvalidOptionError
+from complete_fn.errors import InvalidOptionError, did_you_mean
 from complete_fn.jobs.queue import CeleryQueue
 from complete_fn.registry import resolve
 from complete_fn.settings import load_settings
@@ -204,9 +204,24 @@ def revoke_key(asked: argparse.Namespace) -> int:
 
 def set_budget(asked: argparse.Namespace) -> int:
     limit = None if asked.amount == "none" else parse_cap(asked.amount)
-    key_store(asked).set_daily_budget(asked.tenant, limit)
+    store = key_store(asked)
+    refuse_unknown_tenant(store, asked.tenant)
+    store.set_daily_budget(asked.tenant, limit)
     print(f"{asked.tenant}: {'no bound' if limit is None else f'at most {limit} a day'}.")
     return OK
+
+
+def refuse_unknown_tenant(store: Any, name: str) -> None:
+    """Refuse a name without a key: a bound on it would bound nobody.
+
+    Raises:
+        InvalidOptionError: No key was made for the tenant, which is not the local one either.
+    """
+    from complete_fn.jobs.api_keys import Principal
+
+    known = sorted({line.tenant for line in store.list()} | {Principal().tenant})
+    if name not in known:
+        raise InvalidOptionError(f"No key was made for tenant {name!r}.{did_you_mean(name, known)}")
 
 
 def set_limit(asked: argparse.Namespace) -> int:
@@ -229,7 +244,9 @@ def set_limit(asked: argparse.Namespace) -> int:
 
 
 def set_weight(asked: argparse.Namespace) -> int:
-    key_store(asked).set_weight(asked.tenant, asked.weight)
+    store = key_store(asked)
+    refuse_unknown_tenant(store, asked.tenant)
+    store.set_weight(asked.tenant, asked.weight)
     print(f"{asked.tenant}: {asked.weight:g} times the share of a tenant without a weight.")
     return OK
 

@@ -167,6 +167,8 @@ SESSIONS: dict[str, list[str]] = {
         "keys create",
         "keys budget acme -1",
         "keys budget acme much",
+        "keys budget acne 1",
+        "keys weight nobody 2",
         "keys limit acme 0",
         "keys limit nobody 5",
         "keys weight acme 0",

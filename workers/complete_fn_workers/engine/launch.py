@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -136,13 +137,22 @@ def short_folder() -> Path:
 
 
 def private_folder(folder: Path) -> None:
+    """Make the folder, for this user alone. A link of this user's is followed, and what it leads to stays as it is.
+
+    Raises:
+        EngineError: The folder, or a link in its place, belongs to another user, or cannot be made.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid != os.getuid():
+        named = folder.lstat()
+        if {named.st_uid, folder.stat().st_uid} != {os.getuid()}:
             raise EngineError(f"The folder {str(folder)!r} belongs to another user. Set COMPLETE_FN_HOME or TMPDIR.")
-        if status.st_mode & 0o077:
-            folder.chmod(0o700)
+        if named.st_mode & 0o077 and not stat.S_ISLNK(named.st_mode):
+            opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # in case a link has come meanwhile
+            try:
+                os.fchmod(opened, 0o700)
+            finally:
+                os.close(opened)
     except OSError as error:
         raise EngineError(
             f"The folder {str(folder)!r} cannot be used: {error.strerror}. Set COMPLETE_FN_HOME."
