@@ -29,7 +29,7 @@ NOT_TEXT = "The prompt has a lone surrogate or bytes that are not UTF-8, which n
 class Tools:
     """What a run works with. `budget` caps its money, `tokens` its tokens of prompts and answers, `brake` both.
 
-    `pause` waits so many seconds for other runs, and raises what is to end this one.
+    `pause` waits so many seconds for other runs. If this run is stopped meanwhile, it raises the error that ends it.
     """
 
     engine: Engine
@@ -170,7 +170,10 @@ class Admission:
 
 
 def refuse_hopeless(refused: dict[int, Usage], slices: Slices, caps: Caps) -> list[int]:
-    """Fail the rows that nothing given back can make room for; returns those that may be tried again."""
+    """Fail the rows that can never fit into the caps; returns the rows that may be tried again.
+
+    A row may be tried again while rows under way can still return what was reserved for them.
+    """
     again = []
     for number, worst in refused.items():
         message = caps.refusal(worst)

@@ -17,12 +17,13 @@ from complete_fn.store.store import Store
 from complete_fn.text import to_texts
 from complete_fn.types import Asker, Completion, Prompt
 
+# Row errors that are not stored: their cause may be gone when the job is resumed, so the job asks these rows again.
 ASKED_AGAIN = (
     "budget_exceeded",
     "cancelled",
     "invalid_request",
     "timeout",
-)  # row errors that a resumed job may find gone
+)
 
 
 @dataclass

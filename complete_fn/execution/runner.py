@@ -22,7 +22,8 @@ from complete_fn.spending.token_bound import PromptBound
 from complete_fn.store.store import LOOK_UP
 from complete_fn.types import Asker
 
-LOOK_SECONDS, LOOKS_TO_DROP = 0.1, 20  # how often to look for answers that other runs compute; for runs that died
+# Seconds between two looks for answers that other runs compute; every 20th look also drops the claims of dead runs.
+LOOK_SECONDS, LOOKS_TO_DROP = 0.1, 20
 
 
 def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode = "on") -> Answers:
@@ -54,7 +55,10 @@ def run(call: Call, prompts: object, tools: Tools, who: Asker, cache: CacheMode 
 
 
 def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: Tools, who: Asker) -> list[int]:
-    """Stream the distinct prompts through the engine; what the budget refuses waits for money to come back.
+    """Stream the distinct prompts through the engine.
+
+    Prompts that the budget refuses are tried again when other rows have returned what was reserved for them. Prompts
+    that can never fit into the budget fail.
 
     Returns:
         The prompts that other runs are computing.
@@ -70,7 +74,7 @@ def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: T
                 number = admission.sent[position]
                 slices.add(number, admission.settled(number, completion))
         except BaseException as error:
-            if not isinstance(error, Exception):  # whoever asked has stopped it, and has read what was told
+            if not isinstance(error, Exception):  # the caller stopped the run, and pays for the text it has read
                 admission.bill_told()
             raise
         finally:
@@ -92,14 +96,19 @@ def compute(numbers: list[int], call: Call, work: Work, slices: Slices, tools: T
 
 
 def unanswered(numbers: list[int], work: Work, slices: Slices, tools: Tools) -> list[int]:
-    """Wait until other runs have answered these prompts or let them go; returns the latter, to be computed here."""
+    """Wait until other runs have answered these prompts or have released their claims on them.
+
+    Returns:
+        The prompts that were released without an answer. This run computes them.
+    """
     free: list[int] = []
     for low in range(0, len(numbers), LOOK_UP):
         waiting = numbers[low : low + LOOK_UP]
         asked = 0
         while waiting:
             claimed = tools.store.claimed(slices.attempt.tenant, [work.keys[n] for n in waiting])
-            found = work.look_again(waiting, tools.store)  # after: what was let go with its answer is found
+            # Answers are read after the claims, because a claim ends in the commit that stores its answer.
+            found = work.look_again(waiting, tools.store)
             slices.reuse(found)
             free += [n for n in waiting if n not in found and work.keys[n] not in claimed]
             waiting = [n for n in waiting if n not in found and work.keys[n] in claimed]

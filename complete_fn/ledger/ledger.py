@@ -48,7 +48,8 @@ def free(prices: Prices, price_class: str, rows: int, usage: Usage) -> list[Ledg
     """The line of rows that were not computed; an empty list without such rows.
 
     Args:
-        usage: of the rows whose answers they share. Its device-seconds are the device time that the line saves.
+        usage: What it would have taken to compute these rows. The line shows its tokens, and its price and
+            device-seconds as saved.
     """
     if not rows:
         return []

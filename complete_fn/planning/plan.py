@@ -29,7 +29,8 @@ class BatchPlan:
         order: [k] numbers of the k rows that are not NULL, in byte order of their prompts.
         distinct: [k] for each entry of `order`, the number of its distinct prompt; never decreasing.
         first: [m] the row that stands for each distinct prompt, in execution order.
-        parts: cuts of 0..m by estimated tokens: part p runs distinct prompts parts[p] to parts[p + 1].
+        parts: bounds that cut the m distinct prompts into parts of a limited number of estimated tokens: part p runs
+            the prompts from parts[p] up to, but not including, parts[p + 1].
         field_order: [m, most fields] for each distinct prompt the order of its fields, -1 beyond the last; None where
             no prompt's fields are kept apart.
         sizes: counts tokens, for the passes that need counts.

@@ -70,7 +70,7 @@ class Dialect(Protocol):
         ...
 
     def refuse(self, error: CompleteError) -> Reply:
-        """Why there are no values, with a status by which the warehouse tries again exactly if that can help."""
+        """The reply to a request that failed. Its status makes the warehouse try again only where that can help."""
         ...
 
     def busy(self, batch: str) -> Reply:
@@ -193,9 +193,10 @@ def rows_of(found: dict[str, Any], name: str) -> list[Any]:
 
 
 def for_good(error: CompleteError) -> int:
-    """The status of an error: 400 for whatever the same request would meet again, but for a refused key.
+    """The HTTP status of an error in a reply to a warehouse.
 
-    A 404 is taken for a service that is not there yet, and tried again, by service functions and Cloud Run alike.
+    It is 400 instead of 404, 409 or 501, because the same request would fail again: service functions and Cloud Run
+    take a 404 for a service that has not started yet, and try again. Other statuses stay, a refused key's 401 too.
     """
     return 400 if isinstance(error, UnknownModelError) or error.status in (404, 409, 501) else error.status
 

@@ -1,4 +1,7 @@
-"""`complete` and its like over Arrow columns. DuckDB and Polars both call these functions."""
+"""`complete` and its variants over Arrow columns, and `QuerySession`, the session that answers them.
+
+DuckDB and Polars both call these functions.
+"""
 
 from __future__ import annotations
 

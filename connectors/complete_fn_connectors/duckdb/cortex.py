@@ -1,4 +1,4 @@
-"""Snowflake's names and argument forms, so that a Cortex query runs unchanged."""
+"""Snowflake's names and argument forms, so that a query written for Snowflake Cortex runs unchanged."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class Registration:
         return legacy | {n.removeprefix(SITE): n.removeprefix(SITE) for n in self.names if n.startswith(SITE)}
 
     def add(self, name: str, entry: SqlFunction) -> None:
-        """Create a function, and the function that stands for its calls while `sql` collects prompts."""
+        """Create a function, and a second one that `sql` calls in its place while it collects prompts."""
         function, kind = entry.function, sql_type(entry.result)
 
         def call(*columns: Column) -> Column:
