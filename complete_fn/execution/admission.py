@@ -1,4 +1,4 @@
-"""Rows are admitted to the engine one by one, as far as the caps allow."""
+"""Admission lets rows through to the engine one by one, as far as the caps allow."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from complete_fn.store.store import Store
 from complete_fn.text import is_utf8, without_surrogates
 from complete_fn.types import Completion, CompletionRequest, RowError, Usage
 
-ADMIT = 128  # rows noted in the store as handed to the engine at a time
-MOST_TOKENS = 100_000_000  # of one row's prompt or answer, whatever an endpoint reports; sums must fit into 64 bits
+ADMIT = 128  # rows that one store transaction notes as handed to the engine
+MOST_TOKENS = 100_000_000  # tokens believed of one row's prompt or answer, so that sums fit into the store's 64 bits
 LEFT = "Whoever read the answer left before its end."
 NOT_TEXT = "The prompt has a lone surrogate or bytes that are not UTF-8, which no tokenizer takes."
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a run works with. `budget` caps its money, `tokens` its tokens of prompts and answers, `brake` both.
+    """The tools of a run. `budget` caps its money, `tokens` the tokens of prompts and answers; `brake` has more caps.
 
     `pause` waits so many seconds for other runs. If this run is stopped meanwhile, it raises the error that ends it.
     """
@@ -44,7 +44,7 @@ class Tools:
 
 
 class Admission:
-    """Hands prompts to the engine as it draws them, each within the caps; remembers what was sent."""
+    """Hands prompts to the engine as it draws them, each within the caps; remembers which prompts it has sent."""
 
     def __init__(self, call: Call, work: Work, slices: Slices, tools: Tools, caps: Caps, meter: Meter) -> None:
         self.call, self.work, self.slices, self.caps, self.meter = call, work, slices, caps, meter
@@ -66,7 +66,7 @@ class Admission:
             mine = self.slices.admit([n for n, _ in admitted])
             for number, text in admitted:
                 if self.refusal is not None and self.caps:
-                    return  # what is under way is still answered, because the endpoint bills it
+                    return  # rows under way are still answered, because the endpoint bills them
                 if number not in mine:
                     self.leave(number)
                     continue
@@ -90,7 +90,7 @@ class Admission:
             self.caps.settle(worst, Usage())
 
     def bill_told(self) -> None:
-        """Rows whose beginning was told end here, at the price of their prompt and of what was told."""
+        """End the rows of which the caller has read a beginning; their prompt and the text read are billed."""
         for number, usage in self.listener.silence().items():
             self.slices.add(number, self.settled(number, replace(Completion.failed("cancelled", LEFT), usage=usage)))
 
@@ -122,9 +122,10 @@ class Admission:
         return storable(completion)
 
     def within_what_was_asked(self, number: int, completion: Completion, worst: Usage | None) -> Completion:
-        """The completion; a row error instead of its text where its usage exceeds what was asked for.
+        """The completion; with a row error instead of its text if the endpoint reports more tokens than were asked for.
 
-        The template of an endpoint is not known before its first row, whose prompt may be longer as far as the caps go.
+        The first row shows how many tokens an endpoint's chat template adds. So its prompt may have more tokens than
+        expected, as long as the caps cover them.
         """
         usage = completion.usage
         longest = self.longest if self.is_bounded else MOST_TOKENS

@@ -59,8 +59,11 @@ class Answers:
 
     @cached_property
     def details(self) -> pa.Array:
-        """[n] DETAILS, NULL where the prompt was NULL. Rows that were not computed for themselves, by this
-        attempt of the job or an earlier one, cost nothing."""
+        """[n] DETAILS, NULL where the prompt was NULL.
+
+        A row costs something only if this job computed it, in this attempt or an earlier one. Copies of another row and
+        reused answers cost nothing.
+        """
         c = self.completions
         names = DETAILS.names
         columns = {
@@ -85,13 +88,15 @@ class Answers:
         return pa.StructArray.from_arrays([of_row[n] for n in names], fields=list(DETAILS), mask=asked)
 
     def field_orders(self) -> list[list[str] | None]:
-        """[m] names of the fields in the order in which the model saw them; None of prompts without fields apart, and
-        of answers that were known, as no order is kept with them."""
+        """[m] names of the fields in the order in which the model saw them.
+
+        None for a prompt without separate fields, and for a reused answer, because the store keeps no order.
+        """
         pairs = zip(names_in_order(self.plan), self.completions, strict=True)
         return [order if c.source == "computed" else None for order, c in pairs]
 
     def is_copy(self) -> Any:
-        """[n] whether another row stands for this one."""
+        """[n] whether the row is a duplicate, answered by the first row with the same prompt."""
         copy = np.zeros(len(self.plan.prompts), bool)
         copy[self.plan.order] = self.plan.first[self.plan.distinct] != self.plan.order
         return copy
@@ -100,7 +105,7 @@ class Answers:
 def committed_answers(
     call: Call, prompts: object, store: Store, who: Asker, cache: CacheMode, missing: Completion
 ) -> Answers:
-    """What a stopped run of these prompts has committed. The other rows get `missing`."""
+    """The answers that a stopped run of these prompts has committed. The other rows get `missing`."""
     plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
     work = known_answers(call, plan, store, who, cache)
     for number in work.missing():

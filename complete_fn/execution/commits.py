@@ -1,6 +1,7 @@
-"""Slices: answers gathered and committed every 2 s or 64 rows, together with their ledger lines.
+"""Slices of answers are committed every 2 s or 64 rows, together with their ledger lines.
 
-An engine that is faster than the commits fills slices of up to 256 rows, and then waits.
+If an engine answers faster than slices are committed, slices grow to 256 rows, and the engine waits while 1,024 rows
+are uncommitted.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ MOST_ROWS, WAITING_ROWS = 256, 1024
 
 
 class Slices:
-    """The attempt of one run. Leaving it commits what is left and closes the attempt as done, cancelled or failed.
+    """The attempt of one run. Leaving it commits the answers left and closes the attempt as done, cancelled or failed.
 
-    Commits are made by a thread of its own: Ctrl-C is raised in the main thread only, so it can never fall between a
-    commit and the note that it was made.
+    A separate thread commits. Ctrl-C is raised in the main thread only, so it can never come between a commit and the
+    note in `work` that the commit was made.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Slices:
             self.store.finish(self.attempt, "done" if kind is None else "cancelled" if stopped else "failed")
 
     def admit(self, numbers: list[int]) -> set[int]:
-        """Note these prompts as handed to the engine, but for those that another run computes; returns ours."""
+        """Note prompts as handed to the engine, and claim them; returns those that no other run computes."""
         mine = set(numbers)
         if mine and self.work.claimable:
             keys = {n: self.work.keys[n] for n in numbers}
@@ -90,7 +91,7 @@ class Slices:
         self.raise_failure()
 
     def flush(self) -> None:
-        """Commit what waits, and return when it is committed."""
+        """Commit all answers that wait; returns once they are committed."""
         with self.change:
             self.due = True
             self.change.notify_all()
@@ -112,7 +113,7 @@ class Slices:
             try:
                 self.commit(done)
                 if done or time.monotonic() - seen > SEEN_SECONDS:
-                    if not done:  # the engine loads its model, or its rows are long
+                    if not done:  # without answers to commit (a model loads, rows are long), report that we live
                         self.store.touch(self.attempt)
                     seen = time.monotonic()
             except BaseException as error:
@@ -122,7 +123,7 @@ class Slices:
                 self.change.notify_all()
 
     def commit(self, done: list[tuple[int, Completion]]) -> None:
-        """One slice: answers, ledger lines and reservation in one transaction."""
+        """Commit one slice in one transaction: its answers, its ledger lines, and the end of its rows' claims."""
         if not done:
             return
         numbers = [n for n, _ in done]
@@ -154,7 +155,7 @@ class Slices:
         return computed + free(self.prices, "duplicate", sum(c for _, c in again), spared)
 
     def reuse(self, numbers: set[int]) -> None:
-        """Ledger lines, at no cost, for what the store answered."""
+        """Write ledger lines, at no cost, for the prompts that the store answered."""
         resumed, reused = numbers & self.work.resumed, numbers - self.work.resumed
         lines = [line for kind, ns in (("resumed", resumed), ("reused", reused)) for line in self.free_line(kind, ns)]
         if lines:

@@ -1,4 +1,4 @@
-"""The listener hands the caller each piece of text as the engine makes it, and keeps what was told of each row."""
+"""The listener passes each piece of text to the caller as the engine makes it, and counts the tokens passed per row."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from functools import partial
 from complete_fn.planning import BatchPlan
 from complete_fn.types import Usage
 
-Tell = Callable[[int, str, Usage], None]  # (row, new piece, tokens so far) on another thread; not of known answers
+# Called on another thread with (row, new piece of text, tokens so far). Rows with known answers are not told.
+Tell = Callable[[int, str, Usage], None]
 
 
 class Listener:
-    """The caller that reads rows while they are computed, or nobody. The engine's threads call it.
+    """Passes pieces of answers to a caller that reads rows while they are computed. The engine's threads call it.
 
     Args:
-        tell: the caller's function; None where nobody listens.
+        tell: The caller's function; None if the caller reads only whole answers.
     """
 
     def __init__(self, tell: Tell | None, plan: BatchPlan) -> None:
         self.tell, self.plan = tell, plan
         self.lock = threading.Lock()
-        self.told: dict[int, Usage] = {}  # of the rows under way of which the caller has read something
+        self.told: dict[int, Usage] = {}  # tokens so far of the prompts under way whose text the caller reads already
         self.is_silent = False
 
     def teller(self, number: int) -> Callable[[str, Usage], None] | None:
-        """The function that tells the rows of a distinct prompt; None where nobody listens."""
+        """The function that passes on the text of a distinct prompt, for all its rows; None if nobody listens."""
         if self.tell is None:
             return None
         return partial(self.tell_rows, self.tell, number, self.plan.rows_of(number))
@@ -40,11 +41,15 @@ class Listener:
                 tell(row, piece, usage)
 
     def forget(self, number: int) -> None:
-        """The prompt's answer is whole: it is billed as that."""
+        """Forget a prompt whose answer is complete: it is billed as an answer, not as the text told so far."""
         self.told.pop(number, None)
 
     def silence(self) -> dict[int, Usage]:
-        """Tell nothing more, so that the caller reads nothing unbilled; returns what was told of the rows under way."""
+        """Stop passing text on, so that the caller reads nothing unbilled.
+
+        Returns:
+            The tokens told so far of each prompt under way.
+        """
         with self.lock:
             self.is_silent = True
             return dict(self.told)

@@ -1,4 +1,4 @@
-"""The state of one run: which distinct prompts have answers, and under which keys new answers are stored."""
+"""`Work` is the state of one run: which distinct prompts have answers, and under which keys new ones are stored."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ class Work:
     Attributes:
         keys: [m] keys of reusable answers.
         job_keys: [m] keys that only this job can read, for answers that may not be reused; empty without a job.
-        shared: whether answers are reusable at all (greedy, cache not off).
-        claimable: whether an answer that another run is computing will do (shared, cache not refreshed).
+        shared: whether answers may be reused (greedy sampling, and cache is not `off`).
+        claimable: whether this run may take an answer that another run is computing (`shared`, cache not `refresh`).
+        since: the earliest time (seconds of the epoch) of stored answers that may be reused; above 0 for `refresh`.
         found: [m] the answer, None while missing.
-        reused: numbers answered by the store; `resumed` those among them that this job had computed itself.
+        reused: numbers of the prompts that the store answered.
+        resumed: numbers among `reused` whose answers this job had computed itself, in an earlier attempt.
     """
 
     plan: BatchPlan
@@ -66,11 +68,11 @@ class Work:
         return zip(numbers, to_texts(self.plan.gather.take(rows)), strict=True)
 
     def prompt(self, number: int, text: str) -> Prompt:
-        """What the model is asked for a planned text, its fields in the plan's order."""
+        """The prompt that the model gets for a planned text, its fields in the plan's order."""
         return rendered(self.plan, number, text) if has_fields(text) else unpack(text)
 
     def stored(self, number: int, completion: Completion) -> StoredAnswer | None:
-        """How this answer is to be kept: for all, for this job's resume, or not at all."""
+        """The record to store of an answer: for all runs, or only for this job's resume; None to store nothing."""
         if self.shared and completion.error is None:
             return StoredAnswer(self.keys[number], completion)
         if completion.error is not None and completion.error.code in ASKED_AGAIN:
@@ -78,7 +80,7 @@ class Work:
         return StoredAnswer(self.job_keys[number], completion, self.who.job) if self.job_keys else None
 
     def look_again(self, numbers: Any, store: Store) -> set[int]:
-        """Take what another run has committed meanwhile; the numbers of what was found."""
+        """Take the answers that other runs have committed meanwhile; returns the numbers of their prompts."""
         wanted = {self.keys[n]: n for n in numbers}
         known = store.look_up(self.who.tenant, list(wanted), self.since)
         found = {wanted[key] for key in known}
@@ -89,7 +91,7 @@ class Work:
 
 
 def known_answers(call: Call, plan: BatchPlan, store: Store, who: Asker, cache: CacheMode) -> Work:
-    """The work of a run, with every answer filled in that the store has and may give."""
+    """The work of a run, filled with every stored answer that the run may use."""
     shared = call.sampling.greedy and cache != "off"
     keys: list[bytes] = []
     job_keys: list[bytes] = []
@@ -112,7 +114,7 @@ def known_answers(call: Call, plan: BatchPlan, store: Store, who: Asker, cache: 
 
 
 def fill(work: Work, store: Store, keys: list[bytes], since: float, mine: set[int]) -> None:
-    """Take the stored answers of `keys`; those made by the attempts `mine` are this job's own, resumed."""
+    """Take the stored answers of `keys`. Those made by the attempts `mine` are this job's own and count as resumed."""
     step = 50_000
     for low in range(0, len(keys), step):
         chosen = keys[low : low + step]

@@ -1,4 +1,4 @@
-"""The summary of one run, from its work."""
+"""`summarise` counts the rows, tokens and cost of one run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def summarise(call: Call, work: Work, seconds: float) -> Summary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of one or several runs. `usage` and `cost` are what was billed; `saved` what free rows would have cost.
+    """Counts of one or several runs.
+
+    `usage` and `cost` are the tokens and money billed; `saved` is the money that the rows answered for free would have
+    cost.
 
     `reordered` rows had their fields in another order than the template; `reused` rows had stored answers; `resumed`
     rows were done by an earlier attempt of the same job.
