@@ -26,8 +26,15 @@ def code(value: object) -> str:
     return f"`{value}`"
 
 
+def code_lines(value: str, width: int = 44) -> str:
+    """Code for the first column of a table, which does not wrap: a long one in several lines."""
+    return "<br>".join(map(code, textwrap.wrap(value, width, break_long_words=False, break_on_hyphens=False)))
+
+
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
+    """Without the columns that no row has anything in."""
+    kept = [n for n in range(len(head)) if any(row[n] for row in rows)]
+    lines = [tuple(line[n] for n in kept) for line in (head, ["---"] * len(head), *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -41,9 +48,10 @@ def page(title: str, description: str, *parts: str) -> str:
 
 
 def sentence(given: str) -> str:
-    """With a capital letter and a full stop."""
+    """With a capital letter, unless a name of the code comes first, and a full stop."""
     told = text(given).rstrip(".")
-    return f"{told[:1].upper()}{told[1:]}." if told else ""
+    first = told[:1] if re.match(r"\w+[._]\w", told) else told[:1].upper()
+    return f"{first}{told[1:]}." if told else ""
 
 
 def prose(given: str) -> str:

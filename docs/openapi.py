@@ -30,7 +30,7 @@ def field_rows(schema: dict[str, Any], known: dict[str, Any], prefix: str = "") 
         needed = name in schema.get("required", ())
         default = found.get("default")
         more = "required" if needed else "" if default in (None, {}, "") else f"default {json.dumps(default)}"
-        told = "; ".join(x for x in (found.get("description", ""), more) if x)
+        told = "; ".join(x for x in (found.get("description", "").rstrip("."), more) if x)
         yield code(prefix + name), text(kind_of(found, known)), text(told)
         for inner in [found, *found.get("anyOf", ()), found.get("items", {})]:
             if "$ref" in inner:
@@ -64,4 +64,4 @@ def routes(document: dict[str, Any]) -> Iterator[str]:
         for verb, found in verbs.items():
             by_tag.setdefault(found.get("tags", ["other"])[0], []).append(operation(path, verb, found, known))
     for tag, parts in by_tag.items():
-        yield "\n".join((f"## {tag}\n", *parts))
+        yield "\n".join((f"## {tag[:1].upper()}{tag[1:]}\n", *parts))

@@ -42,7 +42,7 @@ def action_row(action: argparse.Action, parser: argparse.ArgumentParser) -> tupl
     name = names if not action.option_strings or action.nargs == 0 else f"{names} {shown}"
     told = formatter._expand_help(action) if action.help else ""
     needed = action.required and action.option_strings
-    if not told and action.default not in (None, False, []):
+    if not told and action.default not in (None, []) and not isinstance(action.default, bool):
         told = f"default: {action.default}"
     return code(name), sentence(f"required; {told}" if needed else told)
 

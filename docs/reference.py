@@ -40,7 +40,7 @@ from complete_fn_connectors.polars import expressions
 from complete_fn_connectors.sql_functions import FUNCTIONS, SqlFunction, functions_of
 from complete_fn_workers.swiftkv.cli import USAGE as SWIFTKV_USAGE
 from complete_fn_workers.swiftkv.cli import VERBS as SWIFTKV_VERBS
-from docs.markdown import block, code, documented, page, sentence, table, text
+from docs.markdown import block, code, code_lines, documented, page, sentence, table, text
 from docs.openapi import routes
 from docs.parsers import parser_of, verb_section
 
@@ -127,14 +127,14 @@ def options_page() -> str:
 def meaning(function: Callable[..., Any]) -> str:
     """The first paragraph of a docstring, without the shape that our own functions begin with."""
     told = (inspect.getdoc(function) or "").partition("\n\n")[0]
-    return sentence(re.sub(r"^\[n\] ([A-Z]+|\w+\d*)[:;] |^\[n\] ", "", told))
+    return sentence(re.sub(r"^\[n\] ([A-Z]+|\w+\d*)[:;.] |^\[n\] ", "", told))
 
 
 def function_rows(functions: Mapping[str, SqlFunction]) -> list[tuple[str, ...]]:
     short = {DETAILS: "[details](#details)"}
     return [
         (
-            code(entry.form.partition("; in a cursor")[0]),
+            code_lines(entry.form.partition("; in a cursor")[0]),
             short.get(entry.result, code(sql_type(entry.result))),
             meaning(entry.function),
         )
@@ -146,7 +146,10 @@ def sql_functions(file: str, pattern: str) -> list[tuple[str, str]]:
     """(call, result) of each function that an SQL file of the package makes."""
     script = files("complete_fn_sql").joinpath(file).read_text("utf-8")
     found = re.findall(pattern, script, re.S)
-    return [(f"{name}({' '.join(arguments.split())})", " ".join(result.split())) for name, arguments, result in found]
+    return [
+        (f"{name}({' '.join(arguments.split())})", re.sub(r"(?<=\() | (?=\))", "", " ".join(result.split())))
+        for name, arguments, result in found
+    ]
 
 
 def cortex_macros() -> list[str]:
@@ -191,7 +194,7 @@ def functions_page() -> str:
         table(
             ("call", "result"),
             [
-                (code(c), code(r.removeprefix("RETURNS ") or "the OUT columns"))
+                (code_lines(c), code(r.removeprefix("RETURNS ")) if r else "the OUT columns")
                 for c, r in sql_functions("postgres_install.sql", made)
             ],
         ),
@@ -405,7 +408,7 @@ def errors_page() -> str:
 def ledger_page() -> str:
     told = text((inspect.getdoc(UsageLine) or "").partition("\n\n")[2])
     return page(
-        "Usage",
+        "Usage columns",
         "The columns of `complete-fn usage` and `/v1/usage`, and what they can be grouped by.",
         f"Groups: {', '.join(map(code, GROUPS))}.\n",
         f"Columns: {', '.join(code(f.name) for f in fields(UsageLine) if f.name != 'group')}.\n",
