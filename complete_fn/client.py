@@ -98,6 +98,7 @@ class Client:
         return str(reply["id"])
 
     def job(self, name: str) -> RemoteJob:
+        """The job with this id. Nothing is asked yet."""
         return RemoteJob(self, name)
 
     def jobs(self, limit: int = 20) -> list[dict[str, Any]]:
@@ -136,6 +137,7 @@ class Client:
             time.sleep(wait)
 
     def close(self) -> None:
+        """End the connections to the service. Its jobs go on."""
         self.http.close()
 
 
@@ -201,6 +203,7 @@ class RemoteJob:
                 raise EngineError(f"The results of job {self.id} broke off ({error}). {again}") from error
 
     def cancel(self) -> None:
+        """Stop the job; the rows that are done stay."""
         self.client.ask("POST", f"/jobs/{self.id}/cancel")
 
     def rerun(self, max_cost: Decimal | float | str | None = None) -> None:

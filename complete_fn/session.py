@@ -241,6 +241,7 @@ class Session:
         self.brake = NO_BRAKE
 
     def close(self) -> None:
+        """Close the store of answers and ledger."""
         with self.lock:
             if self.opened is not None:
                 self.opened.close()

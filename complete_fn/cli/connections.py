@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     add.add_argument("--writable", action="store_true", help="jobs may write answers there")
     remove = verbs.add_parser("remove", help="no new job can use it")
     for each in (add, remove):
-        each.add_argument("name")
+        each.add_argument("name", help="of the connection")
         each.add_argument("--tenant", required=True, help="whose jobs may use it ('local' where no API keys are)")
     verbs.add_parser("list", help="all connections, without their URLs")
     for each in verbs.choices.values():

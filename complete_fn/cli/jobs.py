@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         ("rerun", "run a job's failed rows again"),
         ("delete", "delete a job's input, results and stored answers"),
     ):
-        verbs.add_parser(name, help=what).add_argument("id")
+        verbs.add_parser(name, help=what).add_argument("id", help="of the job")
     add_output(verbs.choices["results"], required=True)
     verbs.choices["rerun"].add_argument("--max-cost", metavar="AMOUNT", help="another cap for the whole job")
     for each in verbs.choices.values():

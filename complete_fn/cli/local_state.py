@@ -89,8 +89,8 @@ def usage_main(argv: list[str]) -> int:
         metavar="WHEN",
         help="from a date on (2026-01-31, in UTC as the days are), or for so long back (7d, 24h)",
     )
-    add("--json", action="store_true")
-    add("--csv", action="store_true")
+    add("--json", action="store_true", help="as JSON")
+    add("--csv", action="store_true", help="as CSV")
     add("--views", action="store_true", help=VIEWS)
     add("--focus", metavar="FILE", help="write charges by hour with FOCUS 1.2 column names to a .parquet or .csv file")
     add_home(parser)
@@ -152,7 +152,7 @@ def cache_main(argv: list[str]) -> int:
     parser = Parser("complete-fn cache", description="Show or clear the stored answers.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="stats|clear", parser_class=Parser)
     stats = verbs.add_parser("stats", help="where answers are stored, how many, how large")
-    stats.add_argument("--json", action="store_true")
+    stats.add_argument("--json", action="store_true", help="as JSON")
     clear = verbs.add_parser("clear", help="delete stored answers; the ledger stays")
     clear.add_argument("--model", metavar="M", help="only answers of this model")
     clear.add_argument("--older-than", type=float, metavar="DAYS", help="only answers made before that")

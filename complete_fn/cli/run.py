@@ -82,7 +82,7 @@ def arguments() -> Parser:
     add("--top-p", type=float, help="above 0, at most 1 (default: 1)")
     add("--top-k", type=int, help="0 for all (default)")
     add("--max-tokens", type=int, help="tokens of an answer at most (default: the model's)")
-    add("--seed", type=int)
+    add("--seed", type=int, help="makes draws above temperature 0 repeatable on the same engine")
     add("--stop", action="append", help="end the answer before this text; may be repeated")
     add("--choices", metavar="A,B,C", help="labels: the likeliest is the answer, in one token (--details: scores)")
     add("--response-format", metavar="FILE", help="a JSON schema that every answer satisfies")
