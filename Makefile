@@ -90,7 +90,7 @@ test-long: setup services lint
 test-latest test-oldest test-matrix: setup services
 	$(BIN)/python tests/other_versions.py $(@:test-%=%)
 
-release-check: setup
+release-check: setup services
 	rm -rf .cache/dist
 	$(BIN)/python -m build --no-isolation --outdir .cache/dist
 	$(BIN)/python -m twine check --strict .cache/dist/*

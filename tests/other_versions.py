@@ -7,7 +7,6 @@
   tools, which have no bounds, are the locked ones.
 - `matrix`: DuckDB and Polars in several versions, each in a folder of `.cache/matrix` that comes before the locked
   environment on Python's path; the tests that import the library run.
-
 - `release`: `.cache/release` gets the wheel that `make release-check` has built, and runs the README.
 
 The environments are made anew each time, by pip with its own configuration, so a cap or another index holds here too.
