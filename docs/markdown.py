@@ -28,7 +28,7 @@ def code(value: object) -> str:
 
 def code_lines(value: str, width: int = 44) -> str:
     """Code for the first column of a table, which does not wrap: a long one in several lines."""
-    return "<br>".join(map(code, textwrap.wrap(value, width, break_long_words=False, break_on_hyphens=False)))
+    return "<br> ".join(map(code, textwrap.wrap(value, width, break_long_words=False, break_on_hyphens=False)))
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
