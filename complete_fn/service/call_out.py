@@ -1,4 +1,4 @@
-"""What a warehouse's call-out asks and gets, whatever its dialect: rows of arguments in, one value a row out."""
+"""A warehouse's call-out, in any dialect, sends rows of arguments and gets one value for each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from complete_fn.prompts.templates import escape, pack_messages
 from complete_fn.service.state import ServiceState
 
 ARGUMENTS = "complete(model, prompt [, options])"
-FUNCTIONS = ("complete", "complete_details")  # the answer as text; everything about the row, as JSON
+FUNCTIONS = ("complete", "complete_details")  # return a row's answer as text; all its details as JSON
 ROLES = ("system", "user", "assistant")
 Detail = dict[str, Any]  # one row of `Answers.details`
 
@@ -25,7 +25,7 @@ class CallOut:
     """One request of a warehouse.
 
     Attributes:
-        batch: what the warehouse calls it, the same each time it sends it.
+        batch: the warehouse's name for the request, the same each time it sends the request.
         rows: [n] the arguments of each row.
         numbers: [n] the warehouse's own row numbers, which go back with the values; empty where it has none.
         query_tag: the warehouse's query, for the ledger.
@@ -47,26 +47,35 @@ class Reply:
 
 
 class Dialect(Protocol):
-    """Translates between a warehouse's requests and `CallOut`; does nothing else.
+    """Translates a warehouse's requests into `CallOut`, and values into replies; does nothing else.
 
     Attributes:
-        seconds: how long the warehouse waits for a batch in all; its rows end before that.
-        patience: how long one request may stay open; after it the answer is 202 and the caller asks again with GET.
+        seconds: how long the warehouse waits for a batch in all. Rows not answered by then get a row error.
+        patience: seconds for which one request may stay open. After them the reply is 202, and the warehouse asks
+            again with GET.
     """
 
     seconds: float
     patience: float
 
     def batch(self, headers: Mapping[str, str]) -> str:
-        """Which batch a GET or DELETE is about. Raises InputError: it does not say, or there are no such requests."""
+        """The batch that a GET or DELETE names.
+
+        Raises:
+            InputError: The request names no batch, or this warehouse sends no such requests.
+        """
         ...
 
     def read(self, body: bytes, headers: Mapping[str, str]) -> CallOut:
-        """Raises InputError: the body is not of this dialect; the message says where."""
+        """The call-out in a body.
+
+        Raises:
+            InputError: The body is not in this dialect; the message says where.
+        """
         ...
 
     def write(self, asked: CallOut, values: Sequence[Any]) -> Reply:
-        """[n] values, JSON forms of text, NULL or details, as the warehouse takes them."""
+        """The reply with [n] values, each a text, None or the row's details."""
         ...
 
     def refuse(self, error: CompleteError) -> Reply:
@@ -74,7 +83,7 @@ class Dialect(Protocol):
         ...
 
     def busy(self, batch: str) -> Reply:
-        """The batch is not done yet."""
+        """The reply while the batch is not done."""
         ...
 
 
@@ -91,11 +100,11 @@ class Share:
 
 
 def shares(state: ServiceState, rows: Sequence[Sequence[Any]]) -> list[Share]:
-    """The rows by model and options; rows whose model or prompt is NULL are in none.
+    """The rows, grouped by model and options, without the rows whose model or prompt is NULL.
 
     Raises:
-        InputError: a row has not two or three arguments, or one of a wrong type.
-        UnknownModelError, InvalidOptionError: as in `complete`; nothing was run.
+        InputError: A row does not have two or three arguments, or an argument has a wrong type.
+        UnknownModelError, InvalidOptionError: As in `complete`; nothing was run.
     """
     found: dict[tuple[str, str], Share] = {}
     for number, row in enumerate(rows):
@@ -162,7 +171,7 @@ def kind(value: Any) -> str:
 
 
 def value_of(row: Detail | None, detailed: bool) -> Any:
-    """What the warehouse gets for a row: its text, NULL if it failed, or all of it as an object."""
+    """The value of a row in the reply: its text (None if it failed), or with `detailed` all its details."""
     if row is None:
         return None
     if not detailed:
@@ -174,7 +183,7 @@ def body_object(body: bytes, what: str) -> dict[str, Any]:
     """The body's JSON object.
 
     Raises:
-        InputError: it is none.
+        InputError: The body is not a JSON object.
     """
     try:
         found = json.loads(body)
@@ -202,8 +211,10 @@ def for_good(error: CompleteError) -> int:
 
 
 def batch_name(given: Any) -> str:
-    """Raises:
-    InputError: it is no name that can be kept.
+    """The name of a batch.
+
+    Raises:
+        InputError: The name is not a text of 1 to 255 printable characters.
     """
     if not isinstance(given, str) or not 0 < len(given) <= 255 or not given.isprintable():
         raise InputError("The batch has no name of 1 to 255 printable characters.")

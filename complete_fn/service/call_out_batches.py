@@ -1,6 +1,7 @@
-"""Batches of warehouses: each is run once, whoever asks how often, and its reply is kept for as long as it may be lost.
+"""Each batch of a warehouse is run once, however often it is sent. Its reply is kept for 12 hours, as it may get lost.
 
-What a killed process was running is begun again, from the stored request, by whoever is asked for it next.
+If a process is killed while it runs a batch, the next process that is asked for the batch runs it again, from the
+stored request.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from complete_fn.store.job_tables import call_outs
 from complete_fn.types import Asker
 
 KEEP_SECONDS = 12 * 3600.0
-LOST_SECONDS = 600.0
+LOST_SECONDS = 600.0  # a batch that another machine began so long ago counts as lost
 OTHER_BODY = "Batch {0!r} was sent before with other rows. A batch's name belongs to one body for 12 hours."
 
 Values = list[Any]
-Settle = Callable[[Sequence[Detail] | None], None]  # told the rows once they are there; None: it failed
-Admission = Callable[[Sequence[Share]], Settle]  # raises RateLimitError
+Settle = Callable[[Sequence[Detail] | None], None]  # called with the batch's rows at its end; with None if it failed
+Admission = Callable[[Sequence[Share]], Settle]  # reserves the batch's tokens; raises RateLimitError
 
 
 @dataclass(frozen=True, slots=True)
 class CallOutName:
-    """Whose batch it is, and what it is called. `function` is one of `dialects.FUNCTIONS`."""
+    """The owner and name of a batch. `function` is one of `call_out.FUNCTIONS`."""
 
     tenant: str
     user: str
@@ -50,11 +51,11 @@ class CallOutName:
 
     @property
     def key(self) -> str:
-        """In the table: the function belongs to it, as one query's functions may number their batches alike."""
+        """The batch's name in the table, with the function: two functions of one query may number batches alike."""
         return f"{self.function}:{self.batch}"
 
     def job(self, number: int) -> str:
-        """Under which `run` knows the rows of its share of that number."""
+        """The name of the job under which `run` answers the share of that number."""
         return f"{self.dialect}:{self.key}/{number}"
 
     @property
@@ -65,7 +66,7 @@ class CallOutName:
 
 @dataclass
 class Running:
-    """A batch that runs here. `values` is set in the end, after the reply is in the store."""
+    """A batch that this process runs. `values` is set at the end, after the reply is in the store."""
 
     asked: CallOut
     values: Future[Values] = field(default_factory=Future)
@@ -78,9 +79,9 @@ class Known:
     """A batch that was sent before.
 
     Attributes:
-        asked: its request, without the rows once they are answered; None while another process runs it.
-        values: its answers to come; None while another process runs it, and if it is `lost`.
-        lost: it failed, or whoever ran it is gone: it is to be begun again.
+        asked: Its request, without the rows once they are answered; None while another process runs the batch.
+        values: Its answers, perhaps still to come; None while another process runs the batch, and if it is `lost`.
+        lost: The batch failed, or the process that ran it is gone. It must be run again.
     """
 
     asked: CallOut | None
@@ -89,7 +90,7 @@ class Known:
 
 
 def kept(now: float) -> sa.ColumnElement[bool]:
-    """Whether a batch counts; the others are deleted by `retention.expire`."""
+    """Whether a batch is young enough to be kept. `retention.expire` deletes the others."""
     return call_outs.c.created_at > now - KEEP_SECONDS
 
 
@@ -103,12 +104,13 @@ class CallOuts:
         self.running: dict[CallOutName, Running] = {}
 
     def ask(self, name: CallOutName, asked: CallOut, seconds: float, admit: Admission) -> Future[Values] | None:
-        """The values of the batch, once they are there; None while another process of the service runs it.
+        """Run the batch, unless it is known; returns its values to come. None while another process runs it.
 
         Raises:
-            RequestError: the rows cannot be completed as asked; nothing was run.
-            EngineBusyError, RateLimitError: too much is waiting, or was asked; the batch is not kept.
-            JobError: the batch was sent before with other rows.
+            RequestError: The rows cannot be completed as asked; nothing was run.
+            EngineBusyError: Too many requests wait already; the batch is not kept.
+            RateLimitError: The caller has used up its tokens of the minute; the batch is not kept.
+            JobError: The batch was sent before with other rows.
         """
         text = json.dumps([asked.rows, list(asked.numbers)], sort_keys=True)
         digest = hashlib.sha256(text.encode()).digest()
@@ -125,10 +127,10 @@ class CallOuts:
         return self.ask(name, asked, seconds, admit)
 
     def poll(self, name: CallOutName, seconds: float, admit: Admission) -> Known:
-        """A batch that was sent before; one that is lost is begun again.
+        """A batch that was sent before. A lost batch is run again.
 
         Raises:
-            NotFoundError: the tenant has sent no such batch within the last 12 hours.
+            NotFoundError: The tenant has sent no such batch within the last 12 hours.
         """
         found = self.look(name, None)
         if found is None:
@@ -138,7 +140,7 @@ class CallOuts:
         return found
 
     def forget(self, name: CallOutName) -> None:
-        """Stop the batch if it runs here, and keep nothing of it but answers and ledger."""
+        """Stop the batch if this process runs it, and delete its request and reply. Answers and ledger stay."""
         with self.lock:
             here = self.running.pop(name, None)
         for ticket in here.tickets if here else ():
@@ -147,7 +149,7 @@ class CallOuts:
             connection.execute(call_outs.delete().where(name.row))
 
     def close(self) -> None:
-        """Stop all; the batches stay noted, so that they are begun again when they are asked for."""
+        """Stop all batches of this process. They stay in the store, so the next request for one runs it again."""
         with self.lock:
             mine = list(self.running.values())
         for ticket in (t for r in mine for t in r.tickets):
@@ -156,7 +158,7 @@ class CallOuts:
     # -- what is known of a batch --------------------------------------------------------------------------------
 
     def look(self, name: CallOutName, digest: bytes | None) -> Known | None:
-        """What is known of the batch; None if nothing is. `digest`, if given, must be that of its rows."""
+        """The batch as the store has it; None if it was never sent. `digest`, if given, must be that of its rows."""
         with self.state.store.read() as connection:
             row = connection.execute(sa.select(call_outs).where(name.row, kept(time.time()))).first()
         if row is None:
@@ -175,13 +177,13 @@ class CallOuts:
         return Known(CallOut(**json.loads(zlib.decompress(row.asked))), lost=True)
 
     def elsewhere(self, row: Any) -> bool:
-        """Whether another process runs the batch; one of another machine is believed to live for `LOST_SECONDS`."""
+        """Whether another process runs the batch. A process of another machine is trusted for `LOST_SECONDS`."""
         if row.status != "running" or row.holder == self.holder or worker_gone(row.holder):
             return False
         return bool(row.holder.startswith(f"{here()}|") or row.created_at > time.time() - LOST_SECONDS)
 
     def note(self, name: CallOutName, asked: CallOut, digest: bytes) -> bool:
-        """Write down that the batch runs here; False if another process was first."""
+        """Note in the store that this process runs the batch; False if another process was first."""
         now = time.time()
         values = {
             "tenant": name.tenant,
@@ -211,7 +213,7 @@ class CallOuts:
     def start(
         self, name: CallOutName, asked: CallOut, wanted: list[Share], seconds: float, admit: Admission
     ) -> Running:
-        """Begin the batch; the lock is held."""
+        """Begin the batch. The caller holds the lock."""
         running = Running(asked)
         try:
             running.settle = admit(wanted)
@@ -227,12 +229,12 @@ class CallOuts:
         return running
 
     def asker(self, name: CallOutName, asked: CallOut, share: Share, number: int) -> Asker:
-        """Answers that no other request may have are the batch's own, so that it finds them if it is begun again."""
+        """The asker of a share. Answers that no other request may reuse get a job's name: a second run finds them."""
         shared = share.call.sampling.greedy and share.cache == "on"
         return Asker(name.tenant, name.user, None if shared else name.job(number), asked.query_tag)
 
     def finish(self, name: CallOutName, asked: CallOut, running: Running) -> None:
-        """Gather the rows, keep the reply, then tell whoever waits."""
+        """Gather the rows, store the reply, then give the values to the requests that wait for them."""
         details: list[Detail | None] = [None] * len(asked.rows)
         try:
             for ticket in running.tickets:
@@ -253,7 +255,7 @@ class CallOuts:
             running.values.set_result(values)
 
     def fail(self, name: CallOutName, running: Running, error: BaseException) -> None:
-        """The next request for the batch begins it again."""
+        """Note the failure in the store. The next request for the batch runs it again."""
         running.settle(None)
         shown = error
         if isinstance(error, Stopped):

@@ -17,7 +17,7 @@ from complete_fn.service.engine_host import EngineHost
 from complete_fn.text import text_column
 from complete_fn.types import Asker, Completion
 
-WINDOW = 0.05  # seconds that a run waits for company; while all lanes are taken it goes on gathering
+WINDOW = 0.05  # seconds that a run waits for more requests; it waits longer while all lanes are taken
 LANES = 16  # runs at the same time
 WAITING, WAITING_ROWS = 512, 100_000  # requests and rows that may wait; half of each for one tenant
 LATE = "The engine did not finish the row within the {0:.0f} s that the caller waits."
@@ -27,7 +27,7 @@ Key = tuple[str, str, str, Asker]
 
 @dataclass(eq=False)
 class Ticket:
-    """Rows of one request that wait for their answers. Leaving is allowed at any time."""
+    """Rows of one request that wait for their answers. The request may leave at any time."""
 
     share: Share
     who: Asker
@@ -41,7 +41,7 @@ class Ticket:
         return self.share.model, self.share.options, self.share.cache, self.who
 
     def leave(self) -> None:
-        """Nobody waits for these rows any more; a run that only they are part of stops."""
+        """Note that nobody waits for these rows any more. A run stops when all its tickets have left."""
         self.gone.set()
         self.left()
 
@@ -57,8 +57,10 @@ class Merger:
         self.runs = 0
 
     def submit(self, wanted: Sequence[tuple[Share, Asker]], seconds: float) -> list[Ticket]:
-        """Raises:
-        EngineBusyError: too much is waiting already.
+        """Queue the shares of a request; each is run together with others of the same key.
+
+        Raises:
+            EngineBusyError: Too many requests or rows wait already.
         """
         until = time.monotonic() + seconds
         tickets = [Ticket(share, who, until) for share, who in wanted]
@@ -90,7 +92,7 @@ class Merger:
                 self.run(tickets)
 
     def run(self, tickets: list[Ticket]) -> None:
-        """Answer them together; an error is everybody's."""
+        """Answer the tickets in one run. If the run fails, each ticket gets its error."""
         stop = threading.Event()
 
         def left() -> None:
@@ -119,7 +121,11 @@ class Merger:
             rows = rows[count:]
 
     def answer(self, tickets: list[Ticket], prompts: Any, stop: threading.Event, seconds: float) -> list[Detail]:
-        """Raises Stopped if all have left."""
+        """Run the prompts; rows that are late get a row error.
+
+        Raises:
+            Stopped: All tickets have left.
+        """
         who, share = tickets[0].who, tickets[0].share
         try:
             answers = self.engines.complete(share.call, prompts, who, stop, share.cache)

@@ -1,7 +1,7 @@
-"""Results of jobs on their way to a sink: a table by upsert, or a file under an allowed root. Exactly once in effect.
+"""A delivery writes a job's results to its sink: by upsert into a table, or to a file under an allowed root.
 
-A delivery is claimed, leased and fenced as a part is. What a killed or late writer leaves is the same rows under the
-same keys, or a file that the next one replaces whole.
+However often it is tried, the sink has each row once. A delivery has a claim, a lease and a fence, as a part has. If a
+writer is killed or late, the next one writes the same rows under the same keys, or replaces the file as a whole.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from complete_fn.store.job_tables import deliveries, jobs
 
 LEASE_SECONDS, RETRY_SECONDS, TRIES = 60.0, 10.0, 3
 LOOK_SECONDS, PAUSE_SECONDS = 0.5, 2.0
-ROW_NUMBER = "row"  # the key of a sink that names none: the row's number in the job, from 0
+ROW_NUMBER = "row"  # the key column of a sink that names no key: the row's number in the job, from 0
 
 
 class LeaseLost(Exception):
-    """Another worker has this delivery."""
+    """Another worker has claimed this delivery."""
 
 
 def claim(state: ServiceState) -> Delivery | None:
-    """The next delivery whose job is over, leased to the caller."""
+    """Claim the next delivery of a job that is over; None if there is none."""
     now = time.time()
     free = deliveries.c.status.in_(("waiting", "writing")) & (deliveries.c.lease_until < now)
     over = jobs.c.status.notin_(JOB_OPEN)
@@ -52,8 +52,10 @@ def claim(state: ServiceState) -> Delivery | None:
 
 
 def move(state: ServiceState, held: Delivery, **values: Any) -> None:
-    """Raises:
-    LeaseLost: the fence is no longer the caller's.
+    """Change the delivery's record.
+
+    Raises:
+        LeaseLost: Another worker has claimed the delivery since.
     """
     mine = (deliveries.c.job == held.job) & (deliveries.c.fence == held.fence)
     with state.store.write() as connection:
@@ -80,7 +82,7 @@ def deliver_next(state: ServiceState) -> bool:
 
 
 def keep_delivering(state: ServiceState, closing: threading.Event) -> None:
-    """Write what is ready for a sink, until `closing`. API processes and workers do: neither may be up alone."""
+    """Deliver results until `closing` is set. API processes and workers both do this, as either may run alone."""
     while not closing.is_set():
         try:
             if not deliver_next(state):
@@ -91,7 +93,7 @@ def keep_delivering(state: ServiceState, closing: threading.Event) -> None:
 
 
 def failed(state: ServiceState, held: Delivery, error: Exception) -> None:
-    """Once more a little later, or never: what the request asks cannot be had by asking again."""
+    """Note a failure: the delivery is tried again later, each time after a longer wait, and fails at the last try."""
     final = held.tries + 1 >= TRIES
     shown = str(error).splitlines()[0] if isinstance(error, RequestError | JobError) else ""
     text = shown or f"The service failed to write ({type(error).__name__}); its log says why."

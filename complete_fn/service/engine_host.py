@@ -1,4 +1,4 @@
-"""The engines of one process of a service: runs are answered on them, and idle engines are let go. Knows no HTTP."""
+"""`EngineHost` runs prompts on the engines of one process of a service, and closes idle engines. It knows no HTTP."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class EngineHost:
     """Completes prompts on the models' engines, within the service's state. Safe to use from several threads.
 
     Args:
-        state: closed together with the engines.
-        idle_seconds: engines are let go after so long without work.
-        engine_home: where this process's engines have their sockets; None takes the state's `home`, and shares the
-            engines with all processes there.
+        state: The service's state; `close` closes it too.
+        idle_seconds: An engine is closed after so long without work.
+        engine_home: The folder of the sockets of this process's engines. None takes the state's `home`: the process
+            shares engines with all processes there.
     """
 
     def __init__(self, state: ServiceState, idle_seconds: float = 300.0, engine_home: Path | None = None) -> None:
@@ -66,13 +66,13 @@ class EngineHost:
         tell: Tell | None = None,
         watch: Watch | None = None,
     ) -> Answers:
-        """`runner.run` within the tenant's budget of the day and, if given, `cap`; `stop` ends it.
+        """Call `runner.run` within the tenant's budget of the day and, if given, `cap`; `stop` ends the run.
 
-        `tell` gets the text as it is made, `watch` is told how the rows get on.
+        `tell` gets the text as it is made; `watch` counts the answered rows.
 
         Raises:
             Stopped: `stop` was set; committed slices stay.
-            EngineError, StoreError: see `runner.run`.
+            EngineError, StoreError: See `runner.run`.
         """
         state = self.state
         caps = [c for c in (cap, state.day_cap(who.tenant)) if c is not None]
@@ -86,10 +86,10 @@ class EngineHost:
 
     @contextmanager
     def at_work(self, model: Model, stop: Stop) -> Iterator[tuple[Engine, Pace]]:
-        """The model's engine, which stays for as long as anything runs on it.
+        """The model's engine, which is not closed inside this context.
 
         Raises:
-            Stopped: `stop` was set while there was no room for the engine.
+            Stopped: `stop` was set while the engine waited for a slot.
         """
         with self.room.place(model.name, stop, bounded=model.engine != "http" and self.state.engine is None):
             with self.lock:
@@ -109,7 +109,7 @@ class EngineHost:
         return model in self.paces and self.paces[model].warm
 
     def unload(self, name: str) -> None:
-        """Close the model's engine; nothing runs on it.
+        """Close the model's engine. No run may use it.
 
         A failure is logged, not raised: the caller that waits for the slot did not cause it.
         """
@@ -131,7 +131,7 @@ class EngineHost:
         self.state.queue.bell.ring()  # the model that waits for the slot has more parts
 
     def model_states(self) -> dict[str, ModelState]:
-        """The models that were asked in this process."""
+        """The state of each model that this process has run, by name."""
         models, found = self.state.models(), {}
         for name, pace in list(self.paces.items()):
             engine = self.engine_of(models[name]) if pace.warm and name in models else None
@@ -141,7 +141,7 @@ class EngineHost:
         return found
 
     def upkeep(self) -> None:
-        """Note how fast the engines are, and let idle engines go. Cheap; called every few seconds."""
+        """Note how fast the engines are, and close idle engines. Cheap; called every few seconds."""
         measured = {name: pace.measured for name, pace in list(self.paces.items())}
         if measured != self.learnt:
             self.state.workers.learn(measured)
@@ -152,6 +152,6 @@ class EngineHost:
         models = self.state.models()
         for name, pace in list(self.paces.items()):
             if pace.warm and name in models:
-                with suppress(StoreError):  # an end without a database is an end
+                with suppress(StoreError):  # the process ends also if the database is away
                     note_device_time(self.state.store, self.engine_of(models[name]), models[name])
         self.state.close()

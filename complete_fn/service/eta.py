@@ -1,4 +1,4 @@
-"""How long a job will still take."""
+"""`eta_seconds` estimates how long a job will still take."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from complete_fn.engines.throughput import Throughput
 from complete_fn.jobs.job import Counts, Job
 from complete_fn.service.engine_host import EngineHost
 
-OWN_PACE = 0.05  # of its rows done: from there on a job's own pace tells more than other jobs'
+OWN_PACE = 0.05  # share of a job's rows done, from which its own pace predicts better than the pace of other jobs
 
 
 def eta_seconds(engines: EngineHost, job: Job, counts: Counts) -> float | None:
-    """Seconds left, the start of a cold engine included; None when it is over or nothing was ever measured."""
+    """Seconds left, with the start of a cold engine; None if the job is over or its model was never measured."""
     if job.over:
         return None
     worked = counts.done - job.nulls
@@ -29,7 +29,7 @@ def at_own_pace(seconds: float, worked: int, left: int) -> float:
 
 
 def at_measured_pace(tokens: int, pace: Throughput, warm: int) -> float | None:
-    """What `tokens` take on the `warm` workers; with none, on one that is to start."""
+    """Seconds for `tokens` on so many `warm` workers; without one, on a worker that starts its engine first."""
     if not pace.tokens_per_second:
         return None
     start = 0.0 if warm else pace.cold_seconds or 0.0

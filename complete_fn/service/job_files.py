@@ -1,4 +1,4 @@
-"""The files of a job in object storage: its rows in windows, its parts, its results."""
+"""A job has files in object storage: windows of its rows, its parts, and the results of its parts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from complete_fn.prompts.options import parse_options
 from complete_fn.rows.formats import LineRows, Rows, TableRows
 from complete_fn.service.state import ServiceState
 
-PART_TOKENS = 250_000  # prompts and answers: about a minute of a small engine
+PART_TOKENS = 250_000  # tokens of a part's prompts and answers: about a minute of a small engine
 PART_ROWS = 4_096
-LIKELY_OUTPUT = 64  # tokens of an answer of a model that has none in the ledger
+LIKELY_OUTPUT = 64  # tokens of an answer, for a model without answers in the ledger
 WINDOWS = "windows.json"
 LINES = pa.schema([("line", pa.large_binary())], {"complete_fn": "lines"})
 
@@ -72,7 +72,7 @@ def write_window(state: ServiceState, job: str, number: int, rows: Rows) -> None
 
 
 def write_windows(state: ServiceState, job: str, windows: Sequence[Mapping[str, Any]]) -> None:
-    """Note how many rows each window has, and the numbers of its parts."""
+    """Write the number of rows of each window, and the numbers of its parts."""
     with state.storage.writing(state.job_key(job, WINDOWS)) as sink:
         sink.write(json.dumps(windows).encode())
 
@@ -86,7 +86,7 @@ def part_file(number: int) -> str:
 
 
 def likely_output(state: ServiceState, group: PromptGroup) -> int:
-    """Tokens of an answer, from the model's past rows."""
+    """Likely tokens of an answer: the mean of the model's past answers, within the group's limit."""
     limit = parse_options(group.options).sampling.max_tokens or group.model.default_max_tokens
     return min(limit, round(mean_output(state.store, group.model.name) or LIKELY_OUTPUT))
 
@@ -118,7 +118,7 @@ RESULT = pa.schema([("row", pa.int64()), ("details", DETAILS)])
 
 @dataclass(frozen=True)
 class ResultWindow:
-    """Neighbouring rows of a job: `rows` of them from row `first` on, answered by the parts of these numbers."""
+    """Neighbouring rows of a job: `rows` rows from row `first` on. The parts numbered `parts` answer them."""
 
     number: int
     first: int
@@ -127,7 +127,7 @@ class ResultWindow:
 
 
 def write_part(state: ServiceState, key: str, rows: Any, answers: Answers) -> int:
-    """Write a part's answers; returns how many rows have none."""
+    """Write a part's answers; returns the number of rows without an answer."""
     with state.storage.writing(key) as sink:
         parquet.write_table(pa.table([rows, answers.details], schema=RESULT), sink)
     return answers.summary.failed.total()
@@ -155,7 +155,7 @@ def rows_of(state: ServiceState, job: Job, window: ResultWindow) -> Rows:
 def details_of(state: ServiceState, job: Job, window: ResultWindow, parts: Sequence[Part]) -> Any:
     """[rows] DETAILS in the window's row order; NULL where the prompt was NULL, or the row has not been done yet.
 
-    Of a row that was run again the later part counts.
+    If a row was run again, the answer of the later part counts.
     """
     done = [RESULT.empty_table()]
     for part in parts:

@@ -1,4 +1,4 @@
-"""The rows of a job that have no answer, run again: parts of their own in the same job; later answers count."""
+"""A rerun asks the rows of a job that have no answer again, in new parts of the same job. Later answers count."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from complete_fn.store.job_tables import jobs, parts
 
 @dataclass
 class Again:
-    """What is to be run again: new parts, the windows with them, and how many rows each old part still answers for."""
+    """The work of a rerun: `pieces` (new parts), the `windows` with them, and the rows `left` to each old part."""
 
     pieces: list[dict[str, Any]] = field(default_factory=list)
     windows: list[dict[str, Any]] = field(default_factory=list)
@@ -41,14 +41,14 @@ class Again:
 
 
 def rerun(state: ServiceState, job: Job, max_cost: Any = None) -> Job:
-    """Queue the failed rows of a job that is over, and those it never came to.
+    """Queue the rows of a finished job that failed or were never run.
 
     Args:
-        max_cost: another cap for the whole job, what it has spent included; None keeps the one it has.
+        max_cost: a new cap for the whole job, with the money that it has spent already; None keeps the job's cap.
 
     Raises:
-        JobError: it is not over, or every row has an answer.
-        InvalidOptionError: `max_cost` is below the job's, or the model's prices are not known.
+        JobError: The job is not over, or every row has an answer.
+        InvalidOptionError: `max_cost` is below the job's cap, or the model's prices are not known.
     """
     if not job.over:
         raise JobError(f"Job {job.id} is {job.status}. Wait until it is over, or cancel it.")
@@ -63,7 +63,7 @@ def rerun(state: ServiceState, job: Job, max_cost: Any = None) -> Job:
         collect(state, job, window, known, again, first)
     if not again.pieces:
         raise JobError(f"Every row of job {job.id} has its answer: there is nothing to run again.")
-    # The note first: numbers of parts that never come do no harm, parts that no window names would.
+    # The windows are written first: a window may name a part that never comes, but a part in no window would be lost.
     write_windows(state, job.id, again.windows)
     record(state, job, again, first, cap)
     state.queue.announce(Counter(p["model"] for p in again.pieces))
@@ -71,7 +71,7 @@ def rerun(state: ServiceState, job: Job, max_cost: Any = None) -> Job:
 
 
 def collect(state: ServiceState, job: Job, window: ResultWindow, known: list[Part], again: Again, first: int) -> None:
-    """Add the rows of a window that have no answer, by the model and options they were asked with."""
+    """Add the rows of a window that have no answer, grouped by the model and options of their old parts."""
     details = details_of(state, job, window, known)
     failed = pc.is_valid(pc.struct_field(details, [1]))
     missing = pc.or_(pc.is_null(details), pc.fill_null(failed, False)).to_numpy(zero_copy_only=False)
@@ -103,10 +103,10 @@ def collect(state: ServiceState, job: Job, window: ResultWindow, known: list[Par
 
 
 def record(state: ServiceState, job: Job, again: Again, first: int, cap: int | None) -> None:
-    """One transaction: the job is queued again, its new parts are there, the old ones answer for what they have.
+    """In one transaction, queue the job again, add its new parts, and leave each old part the rows that it answered.
 
     Raises:
-        JobError: somebody else has run it again or deleted it meanwhile.
+        JobError: Another caller has run the job again or deleted it meanwhile.
     """
     over = (jobs.c.id == job.id) & (jobs.c.status == job.status)
     fresh = {

@@ -1,4 +1,4 @@
-"""A job's answers: result files of its parts, put back in the order of its rows, a window at a time."""
+"""A job's answers are read from the result files of its parts, in the order of the job's rows, window by window."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def result_windows(state: ServiceState, job: Job, with_details: bool, partial: b
     """(rows, their new columns, their numbers) of each window.
 
     Args:
-        partial: only the rows that are done; of a completed job all, those without a prompt too.
+        partial: Give only the rows that are done. A completed job gives all rows, those without a prompt too.
     """
     column = json.loads(job.request)["column"]
     parts = state.jobs.parts(job.id)
@@ -46,13 +46,13 @@ def taken(rows: Rows, numbers: Any) -> Rows:
 
 
 def write_results(state: ServiceState, job: Job, kind: str, with_details: bool, partial: bool, sink: Any) -> None:
-    """The source's rows with the answers behind them, as `complete-fn run` writes them.
+    """Write the source's rows with their answers as last columns, as `complete-fn run` does.
 
     Args:
-        partial: only the rows that are done; else all rows of a job that is over.
+        partial: Write only the rows that are done; else all rows of a job that is over.
 
     Raises:
-        JobError: the job is not over, and `partial` is not set.
+        JobError: The job is not over, and `partial` is not set.
     """
     if not job.over and not partial:
         raise JobError(f"Job {job.id} is {job.status}. Wait, or ask with partial=true for the rows that are done.")
@@ -62,7 +62,7 @@ def write_results(state: ServiceState, job: Job, kind: str, with_details: bool, 
 
 
 def lines_schema(state: ServiceState, job: Job) -> Any:
-    """The columns of a JSONL of several windows, which may differ in each; None where one window says all."""
+    """The common columns of a JSONL source with several windows, each of which may lack some; None for others."""
     windows = windows_of(state, job)
     schema = None
     for window in windows if len(windows) > 1 else []:

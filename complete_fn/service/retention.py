@@ -13,23 +13,23 @@ from complete_fn.service.sinks import withdraw
 from complete_fn.service.state import ServiceState
 from complete_fn.store.job_tables import call_outs, jobs
 
-MOST_AT_ONCE = 100  # jobs that go in one round of upkeep
+MOST_AT_ONCE = 100  # jobs that one round of upkeep deletes
 
 
 def delete_job(state: ServiceState, job: Job) -> None:
-    """Its record, input, results and the answers that it computed.
+    """Delete a job's record, input, results and the answers that it computed.
 
     Raises:
-        JobError: it is not over.
+        JobError: The job is not over.
     """
-    if job.over:  # the texts first: what is left of a deletion that broke off can be deleted again
+    if job.over:  # files first: if the deletion breaks off here, the job's record is left and it can be repeated
         state.storage.delete_folder(state.job_key(job.id))
         withdraw(state, job.id)
     state.jobs.delete(job)
 
 
 def expire(state: ServiceState, now: float | None = None) -> int:
-    """Delete what has been kept for longer than the settings say; returns how many jobs and files went."""
+    """Delete jobs, uploads and call-outs that are too old; returns the number of jobs and files deleted."""
     now = time.time() if now is None else now
     before = now - state.settings.retention_days * DAY
     late = sa.select(jobs.c.tenant, jobs.c.id).where(jobs.c.status.notin_(JOB_OPEN), jobs.c.ended_at < before)

@@ -1,4 +1,4 @@
-"""Where a job's results are to be written: a table of a registered connection, or a file under an allowed root."""
+"""A sink is the place for a job's results: a table of a registered connection, or a file under an allowed root."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from complete_fn.store.job_tables import deliveries
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """`status`: waiting, writing, written or failed; `rows` are written so far."""
+    """The results of one job on their way to its sink, with `rows` written so far.
+
+    `status` is waiting, writing, written or failed.
+    """
 
     job: str
     tenant: str
@@ -34,8 +37,10 @@ COLUMNS = [deliveries.c[f.name] for f in fields(Delivery)]
 
 
 def refuse_sink(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> None:
-    """Raises:
-    RequestError: the tenant may not write there.
+    """Refuse a sink that the tenant may not use.
+
+    Raises:
+        RequestError: The tenant may not write there.
     """
     if "uri" in sink:
         sink_place(state, tenant, sink)
@@ -45,8 +50,10 @@ def refuse_sink(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> No
 
 
 def refuse_sink_keys(sink: Mapping[str, Any], rows: Rows, seen: KeysSeen) -> None:
-    """Raises:
-    InputError: the sink's key is no column, or does not tell the rows apart, those of windows before included.
+    """Refuse rows that the sink's key does not tell apart.
+
+    Raises:
+        InputError: The key is no column, or its values do not identify the rows of this window and those before.
     """
     key = sink.get("key")
     if key is None:
@@ -65,8 +72,10 @@ def sink_place(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> tup
 
 
 def promise(connection: sa.Connection, job: Job) -> None:
-    """Note that the job's results are to be delivered once it is over; again, if it is run again. Who is still writing
-    those of an earlier end loses its claim."""
+    """Note that the job's results must be delivered once it is over, or again after a rerun.
+
+    The new fence cancels a writer that still delivers the previous results.
+    """
     c = deliveries.c
     fresh = {"status": "waiting", "rows": 0, "error": None, "tries": 0, "lease_until": 0.0}
     again = deliveries.update().where(c.job == job.id).values(**fresh, fence=c.fence + 1)

@@ -1,4 +1,4 @@
-"""Where a job's rows come from: an uploaded file, a URI under an allowed root, SQL on a registered connection."""
+"""A job's rows come from an uploaded file, a URI under an allowed root, or SQL on a registered connection."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ LONGEST_SQL = 65_536  # characters
 
 
 def open_source(state: ServiceState, tenant: str, asked: Mapping[str, Any]) -> Source:
-    """Args:
-        asked: `file_id`, or `uri`, or `connection` and `sql`.
+    """The source that a request names.
+
+    Args:
+        asked: A mapping with `file_id`, or `uri`, or `connection` and `sql`.
 
     Raises:
-        RequestError: the tenant has no such source, or may not read it.
+        RequestError: The tenant has no such source, or may not read it.
     """
     limits = state.limits.of_tables
     if "file_id" in asked:
@@ -43,14 +45,14 @@ def open_source(state: ServiceState, tenant: str, asked: Mapping[str, Any]) -> S
 
 
 def one_select(sql: str) -> str:
-    """The SELECT as a part of a greater one, which is what keeps it from being anything else.
+    """The tenant's SELECT inside of `SELECT * FROM (...)`, so that it can only read.
 
-    In FROM (...) no database takes a statement that writes, an INTO OUTFILE or a WITH that deletes. So that the
-    parenthesis stays closed only at our end, comments and backslashes are not taken, and quotes and parentheses must
-    be in pairs.
+    No database takes a statement that writes, an INTO OUTFILE or a WITH that deletes inside of FROM (...). The
+    tenant's text must not close our parenthesis. So comments and backslashes are refused, and quotes and parentheses
+    must be in pairs.
 
     Raises:
-        InputError: it is not one plain SELECT.
+        InputError: The text is not one plain SELECT.
     """
     text = sql.strip().rstrip(";").strip()
     if len(text) > LONGEST_SQL:

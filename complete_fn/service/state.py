@@ -26,7 +26,7 @@ from complete_fn.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of what a caller may send."""
+    """Bounds on what a caller may send."""
 
     upload_bytes: int = 200 * 1024 * 1024
     body_bytes: int = 16 * 1024 * 1024
@@ -41,13 +41,13 @@ class Limits:
 
 
 class ServiceState:
-    """What a service remembers, and where. It runs nothing. Safe to use from several threads.
+    """Opens the stores, storage and queue of a service. It runs nothing. Safe to use from several threads.
 
     Args:
         home: folder of the state; None takes COMPLETE_FN_HOME or the platform's user data folder.
         models_file: a TOML file over the built-in catalogue; None takes COMPLETE_FN_MODELS or the config folder's.
-        engine: answers for every model of the catalogue; None takes each model's own.
-        queue: how workers learn of work; None means that they are threads of this process.
+        engine: an engine that answers for every model of the catalogue; None takes each model's own.
+        queue: tells workers that there is work; None means that the workers are threads of this process.
     """
 
     def __init__(
@@ -73,20 +73,20 @@ class ServiceState:
 
     @property
     def folder(self) -> Path:
-        """Uploads and results, unless the settings name another storage; what is being sent."""
+        """The folder of results that are being sent; of uploads and results too, if no other storage is set."""
         folder = self.settings.home / "service"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return folder
 
     def job_key(self, job: str, name: str = "") -> str:
-        """A job's folder in the storage, or an object of it."""
+        """The key of a job's folder in the storage, or of an object in that folder."""
         return f"jobs/{job}/{name}".rstrip("/")
 
     def models(self) -> dict[str, Model]:
         return load_catalogue(self.settings.models_file)
 
     def model(self, name: str) -> Model:
-        """The catalogue's entry: a request can name neither a folder nor a Hub id.
+        """The catalogue's entry. A request cannot name a folder or a Hub id.
 
         Raises:
             UnknownModelError: The name is not in the catalogue.
@@ -97,7 +97,7 @@ class ServiceState:
         return at_engine(found, self.engine)
 
     def day_cap(self, tenant: str) -> Cap | None:
-        """What the tenant may spend today (UTC), in all processes together. None: unbounded."""
+        """The cap on what the tenant may spend today (UTC) in all processes together; None for no cap."""
         daily = self.keys.daily_nano(tenant)
         return None if daily is None else day_cap(daily)
 

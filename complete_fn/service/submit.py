@@ -1,4 +1,4 @@
-"""From a request to a job: its rows in windows, its prompts in execution order, cut into parts, all in the storage."""
+"""`submit_table` makes a job of a request: it writes the rows in windows, and the planned prompts in parts."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ class TableSpec:
 
 
 def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job:
-    """Raises:
-    RequestError: model, options, template or source cannot be used; nothing was kept.
+    """Make and queue a job over a table.
+
+    Raises:
+        RequestError: Model, options, template or source cannot be used; nothing was kept.
     """
     model = state.model(spec.model)
     if "strict" in spec.options:
@@ -142,7 +144,7 @@ def new_job(
 
 @contextmanager
 def drafted(state: ServiceState, job: Job) -> Iterator[Draft]:
-    """A job that is being written; what it has in the storage goes again unless there is a record of it."""
+    """A job that is being written. If the store gets no record of the job, its files are deleted again."""
     draft = Draft(state, job)
     try:
         yield draft
@@ -152,7 +154,7 @@ def drafted(state: ServiceState, job: Job) -> Iterator[Draft]:
 
 
 def recorded(state: ServiceState, job: Job) -> bool:
-    """Whether the store has the job: the answer to its commit may have been lost. True if the store cannot tell."""
+    """Whether the store has the job, as a commit may succeed although its reply is lost. True if the store is away."""
     try:
         state.jobs.get(job.tenant, job.id)
     except NotFoundError:
@@ -163,7 +165,7 @@ def recorded(state: ServiceState, job: Job) -> bool:
 
 
 class Draft:
-    """A job and its objects, before there is a record of it."""
+    """A job and its files, before the store has a record of the job."""
 
     def __init__(self, state: ServiceState, job: Job) -> None:
         self.state, self.job = state, job
@@ -173,7 +175,7 @@ class Draft:
         self.kept = False
 
     def add_window(self, count: int, groups: Sequence[PromptGroup], rows: Rows | None = None) -> None:
-        """The next `count` rows, as groups to answer; `rows` are kept, if given, to be written with their answers."""
+        """Add the next `count` rows, as groups to answer. `rows`, if given, are kept for the results."""
         if rows is not None:
             write_window(self.state, self.job.id, len(self.windows), rows)
         first = len(self.pieces)
@@ -182,12 +184,12 @@ class Draft:
         self.rows += count
 
     def keep(self) -> Job:
-        """Record the job; one known by its idempotency key is returned as it is."""
+        """Record the job. If its idempotency key is known, return the job that has the key."""
         write_windows(self.state, self.job.id, self.windows)
         nulls = self.rows - sum(p["rows"] for p in self.pieces)
         if json.loads(self.job.request).get("sink"):
             with self.state.store.write() as connection:
-                promise(connection, self.job)  # first: one without a job does no harm
+                promise(connection, self.job)  # before the job's record: a delivery without a job does no harm
         kept = self.state.jobs.create(replace(self.job, rows=self.rows, nulls=nulls), self.pieces)
         self.kept = kept.id == self.job.id
         if not self.kept:
