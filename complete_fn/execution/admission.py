@@ -50,6 +50,7 @@ class Admission:
         self.call, self.work, self.slices, self.caps, self.meter = call, work, slices, caps, meter
         self.priority, self.listener = tools.priority, Listener(tools.tell, work.plan)
         self.sent: list[int] = []
+        self.noted: set[int] = set()  # prompts that the store counts as handed to the engine
         self.elsewhere: list[int] = []
         self.answered = 0
         self.refused: dict[int, Usage] = {}
@@ -64,6 +65,7 @@ class Admission:
             chosen = numbers[low : low + ADMIT]
             admitted = [(n, t) for n, t in self.work.texts(chosen) if self.sendable(n, t) and self.affordable(n, t)]
             mine = self.slices.admit([n for n, _ in admitted])
+            self.noted |= mine
             for number, text in admitted:
                 if self.refusal is not None and self.caps:
                     return  # rows under way are still answered, because the endpoint bills them
@@ -165,6 +167,9 @@ class Admission:
             raise EngineError(f"The engine ended its stream with {lost} of {len(self.sent)} rows unanswered.")
 
     def return_unsettled(self) -> None:
+        """Give back what was reserved for rows that have no answer, and the notes of those that were never sent."""
+        if unsent := self.noted.difference(self.sent):
+            self.slices.withdraw(unsent)
         for worst in self.held.values():
             self.caps.settle(worst, Usage())
         self.held.clear()

@@ -81,6 +81,12 @@ class Slices:
             self.store.admit(self.attempt, len(mine), int(self.estimates[list(mine)].sum()))
         return mine
 
+    def withdraw(self, numbers: set[int]) -> None:
+        """The engine never drew these prompts, so that they are not lost with the attempt."""
+        self.admitted -= numbers
+        claims = {self.work.keys[n] for n in numbers} if self.work.claimable else frozenset[bytes]()
+        self.store.commit(self.attempt, [], [], len(numbers), int(self.estimates[list(numbers)].sum()), claims)
+
     def add(self, number: int, completion: Completion) -> None:
         with self.change:
             self.waiting.append((number, completion))
