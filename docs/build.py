@@ -90,6 +90,7 @@ def build(folder: Path = ROOT / ".cache" / "docs") -> Path:
     folder.mkdir(parents=True)
     stage(folder / "pages")
     shutil.copy(HERE / "zensical.toml", folder)
+    shutil.copytree(HERE / "theme", folder / "theme")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", str(folder / "zensical.toml")]
     done = subprocess.run(command, cwd=folder, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True)
     if done.returncode != 0:
