@@ -1,4 +1,4 @@
-"""API keys: made, listed, revoked and checked. Only a hash of the secret half is kept."""
+"""`KeyStore` makes, lists, revokes and checks API keys. It keeps only a hash of a key's secret half."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ REFUSED = (
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a request comes from, by which key, and the tokens that its tenant and key may use in a minute."""
+    """The tenant and user of a request, by its key, and the tokens that tenant and key may use in a minute."""
 
     tenant: str = "local"
     user: str = "local"
@@ -74,7 +74,7 @@ class KeyStore:
         self.store = store
 
     def create(self, tenant: str, user: str, scopes: Sequence[str] = USUAL) -> str:
-        """A new key; this is the only time that it can be read.
+        """Make a key. Only this call returns it: the store has no copy of its secret.
 
         Raises:
             InvalidOptionError: a name or scope that cannot be used.
@@ -103,14 +103,14 @@ class KeyStore:
             return [KeyLine(*row) for row in connection.execute(sa.select(*columns).order_by(api_keys.c.created_at))]
 
     def revoke(self, name: str) -> bool:
-        """Whether there was such a key, not yet revoked."""
+        """Revoke a key; False if no such key exists, or if it was revoked before."""
         mine = (api_keys.c.id == name) & api_keys.c.revoked_at.is_(None)
         with self.store.write() as connection:
             return connection.execute(api_keys.update().where(mine).values(revoked_at=time.time())).rowcount > 0
 
     @retried
     def any(self) -> bool:
-        """Whether a key was ever made, revoked ones too: from then on nobody gets in without one."""
+        """Whether a key was ever made, revoked keys included. If so, every request needs a key."""
         with self.store.read() as connection:
             return connection.execute(sa.select(api_keys.c.id).limit(1)).first() is not None
 

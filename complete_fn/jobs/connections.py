@@ -1,4 +1,4 @@
-"""Databases that a tenant's jobs may use, registered by the operator; their URLs are in the environment only."""
+"""The operator registers the databases that a tenant's jobs may use. Their URLs stay in the environment."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ class Connections:
         self.looked_at: set[tuple[str, str]] = set()  # connections whose role was looked at in this process
 
     def add(self, tenant: str, name: str, url_env: str, writable: bool) -> None:
-        """Raises:
-        InvalidOptionError: a name that cannot be used, or one that is taken.
+        """Register a connection.
+
+        Raises:
+            InvalidOptionError: A name cannot be used, or the tenant has a connection of this name already.
         """
         for what, text in (("tenant", tenant), ("connection", name)):
             if not NAME.fullmatch(text):
@@ -67,9 +69,11 @@ class Connections:
             return connection.execute(connections.delete().where(chosen(tenant, name))).rowcount > 0
 
     def get(self, tenant: str, name: str, writable: bool = False) -> Connection:
-        """Raises:
-        NotFoundError: the tenant has none of this name.
-        InputError: jobs may not write there.
+        """The tenant's connection of this name.
+
+        Raises:
+            NotFoundError: The tenant has no connection of this name.
+            InputError: `writable` is set, and jobs may not write there.
         """
         with self.store.read() as connection:
             row = connection.execute(sa.select(*COLUMNS).where(chosen(tenant, name))).first()
@@ -83,10 +87,10 @@ class Connections:
         return found
 
     def reader(self, found: Connection, seconds: float) -> QueryProcess:
-        """For one SELECT of the tenant's, which may take `seconds`.
+        """A child process for one SELECT of the tenant, which may take `seconds`.
 
         Raises:
-            InputError: the variable is not set where the service runs.
+            InputError: The variable with the URL is not set where the service runs.
         """
         url = self.url(found)
         if (found.tenant, found.name) not in self.looked_at:
@@ -95,10 +99,10 @@ class Connections:
         return QueryProcess(url, seconds)
 
     def writer(self, found: Connection, seconds: float) -> RowDatabase:
-        """For answers; each transaction may take `seconds`.
+        """The database, to write answers to; each transaction may take `seconds`.
 
         Raises:
-            InputError: the variable is not set where the service runs.
+            InputError: The variable with the URL is not set where the service runs.
         """
         return open_database(self.url(found), seconds=seconds)
 

@@ -1,4 +1,4 @@
-"""A job and its parts: what they are, and which status may follow which."""
+"""`Job` and `Part` describe the work of a service; two tables say which status may follow which."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from complete_fn.errors import JobError
 
 # A job that is over is queued again when its failed rows are run again (`rerun.py`).
-# A job that is told to stop is `stopping` until its last running part has let go, then what `ends_as` says.
+# A job that is told to stop is `stopping` until no part of it runs. Then it gets the status in `ends_as`.
 JOB_MOVES: dict[str, tuple[str, ...]] = {
     "queued": ("running", "stopping", "completed", "failed", "cancelled", "expired"),
     "running": ("stopping", "completed", "failed", "cancelled", "expired"),
@@ -27,8 +27,8 @@ PART_MOVES: dict[str, tuple[str, ...]] = {
 }
 JOB_OPEN = ("queued", "running", "stopping")
 LEASE_SECONDS = 30.0
-TRIES = 3  # of a part whose engine fails
-STORE_TRIES = 7  # of a part whose files or answers cannot be read or written: two minutes, as a database may be away
+TRIES = 3  # tries of a part whose engine fails
+STORE_TRIES = 7  # tries of a part whose files or answers cannot be read or written: they take two minutes in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,13 @@ class Part:
     """A token-bounded piece of a job: the unit of placement and retry.
 
     Attributes:
-        options: what `parse_options` takes, as JSON.
-        tokens: estimated, prompts and answers.
-        shared: tokens that its first prompt has in common with the last one of the part before it.
-        fence: counts the claims; only the last claimant's commit counts.
+        options: options as JSON, for `parse_options`.
+        tokens: estimated tokens of prompts and answers.
+        shared: tokens that its first prompt has in common with the last prompt of the part before it.
+        fence: the number of claims so far. The store refuses commits of a worker with an older number.
         claimant: the process (`worker` without its last field) that claimed it last.
-        tries: claims that did not end well.
-        result: file of the answers in the job's folder, once there is one.
+        tries: claims that ended with an error.
+        result: the file of the answers in the job's folder, once the part has ended.
         failed: rows without an answer, once there is a result.
     """
 
@@ -100,15 +100,15 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Under which `run` knows this work, so that it can be resumed."""
+        """The name of the job under which `run` answers this part, so that another worker can resume it."""
         return f"{self.job}/{self.number}"
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How far a job is. Tokens and cost are those of the ledger: what was committed, no more, no less.
+    """The progress of a job. Tokens and cost are the sums of its ledger lines, so they count committed slices only.
 
-    `recomputed_tokens`: what parts share with the part before them, where that one went to another process.
+    `recomputed_tokens` counts the tokens that a part shares with the part before it, if another process ran that one.
     """
 
     done: int
@@ -122,8 +122,10 @@ class Counts:
 
 
 def refuse_move(job: Job, status: str) -> None:
-    """Raises:
-    JobError: a job of this status cannot become `status`.
+    """Refuse a change of status that `JOB_MOVES` does not have.
+
+    Raises:
+        JobError: A job of this status cannot become `status`.
     """
     if status not in JOB_MOVES[job.status]:
         raise JobError(f"Job {job.id} is {job.status}; it cannot become {status}.")

@@ -1,4 +1,4 @@
-"""Jobs in the store, as their callers see them: made, listed, counted, stopped, deleted."""
+"""`JobStore` makes, lists, counts, stops and deletes jobs for their callers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class JobStore:
 
     @retried
     def create(self, job: Job, pieces: Sequence[dict[str, Any]]) -> Job:
-        """The job with its parts; with an idempotency key known already, the job that has it.
+        """Insert the job and its parts. If its idempotency key is known, return the job that has the key.
 
         Args:
             pieces: `model`, `options`, `rows`, `tokens` and `shared` of each part, in order.
 
         Raises:
-            JobError: the key belongs to another request.
+            JobError: The idempotency key belongs to another request.
         """
         with self.store.write() as connection:
             known = same_job(connection, job)
@@ -52,8 +52,10 @@ class JobStore:
 
     @retried
     def get(self, tenant: str, job: str, kind: str | None = None) -> Job:
-        """Raises:
-        NotFoundError: the tenant has no such job.
+        """The tenant's job of this id.
+
+        Raises:
+            NotFoundError: The tenant has no such job.
         """
         with self.store.read() as connection:
             row = connection.execute(sa.select(*JOB).where(jobs.c.id == job, jobs.c.tenant == tenant)).first()
@@ -63,7 +65,7 @@ class JobStore:
 
     @retried
     def newest(self, tenant: str, kind: str, limit: int, after: str | None) -> list[Job]:
-        """The tenant's jobs, newest first, from behind the job `after` on."""
+        """The tenant's jobs, newest first; with `after`, only jobs older than that job."""
         chosen = sa.select(*JOB).where(jobs.c.tenant == tenant, jobs.c.kind == kind)
         if after is not None:
             last = self.get(tenant, after)
@@ -79,7 +81,7 @@ class JobStore:
 
     @retried
     def counts(self, job: Job) -> Counts:
-        """How far the job is, rows of running parts included as they are committed."""
+        """The progress of the job, with the committed rows of running parts."""
         of_job = (attempts.c.job >= f"{job.id}/") & (attempts.c.job < f"{job.id}0")  # "0" follows "/"
         lines = ledger.join(attempts, ledger.c.attempt == attempts.c.id)
         sums = sa.select(
@@ -99,10 +101,10 @@ class JobStore:
 
     @retried
     def stop(self, job: Job, ends_as: str, error: str | None = None) -> Job:
-        """Nothing more of the job is begun; it ends once its running parts have let go.
+        """Stop the job: no part is begun any more, and the job ends once no part runs.
 
         Raises:
-            JobError: it is over already.
+            JobError: The job is over already.
         """
         refuse_move(job, "stopping" if job.status != "stopping" else ends_as)
         with self.store.write() as connection:
@@ -111,10 +113,10 @@ class JobStore:
 
     @retried
     def delete(self, job: Job) -> None:
-        """The job, its parts and the answers that it computed. Its ledger lines stay; they have no text.
+        """Delete the job, its parts and the answers that it computed. Its ledger lines stay; they contain no text.
 
         Raises:
-            JobError: it is not over.
+            JobError: The job is not over.
         """
         if not job.over:
             raise JobError(f"Job {job.id} is {job.status}. Cancel it first.")
@@ -129,7 +131,7 @@ class JobStore:
 
     @retried
     def expire(self, now: float | None = None) -> list[str]:
-        """Stop the jobs whose deadline has passed; what is done of them stays."""
+        """Stop the jobs whose deadline has passed; their finished rows are kept. Returns the ids of these jobs."""
         now = time.time() if now is None else now
         late = sa.select(jobs.c.id).where(jobs.c.status.in_(("queued", "running")), jobs.c.deadline < now)
         with self.store.write() as connection:
@@ -140,7 +142,7 @@ class JobStore:
 
 
 def recomputed_tokens(of_job: Sequence[Part]) -> int:
-    """What the cuts between parts have cost, in order of their numbers: shared with a part of another process."""
+    """Tokens computed twice: parts share them with the part before them, and another process ran that part."""
     behind = zip([None, *(p.claimant for p in of_job)], of_job, strict=False)
     return sum(p.shared for before, p in behind if p.claimant is not None and p.claimant != before)
 
@@ -163,7 +165,7 @@ def cancel_queued_of_stopping(connection: sa.Connection, job: str) -> None:
 
 
 def settle_job(connection: sa.Connection, job: str) -> None:
-    """End the job if no part of it is left to run. Its row is locked first: two last parts may end at once."""
+    """End the job if no part of it is left to run. The job's row is locked first, as two last parts may end at once."""
     connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job).with_for_update())
     left = sa.select(parts.c.id).where(parts.c.job == job, parts.c.status.in_(UNFINISHED)).exists()
     over = sa.case((jobs.c.status == "stopping", jobs.c.ends_as), else_="completed")
@@ -172,7 +174,7 @@ def settle_job(connection: sa.Connection, job: str) -> None:
 
 
 def same_job(connection: sa.Connection, job: Job) -> Job | None:
-    """None if the job is now inserted; else the one that was there, by its id or its idempotency key."""
+    """Insert the job; returns None, or the job that is there already with the same id or idempotency key."""
     made = insert_into(connection, jobs).values(asdict(job)).on_conflict_do_nothing().returning(jobs.c.id)
     if connection.execute(made).first() is not None:
         return None

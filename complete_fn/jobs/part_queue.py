@@ -1,4 +1,4 @@
-"""Parts of jobs in the store, as workers see them: claimed with a lease and a fence, finished, given back."""
+"""`PartQueue` lets workers claim parts of jobs, with a lease and a fence, finish them and give them back."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from complete_fn.store.store import Store, gone
 from complete_fn.store.tables import attempts, ledger, summed
 from complete_fn.store.transactions import retried
 
-Wanted = Callable[[Any], sa.ColumnElement[bool]]  # of the column of models
-DEATHS = 10  # claims of a part that were lost in a row without an answer
+Wanted = Callable[[Any], sa.ColumnElement[bool]]  # makes a condition on the column of models
+DEATHS = 10  # so many workers must die in a row on one part, without an answer, before the part fails
 DEADLY = f"{DEATHS} workers in a row died on a part of the job before they answered a row of it."
-SHARE_SECONDS = 600.0  # what a tenant was served longer ago does not count against it
+SHARE_SECONDS = 600.0  # parts that a tenant got longer ago do not count against it
 
 
 def worker_name(number: int) -> str:
-    """The worker's name, by which others on its machine can tell when its process is gone."""
+    """A worker's name. It names the process, so that others on its machine can tell when the process is gone."""
     pid = os.getpid()
     return f"{here()}|{pid}|{process_started(pid) or 0.0}|{number}"
 
@@ -35,14 +35,14 @@ def worker_gone(worker: str) -> bool:
 
 
 class PartQueue:
-    """The parts of one store's jobs that wait for a worker or are with one. Each step is one transaction."""
+    """The parts of one store that wait for a worker or that a worker holds. Each step is one transaction."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.swept = 0  # parts whose lease ran out, in this process's life
 
     def claim(self, worker: str, now: float | None = None, model: str | None = None) -> Part | None:
-        """The next part, leased to `worker`, in one statement that skips what others are claiming.
+        """Claim the next part for `worker`, in one statement that skips the parts that others are claiming.
 
         The order of preference:
         1. the tenant that was served least in the last 10 minutes: estimated tokens over the tenant's weight
@@ -62,16 +62,18 @@ class PartQueue:
         return self.claim_at(worker, time.time() if now is None else now, wanted, ("queued", "running"))
 
     def claim_stopped(self, worker: str, now: float | None = None, not_of: Collection[str] = ()) -> Part | None:
-        """A part that was begun and given back, and whose job is to stop: what it committed is to be its result.
+        """Claim a part of a job that stops, to salvage it: the part was begun and given back.
+
+        The worker makes the part's result from the answers that the part has committed.
 
         Args:
-            not_of: models whose parts are left to others.
+            not_of: Models whose parts this worker leaves to other workers.
         """
         return self.claim_at(worker, time.time() if now is None else now, lambda c: c.not_in(not_of), ("stopping",))
 
     @retried
     def claim_at(self, worker: str, now: float, wanted: Wanted, of_jobs: Sequence[str]) -> Part | None:
-        """`worker` claims one part at a time, so that a repeat finds what it claimed at `now`."""
+        """Claim a part at the time `now`. A worker claims one part at a time, so a retry finds that part."""
         before = (parts.c.worker == worker) & (parts.c.claimed_at == now) & (parts.c.status == "running")
         until = max(now, time.time()) + LEASE_SECONDS  # a repeat may come long after
         leased = {"status": "running", "worker": worker, "lease_until": until, "claimed_at": now}
@@ -91,7 +93,7 @@ class PartQueue:
 
     @retried
     def renew(self, held: Iterable[Part], now: float | None = None) -> None:
-        """Another lease for the parts whose fence is still theirs."""
+        """Renew the leases of the parts that no other worker has claimed since."""
         until = (time.time() if now is None else now) + LEASE_SECONDS
         with self.store.write() as connection:
             for part in sorted(held, key=lambda p: p.id):
@@ -99,7 +101,10 @@ class PartQueue:
 
     @retried
     def lost(self, held: Sequence[Part]) -> dict[int, str]:
-        """Of the parts held, those to stop, and why: `job` (it is to stop) or `lease` (another worker has the part)."""
+        """The parts that the worker must stop, by id, with the reason.
+
+        The reason is `job` (the job stops) or `lease` (another worker has the part).
+        """
         if not held:
             return {}
         chosen = (
@@ -120,7 +125,7 @@ class PartQueue:
 
     @retried
     def finish(self, part: Part, status: str, result: str, failed: int) -> bool:
-        """Commit the part's result; False if the lease was lost, and nothing was committed."""
+        """Commit the part's result; False, and nothing is committed, if another worker has the part."""
         values = {"status": status, "result": result, "failed": failed, "worker": None}
         with self.store.write() as connection:
             if connection.execute(parts.update().where(holds(part)).values(values)).rowcount == 0:
@@ -133,22 +138,22 @@ class PartQueue:
     def give_back(
         self, part: Part, delay: float = 0.0, error: str | None = None, tries: int = TRIES, salvage: bool = False
     ) -> None:
-        """The part is to be run again. With an `error` that counts as a try, and the last of `tries` fails the job."""
+        """Queue the part again. With an `error` it counts as a failed try; after `tries` failed tries the job fails."""
         with self.store.write() as connection:
             give_back_part(connection, part, delay, error, tries, salvage)
 
     @retried
     def fail(self, part: Part, error: str, salvage: bool = False) -> None:
-        """The part cannot be run; its job fails. What it committed is to be its result, see `claim_stopped`.
+        """Fail the job of a part that cannot be run. The part itself is queued to be salvaged, see `claim_stopped`.
 
         Args:
-            salvage: that is what could not be done.
+            salvage: Salvaging is what failed, so the part fails too.
         """
         with self.store.write() as connection:
             fail_part(connection, part, error, salvage)
 
     def sweep(self, now: float | None = None) -> int:
-        """Parts whose lease has run out, or whose worker's process is gone, are queued again; returns how many."""
+        """Queue the parts again whose lease has run out or whose worker's process is gone; returns their number."""
         now = time.time() if now is None else now
         dead = [p for p in self.running() if p.lease_until < now or worker_gone(p.worker or "|0|0|")]
         taken = sum(self.take_back(part, DEADLY if self.deadly(part) else None) for part in dead)
@@ -162,18 +167,18 @@ class PartQueue:
 
     @retried
     def take_back(self, part: Part, error: str | None) -> bool:
-        """As `give_back`, for a worker that seems dead; False if it renewed its lease or another sweeper was first."""
+        """Give a part back for a worker that seems dead; False if it renewed its lease or another sweep was first."""
         same_lease = holds(part) & (parts.c.lease_until == part.lease_until)
         with self.store.write() as connection:
             if connection.execute(sa.select(parts.c.id).where(same_lease).with_for_update()).first() is None:
                 return False
-            self.store.lose(connection, part.tenant, part.name)  # if it only seemed dead, it must not go on paying
+            self.store.lose(connection, part.tenant, part.name)  # a worker that only seemed dead must pay no more rows
             salvage = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == part.job)).scalar() == "stopping"
             give_back_part(connection, part, 0.0, error, 1, salvage)
         return True
 
     def deadly(self, part: Part) -> bool:
-        """Whether the part is lost again and again without a single answer: each worker that takes it dies."""
+        """Whether the last `DEATHS` workers that took the part died before they had answered a row of it."""
         mine = (attempts.c.tenant == part.tenant) & (attempts.c.job == part.name)
         answered = sa.exists().where(ledger.c.attempt == attempts.c.id, ledger.c.price_class == "input")
         newest = sa.select(attempts.c.status, answered).where(mine).order_by(attempts.c.id.desc()).limit(DEATHS)
@@ -191,7 +196,7 @@ def holds(part: Part) -> sa.ColumnElement[bool]:
 
 
 def next_part(now: float, process: str, wanted: Wanted, of_jobs: Sequence[str]) -> sa.Select[Any]:
-    """The id of the part to claim; its row stays locked, and rows that others have locked are passed over."""
+    """The query for the id of the part to claim. It locks the part's row and skips rows that others have locked."""
     waiting, served, before = parts.alias("waiting"), parts.alias("served"), parts.alias("before")
     lately = (
         sa.select(served.c.tenant, summed(served.c.tokens).label("tokens"))

@@ -1,4 +1,4 @@
-"""How workers learn that there is work. A message only says so; what it is, a worker claims from the store."""
+"""A queue tells workers that there is work. A message says only that; the worker claims a part from the store."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from complete_fn.registry import resolve
 
 LOG = logging.getLogger("complete_fn.queue")
 TASK = "complete_fn.work"
-MOST_MESSAGES = 16  # of a model at a time: a worker that has begun looks for more by itself
-# A killed worker's message comes again so late, as a backstop; its parts come back sooner, when their leases end.
+MOST_MESSAGES = 16  # messages for a model at a time: a worker that has begun looks for more work by itself
+# After so many seconds Redis sends a killed worker's message again. Its parts come back sooner, when their leases end.
 VISIBILITY_SECONDS = 3600
-ANSWER_SECONDS = 2.0  # how long a broker may take, so that no caller waits for one that hangs
+ANSWER_SECONDS = 2.0  # time limit on a broker's reply, so that no caller waits for a broker that hangs
 WRONG_BROKER = "The broker {url!r} (--broker or COMPLETE_FN_BROKER) is not a URL like redis://127.0.0.1:6379/0."
 CELERY = {
     "accept_content": ["json"],
@@ -34,7 +34,7 @@ CELERY = {
 
 
 class Bell:
-    """What idle hands wait for. Rings are counted, so that none is missed between a look and the wait after it."""
+    """Idle worker threads wait for the bell. It counts rings: a thread misses none between its look and its wait."""
 
     def __init__(self) -> None:
         self.change = threading.Condition()
@@ -42,19 +42,19 @@ class Bell:
         self.closed = False
 
     def look(self) -> int:
-        """A hand is about to look into the store; returns what `wait` takes."""
+        """Note that a thread is about to look into the store; returns the number of rings, for `wait`."""
         with self.change:
             self.looks += 1
             self.change.notify_all()
             return self.rings
 
     def wait(self, heard: int, seconds: float) -> None:
-        """Until it rings after `heard`, or so long."""
+        """Wait until the bell rings after the ring number `heard`, at most so many seconds."""
         with self.change:
             self.change.wait_for(lambda: self.closed or self.rings != heard, seconds)
 
     def ring(self, until_looked: bool = False) -> None:
-        """There is work. With `until_looked`, return only when a hand has looked into the store after this."""
+        """Say that there is work. With `until_looked`, return once a thread has looked into the store after that."""
         with self.change:
             self.rings += 1
             self.change.notify_all()
@@ -63,19 +63,19 @@ class Bell:
                 self.change.wait_for(lambda: self.closed or self.looks != before)
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Wake all threads that wait; later waits return at once."""
         with self.change:
             self.closed = True
             self.change.notify_all()
 
 
 class JobQueue(Protocol):
-    """Losing or repeating a message does no harm: workers look into the store now and then anyway."""
+    """Announces work. A lost or repeated message does no harm, as workers look into the store now and then anyway."""
 
     bell: Bell
 
     def announce(self, parts: Mapping[str, int]) -> None:
-        """So many parts wait for each model. Never raises, and waits 2 s at most."""
+        """Say how many parts wait for each model. Never raises, and takes 2 s at most."""
         ...
 
 
@@ -93,10 +93,10 @@ class InlineQueue:
 class CeleryQueue:
     """Messages to worker processes through Redis: a Celery queue for each model, sent by the task's name.
 
-    The bell rings only in a worker's process, for the messages that come there.
+    The bell rings only in a worker's process, for the messages that arrive there.
 
     Raises:
-        InvalidOptionError: the broker's URL is not Redis'.
+        InvalidOptionError: The broker's URL is no URL of Redis.
         EngineMissingError: Celery is not installed; the message has the command that brings it.
     """
 
@@ -108,7 +108,7 @@ class CeleryQueue:
         self.mute = False
 
     def announce(self, parts: Mapping[str, int]) -> None:
-        """Top up each model's messages to one for every part that waits, up to a bound."""
+        """Send messages until each model has one for every part that waits, but at most `MOST_MESSAGES`."""
         wanted = {model: min(count, MOST_MESSAGES) for model, count in parts.items() if count}
         if not wanted:
             return
@@ -117,7 +117,7 @@ class CeleryQueue:
                 for model, count in wanted.items():
                     self.top_up(producer, model, count)
             self.mute = False
-        except Exception as error:  # whatever a broker may do: the work is in the store, and is announced again
+        except Exception as error:  # no failure of a broker matters: the work is in the store and is announced again
             if not self.mute:
                 LOG.warning("The broker takes no messages (%s); work is announced again later.", type(error).__name__)
             self.mute = True
@@ -126,7 +126,7 @@ class CeleryQueue:
         name = queue_name(model)
         try:
             there = producer.channel.queue_declare(name).message_count
-        except producer.connection.connection_errors:  # it was restarted since the last message: once more
+        except producer.connection.connection_errors:  # the broker was restarted since the last message: try again
             producer.revive(producer.connection.default_channel)
             there = producer.channel.queue_declare(name).message_count
         for _ in range(count - there):
@@ -138,7 +138,7 @@ def queue_name(model: str) -> str:
 
 
 def celery_app(broker: str, models: Iterable[str] = ()) -> Any:
-    """The Celery application of either side; a worker's listens to the queues of its `models`. See `CeleryQueue`."""
+    """The Celery application of a sender or a worker. A worker's listens to the queues of its `models`."""
     if urlsplit(broker).scheme not in ("redis", "rediss", "redis+socket", "unix"):
         raise InvalidOptionError(WRONG_BROKER.format(url=without_password(broker)))
     resolve("redis:Redis")
@@ -154,6 +154,6 @@ def celery_app(broker: str, models: Iterable[str] = ()) -> Any:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
+    """The URL with its user and password hidden, for messages."""
     head, at, host = url.rpartition("@")
     return f"{head.partition('//')[0]}//***{at}{host}" if at else url

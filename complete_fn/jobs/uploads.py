@@ -1,4 +1,4 @@
-"""Uploaded files: in the service's storage under ids of our own, listed in the store by tenant."""
+"""Uploaded files lie in the service's storage under ids of our own; the store lists them by tenant."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from complete_fn.store.store import Store
 
 CHUNK = 1 << 20
 DAY = 86_400.0
-MOST_AT_ONCE = 1_000  # files that go in one round of upkeep
+MOST_AT_ONCE = 1_000  # files that one round of upkeep deletes
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A file of a tenant; `name` is what the tenant called it, and says its format."""
+    """A file of a tenant. `name` is the tenant's own name for the file; its ending says the format."""
 
     id: str
     tenant: str
@@ -39,8 +39,10 @@ class Upload:
 
     @property
     def format(self) -> str:
-        """Raises:
-        InputError: the name does not end in a format that is taken.
+        """The file's format, by its name.
+
+        Raises:
+            InputError: The name does not end like a format that can be uploaded.
         """
         found = format_of(Path(self.name).suffix)
         if found is None or not FORMATS[found].is_uploaded:
@@ -53,8 +55,8 @@ class Uploads:
     """The files of one service, in its storage.
 
     Args:
-        limit: bytes of one file.
-        days: they are deleted after so long, unless they say themselves.
+        limit: The most bytes of one file.
+        days: A file is deleted after so many days, unless its upload sets another time.
     """
 
     def __init__(self, store: Store, storage: Storage, limit: int, days: float) -> None:
@@ -77,11 +79,13 @@ class Uploads:
             return source.read()
 
     def save(self, tenant: str, name: str, purpose: str, source: BinaryIO, seconds: float | None = None) -> Upload:
-        """Args:
-            seconds: it is deleted after so long.
+        """Store a file.
+
+        Args:
+            seconds: The file is deleted after so long; None takes the `days` of all files.
 
         Raises:
-            TooLargeError: more bytes than the limit; nothing of them is kept.
+            TooLargeError: The file has more bytes than the limit; nothing of it is kept.
         """
         with self.writing(tenant, name, purpose, seconds=seconds) as (sink, made):
             written = 0
@@ -96,7 +100,7 @@ class Uploads:
     def writing(
         self, tenant: str, name: str, purpose: str, file_id: str | None = None, seconds: float | None = None
     ) -> Iterator[tuple[IO[bytes], list[Upload]]]:
-        """A new file to write to; once it is whole, its `Upload` is in the list, else nothing of it is left."""
+        """A new file to write to. At its end the list has its `Upload`; after a failure nothing of the file is left."""
         file_id, now = file_id or f"file-{secrets.token_hex(12)}", time.time()
         expires = now + (self.days * DAY if seconds is None else seconds)
         made: list[Upload] = []
@@ -109,13 +113,15 @@ class Uploads:
             connection.execute(files.insert().values(asdict(made[0])))
 
     def get(self, tenant: str, file_id: str) -> Upload:
-        """Raises:
-        NotFoundError: the tenant has no such file.
+        """The tenant's file of this id.
+
+        Raises:
+            NotFoundError: The tenant has no such file.
         """
         return self.chosen((files.c.tenant == tenant) & (files.c.id == file_id) & kept(time.time()), 1, file_id)[0]
 
     def newest(self, tenant: str, limit: int, after: str | None, purpose: str | None) -> list[Upload]:
-        """The tenant's files, newest first, from behind the file `after` on."""
+        """The tenant's files, newest first; with `after`, only files older than that file."""
         which = (files.c.tenant == tenant) & kept(time.time())
         if purpose is not None:
             which = which & (files.c.purpose == purpose)
@@ -141,7 +147,7 @@ class Uploads:
         self.storage.delete(self.key(upload))
 
     def expire(self, now: float | None = None) -> int:
-        """Delete the files whose time is over; returns how many."""
+        """Delete the files that have expired; returns their number."""
         late = self.chosen(~kept(time.time() if now is None else now), MOST_AT_ONCE)
         for upload in late:
             self.delete(upload)

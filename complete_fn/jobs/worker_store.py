@@ -1,4 +1,4 @@
-"""Worker processes in the store: heartbeats, how fast each model is answered, and how much work waits."""
+"""`WorkerStore` has the heartbeats of worker processes, the speed of each model, and the amount of work that waits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from complete_fn.store.store import Store, gone
 from complete_fn.store.tables import summed
 
 BEAT_SECONDS = 2.0
-SILENT_SECONDS = 15.0  # a worker not heard of for so long takes no part in any decision
-FORGET_SECONDS = 120.0
+SILENT_SECONDS = 15.0  # a worker without a heartbeat for so long counts as gone
+FORGET_SECONDS = 120.0  # a worker without a heartbeat for so long is deleted from the store
 
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """A model at a worker. `tokens_per_second` and `cold_seconds` (to the first answer) as last measured there."""
+    """The state of a model at a worker, with the worker's last measurements.
+
+    `cold_seconds` is the time from a cold start to the first answer.
+    """
 
     warm: bool
     tokens_per_second: float | None = None
@@ -38,9 +41,9 @@ class Beat:
 
     Attributes:
         id: `host|pid|start of the process`, with which the names of its claims begin.
-        address: where it serves the OpenAI routes to the API, None if nowhere.
-        busy_at: when it last had work in hand.
-        in_flight: parts in hand.
+        address: the URL where the worker serves the OpenAI routes to the API; None if it serves none.
+        busy_at: the last time at which the worker had work.
+        in_flight: the number of parts that the worker holds.
     """
 
     id: str
@@ -60,14 +63,14 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Work on one model: parts that wait, and estimated tokens of those that wait or run."""
+    """The work on one model: the number of parts that wait, and the estimated tokens of parts that wait or run."""
 
     queued_parts: int
     tokens: int
 
 
 def own_id() -> str:
-    """Names this process so that others on its machine can tell when it is gone."""
+    """A name of this process, by which others on its machine can tell when the process is gone."""
     pid = os.getpid()
     return f"{here()}|{pid}|{process_started(pid) or 0.0}"
 
@@ -93,7 +96,7 @@ class WorkerStore:
             connection.execute(workers.delete().where(workers.c.id == worker))
 
     def alive(self, now: float | None = None) -> list[Beat]:
-        """Those heard of lately, oldest first; draining ones too."""
+        """The workers with a recent heartbeat, oldest first, those that drain included."""
         since = (time.time() if now is None else now) - SILENT_SECONDS
         with self.store.read() as connection:
             rows = connection.execute(sa.select(*BEAT).where(workers.c.seen_at > since).order_by(workers.c.began)).all()
@@ -113,7 +116,7 @@ class WorkerStore:
     # -- work and pace -------------------------------------------------------------------------------------------
 
     def load(self) -> dict[str, Load]:
-        """By model, of the jobs that are not told to stop."""
+        """The load of each model, by name, from all jobs that are not over."""
         waits = sa.case((parts.c.status == "queued", 1), else_=0)
         chosen = (
             sa.select(parts.c.model, summed(waits).label("queued"), summed(parts.c.tokens).label("tokens"))
@@ -125,14 +128,14 @@ class WorkerStore:
             return {r.model: Load(int(r.queued), int(r.tokens)) for r in connection.execute(chosen)}
 
     def tokens_before(self, job: Job) -> int:
-        """Estimated tokens until the job is done: its own, and while it waits those of the model's other jobs too."""
+        """Estimated tokens until the job is done. While the job waits, tokens of the model's other jobs count too."""
         mine = parts.c.model == job.model if job.started_at is None else parts.c.job == job.id
         left = sa.select(summed(parts.c.tokens)).where(mine, parts.c.status.in_(("queued", "running")))
         with self.store.read() as connection:
             return int(connection.execute(left).scalar() or 0)
 
     def learn(self, measured: Mapping[str, Throughput]) -> None:
-        """Note what this process measured; what it does not know of a model stays as it was."""
+        """Note the speeds that this process measured. Values that it did not measure stay as they were."""
         with self.store.write() as connection:
             for model, pace in measured.items():
                 known = {k: v for k, v in asdict(pace).items() if v is not None}
