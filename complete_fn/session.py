@@ -1,4 +1,4 @@
-"""A Session is what DuckDB, Polars, the shell and Python code share: settings, engines, state, budget, summary."""
+"""DuckDB, Polars, the shell and Python code ask through a `Session`: settings, engines, store, budget and summary."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from complete_fn.types import Asker, Completion
 
 
 class CompletionWarning(UserWarning):
-    """Rows without an answer, or a prompt that the model was not made for."""
+    """Warns of rows without an answer, or of a prompt that the model was not made for."""
 
 
 def warn(text: str) -> None:
-    """A CompletionWarning at the caller's own line, as far as its thread shows one."""
+    """Warn, and show the line of the caller's own code if it is on this thread's stack."""
     level = 1
     frame: FrameType | None = inspect.currentframe()
     while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn"):
@@ -103,7 +103,7 @@ class Session:
             return self.opened
 
     def model(self, name: str) -> Model:
-        """The catalogue's entry; with an engine of the session's own, any name will do."""
+        """The catalogue's entry of this name. If the session has an engine of its own, any name is accepted."""
         if self.engine is not None and isinstance(name, str) and name:
             found = load_catalogue(self.settings.models_file).get(name)
             model = at_engine(found or Model(name=name, checkpoint=name), self.engine)
@@ -132,19 +132,19 @@ class Session:
             job: a name under which an interrupted run is resumed, also where answers may not be reused; call
                 `end_job` when the results are safe. What its earlier attempts spent counts against `max_cost`.
             planned: the column is large_string as `prompts.render_column` or `pack_messages` make it.
-            stop: ends it as Ctrl-C does.
+            stop: ends the run as Ctrl-C does.
 
         Raises:
-            RequestError: unknown model or invalid option; nothing was run.
-            RowFailedError: a row failed and the option `strict` is on.
-            EngineError, StoreError: see `runner.run`.
-            KeyboardInterrupt: Ctrl-C; finished rows are kept.
+            RequestError: The model is unknown or an option invalid; nothing was run.
+            RowFailedError: A row failed and the option `strict` is on.
+            EngineError, StoreError: See `runner.run`.
+            KeyboardInterrupt: The user pressed Ctrl-C; finished rows are kept.
         """
         chosen = parse_options(options)
         found = self.model(model)
         column = prompts if planned else escaped(plain_column(prompts))
         self.advise(found, column)
-        interrupt = NextInterrupt()  # here: on the run's own thread it might begin to listen too late
+        interrupt = NextInterrupt()  # made on this thread: the run's own thread might begin to listen too late
         until = interrupt if stop is None else EitherStop(interrupt, stop)
         answers = self.answer(Call.of(found, chosen), column, job, chosen.cache, until)
         with self.lock:
@@ -186,10 +186,10 @@ class Session:
         job: str | None = None,
         planned: bool = False,
     ) -> Estimate:
-        """What `complete` with the same arguments would take. Asks nothing, starts no engine.
+        """An estimate of `complete` with the same arguments. Asks no model, starts no engine.
 
         Raises:
-            RequestError: as `complete`.
+            RequestError: As `complete`.
         """
         chosen = parse_options(options)
         call = Call.of(self.model(model), chosen)
@@ -198,14 +198,14 @@ class Session:
         return estimate(call, column, self.store, who, chosen.cache, caps.money, caps.tokens)
 
     def bar(self, model: Model, rows: int) -> Progress:
-        """What shows the progress of a run of so many rows."""
+        """The bar that shows the progress of a run of so many rows; `Quiet` if none is shown."""
         return Quiet() if rows < 2 else progress_for(model.name, self.progress)
 
     def caps_of(self, model: Model, job: str | None) -> tuple[Budget | None, Budget | None]:
         """The session's caps on money and tokens, less what earlier attempts of an unfinished job have spent of them.
 
         Raises:
-            InvalidOptionError: the model is priced in another currency than the first one was.
+            InvalidOptionError: The model is priced in another currency than the session's first model.
         """
         return self.budgets.of_run(model, job, self.store, self.who.tenant)
 
@@ -221,7 +221,7 @@ class Session:
         warn(f"{text} The details show each.")
 
     def advise(self, model: Model, prompts: Any) -> None:
-        """Give a model's advice once."""
+        """Warn once for each model if prompts are not of the kind that the model was made for."""
         advice = None if model.name in self.warned else advice_for(model, prompts)
         if advice is not None:
             self.warned.add(model.name)
@@ -233,7 +233,7 @@ class Session:
 
     @off_main
     def end_job(self, job: str) -> None:
-        """The results of a job are safe: what was kept only for its resume goes."""
+        """Delete the answers that were kept only for the job's resume. Call it when the job's results are safe."""
         self.store.end_job(self.who.tenant, job)
 
     def after_fork(self) -> None:

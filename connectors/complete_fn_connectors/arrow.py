@@ -1,4 +1,4 @@
-"""Columns become prompts, and answers columns: NULL, prompt types and options by row are handled here alone."""
+"""Arrow columns become prompts, and answers become columns. Only this module handles NULL, prompt types and options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUMBERED = re.compile(r"\{_(\d+)\}")
 
 @dataclass(frozen=True)
 class CallGroup:
-    """Rows that share model and options, so that they are one plan. `rows` None: all rows."""
+    """Rows with the same model and options, which are planned together. If `rows` is None, these are all rows."""
 
     model: str
     options: Mapping[str, Any] | None
@@ -47,15 +47,15 @@ def is_text(kind: Any) -> bool:
 
 
 def prompt_column(column: Any, reorder_fields: bool = False) -> Any:
-    """[n] large_string: one planned prompt (see `prompts.escaped`) per row, NULL where there is none.
+    """[n] large_string: the planned prompt (see `prompts.escaped`) of each row; NULL for a row without a prompt.
 
     Args:
         column: text, `prompt(template, {fields})` structs, or messages as LIST(STRUCT(role, content)).
-        reorder_fields: keep the fields of structs apart, for the planner to order (see `field_prompts`).
+        reorder_fields: keep the fields of structs separate, for the planner to order (see `field_prompts`).
 
     Raises:
-        InputError: another type; the message has it and the cast.
-        InvalidOptionError: a template cannot be used.
+        InputError: The column has another type; the message has the type and the cast to write.
+        InvalidOptionError: A template cannot be used.
     """
     array = one_array(column)
     kind = array.type
@@ -113,8 +113,8 @@ def prompt_structs(columns: list[Any]) -> Any:
     """[n] PROMPT from (template, {fields}) or, as Snowflake writes it, (template with {0} {1}, value, value).
 
     Raises:
-        InvalidOptionError: a template cannot be used.
-        InputError: a field has no text form, or a template names a field that is not given.
+        InvalidOptionError: A template cannot be used.
+        InputError: A field has no text form, or a template names a field that is not given.
     """
     template, *rest = [one_array(c) for c in columns]
     if not (is_text(template.type) or pa.types.is_null(template.type)):
@@ -142,7 +142,7 @@ def named_fields(fields: Any) -> tuple[list[str], list[Any]]:
 
 
 def name_positions(template: Any) -> Any:
-    """The template with `{_0}` for `{0}`: a number is no name, so the fields of a positional prompt get names."""
+    """The template with `{_0}` for `{0}`. A field needs a name, and a number is none."""
     changed = {t: POSITION.sub(r"{_\1}", t) for t in pc.unique(template).drop_null().to_pylist()}
     return pa.array([changed.get(t) for t in template.to_pylist()], pa.large_string())
 
@@ -163,13 +163,14 @@ def is_constant(column: Any) -> bool:
 
 
 def groups(model: Any, options: Any | None) -> Iterator[CallGroup]:
-    """The groups of equal (model, options); rows without a model are in none.
+    """The rows in groups of equal model and options, without the rows whose model is NULL.
 
     Args:
         model: a column of names, or one name for all rows; then `options` is one mapping or None.
 
     Raises:
-        InputError: the model is no text. InvalidOptionError: the options are no object.
+        InputError: The model is not text.
+        InvalidOptionError: The options are not an object.
     """
     if isinstance(model, str):
         yield CallGroup(model, options)
@@ -199,7 +200,7 @@ def python_values(column: Any) -> list[Any]:
 
 
 def plain_value(value: Any) -> Any:
-    """A DECIMAL, which is what SQL makes of the literals 0.5 and 16, as int or float; other values as they are."""
+    """A DECIMAL as int or float, because SQL makes DECIMALs of literals such as 0.5; other values unchanged."""
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, dict):
@@ -211,7 +212,7 @@ def option_mapping(value: Any) -> Mapping[str, Any] | None:
     """Options from a STRUCT, a MAP or JSON text.
 
     Raises:
-        InvalidOptionError: none of these.
+        InvalidOptionError: The value is none of these.
     """
     if isinstance(value, str):
         try:
@@ -224,7 +225,7 @@ def option_mapping(value: Any) -> Mapping[str, Any] | None:
 
 
 def by_group(length: int, chosen: list[CallGroup], answer: Callable[[CallGroup], Any], kind: Any) -> Any:
-    """[length] values of `kind`: the answers of each group at its rows, NULL at the rows of none."""
+    """[length] values of `kind`: the answers of each group at its rows, NULL at rows that are in no group."""
     if len(chosen) == 1 and chosen[0].rows is None:
         return one_array(answer(chosen[0]))
     if not chosen:

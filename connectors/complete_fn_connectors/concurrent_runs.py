@@ -37,10 +37,10 @@ class WantedRun:
 
 
 def complete_together(session: Session, wanted: Sequence[WantedRun]) -> list[Answers]:
-    """The answers of each run, in their order. Models take turns: each may need the whole device.
+    """The answers of the runs, in the order of `wanted`. Models take turns, as each may need the whole device.
 
     Raises:
-        CompleteError, KeyboardInterrupt: as `Session.complete`; it stops the runs beside it, whose finished rows stay.
+        CompleteError, KeyboardInterrupt: As `Session.complete`. The other runs stop too; their finished rows stay.
     """
     by_model: dict[str, list[int]] = {}
     for number, one in enumerate(wanted):

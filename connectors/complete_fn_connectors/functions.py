@@ -26,9 +26,9 @@ from complete_fn_connectors.arrow import CallGroup, by_group, groups, is_text, o
 from complete_fn_connectors.query_progress import QueryBar
 from complete_fn_connectors.sql_functions import FUNCTIONS
 
-VECTOR = 2048  # rows of a full call by DuckDB: another one of the same query is likely to follow
-PAUSE = 0.25  # seconds without a call after which the next one belongs to another query
-LOUD, WITHIN = 5, 1.0  # at most so many warnings in so many seconds
+VECTOR = 2048  # rows of a full call by DuckDB; after a full call the same query probably makes another
+PAUSE = 0.25  # seconds without a call, after which the next call counts as one of another query
+LOUD, WITHIN = 5, 1.0  # the most warnings, in so many seconds
 
 
 class QuerySession(Session):
@@ -49,11 +49,11 @@ class QuerySession(Session):
 
     @contextmanager
     def braked(self, max_cost: Any, max_total_tokens: int | None) -> Iterator[None]:
-        """Hold everything that is asked meanwhile to these caps as well as to the session's own.
+        """Apply these caps, besides the session's own, to all prompts that the session gets inside this context.
 
         Raises:
-            InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
-            InputError: another query of the session has caps of its own.
+            InvalidOptionError: `max_cost` is no amount, or `max_total_tokens` no whole number.
+            InputError: Another query of the session has caps of its own.
         """
         brake = Brake.of(max_cost, max_total_tokens)
         if not brake:
@@ -73,7 +73,7 @@ class QuerySession(Session):
                 self.brake = NO_BRAKE
 
     def bar(self, model: Model, rows: int) -> Progress:
-        """One bar for all pieces of a query, where a person is looking."""
+        """One bar for all pieces of a query, shown if a person is looking."""
         if isinstance(super().bar(model, rows), Quiet):
             return Quiet()
         with self.counting:
@@ -116,7 +116,7 @@ class QuerySession(Session):
         )
 
     def take_summary(self) -> str:
-        """One line on everything since the last call."""
+        """One line that sums up all runs since the last call of this function."""
         with self.lock:
             summary, self.summary = self.summary, type(self.summary)()
         return summary.line()
@@ -129,7 +129,12 @@ def answer_rows(
     kind: Any,
     lenient: bool = False,
 ) -> Any:
-    """[n] values of `kind` for the columns model, prompt and perhaps options. `lenient`: query faults are NULL too."""
+    """[n] values of `kind` for the columns model, prompt and perhaps options.
+
+    Args:
+        pick: makes the values from the answers of a group.
+        lenient: A query fault gives NULL with a warning, and is not raised.
+    """
     if len(columns) not in (2, 3):
         raise InputError(f"{len(columns)} arguments were given; write {FUNCTIONS['complete'].form}.")
     length = len(columns[1])
@@ -177,7 +182,7 @@ def complete_details(session: Session, *columns: Any) -> Any:
 
 
 def prompt(session: Session, *columns: Any) -> Any:
-    """[n] structs that keep the fields apart from the template until the prompt is rendered."""
+    """[n] structs of a template and its fields. The text of the prompt is made from them later."""
     return prompt_structs(list(columns))
 
 
@@ -185,7 +190,8 @@ def count_tokens(session: Session, *columns: Any) -> Any:
     """[n] int64: tokens of each text by the model's own tokenizer; NULL for NULL.
 
     Raises:
-        InputError: the text is no text. UnknownModelError: no such model.
+        InputError: The column `text` is not text.
+        UnknownModelError: The catalogue has no such model.
     """
     if len(columns) != 2:
         raise InputError(f"{len(columns)} arguments were given; write {FUNCTIONS['count_tokens'].form}.")

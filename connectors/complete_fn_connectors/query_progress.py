@@ -8,7 +8,7 @@ from decimal import Decimal
 from complete_fn.progress import Bar
 from complete_fn.types import Usage
 
-PAUSE = 0.5  # seconds without a piece after which the query is taken to be over
+PAUSE = 0.5  # seconds without a piece, after which the query counts as over
 
 
 class QueryBar:

@@ -53,10 +53,10 @@ def options_column(length: int, parameters: Any, response_format: Any) -> Any:
 
 
 def read_flag(column: Any, name: str) -> bool:
-    """Whether the argument is true, the same for all rows; NULL and not given are false.
+    """The value of a BOOLEAN argument that is the same for all rows. NULL, or an argument not given, is false.
 
     Raises:
-        InputError: it is no BOOLEAN, or differs by row.
+        InputError: The argument is no BOOLEAN, or differs by row.
     """
     values = one_array(column)
     if not (pa.types.is_boolean(values.type) or pa.types.is_null(values.type)):
@@ -126,8 +126,10 @@ def ai_complete_with_error(session: Session, *columns: Any) -> Any:
 
 
 def fill_arguments(columns: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All six arguments; an argument that was not given is NULL. A third argument that is true or false was meant by
-    name."""
+    """All six arguments, with NULL for arguments that were not given.
+
+    A third argument that is true or false is refused: its writer meant another argument, which needs its name.
+    """
     if not 2 <= len(columns) <= 6:
         raise InputError(f"{len(columns)} arguments were given. Write {AI_COMPLETE}.")
     if len(columns) > 2 and pa.types.is_boolean(columns[2].type):
@@ -139,7 +141,7 @@ def refuse_clash(con: duckdb.DuckDBPyConnection) -> None:
     """Refuse a database that has a catalog named snowflake already.
 
     Raises:
-        InputError: a catalog named snowflake is there already; the message has its file.
+        InputError: The database has such a catalog; the message names its file.
     """
     query = "SELECT database_name, path FROM duckdb_databases() WHERE lower(database_name) = 'snowflake'"
     with con.cursor() as cursor:

@@ -19,7 +19,11 @@ from complete_fn_connectors.sql_functions import FUNCTIONS
 
 
 def model_of(session: QuerySession, name: str) -> str:
-    """Raises InputError: the registration does not say which model answers."""
+    """The registration's `task_model`.
+
+    Raises:
+        InputError: The registration has no `task_model`.
+    """
     if session.task_model is None:
         raise InputError(
             f"{name} names no model: register(con, cortex=True, task_model='llama-8b-swiftkv') says which one answers."

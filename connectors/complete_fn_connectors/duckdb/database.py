@@ -17,7 +17,7 @@ from complete_fn.rows.watchdog import QueryLimit
 from complete_fn_connectors.duckdb_query.json_versions import read_batches
 from complete_fn_connectors.duckdb_query.materialise import quote_name
 
-MEMORY_LIMIT = "1GiB"  # of a tenant's query; DuckDB's own default is 80 % of the machine's memory
+MEMORY_LIMIT = "1GiB"  # memory of a tenant's query; DuckDB's own default is 80 % of the machine's memory
 
 
 def open_database(url: str, read_only: bool, seconds: float | None) -> DuckDatabase:
@@ -29,7 +29,7 @@ def open_database(url: str, read_only: bool, seconds: float | None) -> DuckDatab
 
 
 class DuckDatabase:
-    """As `rows.databases.RowDatabase`. SQL of a tenant runs without files, network, extensions or settings."""
+    """A `rows.databases.RowDatabase`. A tenant's SQL runs without access to files, network, extensions or settings."""
 
     def __init__(self, path: str, read_only: bool, seconds: float | None) -> None:
         self.path, self.read_only, self.seconds = path, read_only, seconds

@@ -1,4 +1,4 @@
-"""Submit from SQL, come back later: a service's jobs as functions of a DuckDB database.
+"""`register_jobs` adds SQL functions that submit jobs to a service and fetch their results later.
 
 register_jobs(con, Client("http://host:8000", key))
 SELECT complete_submit('SELECT id, body FROM reviews', 'demo-llama-swiftkv', 'Summarise: {body}');
@@ -58,7 +58,7 @@ def register_jobs(con: duckdb.DuckDBPyConnection, client: Client) -> None:
 
 
 def submit(con: duckdb.DuckDBPyConnection, client: Client, query: str, model: str, prompt: str, options: str) -> str:
-    """A query's rows as a job; its id."""
+    """Submit the rows of a query as a job; returns the job's id."""
     try:
         chosen = json.loads(options)
     except ValueError as error:

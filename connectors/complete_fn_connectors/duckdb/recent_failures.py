@@ -1,9 +1,9 @@
 """A failed constant call raises the same failure again for a second, as DuckDB may drop what a call raises.
 
-DuckDB evaluates a call whose arguments are all constant while it plans, and in most places takes an exception as a sign
-to try again later, at the latest when the query runs. Without memory an engine that cannot start would be started a
-dozen times, a row that fails under `strict` paid as often, and Ctrl-C end nothing. So a failure of a call of one row
-(folding makes no other) is raised again where the same would be tried within a second.
+DuckDB evaluates a call whose arguments are all constant while it plans. If the call fails, DuckDB mostly drops the
+exception and evaluates the call again, at the latest when the query runs. Without this memory, DuckDB would start an
+engine that cannot start a dozen times and pay a row that fails under `strict` as often, and Ctrl-C would not end the
+query. Only calls of one row are remembered, because a constant call has one row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RecentFailures:
         self.failures: dict[Key, tuple[float, BaseException]] = {}
 
     def raise_again(self, name: str, columns: tuple[Any, ...]) -> None:
-        """Raise what a call like this one has raised within the last second."""
+        """Raise the error that an equal call, or one of the same model, has raised within the last second."""
         with self.lock:
             if not self.failures:
                 return
@@ -39,8 +39,11 @@ class RecentFailures:
                     raise self.failures[key][1]
 
     def note(self, name: str, columns: tuple[Any, ...], error: BaseException) -> None:
-        """Keep a failure of a call of one row. An interrupt concerns all calls, an engine's failure all of its model, a
-        failed row its call; a wrong request costs nothing to meet again."""
+        """Remember the failure of a call of one row.
+
+        An interrupt is raised again for all calls, an engine's failure for all calls of its model, a failed row for
+        equal calls. Wrong requests are not remembered, because they cost nothing when they fail again.
+        """
         if len(columns[0]) != 1:
             return
         model, call = failure_keys(name, columns)
@@ -55,6 +58,6 @@ class RecentFailures:
 
 
 def failure_keys(name: str, columns: tuple[Any, ...]) -> tuple[Key, Key]:
-    """(what all calls of its model have in common, what the same call has), by a call's first row."""
+    """(key of all calls of the model, key of equal calls), from the first row of a call."""
     values = tuple(str(column[0]) if len(column) else "" for column in columns)
     return values[:1], (name, *values)

@@ -41,7 +41,7 @@ SQL_TYPES = {
     pa.int64(): "BIGINT",
     pa.float64(): "DOUBLE",
 }
-WHOSE = "complete_fn_registration"  # a function that tells which registration a cursor sees
+WHOSE = "complete_fn_registration"  # the SQL function that returns the id of the registration that a cursor sees
 
 
 class Registration:
@@ -52,8 +52,8 @@ class Registration:
     whose connection is gone.
 
     Attributes:
-        session: what answers; its budget is shared by all queries of the registration.
-        error: the last error a function raised, as it was before DuckDB turned it into text.
+        session: the session that answers; all queries of the registration share its budget.
+        error: the last error that a function raised, before DuckDB turned the error into text.
     """
 
     def __init__(self, con: duckdb.DuckDBPyConnection, session: QuerySession) -> None:
@@ -77,7 +77,7 @@ class Registration:
         """Take the functions from the database, without touching its data; answers stay in the state folder.
 
         Raises:
-            duckdb.Error: a query of the connection is still being read; DuckDB 1 drops the rows left of it instead.
+            duckdb.Error: Rows of a query of the connection are still being read. DuckDB 1 drops these rows instead.
         """
         if self.names:
             drop_unread_rows(self.con)
@@ -177,7 +177,7 @@ def refuse_transaction(con: duckdb.DuckDBPyConnection) -> None:
     """Refuse a connection inside a transaction: a rollback would remove the functions, and cursors would not see them.
 
     Raises:
-        InputError: the connection is inside one.
+        InputError: The connection is inside a transaction.
     """
     if query.in_transaction(con):
         raise InputError("The connection is inside a transaction. COMMIT or ROLLBACK it, then register.")
@@ -205,20 +205,20 @@ def register(
     Args:
         con: a connection, or the module `duckdb` for its default connection.
         engine: URL of an OpenAI-compatible server or an `Engine`, for every model; None takes each model's own.
-        prices: what `engine` takes per million tokens, like {"input": 0.15, "output": 0.6}; None takes the catalogue's.
-        max_cost: all queries together never spend more; what it does not cover is NULL with `budget_exceeded`.
-        max_total_tokens: the same for tokens, those of prompts and answers together.
-        home: folder of answers and ledger; None takes COMPLETE_FN_HOME or the platform's.
-        models_file: TOML over the built-in catalogue.
-        cortex: also answer to AI_COMPLETE, AI_CLASSIFY, AI_FILTER and their like, and to SNOWFLAKE.CORTEX.*.
-        task_model: the model behind those of them that name none.
-        query_tag: marks the ledger's lines.
+        prices: prices of `engine` per million tokens, like {"input": 0.15, "output": 0.6}; None takes the catalogue's.
+        max_cost: cap on what all queries together spend. Rows that it does not cover are NULL with `budget_exceeded`.
+        max_total_tokens: cap on the tokens of prompts and answers of all queries together.
+        home: folder of answers and ledger; None takes COMPLETE_FN_HOME or the platform's user data folder.
+        models_file: a TOML file whose models are added to the built-in catalogue, or override its models.
+        cortex: also add Snowflake's functions: AI_COMPLETE, AI_CLASSIFY, AI_FILTER and so on, and SNOWFLAKE.CORTEX.*.
+        task_model: the model that answers those of Snowflake's functions that name no model.
+        query_tag: a text that the ledger notes with each line.
         progress: show a bar; None shows one when a person is looking.
 
     Raises:
-        InputError: the connection is inside a transaction; or the database has functions of these names, or a
-            catalog `snowflake` with `cortex`.
-        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
+        InputError: The connection is inside a transaction; or the database has functions of these names already, or,
+            with `cortex`, a catalog `snowflake`.
+        InvalidOptionError: `max_cost` is no amount, or `max_total_tokens` no whole number.
     """
     session = QuerySession(
         engine=engine,
@@ -290,28 +290,29 @@ def sql(
 ) -> Any:
     """Run a query once, with its completions planned as a whole instead of 2,048 rows at a time.
 
-    The query is first run in collect mode: what its calls would ask is noted, then asked as one plan for each model,
-    round by round where calls depend on each other; the run itself then finds every answer known. A query that succeeds
-    never pays for a prompt that `con.execute` would not pay for, and has its result. One that fails as it runs (a cast
-    of an answer, `strict`) may have paid for all its rows, where `con.execute` stops at the piece of 2,048 that fails.
-    What cannot be planned (see the README) runs as `con.execute` would. Works on registered connections and their
-    cursors, inside an open transaction too.
+    First the query runs in collect mode: `sql` notes the prompts of its calls, then asks them as one plan per model.
+    Where calls depend on each other, it does so in rounds. Then the query runs and finds every answer known.
+
+    A query that succeeds has the result of `con.execute`, and never pays for a prompt that `con.execute` would not pay
+    for. A query that fails while it runs (a cast of an answer, `strict`) may have paid for all its rows, where
+    `con.execute` stops at the piece of 2,048 rows that fails. Queries that cannot be planned (see the README) run as by
+    `con.execute`. Works on registered connections and their cursors, inside an open transaction too.
 
     Args:
         params: values of a prepared query's parameters, a sequence or a mapping by name.
-        max_cost: never spend more on this query, in the catalogue's currency; what it does not cover is NULL with
-            `budget_exceeded`. The registration's own cap holds too. Whatever else the registration is asked meanwhile,
-            from other threads, counts as well.
-        max_total_tokens: the same for tokens, those of prompts and answers together.
+        max_cost: cap on what this query spends, in the catalogue's currency. Rows that it does not cover are NULL with
+            `budget_exceeded`. The registration's own cap holds too. Queries that other threads run on the registration
+            meanwhile count as well.
+        max_total_tokens: cap on the tokens of the query's prompts and answers together.
 
     Returns:
         A relation over the rows, which are not computed again; what `con.execute` returns for INSERT, CREATE and COPY
         (with a cap a relation of it).
 
     Raises:
-        InputError: the connection is not registered, or another query of it has caps of its own now.
-        InvalidOptionError: `max_cost` is no amount, `max_total_tokens` no whole number.
-        duckdb.Error: as `con.execute`.
+        InputError: The connection is not registered, or another query of the registration has caps of its own now.
+        InvalidOptionError: `max_cost` is no amount, or `max_total_tokens` no whole number.
+        duckdb.Error: As `con.execute`.
     """
     con = connection_of(con)
     registration = registration_of(con)
@@ -320,27 +321,27 @@ def sql(
 
 
 def explain(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params: Parameters = None) -> Explanation:
-    """What `sql` would do: its rounds, each call's prompts and guards, and what is known. Nothing is asked.
+    """The plan of `sql`: its rounds, and for each call its prompts, guards and known answers. Asks no model.
 
-    The query runs in collect mode as far as answers are known; counts that depend on others are left open. Below a
-    LIMIT that stops early the counts are upper bounds.
+    The query runs in collect mode as far as answers are known. Counts that depend on unknown answers are left open. For
+    a query with a LIMIT that stops early, the counts are upper bounds.
 
     Raises:
-        InputError: the connection is not registered.
-        duckdb.Error: the query is none.
+        InputError: The connection is not registered.
+        duckdb.Error: DuckDB refuses the query.
     """
     con = connection_of(con)
     return explain_query(con, registration_of(con), query_text, params)
 
 
 def estimate(con: duckdb.DuckDBPyConnection | ModuleType, query_text: str, params: Parameters = None) -> QueryEstimate:
-    """What `sql` would take: rows, tokens, cached share, price and device-seconds of each model. Nothing is asked.
+    """An estimate of `sql`: rows, tokens, cached share, price and device-seconds for each model. Asks no model.
 
-    Calls whose prompts depend on answers not yet given are listed as open.
+    Calls whose prompts depend on unknown answers are listed as open.
 
     Raises:
-        InputError: the connection is not registered.
-        duckdb.Error: the query is none.
+        InputError: The connection is not registered.
+        duckdb.Error: DuckDB refuses the query.
     """
     con = connection_of(con)
     return estimate_query(con, registration_of(con), query_text, params)
