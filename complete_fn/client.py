@@ -1,4 +1,4 @@
-"""A service's jobs from Python: submit a table, wait with a bar, fetch the rows with their answers as Arrow."""
+"""`Client` submits tables to a service as jobs, waits with a bar, and fetches the rows with their answers as Arrow."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from complete_fn.types import Usage
 
 OVER = ("completed", "failed", "cancelled", "expired")
 FIRST_WAIT, LONGEST_WAIT = 0.2, 2.0
-WAIT_SHARE = 0.02  # of the time so far between two looks: a short job is not slowed by looking for its end
+WAIT_SHARE = 0.02  # wait between two looks as a share of the time so far, so that the end of a short job is seen soon
 CHUNK = 1 << 20
 
 
 class Client:
     """A service at `url` ("http://host:8000", with or without /v1).
 
-    One that is busy (429) is asked again as its Retry-After says, for as long as `timeout`.
+    If the service is busy (429), the client asks again when its Retry-After says, for `timeout` seconds at most.
 
     Args:
-        timeout: seconds that a reply may take.
+        timeout: The most seconds that a reply may take.
 
     Raises:
-        InputError: `url` is none.
-        EngineError: nobody answers there, or no service.
-        CompleteError: what the service refuses, as the error that its code names.
+        InputError: `url` is not a URL.
+        EngineError: Nothing answers at `url`, or the reply is not that of a service.
+        CompleteError: The service refuses a request; the error's class is the one that the service's error code names.
     """
 
     def __init__(self, url: str, key: str | None = None, timeout: float = 300.0) -> None:
@@ -98,7 +98,7 @@ class Client:
         return str(reply["id"])
 
     def job(self, name: str) -> RemoteJob:
-        """The job with this id. Nothing is asked yet."""
+        """The job with this id. This sends no request."""
         return RemoteJob(self, name)
 
     def jobs(self, limit: int = 20) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ class RemoteJob:
             progress: show a bar; None shows one when a person is looking.
 
         Raises:
-            JobError: it failed, or its results cannot be written to the sink; the message says why.
+            JobError: The job failed, or its results cannot be written to the sink; the message says why.
         """
         now = self.state()
         bar, began = progress_for(now["model"], progress), time.monotonic()
@@ -186,7 +186,7 @@ class RemoteJob:
         """The rows with their answers.
 
         Args:
-            partial: only the rows that are done, also before the job is over; all of a completed one.
+            partial: Fetch only the rows that are done, also before the job is over. A completed job gives all rows.
         """
         query = {"format": "arrow", "details": details, "partial": partial}
         reply = self.client.ask("GET", f"/jobs/{self.id}/results", params=query)
@@ -207,7 +207,7 @@ class RemoteJob:
         self.client.ask("POST", f"/jobs/{self.id}/cancel")
 
     def rerun(self, max_cost: Decimal | float | str | None = None) -> None:
-        """Run the rows again that failed; `max_cost` is another cap for the whole job."""
+        """Run the rows without an answer again; `max_cost` is a new cap for the whole job."""
         body = {"max_cost": None if max_cost is None else str(max_cost)}
         self.client.ask("POST", f"/jobs/{self.id}/rerun", json=body)
 
@@ -217,7 +217,7 @@ class RemoteJob:
 
 
 def contents(source: Any) -> tuple[str, Any]:
-    """(file name, open file) of what is to be uploaded."""
+    """(file name, open file) of the source to upload."""
     if isinstance(source, str | Path):
         try:
             return Path(source).name, Path(source).open("rb")
@@ -236,7 +236,7 @@ def contents(source: Any) -> tuple[str, Any]:
 
 
 def refuse(reply: httpx.Response) -> None:
-    """Raise what the service's error code names; a page, or a redirect to one, is no reply of a service."""
+    """Raise the error that the error code names. An HTML page, or a redirect to one, is no reply of a service."""
     if reply.is_success and not reply.headers.get("content-type", "").startswith("text/html"):
         return
     try:

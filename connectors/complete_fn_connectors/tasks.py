@@ -41,10 +41,10 @@ def templates(task: str) -> dict[str, str]:
 
 
 def template_of(task: str, given: Any) -> str:
-    """The prompt to use: the newest, the version named, or the caller's own with `{text}` in it.
+    """The prompt of a task: the newest one, the version that `given` names, or `given` itself with `{text}` in it.
 
     Raises:
-        InvalidOptionError: no such version, or the template lacks {text} or names something else.
+        InvalidOptionError: There is no such version, or the template lacks {text} or names something else.
     """
     known = templates(task)
     if given is None:
@@ -99,7 +99,7 @@ def ask_task(
 
 
 def rows_of(own: Any, options: Any, n: int, constant: bool) -> tuple[list[Any], list[Any]]:
-    """The task's and the caller's options: of all rows at once where they are `constant`, else row by row."""
+    """The options of the task together with the caller's: once for all rows if they are `constant`, else row by row."""
     plain = options is None or isinstance(options, Mapping)
     if constant:
         return list(own), [options] if plain else [*python_values(one_array(options)[:1]), None][:1]
@@ -123,7 +123,7 @@ def split_options(task: str, columns: tuple[Any, ...]) -> tuple[Any, ...]:
     """The columns with the options as the last one; None stands for options that were not given.
 
     Raises:
-        InputError: too few or too many.
+        InputError: There are too few or too many columns.
     """
     count = len(FUNCTIONS[f"complete_{task}"].arguments)
     if len(columns) not in (count, count + 1):
@@ -156,7 +156,7 @@ def label_lists(column: Any) -> list[Any]:
     """[n] or, where all rows have the same, [1] lists of labels, texts or {label, description}; None for NULL.
 
     Raises:
-        InputError: no list of these.
+        InputError: The labels are no list of these.
     """
     values = one_array(column)
     if pa.types.is_null(values.type):
@@ -192,7 +192,8 @@ def complete_classify(session: Session, *columns: Any) -> Any:
     """[n] large_string: one of the labels, by one token of the model.
 
     Raises:
-        InvalidOptionError: the labels cannot be used (see `choices.parse_choices`). InputError: wrong arguments.
+        InvalidOptionError: The labels cannot be used (see `choices.parse_choices`).
+        InputError: There are too few or too many arguments, or one has a wrong type.
     """
     return classification(session, columns, value, pa.large_string())
 
@@ -243,7 +244,7 @@ def questions_of(fields: Any) -> dict[str, str]:
     """Question by name, from a list of names or a mapping.
 
     Raises:
-        InputError: neither, or empty.
+        InputError: The fields are neither, or there is none.
     """
     if isinstance(fields, list) and all(isinstance(name, str) for name in fields):
         fields = {name: f"What is the {name}?" for name in fields}

@@ -2,9 +2,9 @@
 
 DuckDB moves a filter below a projection only if neither can fail, and a join never: over
 `(SELECT id, complete(model, text) AS a FROM docs)` the condition `id % 100 = 0` and a join with a table of ten rows
-still leave every row of `docs` asked. Here a condition on columns that the subquery hands through becomes one of its
-own, and an equality with a column of another table `column IN (SELECT ... FROM table)`. The outer
-query keeps them too, so its rows cannot change; only rows that it would discard are not asked.
+still leave every row of `docs` asked. Here a condition on columns that the subquery makes without a completion is
+copied into the subquery. An equality with a column of another table is copied as `column IN (SELECT ... FROM table)`.
+The outer query keeps them too, so its rows cannot change; only rows that it would discard are not asked.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class ConditionPushdown:
         return known.get(found.pop()) if len(found) == 1 else None
 
     def inside(self, part: Tree, leaf: FromTable, asking: bool = False) -> Tree | None:
-        """The part in the names of the subquery; None if a column is not simply handed through."""
+        """The part with the subquery's expressions in place of columns; None if a column has no plain expression."""
         outputs = self.outputs(leaf, asking)
         missing = False
 

@@ -62,7 +62,7 @@ def configure(
     query_tag: str | None = None,
     progress: bool | None = None,
 ) -> QuerySession:
-    """Set what expressions made from now on are answered with; returns it, for `session=` and `take_summary()`.
+    """Make the default session of all expressions made from now on; returns it, for `session=` and `take_summary()`.
 
     Args:
         engine: URL of an OpenAI-compatible server or an `Engine`, for every model; None takes each model's own.
@@ -100,7 +100,7 @@ def default_session() -> QuerySession:
 
 
 def summary() -> str:
-    """One line on everything that the default session answered since the last call."""
+    """One line that sums up all runs of the default session since the last call of this function."""
     return default_session().take_summary()
 
 
@@ -238,11 +238,11 @@ def complete_extract(
 
 
 class Checked(Exception):
-    """The check of a call is over: it asks nothing wrong. This exception never leaves this module."""
+    """Ends the check of a call in which nothing is wrong. This exception never leaves this module."""
 
 
 class CheckingSession:
-    """In place of a session: checks what a call asks, and asks nothing."""
+    """Stands for a session while a call is checked: it checks model and options, and asks no model."""
 
     def __init__(self, session: QuerySession) -> None:
         self.session = session
