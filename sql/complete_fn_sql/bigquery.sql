@@ -4,15 +4,18 @@
 -- BigQuery calls Cloud Run only, with a token of its own in `Authorization`: deploy/bigquery/forwarder.py runs there
 -- and passes requests on with the API key from Secret Manager. A request is cut at about 256 KiB; the service merges
 -- requests that arrive together. Put conditions into WHERE: in CASE and IF BigQuery sends one row a request.
-CREATE OR REPLACE FUNCTION `<project>.<dataset>`.complete(model STRING, prompt STRING) RETURNS STRING
+CREATE OR REPLACE FUNCTION `<project>.<dataset>`.complete(model STRING, prompt STRING)
+  RETURNS STRING
   REMOTE WITH CONNECTION `<project>.<region>.<connection>`
   OPTIONS (endpoint = '<run_url>/v1/dialects/bigquery/complete', max_batching_rows = 256);
 
-CREATE OR REPLACE FUNCTION `<project>.<dataset>`.complete_with(model STRING, prompt STRING, options JSON) RETURNS STRING
+CREATE OR REPLACE FUNCTION `<project>.<dataset>`.complete_with(model STRING, prompt STRING, options JSON)
+  RETURNS STRING
   REMOTE WITH CONNECTION `<project>.<region>.<connection>`
   OPTIONS (endpoint = '<run_url>/v1/dialects/bigquery/complete', max_batching_rows = 256);
 
 -- JSON text: PARSE_JSON(complete_details(...)).error.code
-CREATE OR REPLACE FUNCTION `<project>.<dataset>`.complete_details(model STRING, prompt STRING) RETURNS STRING
+CREATE OR REPLACE FUNCTION `<project>.<dataset>`.complete_details(model STRING, prompt STRING)
+  RETURNS STRING
   REMOTE WITH CONNECTION `<project>.<region>.<connection>`
   OPTIONS (endpoint = '<run_url>/v1/dialects/bigquery/complete_details', max_batching_rows = 256);
