@@ -25,24 +25,35 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class CompleteError(Exception):
-    """Something went wrong."""
+    """Something went wrong.
+
+    `is_public`: whether tenants of a service may read the message. An engine's or a store's may quote an endpoint's
+    reply with a key in it, or name paths, hosts and users.
+    """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
+    is_public: bool = False
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or (self.__doc__ or "").strip())
+
+    def for_everybody(self) -> Self:
+        """The error, with a message of our own that tenants may read."""
+        self.is_public = True
+        return self
 
 
 class RequestError(CompleteError):
     """The request cannot be carried out as written."""
 
     status = 400
+    is_public = True
     code = "invalid_request"
 
 
@@ -146,6 +157,7 @@ class JobError(CompleteError):
     """The job is not in a state that allows this."""
 
     status = 409
+    is_public = True
     code = "job_conflict"
 
 

@@ -1,9 +1,13 @@
-"""Logs of failures without a word of a prompt: the error's type and place only."""
+"""What a failure says, and to whom: the log has no word of a prompt, a tenant reads nothing of the operator's."""
 
 from __future__ import annotations
 
 import logging
+import secrets
 import traceback
+
+from complete_fn.errors import CompleteError
+from complete_fn.types import Asker
 
 
 def log_failure(what: str, error: BaseException, room: str = "service") -> None:
@@ -11,3 +15,22 @@ def log_failure(what: str, error: BaseException, room: str = "service") -> None:
     last = traceback.extract_tb(error.__traceback__)[-1]
     logger = logging.getLogger(f"complete_fn.{room}")
     logger.error("%s: %s at %s:%s", what, type(error).__name__, last.name, last.lineno)
+
+
+def for_tenant(what: str, error: CompleteError, tenant: str) -> CompleteError:
+    """The error as the tenant may read it. Of a fault that is the operator's, it has a number that the log has too.
+
+    The local tenant, as whom everybody asks where no API key was made, is the operator and reads the message itself.
+    """
+    if error.is_public or tenant == Asker().tenant:
+        return error
+    number = secrets.token_hex(4)
+    first = printable(str(error).splitlines()[0])
+    logging.getLogger("complete_fn.service").error("%s: fault %s: %s", what, number, first)
+    kind = (type(error).__doc__ or "").splitlines()[0].strip()
+    return type(error)(f"{kind} The service's log says more of fault {number}.").for_everybody()
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of control characters, which could rewrite what a terminal shows."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -38,6 +38,7 @@ VOLATILE = (
     (re.compile(r"\b[0-9a-f]{64}\b"), "<digest>"),
     (re.compile(r"\b\d[\d,]*\.\d s\b"), "<seconds> s"),
     (re.compile(r"\b\d[\d,]*\.\d MiB\b"), "<size> MiB"),
+    (re.compile(r"\bfault [0-9a-f]{8}\b"), "fault <fault>"),
     (re.compile(r'(?<="bytes": )\d{5,}'), "<size>"),
 )
 

@@ -162,7 +162,8 @@ class Endpoint:
             pause = retry_after(reply) or max(FIRST_WAIT_S, min(idle, WAIT_S - idle))
             if idle + pause > WAIT_S:
                 raise EngineBusyError(
-                    f"{self.url} stays busy ({reply.status_code}) since {idle:.0f} s: {complaint(reply)} "
+                    f"{self.url} stays busy ({reply.status_code}) since {idle:.0f} s: "
+                    f"{self.without_key(complaint(reply))} "
                     "Try later, or lower engine_args.concurrency."
                 )
             self.quiet_until, self.pause = max(self.quiet_until, now + pause), pause
@@ -206,7 +207,7 @@ class Endpoint:
 
     async def outcome(self, reply: httpx.Response, request: CompletionRequest, limited: bool) -> Completion:
         """The completion that a reply means; `limited`: whether the caller's max_tokens bounds the answer."""
-        status, why = reply.status_code, complaint(reply)
+        status, why = reply.status_code, self.without_key(complaint(reply))
         if status == 200 and not failed(reply):
             room = request.sampling.max_tokens or self.model.default_max_tokens
             return completion(reply, request, room, limited)
@@ -224,6 +225,11 @@ class Endpoint:
         if "content_filter" in reply.text or "content_policy" in reply.text:
             return Completion.failed("blocked", why)
         return Completion.failed("invalid_request", f"The endpoint refuses the row ({status}): {why}")
+
+    def without_key(self, text: str) -> str:
+        """The text without the API key, which some endpoints quote in their refusals."""
+        key = self.client.headers.get("authorization", "").removeprefix("Bearer ")
+        return text.replace(key, "***") if key else text
 
     async def served(self) -> str:
         try:

@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from complete_fn.errors import CompleteError, EngineError, RateLimitError, TooLargeError
-from complete_fn.logs import log_failure
+from complete_fn.errors import CompleteError, RateLimitError, TooLargeError
+from complete_fn.logs import for_tenant, log_failure
 from complete_fn.server.call_out_replies import refused_at
 
 LOG = logging.getLogger("complete_fn.server")
@@ -39,12 +39,9 @@ def told(request: Request, error: Exception) -> tuple[int, str, str]:
     if not isinstance(error, CompleteError):
         log_failure(where, error, "server")
         return 500, "The service failed; its log says where.", "internal_error"
-    message = str(error)
-    if error.status >= 500:
-        LOG.error("%s: %s", where, message.splitlines()[0])
-        shown = message.splitlines()[0] if isinstance(error, EngineError) else ""
-        message = shown or "The service cannot do this now; its log says why."
-    return error.status, message, error.code
+    principal = getattr(request.state, "principal", None)
+    message = str(for_tenant(where, error, principal.tenant if principal is not None else ""))
+    return error.status, message.splitlines()[0] if error.status >= 500 else message, error.code
 
 
 async def of_complete_error(request: Request, error: Exception) -> Response:

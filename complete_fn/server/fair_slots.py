@@ -50,7 +50,7 @@ class FairSlots:
         everybody = sum(map(len, self.queues.values()))
         if mine >= self.waiting_of_one or everybody >= self.waiting:
             count = mine if mine >= self.waiting_of_one else everybody
-            raise EngineBusyError(f"{count} requests wait already. {self.advice}")
+            raise EngineBusyError(f"{count} requests wait already. {self.advice}").for_everybody()
 
     async def run(self, tenant: str, work: Callable[[], T], abandon_on_cancel: bool = False) -> T:
         """Raises:

@@ -62,7 +62,7 @@ class Proxy:
         await grant.settled(0)
         if self.want is not None:
             self.want(model)
-        raise EngineError(NOBODY.format(model=model))
+        raise EngineError(NOBODY.format(model=model)).for_everybody()
 
     async def candidates(self, model: str) -> list[Beat]:
         """The workers that accept requests: first those with a warm engine, and among them the least busy first."""
@@ -106,7 +106,7 @@ async def proxy(
         raise
     except httpx.HTTPError as error:
         await grant.settled(prompt)
-        raise EngineError(f"The worker broke off: {type(error).__name__}. Try again.") from error
+        raise EngineError(f"The worker broke off: {type(error).__name__}. Try again.").for_everybody() from error
     finally:
         leaving.cancel()
         sending.cancel()

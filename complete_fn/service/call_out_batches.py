@@ -23,7 +23,7 @@ from complete_fn.engines.stoppable import Stopped
 from complete_fn.errors import CompleteError, EngineError, JobError, NotFoundError
 from complete_fn.host import here
 from complete_fn.jobs.part_queue import worker_gone, worker_name
-from complete_fn.logs import log_failure
+from complete_fn.logs import for_tenant, log_failure
 from complete_fn.service.call_out import CallOut, Detail, Share, shares, value_of
 from complete_fn.service.call_out_merging import Merger, Ticket
 from complete_fn.service.engine_host import EngineHost
@@ -259,10 +259,12 @@ class CallOuts:
         running.settle(None)
         shown = error
         if isinstance(error, Stopped):
-            shown = EngineError("The batch was stopped. Send it again.")
+            shown = EngineError("The batch was stopped. Send it again.").for_everybody()
         elif not isinstance(error, CompleteError):
             log_failure("a call-out", error)
-            shown = EngineError("The service failed; its log says where.")
+            shown = EngineError("The service failed; its log says where.").for_everybody()
+        else:
+            shown = for_tenant("a call-out", error, name.tenant)
         try:
             self.keep(name, {"status": "failed", "error": str(shown).splitlines()[0]})
         finally:

@@ -80,7 +80,9 @@ class Merger:
         for waiting, share in ((everyone, 1), (mine, 2)):
             count = sum(len(t.share.rows) for t in waiting)
             if len(waiting) >= WAITING // share or (waiting and count + rows > WAITING_ROWS // share):
-                raise EngineBusyError(f"{len(waiting):,} requests with {count:,} rows wait already. Try again later.")
+                raise EngineBusyError(
+                    f"{len(waiting):,} requests with {count:,} rows wait already. Try again later."
+                ).for_everybody()
 
     def gather(self, key: Key) -> None:
         time.sleep(self.window)

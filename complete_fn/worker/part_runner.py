@@ -16,7 +16,7 @@ from complete_fn.engines.throughput import Watch
 from complete_fn.errors import CompleteError, StoreError
 from complete_fn.execution.answers import Answers, committed_answers
 from complete_fn.jobs.job import STORE_TRIES, Job, Part
-from complete_fn.logs import log_failure
+from complete_fn.logs import for_tenant, log_failure
 from complete_fn.prompts.options import parse_options
 from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.job_files import part_file, write_part
@@ -67,7 +67,8 @@ class PartRunner:
         try:
             self.complete(hand)
         except CompleteError as error:
-            told, delay = str(error).splitlines()[0], RETRY_SECONDS * 2**part.tries
+            told = str(for_tenant(f"part {part.name}", error, part.tenant))
+            delay = RETRY_SECONDS * 2**part.tries
             if error.retryable and hand.watch.answered:  # rows were answered, so the part itself is not the cause
                 self.state.parts.give_back(part, delay=RETRY_SECONDS)
             elif isinstance(error, StoreError):
@@ -75,7 +76,7 @@ class PartRunner:
             elif error.retryable:
                 self.state.parts.give_back(part, delay, told, salvage=hand.salvage)
             else:
-                self.state.parts.fail(part, str(error), hand.salvage)
+                self.state.parts.fail(part, told, hand.salvage)
         except Exception as error:
             log_failure(f"part {part.name}", error)
             told = f"The service failed: {type(error).__name__}."

@@ -16,6 +16,7 @@ from fastapi.responses import Response
 
 from complete_fn.errors import CompleteError, InputError, TooLargeError
 from complete_fn.jobs.api_keys import Principal
+from complete_fn.logs import for_tenant
 from complete_fn.registry import DIALECTS
 from complete_fn.server.auth import Caller
 from complete_fn.server.call_out_replies import PREFIX, dialect_of, refused, response
@@ -50,7 +51,7 @@ async def ask(dialect: Which, function: Function, request: Request, caller: Call
             return response(translator.busy(asked.batch))
         return await settled(translator, asked, values, until)
     except CompleteError as error:
-        return refused(translator, error)
+        return refused(translator, for_tenant(dialect, error, caller.tenant))
 
 
 @router.get("/{dialect}/{function}", summary="How far a batch is that was sent before")
@@ -71,7 +72,7 @@ async def poll(dialect: Which, function: Function, request: Request, caller: Cal
             return response(translator.busy(name.batch))
         return await settled(translator, *found, until)
     except CompleteError as error:
-        return refused(translator, error)
+        return refused(translator, for_tenant(dialect, error, caller.tenant))
 
 
 @router.delete("/{dialect}/{function}", summary="Stop a batch, or forget its reply", status_code=204)
@@ -82,7 +83,7 @@ async def forget(dialect: Which, function: Function, request: Request, caller: C
         await to_thread.run_sync(call_outs(request).forget, name)
         return Response(status_code=204)
     except CompleteError as error:
-        return refused(translator, error)
+        return refused(translator, for_tenant(dialect, error, caller.tenant))
 
 
 def call_outs(request: Request) -> CallOuts:

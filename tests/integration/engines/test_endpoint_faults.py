@@ -95,6 +95,23 @@ def test_an_endpoint_with_a_long_prompt_of_its_own_is_no_liar(endpoint: Endpoint
     assert mine.complete("remote", ROWS, {"max_tokens": 4}).text.to_pylist() == ["yes"] * len(ROWS)
 
 
+@pytest.mark.parametrize("status", [401, 404, 418])
+def test_an_endpoint_that_quotes_the_key_does_not_reveal_it(
+    endpoint: Endpoint, connect: Any, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setenv("REMOTE_KEY", "sesame-0123")
+    endpoint.script = lambda body: refused(status, "Incorrect API key provided: sesame-0123.")
+    told = ""
+    try:
+        (row,) = ask(connect(api_key_env="REMOTE_KEY"), "a")
+        assert row.error is not None
+        told = row.error.message
+    except EngineError as error:
+        told = str(error)
+    assert "provided: ***." in told
+    assert "sesame" not in told
+
+
 def test_rows_that_were_never_sent_are_not_lost(endpoint: Endpoint, tmp_path: Path) -> None:
     """The store counts 128 rows at a time as handed over; an endpoint without the model has got one or two of them."""
     endpoint.script = lambda body: refused(404, "no such model")
