@@ -230,9 +230,15 @@ def contents(source: Any) -> tuple[str, Any]:
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(f"A {type(source).__name__} is neither a path nor a table that Arrow can read.") from error
     sink = io.BytesIO()
-    parquet.write_table(table, sink)
+    parquet.write_table(without_views(table), sink)
     sink.seek(0)
     return "table.parquet", sink
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """The table with plain texts and bytes: pyarrow 20 writes no views to Parquet, and Polars gives text as views."""
+    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return table.cast(pa.schema([field.with_type(plain.get(field.type, field.type)) for field in table.schema]))
 
 
 def refuse(reply: httpx.Response) -> None:
