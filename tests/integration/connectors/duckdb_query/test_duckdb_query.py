@@ -275,13 +275,13 @@ def test_the_registrations_cap_holds_beside_the_querys(tmp_path: Path) -> None:
 
 def test_a_cap_that_is_none_or_meets_another_is_refused(con: duckdb.DuckDBPyConnection, engine: Counting) -> None:
     with pytest.raises(InvalidOptionError, match="max_cost = 'plenty'"):
-        sql(con, "SELECT complete('m', 'x')", max_cost="plenty")
+        sql(con, "SELECT complete('demo-llama', 'x')", max_cost="plenty")
     with pytest.raises(InvalidOptionError, match="max_total_tokens = -1"):
-        sql(con, "SELECT complete('m', 'x')", max_total_tokens=-1)
+        sql(con, "SELECT complete('demo-llama', 'x')", max_total_tokens=-1)
     with registration_of(con).session.braked(1, None), pytest.raises(InputError, match="Another query is running"):
-        sql(con, "SELECT complete('m', 'x')", max_cost=1)
+        sql(con, "SELECT complete('demo-llama', 'x')", max_cost=1)
     assert engine.requests == []
-    assert first(sql(con, "SELECT complete('m', 'x')", max_cost=1)) == ["x"]
+    assert first(sql(con, "SELECT complete('demo-llama', 'x')", max_cost=1)) == ["x"]
 
 
 def test_faults_are_told_as_by_the_plain_run(con: duckdb.DuckDBPyConnection, engine: Counting) -> None:
