@@ -188,10 +188,10 @@ def tokens_used(store: Store, tenant: str, job: str) -> int:
         return int(connection.execute(tokens).scalar() or 0)
 
 
-def mean_output(store: Store, model: str) -> float | None:
-    """Output tokens per computed row of the model so far; None with fewer than 20 rows in the ledger."""
+def mean_output(store: Store, model: str, tenant: str) -> float | None:
+    """Output tokens per row that the model computed for the tenant; None with fewer than 20 rows in the ledger."""
     sums = sa.select(of_class(ledger.c.rows, "input"), of_class(ledger.c.tokens, "output")).where(
-        ledger.c.model == model
+        ledger.c.tenant == tenant, ledger.c.model == model
     )
     with store.read() as connection:
         rows, tokens = connection.execute(sums).one()

@@ -46,12 +46,12 @@ class PromptGroup:
     prompts: Any
 
 
-def write_parts(state: ServiceState, job: str, first: int, groups: Sequence[PromptGroup]) -> list[dict[str, Any]]:
+def write_parts(state: ServiceState, job: Job, first: int, groups: Sequence[PromptGroup]) -> list[dict[str, Any]]:
     """Write parts numbered from `first` on; returns them as `JobStore.create` takes them."""
     pieces: list[dict[str, Any]] = []
     for group in groups:
-        for rows, prompts, tokens, shared in cut(group, likely_output(state, group)):
-            with state.storage.writing(state.job_key(job, part_file(first + len(pieces)))) as sink:
+        for rows, prompts, tokens, shared in cut(group, likely_output(state, job.tenant, group)):
+            with state.storage.writing(state.job_key(job.id, part_file(first + len(pieces)))) as sink:
                 parquet.write_table(pa.table({"row": pa.array(rows), "prompt": prompts}), sink)
             pieces.append(
                 {
@@ -85,10 +85,10 @@ def part_file(number: int) -> str:
     return f"part-{number:05}.parquet"
 
 
-def likely_output(state: ServiceState, group: PromptGroup) -> int:
-    """Likely tokens of an answer: the mean of the model's past answers, within the group's limit."""
+def likely_output(state: ServiceState, tenant: str, group: PromptGroup) -> int:
+    """Likely tokens of an answer: the mean of the model's past answers to the tenant, within the group's limit."""
     limit = parse_options(group.options).sampling.max_tokens or group.model.default_max_tokens
-    return min(limit, round(mean_output(state.store, group.model.name) or LIKELY_OUTPUT))
+    return min(limit, round(mean_output(state.store, group.model.name, tenant) or LIKELY_OUTPUT))
 
 
 def cut(group: PromptGroup, output: int) -> list[tuple[Any, Any, int, int]]:

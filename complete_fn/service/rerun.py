@@ -96,7 +96,7 @@ def collect(state: ServiceState, job: Job, window: ResultWindow, known: list[Par
                 model, json.loads(part.options), rows[chosen] + window.first, prompts.filter(pa.array(chosen))
             )
             low = first + len(again.pieces)
-            made = write_parts(state, job.id, low, [group])
+            made = write_parts(state, job, low, [group])
             again.pieces += made
             numbers += range(low, low + len(made))
     again.windows.append({"rows": window.rows, "parts": numbers})

@@ -179,7 +179,7 @@ class Draft:
         if rows is not None:
             write_window(self.state, self.job.id, len(self.windows), rows)
         first = len(self.pieces)
-        self.pieces += write_parts(self.state, self.job.id, first, groups)
+        self.pieces += write_parts(self.state, self.job, first, groups)
         self.windows.append({"rows": count, "parts": list(range(first, len(self.pieces)))})
         self.rows += count
 

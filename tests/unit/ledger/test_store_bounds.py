@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from complete_fn.engines.base import EchoEngine
 from complete_fn.errors import InvalidOptionError
 from complete_fn.ledger.pruning import DAY, GIB, HOUR, clear, prune, used_bytes
+from complete_fn.ledger.usage import mean_output
 from complete_fn.session import Session
 from complete_fn.settings import load_settings
 from complete_fn.store.attempts import StoredAnswer
@@ -124,3 +125,10 @@ def test_clear_shrinks_the_file(tmp_path: Path) -> None:
     clear(store)
     store.close()
     assert store.path.stat().st_size < before / 10
+
+
+def test_the_lengths_of_one_tenants_answers_tell_another_nothing(tmp_path: Path) -> None:
+    with_answers = Session(engine=EchoEngine(64), home=tmp_path, who=Asker("acme", "ann"))
+    with_answers.complete("m", [f"a b c {n}" for n in range(25)])
+    assert mean_output(with_answers.store, "m", "acme") == 4
+    assert mean_output(with_answers.store, "m", "bolt") is None
