@@ -52,12 +52,12 @@ def docs(server: str, sql: str) -> Iterator[str]:
 
 
 def seconds(database: SqlDatabase, rows: int, arrow: bool) -> float:
-    kept = databases.postgres_batches
+    kept = databases.open_query
     if not arrow:
-        databases.postgres_batches = lambda *_: None  # type: ignore[assignment]
+        databases.open_query = lambda *_: None  # type: ignore[assignment]
     began = time.perf_counter()
     found = sum(batch.num_rows for batch in database.batches(Query("SELECT * FROM docs", "id")))
-    databases.postgres_batches = kept
+    databases.open_query = kept
     assert found == rows
     return time.perf_counter() - began
 
