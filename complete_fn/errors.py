@@ -29,15 +29,13 @@ from typing import ClassVar, Self
 
 
 class CompleteError(Exception):
-    """Something went wrong.
-
-    `is_public`: whether tenants of a service may read the message. An engine's or a store's may quote an endpoint's
-    reply with a key in it, or name paths, hosts and users.
-    """
+    """Something went wrong."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
+    # Whether tenants of a service may read the message. An engine's or a store's may quote an endpoint's reply with a key
+    # in it, or name paths, hosts and users.
     is_public: bool = False
 
     def __init__(self, message: str | None = None) -> None:
