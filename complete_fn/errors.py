@@ -34,8 +34,8 @@ class CompleteError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
-    # Whether tenants of a service may read the message. An engine's or a store's may quote an endpoint's reply with a key
-    # in it, or name paths, hosts and users.
+    # Whether tenants of a service may read the message. An engine's or a store's may quote an endpoint's reply with a
+    # key in it, or name paths, hosts and users.
     is_public: bool = False
 
     def __init__(self, message: str | None = None) -> None:
