@@ -67,7 +67,8 @@ class PartRunner:
         try:
             self.complete(hand)
         except CompleteError as error:
-            told = str(for_tenant(f"part {part.name}", error, part.tenant))
+            whole = str(for_tenant(f"part {part.name}", error, part.tenant))
+            told = whole.splitlines()[0]  # what follows is an engine's log
             delay = RETRY_SECONDS * 2**part.tries
             if error.retryable and hand.watch.answered:  # rows were answered, so the part itself is not the cause
                 self.state.parts.give_back(part, delay=RETRY_SECONDS)
@@ -76,7 +77,7 @@ class PartRunner:
             elif error.retryable:
                 self.state.parts.give_back(part, delay, told, salvage=hand.salvage)
             else:
-                self.state.parts.fail(part, told, hand.salvage)
+                self.state.parts.fail(part, whole, hand.salvage)
         except Exception as error:
             log_failure(f"part {part.name}", error)
             told = f"The service failed: {type(error).__name__}."
