@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections import Counter
 from functools import lru_cache
 from typing import Any
 
+from complete_fn.host import renew_in_child
 from complete_fn.prompts.schema_rules import SchemaSteps, steps_of
 
 QUICK_STEPS = 200_000  # steps of a check in this process at most: about a second
@@ -69,10 +69,14 @@ class AnswerChecker:
 
     def __init__(self, seconds: float = CHECK_SECONDS) -> None:
         self.seconds = seconds
+        self.overruns: Counter[str] = Counter()
+        self.after_fork()
+        renew_in_child(self)
+
+    def after_fork(self) -> None:
+        """A forked process starts a child of its own. It has a new lock: a thread of its parent may hold the old one."""
         self.lock = threading.Lock()
         self.child: subprocess.Popen[str] | None = None
-        self.owner = 0  # id of the process that started the child: a forked process must start its own
-        self.overruns: Counter[str] = Counter()
 
     def mismatch(self, text: str, response_format: str) -> str | None:
         """As `mismatch_here`, but a check that takes too long counts as a mismatch."""
@@ -107,9 +111,8 @@ class AnswerChecker:
         return True, why
 
     def started_child(self) -> subprocess.Popen[str]:
-        if self.child is not None and self.owner == os.getpid() and self.child.poll() is None:
+        if self.child is not None and self.child.poll() is None:
             return self.child
-        self.owner = os.getpid()
         self.child = subprocess.Popen(
             [sys.executable, "-P", "-m", "complete_fn.engines.answer_check"],
             stdin=subprocess.PIPE,
@@ -128,7 +131,7 @@ class AnswerChecker:
     def close(self) -> None:
         """End the child, if there is one."""
         child, self.child = self.child, None
-        if child is None or self.owner != os.getpid():
+        if child is None:
             return
         child.kill()
         child.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 
@@ -99,3 +100,16 @@ def test_the_child_of_a_parent_that_is_gone_ends(checker: AnswerChecker) -> None
     assert child.stdin is not None
     child.stdin.close()
     assert child.wait(20) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_checks_by_a_child_of_its_own(checker: AnswerChecker) -> None:
+    checker.mismatch("{}", TREE)
+    with checker.lock:  # as a thread of the parent may hold it
+        pid = os.fork()
+        if not pid:
+            found = checker.mismatch('{"n": "x"}', TREE)
+            checker.close()
+            os._exit(0 if found == mismatch_here('{"n": "x"}', TREE) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert checker.mismatch('{"n": 3}', TREE) is None
