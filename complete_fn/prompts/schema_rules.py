@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 import referencing
-import referencing.exceptions
 import referencing.jsonschema
 
 from complete_fn.errors import InvalidOptionError

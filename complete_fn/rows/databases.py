@@ -215,7 +215,6 @@ class SqlDatabase:
             self.named_errors(),
             self.engine.connect() as connection,
             limit.enforced(self.canceller(connection)),
-            self.named_errors(),
         ):
             if self.read_only:
                 self.make_read_only(connection)

@@ -51,13 +51,13 @@ def open_query(conninfo: str, sql: str, before: Sequence[str], where: str) -> Ad
         return None
     opened = AdbcQuery(dbapi, conninfo, sql + "\n", where)  # newline: else a comment at the end swallows COPY's bracket
     try:
-        schema = opened.do(lambda: opened.begin(before))
+        opened.do(lambda: opened.begin(before))
     except dbapi.Error:
-        schema = None  # psycopg will fail too (host, name or right) and has the better message
+        pass  # psycopg will fail too (host, name or right) and has the better message
     except BaseException:
         opened.close()
         raise
-    if schema is None:
+    if opened.schema is None:
         opened.close()
         return None
     return opened
@@ -71,11 +71,11 @@ class AdbcQuery:
         self.conninfo, self.sql, self.where = conninfo, sql, where
         self.connection: Any = None
         self.cursor: Any = None
-        self.schema: Any = None
+        self.schema: Any = None  # of the rows; None if psycopg must read the query
         self.busy = False
 
-    def begin(self, before: Sequence[str]) -> Any | None:
-        """The schema of the rows, or None if psycopg must read the query."""
+    def begin(self, before: Sequence[str]) -> None:
+        """Connect, and learn the schema of the rows."""
         self.connection = self.dbapi.connect(self.conninfo)
         self.cursor = self.connection.cursor()
         for statement in before:
@@ -84,9 +84,8 @@ class AdbcQuery:
         zone, limit = self.cursor.fetchone()
         if not before and limit != "0":
             # ADBC applies the timeout to the whole stream, which waits for completions; psycopg to each FETCH only.
-            return None
+            return
         self.schema = kinds_of(zone, self.cursor.adbc_execute_schema(self.sql))
-        return self.schema
 
     def batches(self) -> Iterator[Any]:
         """The record batches, streamed, at least one.

@@ -69,10 +69,13 @@ class FairSlots:
         try:
             yield
         finally:
-            self.running[tenant] -= 1
-            if not self.running[tenant]:
-                del self.running[tenant]
-            self.hand_out()
+            self.release(tenant)
+
+    def release(self, tenant: str) -> None:
+        self.running[tenant] -= 1
+        if not self.running[tenant]:
+            del self.running[tenant]
+        self.hand_out()
 
     async def turn(self, tenant: str) -> None:
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -81,13 +84,11 @@ class FairSlots:
             await mine
         except asyncio.CancelledError:
             if mine.done() and not mine.cancelled():  # the slot came together with the cancellation
-                self.running[tenant] -= 1
-                self.hand_out()
-            else:
-                queue = self.queues.get(tenant, deque())
-                if mine in queue:
-                    queue.remove(mine)
-                    self.forget_if_empty(tenant)
+                self.release(tenant)
+            elif mine in (queue := self.queues.get(tenant, deque())):
+                queue.remove(mine)
+                if not queue:
+                    del self.queues[tenant]
             raise
 
     def hand_out(self) -> None:
@@ -104,10 +105,6 @@ class FairSlots:
             if not mine.cancelled():
                 self.running[tenant] += 1
                 mine.set_result(None)
-
-    def forget_if_empty(self, tenant: str) -> None:
-        if not self.queues[tenant]:
-            del self.queues[tenant]
 
 
 CHATS_OF_ONE = 64  # an engine answers about so many prompts at a time
