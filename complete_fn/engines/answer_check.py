@@ -74,7 +74,7 @@ class AnswerChecker:
         renew_in_child(self)
 
     def after_fork(self) -> None:
-        """A forked process starts a child of its own. It has a new lock: a thread of its parent may hold the old one."""
+        """A forked process starts a child of its own. Its lock is new: a thread of the parent may hold the old one."""
         self.lock = threading.Lock()
         self.child: subprocess.Popen[str] | None = None
 
