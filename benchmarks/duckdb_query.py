@@ -27,8 +27,8 @@ from complete_fn.engines.pool import engine_for
 from complete_fn.settings import load_settings
 from complete_fn.types import Asker, Completion, CompletionRequest
 from complete_fn_connectors.duckdb import register, sql
-from complete_fn_workers.engine.client import Link
 from complete_fn_workers.engine.launch import connect_if_running
+from complete_fn_workers.engine.link import Link
 
 SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
 CHEAP, STRONG = "demo-llama", "demo-strong"  # the same weights in two engines: what a cascade saves is its prompts

@@ -16,7 +16,8 @@ CompleteError
 ├── JobError                the job: it is cancelled, or in a state that forbids the step
 └── StoreError              the operator: answers and ledger cannot be read or written
     ├── StoreBusyError          another process holds the state longer than the timeout
-    └── StoreLostError          the database is away: it restarts, or the network is down
+    ├── StoreLostError          the database is away: it restarts, or the network is down
+    └── StoreUpgradedError      a newer version has upgraded the store under this process
 
 `RowError` is no exception but the value of one row; `strict` raises it inside a `RowFailedError`.
 """
@@ -180,6 +181,15 @@ class StoreLostError(StoreError):
     retryable = True
 
 
+class StoreUpgradedError(StoreError):
+    """A newer complete-fn has upgraded the store. This process ends what it began; restart it in the new version."""
+
+    status = 503
+    is_public = True
+    code = "store_upgraded"
+    retryable = True
+
+
 # The closed set of row error codes, with what each one means.
 ROW_ERRORS: dict[str, str] = {
     "prompt_too_long": "the rendered prompt leaves no room for an answer within the model's context",
@@ -189,6 +199,7 @@ ROW_ERRORS: dict[str, str] = {
     "budget_exceeded": "the remaining budget does not cover the row at list price",
     "cancelled": "the run was cancelled before the row was done",
     "timeout": "the engine did not finish the row in time",
+    "engine_failed": "the engine died or hung at this row, also when it ran alone",
     "usage_refused": "the endpoint reports more tokens than it was asked for; the row is billed as far as asked for",
     "blocked": "the endpoint's content filter or the model itself refused the row",
 }

@@ -113,11 +113,11 @@ class Completion:
 class Asker:
     """On whose behalf a run is made. `job` names work that can be resumed; `query_tag` marks its ledger lines.
 
-    `claim`: (id, fence) of the job's part that is run.
+    `claim`: (id, name of the claim) of the job's part that is run.
     """
 
     tenant: str = "local"
     user: str = "local"
     job: str | None = None
     query_tag: str | None = None
-    claim: tuple[int, int] | None = None
+    claim: tuple[int, str] | None = None

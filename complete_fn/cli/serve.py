@@ -156,7 +156,8 @@ def keys_main(argv: list[str]) -> int:
     revoke.add_argument("id", help="as `complete-fn keys list` shows it")
     budget = verbs.add_parser("budget", help="bound what a tenant may spend in a day (UTC)")
     budget.add_argument("tenant", help="as `complete-fn keys list` shows it")
-    budget.add_argument("amount", help="in the currency of the models' prices, or 'none'")
+    budget.add_argument("amount", help="of the currency, or 'none'")
+    budget.add_argument("--currency", default="USD", help="of the models' prices (default: USD)")
     limit = verbs.add_parser("limit", help="bound the tokens a minute that a tenant or one key may use in chats")
     limit.add_argument("name", metavar="TENANT|ID", help="a tenant, or a key's id as `complete-fn keys list` shows it")
     limit.add_argument("tokens", metavar="TOKENS_PER_MINUTE", help="prompt and answer, or 'none'")
@@ -206,9 +207,25 @@ def set_budget(asked: argparse.Namespace) -> int:
     limit = None if asked.amount == "none" else parse_cap(asked.amount)
     store = key_store(asked)
     refuse_unknown_tenant(store, asked.tenant)
-    store.set_daily_budget(asked.tenant, limit)
-    print(f"{asked.tenant}: {'no bound' if limit is None else f'at most {limit} a day'}.")
+    refuse_unknown_currency(asked)
+    store.set_daily_budget(asked.tenant, limit, asked.currency)
+    print(f"{asked.tenant}: {'no bound' if limit is None else f'at most {asked.currency} {limit} a day'}.")
     return OK
+
+
+def refuse_unknown_currency(asked: argparse.Namespace) -> None:
+    """Refuse a currency without a model: a bound in it would bound nothing.
+
+    Raises:
+        InvalidOptionError: No model of the catalogue is priced in it.
+    """
+    from complete_fn.engines.catalogue import load_catalogue
+
+    known = sorted({m.prices.currency for m in load_catalogue(load_settings(asked.home).models_file).values()})
+    if asked.currency not in known:
+        raise InvalidOptionError(
+            f"No model of the catalogue is priced in {asked.currency!r}; its prices are in {', '.join(known)}."
+        )
 
 
 def refuse_unknown_tenant(store: Any, name: str) -> None:

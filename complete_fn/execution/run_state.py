@@ -21,6 +21,7 @@ from complete_fn.types import Asker, Completion, Prompt
 ASKED_AGAIN = (
     "budget_exceeded",
     "cancelled",
+    "engine_failed",
     "invalid_request",
     "timeout",
 )

@@ -129,7 +129,7 @@ def instruction(plan: BatchPlan) -> str:
 def keep(store: Store, tenant: str, model: str, run: Run) -> None:
     """Note a run for later estimates. A store error is ignored, because the run's answers are already safe."""
     row = {
-        "at": time.time(),
+        "at": store.now(),
         "tenant": tenant,
         "model": model,
         "device": run.device,

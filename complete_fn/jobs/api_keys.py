@@ -7,7 +7,6 @@ import hmac
 import math
 import re
 import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,7 +15,7 @@ import sqlalchemy as sa
 
 from complete_fn.engines.prices import nano
 from complete_fn.errors import InvalidOptionError, KeyRefusedError, ScopeError
-from complete_fn.store.job_tables import api_keys, tenants
+from complete_fn.store.job_tables import api_keys, daily_budgets, tenants
 from complete_fn.store.store import Store
 from complete_fn.store.transactions import retried, upsert
 
@@ -90,7 +89,7 @@ class KeyStore:
             "user": user,
             "digest": digest(secret),
             "scopes": ",".join(sorted(set(scopes))),
-            "created_at": time.time(),
+            "created_at": self.store.now(),
         }
         with self.store.write() as connection:
             connection.execute(api_keys.insert().values(row))
@@ -106,7 +105,7 @@ class KeyStore:
         """Revoke a key; False if no such key exists, or if it was revoked before."""
         mine = (api_keys.c.id == name) & api_keys.c.revoked_at.is_(None)
         with self.store.write() as connection:
-            return connection.execute(api_keys.update().where(mine).values(revoked_at=time.time())).rowcount > 0
+            return connection.execute(api_keys.update().where(mine).values(revoked_at=self.store.now())).rowcount > 0
 
     @retried
     def any(self) -> bool:
@@ -144,9 +143,15 @@ class KeyStore:
     def limit_tenant(self, tenant: str, per_minute: int | None) -> None:
         self.set_of_tenant(tenant, tokens_per_minute=per_minute)
 
-    def set_daily_budget(self, tenant: str, limit: Decimal | None) -> None:
-        """None sets no bound."""
-        self.set_of_tenant(tenant, daily_nano=None if limit is None else nano(limit))
+    @retried
+    def set_daily_budget(self, tenant: str, limit: Decimal | None, currency: str = "USD") -> None:
+        """Bound what the tenant may spend in a day in one currency; None sets no bound."""
+        row = {"tenant": tenant, "currency": currency}
+        with self.store.write() as connection:
+            if limit is None:
+                connection.execute(daily_budgets.delete().filter_by(**row))
+            else:
+                upsert(connection, daily_budgets, ("tenant", "currency"), [{**row, "nano": nano(limit)}])
 
     def set_weight(self, tenant: str, weight: float) -> None:
         """The tenant's share of the workers, as a multiple of other tenants'.
@@ -164,9 +169,11 @@ class KeyStore:
             upsert(connection, tenants, ("name",), [{"name": tenant, **values}])
 
     @retried
-    def daily_nano(self, tenant: str) -> int | None:
+    def daily_budgets(self, tenant: str) -> dict[str, int]:
+        """The tenant's bounds on a day's spending by currency, in 1e-9 of it."""
+        chosen = sa.select(daily_budgets.c.currency, daily_budgets.c.nano).where(daily_budgets.c.tenant == tenant)
         with self.store.read() as connection:
-            return connection.execute(sa.select(tenants.c.daily_nano).where(tenants.c.name == tenant)).scalar()
+            return {row.currency: row.nano for row in connection.execute(chosen)}
 
 
 def digest(secret: str) -> bytes:

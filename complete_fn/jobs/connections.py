@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, fields
 
 import sqlalchemy as sa
@@ -56,7 +55,7 @@ class Connections:
         with self.store.write() as connection:
             if connection.execute(sa.select(*COLUMNS).where(chosen(tenant, name))).first() is not None:
                 raise InvalidOptionError(f"Tenant {tenant} has a connection {name!r} already. Remove it first.")
-            row = Connection(tenant, name, url_env, writable, time.time())
+            row = Connection(tenant, name, url_env, writable, self.store.now())
             connection.execute(connections.insert().values({f.name: getattr(row, f.name) for f in fields(row)}))
 
     def list(self) -> list[Connection]:

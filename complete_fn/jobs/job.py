@@ -73,7 +73,8 @@ class Part:
         options: options as JSON, for `parse_options`.
         tokens: estimated tokens of prompts and answers.
         shared: tokens that its first prompt has in common with the last prompt of the part before it.
-        fence: the number of claims so far. The store refuses commits of a worker with an older number.
+        claim: the random name of the last claim. The store refuses commits under any other name: a worker whose lease
+            was taken over can commit nothing, even after a failover that lost commits. None before the first claim.
         claimant: the process (`worker` without its last field) that claimed it last.
         tries: claims that ended with an error.
         result: the file of the answers in the job's folder, once the part has ended.
@@ -90,7 +91,7 @@ class Part:
     rows: int
     tokens: int
     shared: int
-    fence: int
+    claim: str | None
     worker: str | None
     claimant: str | None
     lease_until: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -47,7 +46,7 @@ class JobStore:
             ]
             if rows:
                 connection.execute(parts.insert(), rows)
-            settle_job(connection, job.id)
+            settle_job(connection, job.id, self.store.now())
             return Job(*connection.execute(sa.select(*JOB).where(jobs.c.id == job.id)).one())
 
     @retried
@@ -108,7 +107,7 @@ class JobStore:
         """
         refuse_move(job, "stopping" if job.status != "stopping" else ends_as)
         with self.store.write() as connection:
-            stop_job(connection, job.id, ends_as, error)
+            stop_job(connection, job.id, self.store.now(), ends_as, error)
         return self.get(job.tenant, job.id)
 
     @retried
@@ -130,14 +129,14 @@ class JobStore:
             connection.execute(jobs.delete().where(jobs.c.id == job.id))
 
     @retried
-    def expire(self, now: float | None = None) -> list[str]:
+    def expire(self) -> list[str]:
         """Stop the jobs whose deadline has passed; their finished rows are kept. Returns the ids of these jobs."""
-        now = time.time() if now is None else now
+        now = self.store.now()
         late = sa.select(jobs.c.id).where(jobs.c.status.in_(("queued", "running")), jobs.c.deadline < now)
         with self.store.write() as connection:
             found = [str(job) for job in connection.execute(late).scalars()]
             for job in found:
-                stop_job(connection, job, "expired", None)
+                stop_job(connection, job, now, "expired")
         return found
 
 
@@ -147,30 +146,30 @@ def recomputed_tokens(of_job: Sequence[Part]) -> int:
     return sum(p.shared for before, p in behind if p.claimant is not None and p.claimant != before)
 
 
-def stop_job(connection: sa.Connection, job: str, ends_as: str, error: str | None) -> None:
+def stop_job(connection: sa.Connection, job: str, now: float, ends_as: str, error: str | None = None) -> None:
     open_job = (jobs.c.id == job) & jobs.c.status.in_(("queued", "running"))
     if connection.execute(
         jobs.update().where(open_job).values(status="stopping", ends_as=ends_as, error=error)
     ).rowcount:
         waiting = (parts.c.job == job) & (parts.c.status == "queued")
         connection.execute(parts.update().where(waiting).values(not_before=0.0))
-    cancel_queued_of_stopping(connection, job)
+    cancel_queued_of_stopping(connection, job, now)
 
 
-def cancel_queued_of_stopping(connection: sa.Connection, job: str) -> None:
+def cancel_queued_of_stopping(connection: sa.Connection, job: str, now: float) -> None:
     stopping = sa.select(jobs.c.id).where(jobs.c.id == job, jobs.c.status == "stopping")
-    queued = parts.c.job.in_(stopping) & (parts.c.status == "queued") & (parts.c.fence == 0)  # see `PartQueue`
+    queued = parts.c.job.in_(stopping) & (parts.c.status == "queued") & parts.c.claim.is_(None)  # see `PartQueue`
     connection.execute(parts.update().where(queued).values(status="cancelled"))
-    settle_job(connection, job)
+    settle_job(connection, job, now)
 
 
-def settle_job(connection: sa.Connection, job: str) -> None:
+def settle_job(connection: sa.Connection, job: str, now: float) -> None:
     """End the job if no part of it is left to run. The job's row is locked first, as two last parts may end at once."""
     connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job).with_for_update())
     left = sa.select(parts.c.id).where(parts.c.job == job, parts.c.status.in_(UNFINISHED)).exists()
     over = sa.case((jobs.c.status == "stopping", jobs.c.ends_as), else_="completed")
     ended = jobs.update().where(jobs.c.id == job, jobs.c.status.in_(JOB_OPEN), ~left)
-    connection.execute(ended.values(status=over, ended_at=time.time()))
+    connection.execute(ended.values(status=over, ended_at=now))
 
 
 def same_job(connection: sa.Connection, job: Job) -> Job | None:

@@ -1,9 +1,9 @@
-"""`PartQueue` lets workers claim parts of jobs, with a lease and a fence, finish them and give them back."""
+"""`PartQueue` lets workers claim parts of jobs, under a named claim with a lease, finish them and give them back."""
 
 from __future__ import annotations
 
 import os
-import time
+import secrets
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -41,7 +41,7 @@ class PartQueue:
         self.store = store
         self.swept = 0  # parts whose lease ran out, in this process's life
 
-    def claim(self, worker: str, now: float | None = None, model: str | None = None) -> Part | None:
+    def claim(self, worker: str, model: str | None = None) -> Part | None:
         """Claim the next part for `worker`, in one statement that skips the parts that others are claiming.
 
         The order of preference:
@@ -59,9 +59,9 @@ class PartQueue:
         def wanted(c: Any) -> sa.ColumnElement[bool]:
             return sa.true() if model is None else c == model
 
-        return self.claim_at(worker, time.time() if now is None else now, wanted, ("queued", "running"))
+        return self.claim_as(secrets.token_hex(8), worker, wanted, ("queued", "running"))
 
-    def claim_stopped(self, worker: str, now: float | None = None, not_of: Collection[str] = ()) -> Part | None:
+    def claim_stopped(self, worker: str, not_of: Collection[str] = ()) -> Part | None:
         """Claim a part of a job that stops, to salvage it: the part was begun and given back.
 
         The worker makes the part's result from the answers that the part has committed.
@@ -69,22 +69,22 @@ class PartQueue:
         Args:
             not_of: Models whose parts this worker leaves to other workers.
         """
-        return self.claim_at(worker, time.time() if now is None else now, lambda c: c.not_in(not_of), ("stopping",))
+        return self.claim_as(secrets.token_hex(8), worker, lambda c: c.not_in(not_of), ("stopping",))
 
     @retried
-    def claim_at(self, worker: str, now: float, wanted: Wanted, of_jobs: Sequence[str]) -> Part | None:
-        """Claim a part at the time `now`. A worker claims one part at a time, so a retry finds that part."""
-        before = (parts.c.worker == worker) & (parts.c.claimed_at == now) & (parts.c.status == "running")
-        until = max(now, time.time()) + LEASE_SECONDS  # a repeat may come long after
-        leased = {"status": "running", "worker": worker, "lease_until": until, "claimed_at": now}
-        leased["claimant"] = process = worker.rpartition("|")[0]
+    def claim_as(self, name: str, worker: str, wanted: Wanted, of_jobs: Sequence[str]) -> Part | None:
+        """Claim a part. `name` is the claim's own, by which a retry finds the part that it has claimed already."""
+        before = (parts.c.claim == name) & (parts.c.status == "running")
+        now, process = self.store.now(), worker.rpartition("|")[0]
+        leased: dict[str, Any] = {"status": "running", "worker": worker, "claimant": process, "claim": name}
+        leased |= {"claimed_at": now, "lease_until": now + LEASE_SECONDS}
         first = next_part(now, process, wanted, of_jobs).scalar_subquery()
         claim = parts.update().where(parts.c.id == first, parts.c.status == "queued")
         with self.store.write() as connection:
             row = connection.execute(sa.select(*PART).where(before)).first()
             if row is not None:
                 return Part(*row)
-            row = connection.execute(claim.values(**leased, fence=parts.c.fence + 1).returning(*PART)).first()
+            row = connection.execute(claim.values(leased).returning(*PART)).first()
             if row is None:
                 return None
             begun = jobs.update().where(jobs.c.id == row.job, jobs.c.status == "queued")
@@ -92,9 +92,9 @@ class PartQueue:
         return Part(*row)
 
     @retried
-    def renew(self, held: Iterable[Part], now: float | None = None) -> None:
+    def renew(self, held: Iterable[Part]) -> None:
         """Renew the leases of the parts that no other worker has claimed since."""
-        until = (time.time() if now is None else now) + LEASE_SECONDS
+        until = self.store.now() + LEASE_SECONDS
         with self.store.write() as connection:
             for part in sorted(held, key=lambda p: p.id):
                 connection.execute(parts.update().where(holds(part)).values(lease_until=until))
@@ -108,7 +108,7 @@ class PartQueue:
         if not held:
             return {}
         chosen = (
-            sa.select(parts.c.id, parts.c.fence, parts.c.status, jobs.c.status.label("job_status"))
+            sa.select(parts.c.id, parts.c.claim, parts.c.status, jobs.c.status.label("job_status"))
             .join(jobs, jobs.c.id == parts.c.job)
             .where(parts.c.id.in_([p.id for p in held]))
         )
@@ -117,7 +117,7 @@ class PartQueue:
         why = {}
         for part in held:
             row = rows.get(part.id)
-            if row is None or row.fence != part.fence or row.status != "running":
+            if row is None or row.claim != part.claim or row.status != "running":
                 why[part.id] = "lease"
             elif row.job_status not in ("queued", "running"):
                 why[part.id] = "job"
@@ -131,7 +131,7 @@ class PartQueue:
             if connection.execute(parts.update().where(holds(part)).values(values)).rowcount == 0:
                 again = sa.select(parts.c.id).where(of_claim(part), parts.c.status == status, parts.c.result == result)
                 return connection.execute(again).first() is not None  # the answer to the first commit was lost
-            settle_job(connection, part.job)
+            settle_job(connection, part.job, self.store.now())
         return True
 
     @retried
@@ -140,7 +140,7 @@ class PartQueue:
     ) -> None:
         """Queue the part again. With an `error` it counts as a failed try; after `tries` failed tries the job fails."""
         with self.store.write() as connection:
-            give_back_part(connection, part, delay, error, tries, salvage)
+            give_back_part(connection, part, self.store.now(), delay, error, tries, salvage)
 
     @retried
     def fail(self, part: Part, error: str, salvage: bool = False) -> None:
@@ -150,11 +150,11 @@ class PartQueue:
             salvage: Salvaging is what failed, so the part fails too.
         """
         with self.store.write() as connection:
-            fail_part(connection, part, error, salvage)
+            fail_part(connection, part, self.store.now(), error, salvage)
 
-    def sweep(self, now: float | None = None) -> int:
+    def sweep(self) -> int:
         """Queue the parts again whose lease has run out or whose worker's process is gone; returns their number."""
-        now = time.time() if now is None else now
+        now = self.store.now()
         dead = [p for p in self.running() if p.lease_until < now or worker_gone(p.worker or "|0|0|")]
         taken = sum(self.take_back(part, DEADLY if self.deadly(part) else None) for part in dead)
         self.swept += taken
@@ -174,7 +174,7 @@ class PartQueue:
                 return False
             self.store.lose(connection, part.tenant, part.name)  # a worker that only seemed dead must pay no more rows
             salvage = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == part.job)).scalar() == "stopping"
-            give_back_part(connection, part, 0.0, error, 1, salvage)
+            give_back_part(connection, part, self.store.now(), 0.0, error, 1, salvage)
         return True
 
     def deadly(self, part: Part) -> bool:
@@ -188,7 +188,7 @@ class PartQueue:
 
 
 def of_claim(part: Part) -> sa.ColumnElement[bool]:
-    return (parts.c.id == part.id) & (parts.c.fence == part.fence)
+    return (parts.c.id == part.id) & (parts.c.claim == part.claim)
 
 
 def holds(part: Part) -> sa.ColumnElement[bool]:
@@ -232,19 +232,19 @@ def next_part(now: float, process: str, wanted: Wanted, of_jobs: Sequence[str]) 
 
 
 def give_back_part(
-    connection: sa.Connection, part: Part, delay: float, error: str | None, tries: int, salvage: bool
+    connection: sa.Connection, part: Part, now: float, delay: float, error: str | None, tries: int, salvage: bool
 ) -> None:
     tried = part.tries + (error is not None)
     if error is not None and tried >= tries:
-        fail_part(connection, part, error, salvage)
+        fail_part(connection, part, now, error, salvage)
         return
-    again = {"status": "queued", "worker": None, "tries": tried, "not_before": time.time() + delay}
+    again = {"status": "queued", "worker": None, "tries": tried, "not_before": now + delay}
     connection.execute(parts.update().where(holds(part)).values(again))
-    cancel_queued_of_stopping(connection, part.job)
+    cancel_queued_of_stopping(connection, part.job, now)
 
 
-def fail_part(connection: sa.Connection, part: Part, error: str, salvage: bool) -> None:
+def fail_part(connection: sa.Connection, part: Part, now: float, error: str, salvage: bool) -> None:
     to_salvage = {"status": "queued", "worker": None, "tries": 0, "not_before": 0.0}
     ended = {"status": "failed"} if salvage else to_salvage
     if connection.execute(parts.update().where(holds(part)).values(ended)).rowcount:
-        stop_job(connection, part.job, "failed", error)
+        stop_job(connection, part.job, now, "failed", error)

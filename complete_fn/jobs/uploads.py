@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -101,7 +100,7 @@ class Uploads:
         self, tenant: str, name: str, purpose: str, file_id: str | None = None, seconds: float | None = None
     ) -> Iterator[tuple[IO[bytes], list[Upload]]]:
         """A new file to write to. At its end the list has its `Upload`; after a failure nothing of the file is left."""
-        file_id, now = file_id or f"file-{secrets.token_hex(12)}", time.time()
+        file_id, now = file_id or f"file-{secrets.token_hex(12)}", self.store.now()
         expires = now + (self.days * DAY if seconds is None else seconds)
         made: list[Upload] = []
         with self.storage.writing(f"files/{file_id}") as sink:
@@ -118,11 +117,11 @@ class Uploads:
         Raises:
             NotFoundError: The tenant has no such file.
         """
-        return self.chosen((files.c.tenant == tenant) & (files.c.id == file_id) & kept(time.time()), 1, file_id)[0]
+        return self.chosen((files.c.tenant == tenant) & (files.c.id == file_id) & kept(self.store.now()), 1, file_id)[0]
 
     def newest(self, tenant: str, limit: int, after: str | None, purpose: str | None) -> list[Upload]:
         """The tenant's files, newest first; with `after`, only files older than that file."""
-        which = (files.c.tenant == tenant) & kept(time.time())
+        which = (files.c.tenant == tenant) & kept(self.store.now())
         if purpose is not None:
             which = which & (files.c.purpose == purpose)
         if after is not None:
@@ -146,9 +145,9 @@ class Uploads:
             connection.execute(files.delete().where(files.c.id == upload.id))
         self.storage.delete(self.key(upload))
 
-    def expire(self, now: float | None = None) -> int:
+    def expire(self) -> int:
         """Delete the files that have expired; returns their number."""
-        late = self.chosen(~kept(time.time() if now is None else now), MOST_AT_ONCE)
+        late = self.chosen(~kept(self.store.now()), MOST_AT_ONCE)
         for upload in late:
             self.delete(upload)
         return len(late)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
@@ -95,16 +94,16 @@ class WorkerStore:
         with self.store.write() as connection:
             connection.execute(workers.delete().where(workers.c.id == worker))
 
-    def alive(self, now: float | None = None) -> list[Beat]:
+    def alive(self) -> list[Beat]:
         """The workers with a recent heartbeat, oldest first, those that drain included."""
-        since = (time.time() if now is None else now) - SILENT_SECONDS
+        since = self.store.now() - SILENT_SECONDS
         with self.store.read() as connection:
             rows = connection.execute(sa.select(*BEAT).where(workers.c.seen_at > since).order_by(workers.c.began)).all()
         return [beat for row in rows if not process_gone(beat := beat_of(row))]
 
-    def forget_gone(self, now: float | None = None) -> list[str]:
+    def forget_gone(self) -> list[str]:
         """Remove workers whose process is gone, or that were silent for minutes; returns their ids."""
-        before = (time.time() if now is None else now) - FORGET_SECONDS
+        before = self.store.now() - FORGET_SECONDS
         with self.store.read() as connection:
             beats = [beat_of(row) for row in connection.execute(sa.select(*BEAT))]
         dead = [b.id for b in beats if b.seen_at < before or process_gone(b)]
@@ -141,7 +140,7 @@ class WorkerStore:
                 known = {k: v for k, v in asdict(pace).items() if v is not None}
                 if not known:
                     continue
-                values = {**known, "at": time.time()}
+                values = {**known, "at": self.store.now()}
                 if connection.execute(paces.update().where(paces.c.model == model).values(values)).rowcount == 0:
                     connection.execute(paces.insert().values(model=model, **values))
 

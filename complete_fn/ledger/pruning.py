@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
@@ -15,12 +14,12 @@ JOB_DAYS = 30.0  # days for which an unfinished job can be resumed
 CHUNK = 2_000  # answers deleted in one transaction, so that other writers get their turn
 
 
-def prune(store: Store, gib: float, days: float, now: float | None = None) -> int:
+def prune(store: Store, gib: float, days: float) -> int:
     """Delete answers older than `days`, then the oldest answers until the file is below `gib`. Returns their number.
 
     Does nothing within an hour after the last pruning. Answers kept for an unfinished job's resume stay 30 days.
     """
-    now = time.time() if now is None else now
+    now = store.now()
     if not due(store, now):
         return 0
     gone = delete(store, expendable(now) & (answers.c.created_at < now - days * DAY))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -250,7 +249,7 @@ class Totals:
         split = (c.model, c.price_class, c.currency, c.basis)
         sums = sa.select(*split, summed(c.rows), summed(c.tokens), summed(c.cost_nano)).group_by(*split)
         with self.lock:
-            until = time.time() - SETTLED_SECONDS
+            until = self.store.now() - SETTLED_SECONDS
             with self.store.read() as connection:
                 lines = connection.execute(sums.where(c.at > self.until, c.at <= until)).all()
             self.until = max(self.until, until)

@@ -11,7 +11,7 @@ from anyio import to_thread
 from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from complete_fn.errors import CompleteError, KeyRefusedError, ScopeError
+from complete_fn.errors import CompleteError, KeyRefusedError, ScopeError, StoreUpgradedError
 from complete_fn.jobs.api_keys import REFUSED, Principal
 from complete_fn.server.call_out_replies import PREFIX
 from complete_fn.server.error_replies import of_complete_error
@@ -74,7 +74,10 @@ class Door:
         KeyRefusedError: An API key is needed, and the request has none or an invalid one.
         ScopeError: The key was made without the scope that the request needs. Or no API key exists, and a web page
             sends the request under another site's name.
+        StoreUpgradedError: A newer version has upgraded the store under this process.
         """
+        if self.state.store.is_outdated:
+            raise StoreUpgradedError
         found = self.caller(request)
         if (scope := scope_of(request.url.path)) is not None:
             found.require(scope)

@@ -22,6 +22,7 @@ STATUS = {
     "budget_exceeded": (402, "budget_exceeded"),
     "blocked": (400, "content_filter"),
     "timeout": (504, "timeout"),
+    "engine_failed": (500, "engine_failed"),
     "usage_refused": (502, "usage_refused"),
     "cancelled": (409, "cancelled"),
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -160,7 +159,7 @@ class CallOuts:
     def look(self, name: CallOutName, digest: bytes | None) -> Known | None:
         """The batch as the store has it; None if it was never sent. `digest`, if given, must be that of its rows."""
         with self.state.store.read() as connection:
-            row = connection.execute(sa.select(call_outs).where(name.row, kept(time.time()))).first()
+            row = connection.execute(sa.select(call_outs).where(name.row, kept(self.state.store.now()))).first()
         if row is None:
             return None
         if digest is not None and row.digest != digest:
@@ -180,11 +179,11 @@ class CallOuts:
         """Whether another process runs the batch. A process of another machine is trusted for `LOST_SECONDS`."""
         if row.status != "running" or row.holder == self.holder or worker_gone(row.holder):
             return False
-        return bool(row.holder.startswith(f"{here()}|") or row.created_at > time.time() - LOST_SECONDS)
+        return bool(row.holder.startswith(f"{here()}|") or row.created_at > self.state.store.now() - LOST_SECONDS)
 
     def note(self, name: CallOutName, asked: CallOut, digest: bytes) -> bool:
         """Note in the store that this process runs the batch; False if another process was first."""
-        now = time.time()
+        now = self.state.store.now()
         values = {
             "tenant": name.tenant,
             "dialect": name.dialect,

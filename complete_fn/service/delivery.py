@@ -1,14 +1,14 @@
 """A delivery writes a job's results to its sink: by upsert into a table, or to a file under an allowed root.
 
-However often it is tried, the sink has each row once. A delivery has a claim, a lease and a fence, as a part has. If a
+However often it is tried, the sink has each row once. A delivery has a named claim and a lease, as a part has. If a
 writer is killed or late, the next one writes the same rows under the same keys, or replaces the file as a whole.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +36,7 @@ class LeaseLost(Exception):
 
 def claim(state: ServiceState) -> Delivery | None:
     """Claim the next delivery of a job that is over; None if there is none."""
-    now = time.time()
+    now = state.store.now()
     free = deliveries.c.status.in_(("waiting", "writing")) & (deliveries.c.lease_until < now)
     over = jobs.c.status.notin_(JOB_OPEN)
     first = sa.select(deliveries.c.job).join(jobs, jobs.c.id == deliveries.c.job).where(free, over)
@@ -44,7 +44,7 @@ def claim(state: ServiceState) -> Delivery | None:
         name = connection.execute(first.order_by(jobs.c.ended_at).limit(1)).scalar()
     if name is None:
         return None
-    taken = {"status": "writing", "lease_until": now + LEASE_SECONDS, "fence": deliveries.c.fence + 1, "rows": 0}
+    taken = {"status": "writing", "lease_until": now + LEASE_SECONDS, "claim": secrets.token_hex(8), "rows": 0}
     with state.store.write() as connection:
         mine = deliveries.update().where(deliveries.c.job == name, free).values(taken).returning(*COLUMNS)
         row = connection.execute(mine).first()
@@ -57,7 +57,7 @@ def move(state: ServiceState, held: Delivery, **values: Any) -> None:
     Raises:
         LeaseLost: Another worker has claimed the delivery since.
     """
-    mine = (deliveries.c.job == held.job) & (deliveries.c.fence == held.fence)
+    mine = (deliveries.c.job == held.job) & (deliveries.c.claim == held.claim)
     with state.store.write() as connection:
         if connection.execute(deliveries.update().where(mine).values(values)).rowcount == 0:
             raise LeaseLost
@@ -85,7 +85,7 @@ def keep_delivering(state: ServiceState, closing: threading.Event) -> None:
     """Deliver results until `closing` is set. API processes and workers both do this, as either may run alone."""
     while not closing.is_set():
         try:
-            if not deliver_next(state):
+            if state.store.is_outdated or not deliver_next(state):
                 closing.wait(LOOK_SECONDS)
         except Exception as error:
             log_failure("delivering results", error)
@@ -99,7 +99,7 @@ def failed(state: ServiceState, held: Delivery, error: Exception) -> None:
     text = shown or f"The service failed to write ({type(error).__name__}); its log says why."
     status = "failed" if final else "waiting"
     try:
-        later = time.time() + RETRY_SECONDS * 2**held.tries
+        later = state.store.now() + RETRY_SECONDS * 2**held.tries
         move(state, held, status=status, error=text, tries=held.tries + 1, lease_until=later)
     except (LeaseLost, CompleteError):
         return
@@ -122,7 +122,7 @@ def write_file(state: ServiceState, held: Delivery, job: Job, sink: Mapping[str,
             for rows, new, _ in result_windows(state, job, True, job.status != "completed"):
                 writer.write(rows, new)
                 count += rows.count
-                move(state, held, rows=count, lease_until=time.time() + LEASE_SECONDS)
+                move(state, held, rows=count, lease_until=state.store.now() + LEASE_SECONDS)
         target.flush()
 
 
@@ -136,6 +136,6 @@ def write_table(state: ServiceState, held: Delivery, job: Job, sink: Mapping[str
             keys = rows.column(key) if sink.get("key") else numbers
             database.upsert(sink["table"], key, pa.table({key: keys, **result_columns(column, new, True)}))
             count += rows.count
-            move(state, held, rows=count, lease_until=time.time() + LEASE_SECONDS)
+            move(state, held, rows=count, lease_until=state.store.now() + LEASE_SECONDS)
     finally:
         database.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -49,7 +48,7 @@ class EngineHost:
         self.paces: dict[str, Pace] = {}
         self.room = EngineRoom(state.settings.engines or usual_engines(), self.unload, self.start_seconds)
         self.learnt: dict[str, Throughput] = {}
-        self.busy_at = time.time()
+        self.busy_at = self.state.store.now()
 
     def engine_of(self, model: Model) -> Engine:
         return self.state.engine or engine_for(model, self.engine_settings)
@@ -75,7 +74,7 @@ class EngineHost:
             EngineError, StoreError: See `runner.run`.
         """
         state = self.state
-        caps = [c for c in (cap, state.day_cap(who.tenant)) if c is not None]
+        caps = [c for c in (cap, state.day_cap(who.tenant, call.model)) if c is not None]
         budget = SharedBudget(state.store, who.tenant, caps) if caps else None
         stop = stop or threading.Event()
         with self.at_work(call.model, stop) as (opened, pace):
@@ -99,7 +98,7 @@ class EngineHost:
                 yield self.engine_of(model), pace
             finally:
                 pace.end()
-                self.busy_at = time.time()
+                self.busy_at = self.state.store.now()
 
     def start_seconds(self, model: str) -> float | None:
         return self.paces[model].cold_seconds if model in self.paces else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from complete_fn.engines.throughput import Throughput
 from complete_fn.jobs.job import Counts, Job
 from complete_fn.service.engine_host import EngineHost
@@ -15,10 +13,10 @@ def eta_seconds(engines: EngineHost, job: Job, counts: Counts) -> float | None:
     """Seconds left, with the start of a cold engine; None if the job is over or its model was never measured."""
     if job.over:
         return None
+    state = engines.state
     worked = counts.done - job.nulls
     if job.started_at is not None and worked > OWN_PACE * (job.rows - job.nulls):
-        return at_own_pace(time.time() - job.started_at, worked, job.rows - counts.done)
-    state = engines.state
+        return at_own_pace(state.store.now() - job.started_at, worked, job.rows - counts.done)
     warm = sum(beat.warm(job.model) for beat in state.workers.alive()) + engines.is_warm(job.model)
     pace = state.workers.paces([job.model]).get(job.model, Throughput())
     return at_measured_pace(state.workers.tokens_before(job), pace, warm)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import sqlalchemy as sa
 
 from complete_fn.jobs.job import JOB_OPEN, Job
@@ -28,9 +26,9 @@ def delete_job(state: ServiceState, job: Job) -> None:
     state.jobs.delete(job)
 
 
-def expire(state: ServiceState, now: float | None = None) -> int:
+def expire(state: ServiceState) -> int:
     """Delete jobs, uploads and call-outs that are too old; returns the number of jobs and files deleted."""
-    now = time.time() if now is None else now
+    now = state.store.now()
     before = now - state.settings.retention_days * DAY
     late = sa.select(jobs.c.tenant, jobs.c.id).where(jobs.c.status.notin_(JOB_OPEN), jobs.c.ended_at < before)
     with state.store.write() as connection:
@@ -38,4 +36,4 @@ def expire(state: ServiceState, now: float | None = None) -> int:
         found = connection.execute(late.limit(MOST_AT_ONCE)).all()
     for tenant, name in found:
         delete_job(state, state.jobs.get(tenant, name))
-    return len(found) + state.uploads.expire(now)
+    return len(found) + state.uploads.expire()

@@ -29,7 +29,7 @@ class Delivery:
     status: str
     rows: int
     error: str | None
-    fence: int
+    claim: str | None
     tries: int
 
 
@@ -74,11 +74,11 @@ def sink_place(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> tup
 def promise(connection: sa.Connection, job: Job) -> None:
     """Note that the job's results must be delivered once it is over, or again after a rerun.
 
-    The new fence cancels a writer that still delivers the previous results.
+    This ends the claim of a writer that still delivers the previous results.
     """
     c = deliveries.c
-    fresh = {"status": "waiting", "rows": 0, "error": None, "tries": 0, "lease_until": 0.0}
-    again = deliveries.update().where(c.job == job.id).values(**fresh, fence=c.fence + 1)
+    fresh = {"status": "waiting", "rows": 0, "error": None, "tries": 0, "lease_until": 0.0, "claim": None}
+    again = deliveries.update().where(c.job == job.id).values(fresh)
     if connection.execute(again).rowcount == 0:
         connection.execute(deliveries.insert().values(job=job.id, tenant=job.tenant, **fresh))
 

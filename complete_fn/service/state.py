@@ -9,7 +9,7 @@ from pathlib import Path
 from complete_fn.engines.base import Engine
 from complete_fn.engines.catalogue import Model, load_catalogue
 from complete_fn.engines.pool import at_engine
-from complete_fn.errors import UnknownModelError
+from complete_fn.errors import InvalidOptionError, UnknownModelError
 from complete_fn.jobs.api_keys import KeyStore
 from complete_fn.jobs.connections import Connections
 from complete_fn.jobs.job_store import JobStore
@@ -20,8 +20,14 @@ from complete_fn.jobs.worker_store import WorkerStore
 from complete_fn.rows.limits import TableLimits
 from complete_fn.rows.object_storage import Storage
 from complete_fn.settings import load_settings
+from complete_fn.spending.budget import refuse_unpriced
 from complete_fn.spending.shared_budget import Cap, day_cap
 from complete_fn.store.store import Store
+
+NO_BUDGET = (
+    "Tenant {0!r} has a daily budget in {1}, and {2!r} is priced in {3}. The operator can set one: "
+    "complete-fn keys budget {0} AMOUNT --currency {3}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +102,20 @@ class ServiceState:
             raise UnknownModelError(f"Model {name!r} is not in this service's catalogue. GET /v1/models lists all.")
         return at_engine(found, self.engine)
 
-    def day_cap(self, tenant: str) -> Cap | None:
-        """The cap on what the tenant may spend today (UTC) in all processes together; None for no cap."""
-        daily = self.keys.daily_nano(tenant)
-        return None if daily is None else day_cap(daily)
+    def day_cap(self, tenant: str, model: Model) -> Cap | None:
+        """The cap on what the tenant may spend in a day (UTC) in all processes together; None for no cap.
+
+        Raises:
+            InvalidOptionError: The tenant has a daily budget, but none in the currency of the model's prices, or the
+                prices are not known.
+        """
+        daily, currency = self.keys.daily_budgets(tenant), model.prices.currency
+        if not daily:
+            return None
+        refuse_unpriced(model, "The tenant's daily budget")
+        if currency not in daily:
+            raise InvalidOptionError(NO_BUDGET.format(tenant, ", ".join(daily), model.name, currency))
+        return day_cap(daily[currency], currency)
 
     def close(self) -> None:
         self.store.close()

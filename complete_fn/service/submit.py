@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,6 +63,7 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
         raise InvalidOptionError("'strict' is no option of a job: its results name the rows that failed.")
     if spec.max_cost is not None:
         refuse_unpriced(model)
+    state.day_cap(caller.tenant, model)  # refuses a model whose money the tenant's budget cannot count
     options = parse_options(spec.options)
     refuse_patterns(options.response_format)
     fields = template_fields(spec.prompt)
@@ -81,7 +81,7 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
         "sink": None if spec.sink is None else dict(spec.sink),
         "max_cost": None if spec.max_cost is None else str(spec.max_cost),
     }
-    job = new_job(caller, "table", model, 0, request, spec)
+    job = new_job(state, caller, "table", model, 0, request, spec)
     with drafted(state, job) as draft:
         names: set[str] = set()
         seen = KeysSeen()
@@ -109,6 +109,7 @@ def window_prompts(template: str, rows: Rows, options: Options) -> pa.ChunkedArr
 
 
 def new_job(
+    state: ServiceState,
     caller: Principal,
     kind: str,
     model: Model,
@@ -134,7 +135,7 @@ def new_job(
         idempotency_key=spec.idempotency_key if spec else None,
         request=json.dumps(request, sort_keys=True),
         query_tag=spec.query_tag if spec else None,
-        created_at=time.time(),
+        created_at=state.store.now(),
         started_at=None,
         ended_at=None,
         deadline=deadline,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -19,31 +19,47 @@ import sqlalchemy as sa
 from complete_fn.engines.prices import nano
 from complete_fn.spending.budget import Budget
 from complete_fn.store.attempts import Attempt
+from complete_fn.store.budget_holds import day_budget
 from complete_fn.store.records import money
 from complete_fn.store.store import Store
 from complete_fn.store.tables import attempts, budgets, ledger, summed
 from complete_fn.store.transactions import retried, upsert
 
 AHEAD = 32  # rows that one draw covers if enough money is left, so that not every row writes to the store
+DAY = 86_400.0
 ROUNDING = 2  # in 1e-9 per row, because the lines of a slice are rounded separately from its rows
+LONGEST_ROW = 3600.0  # seconds from a row's admission to its commit; a longer row may pass the next day's cap
 LOOK_SECONDS = 0.2  # how long a refusal, and the money left, are trusted before the store is read again
 
 
 @dataclass(frozen=True, slots=True)
 class Cap:
-    """A bound on a tenant's spending. `name` is its key in the store, `label` its name in a refused row's error."""
+    """A bound on a tenant's spending for one `job`, or in each day (UTC) in one `currency`.
 
-    name: str
+    `label` is its name in a refused row's error.
+    """
+
     limit_nano: int
     label: str
+    job: str | None = None
+    currency: str = ""
+
+    def names(self, now: float) -> set[str]:
+        """The budgets in the store that must cover a row which is admitted at the time `now`.
+
+        In a day's last hour the next day's budget must cover it too, as the row is paid when it is committed.
+        """
+        if self.job is not None:
+            return {f"job:{self.job}"}
+        return {day_budget(now, self.currency), day_budget(now + LONGEST_ROW, self.currency)}
 
 
-def day_cap(limit_nano: int) -> Cap:
-    return Cap(f"day:{datetime.now(UTC).date()}", limit_nano, "The tenant's daily budget")
+def day_cap(limit_nano: int, currency: str = "USD") -> Cap:
+    return Cap(limit_nano, "The tenant's daily budget", currency=currency)
 
 
 def job_cap(job: str, limit_nano: int) -> Cap:
-    return Cap(f"job:{job}", limit_nano, "max_cost")
+    return Cap(limit_nano, "max_cost", job)
 
 
 class SharedBudget(Budget):
@@ -54,21 +70,27 @@ class SharedBudget(Budget):
     """
 
     def __init__(self, store: Store, tenant: str, caps: Sequence[Cap]) -> None:
-        self.store, self.tenant, self.caps = store, tenant, sorted(caps, key=lambda c: c.name)
-        self.open()
+        self.store, self.tenant, self.caps = store, tenant, caps
+        self.open(self.names())
+
+    def names(self) -> dict[str, Cap]:
+        """The budgets in the store that must cover a row now, in the order in which they are drawn from."""
+        now = self.store.now()
+        return dict(sorted((name, cap) for cap in self.caps for name in cap.names(now)))
 
     @retried
-    def open(self) -> None:
-        mine = (budgets.c.tenant == self.tenant) & budgets.c.name.in_([c.name for c in self.caps])
+    def open(self, names: Mapping[str, Cap]) -> None:
+        """Bring the budgets' limits in the store up to date. A new budget counts what the ledger has already."""
+        mine = (budgets.c.tenant == self.tenant) & budgets.c.name.in_(names)
         with self.store.read() as connection:
             known = dict(connection.execute(sa.select(budgets.c.name, budgets.c.limit_nano).where(mine)).all())
-        changed = [c for c in self.caps if known.get(c.name) != c.limit_nano]
+        changed = {name: cap for name, cap in names.items() if known.get(name) != cap.limit_nano}
         if not changed:
             return
         with self.store.write() as connection:
-            for cap in changed:
-                spent = connection.execute(spent_before(self.tenant, cap)).scalar_one()
-                row = {"tenant": self.tenant, "name": cap.name, "limit_nano": cap.limit_nano}
+            for name, cap in changed.items():
+                spent = connection.execute(spent_before(self.tenant, name)).scalar_one()
+                row = {"tenant": self.tenant, "name": name, "limit_nano": cap.limit_nano}
                 fresh = {**row, "spent_nano": int(spent), "reserved_nano": 0}
                 upsert(connection, budgets, ("tenant", "name"), [fresh], only=("limit_nano",))
 
@@ -81,22 +103,35 @@ class Purse(Budget):
 
     def __init__(self, shared: SharedBudget, attempt: Attempt) -> None:
         self.shared, self.attempt = shared, attempt
-        attempt.budgets = tuple(c.name for c in shared.caps)
+        self.labels: dict[str, str] = {}
         self.lock = threading.Lock()
         self.pocket = 0  # money drawn, but neither reserved for a row nor spent; in 1e-9 of the currency
         self.drawn = False
         self.refused_at, self.refused = -LOOK_SECONDS, 0
         self.seen_at, self.left = -LOOK_SECONDS, (0, 0, "")
+        self.follow_day()
 
     def reserve(self, worst: Decimal) -> bool:
         wanted = nano(worst)
         with self.lock:
+            self.follow_day()
             if wanted > self.pocket:
                 self.pocket += self.draw(wanted)
             if wanted > self.pocket:
                 return False
             self.pocket -= wanted
             return True
+
+    def follow_day(self) -> None:
+        """When the budgets of other days count, return what was drawn from those before and is not reserved."""
+        names = self.shared.names()
+        if tuple(names) == self.attempt.budgets:
+            return
+        if self.pocket:
+            self.shared.store.draw(self.attempt, -self.pocket)
+        self.shared.open(names)
+        self.attempt.budgets, self.pocket = tuple(names), 0
+        self.labels = {name: cap.label for name, cap in names.items()}
 
     def draw(self, wanted: int) -> int:
         """Draw money for some rows ahead, or else for this row alone. Returns the amount, or 0 if neither is left."""
@@ -134,8 +169,8 @@ class Purse(Budget):
         """(limit, spent, label) of the cap with the least money left."""
         if time.monotonic() - self.seen_at > LOOK_SECONDS:
             rows = self.shared.store.budgets_of(self.attempt)
-            labels = {c.name: c.label for c in self.shared.caps}
-            self.left = min(((limit, spent, labels[name]) for name, limit, spent in rows), key=lambda r: r[0] - r[1])
+            name, limit, spent = min(rows, key=lambda row: row[1] - row[2])
+            self.left = limit, spent, self.labels[name]
             self.seen_at = time.monotonic()
         return self.left
 
@@ -152,11 +187,13 @@ class Purse(Budget):
         return self.tightest()[2]
 
 
-def spent_before(tenant: str, cap: Cap) -> sa.Select[Any]:
-    """The money that, by the ledger, was already spent under a cap that is new in the store."""
+def spent_before(tenant: str, budget: str) -> sa.Select[Any]:
+    """The money that, by the ledger, was already spent under a budget that is new in the store."""
     total = sa.select(summed(ledger.c.cost_nano)).where(ledger.c.tenant == tenant)
-    kind, _, name = cap.name.partition(":")
+    kind, _, name = budget.partition(":")
     if kind == "day":
-        return total.where(ledger.c.at >= datetime.fromisoformat(f"{name}T00:00:00+00:00").timestamp())
+        day, _, currency = name.partition(":")
+        start = datetime.fromisoformat(f"{day}T00:00:00+00:00").timestamp()
+        return total.where(ledger.c.at >= start, ledger.c.at < start + DAY, ledger.c.currency == currency)
     of_job = (attempts.c.job >= f"{name}/") & (attempts.c.job < f"{name}0")  # "0" follows "/"
     return total.where(ledger.c.attempt.in_(sa.select(attempts.c.id).where(of_job)))

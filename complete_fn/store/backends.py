@@ -11,15 +11,17 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from complete_fn.errors import StoreError
 from complete_fn.registry import Table, resolve
+from complete_fn.store.clock import StoreClock
 
 URLS = "It must be the path of a file or postgresql://USER:PASSWORD@HOST:PORT/DATABASE."
 
 
 class StoreBackend(Protocol):
-    """A database that holds a store. `place` names it in messages, without a password."""
+    """A database that holds a store. `place` names it in messages, without a password; `clock` tells its time."""
 
     place: str
     engine: sa.Engine
+    clock: StoreClock
 
     @property
     def writing(self) -> AbstractContextManager[Any]:

@@ -32,16 +32,29 @@ def draw(connection: sa.Connection, attempt: Attempt, nano: int) -> None:
 
 
 def charge(connection: sa.Connection, attempt: Attempt, nano: int, at: float) -> None:
-    """Turn reserved money into spent money. Today's budget counts it even if the attempt did not draw from it."""
-    today = f"day:{datetime.fromtimestamp(at, UTC).date()}"
-    unbound = () if any(name.startswith("day:") for name in attempt.budgets) else (today,)
-    for name in sorted((*attempt.budgets, *unbound)) if nano else ():
-        reserved = nano if name in attempt.budgets else 0
-        mine = (budgets.c.tenant == attempt.tenant) & (budgets.c.name == name)
-        spent = {"spent_nano": budgets.c.spent_nano + nano, "reserved_nano": budgets.c.reserved_nano - reserved}
-        connection.execute(budgets.update().where(mine).values(spent))
-        held = (reservations.c.attempt == attempt.id) & (reservations.c.name == name)
-        connection.execute(reservations.update().where(held).values(nano=reservations.c.nano - reserved))
+    """Turn reserved money into spent money, of the budget of the day `at` even if the attempt did not draw from it.
+
+    Money that was drawn on another day returns to that day's budget.
+    """
+    if not nano:
+        return
+    today = day_budget(at, attempt.currency)
+    mine = sa.select(reservations.c.name, reservations.c.nano).where(reservations.c.attempt == attempt.id)
+    held = {row.name: row.nano for row in connection.execute(mine)} if attempt.budgets else {}
+    for name in sorted({*attempt.budgets, *held, today}):
+        spent = nano if name == today or not name.startswith("day:") else 0
+        returned = min(nano, held.get(name, 0))
+        of_tenant = (budgets.c.tenant == attempt.tenant) & (budgets.c.name == name)
+        values = {"spent_nano": budgets.c.spent_nano + spent, "reserved_nano": budgets.c.reserved_nano - returned}
+        connection.execute(budgets.update().where(of_tenant).values(values))
+        if returned:
+            of_name = (reservations.c.attempt == attempt.id) & (reservations.c.name == name)
+            connection.execute(reservations.update().where(of_name).values(nano=reservations.c.nano - returned))
+
+
+def day_budget(at: float, currency: str) -> str:
+    """The name of the budget of a day (UTC) in one currency."""
+    return f"day:{datetime.fromtimestamp(at, UTC).date()}:{currency}"
 
 
 def release(connection: sa.Connection, attempt: Attempt) -> None:

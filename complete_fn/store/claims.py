@@ -62,8 +62,8 @@ def drop_claims(connection: sa.Connection) -> None:
     connection.execute(claims.delete().where(claims.c.attempt.not_in(running)))
 
 
-def still_held(connection: sa.Connection, part: int, fence: int) -> bool:
-    """Whether the claim with this fence still holds the part. A row lock keeps this true until the transaction ends."""
+def still_held(connection: sa.Connection, part: int, name: str) -> bool:
+    """Whether the claim of this name still holds the part. A row lock keeps this true until the transaction ends."""
     c = parts.c
-    held = sa.select(c.id).where(c.id == part, c.fence == fence, c.status == "running")
+    held = sa.select(c.id).where(c.id == part, c.claim == name, c.status == "running")
     return connection.execute(held.with_for_update(read=True)).first() is not None

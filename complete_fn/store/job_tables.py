@@ -20,15 +20,22 @@ api_keys = Table(
     Column("tokens_per_minute", BigInteger),
 )
 
-# `weight`: the tenant's share of the workers relative to other tenants (default 1). `daily_nano`: the most money of a
-# UTC day, in 1e-9 of the currency; NULL sets no bound.
+# `weight`: the tenant's share of the workers relative to other tenants (default 1).
 tenants = Table(
     "tenants",
     metadata,
     Column("name", Words(), primary_key=True),
-    Column("daily_nano", BigInteger),
     Column("weight", Float),
     Column("tokens_per_minute", BigInteger),
+)
+
+# The most money that a tenant may spend in a day (UTC), in 1e-9 of the currency.
+daily_budgets = Table(
+    "daily_budgets",
+    metadata,
+    Column("tenant", Words(), primary_key=True),
+    Column("currency", Words(), primary_key=True),
+    Column("nano", BigInteger, nullable=False),
 )
 
 # Tokens that a `tenant` or a `key` (`kind`) has used of its tokens per minute, at time `at`; the number drains.
@@ -67,8 +74,7 @@ connections = Table(
     Column("created_at", Float, nullable=False),
 )
 
-# Results of jobs on their way to the job's sink. `status`: waiting, writing, written or failed. `fence` grows with
-# every claim, like a part's fence.
+# Results of jobs on their way to the job's sink. `status`: waiting, writing, written or failed. `claim`: as a part's.
 deliveries = Table(
     "deliveries",
     metadata,
@@ -77,7 +83,7 @@ deliveries = Table(
     Column("status", Words(), nullable=False),
     Column("rows", BigInteger, nullable=False, default=0),
     Column("error", Words()),
-    Column("fence", Integer, nullable=False, default=0),
+    Column("claim", Words()),
     Column("tries", Integer, nullable=False, default=0),
     Column("lease_until", Float, nullable=False, default=0.0),
     Index("deliveries_status", "status"),
@@ -112,8 +118,8 @@ jobs = Table(
     Index("jobs_status", "status"),
 )
 
-# `fence` grows with every claim. A commit names its claim's fence, so that a worker whose lease was taken over can
-# commit nothing. `claimed_at` and `tokens` tell how much each tenant was served.
+# `claim` is the random name of the last claim. A commit names its claim, so that a worker whose lease was taken over
+# can commit nothing. `claimed_at` and `tokens` tell how much each tenant was served.
 parts = Table(
     "parts",
     metadata,
@@ -127,7 +133,7 @@ parts = Table(
     Column("rows", BigInteger, nullable=False),
     Column("tokens", BigInteger, nullable=False),
     Column("shared", BigInteger, nullable=False, default=0),
-    Column("fence", Integer, nullable=False, default=0),
+    Column("claim", Words()),
     Column("worker", Words()),
     Column("claimant", Words()),
     Column("lease_until", Float, nullable=False, default=0.0),

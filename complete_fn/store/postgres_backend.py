@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from complete_fn.errors import StoreError, StoreLostError
 from complete_fn.registry import missing
 from complete_fn.store.backends import cause, masked
+from complete_fn.store.clock import DatabaseClock, StoreClock
 
 
 class PostgresBackend:
@@ -18,6 +19,7 @@ class PostgresBackend:
 
     def __init__(self, url: sa.URL) -> None:
         self.place = masked(url)
+        self.clock: StoreClock = DatabaseClock()
         self.writing = nullcontext()
         try:
             self.engine = sa.create_engine(

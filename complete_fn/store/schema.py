@@ -12,7 +12,7 @@ from complete_fn.store.backends import StoreBackend
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0001"  # the newest version in migrations/versions; a store that has it needs no import of Alembic
+HEAD = "0002"  # the newest version in migrations/versions; a store that has it needs no import of Alembic
 NEWER = (
     "The store {place} has schema {found}, and this complete-fn knows only up to {head}. "
     "Update complete-fn, or name another store."
@@ -30,6 +30,11 @@ def version_of(connection: sa.Connection) -> str | None:
     """The version of the store's schema; None if it has no schema yet."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
+    return noted_version(connection)
+
+
+def noted_version(connection: sa.Connection) -> str | None:
+    """The version of a store that has a schema."""
     return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
 

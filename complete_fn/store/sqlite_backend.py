@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from complete_fn.errors import StoreBusyError, StoreError
 from complete_fn.host import filesystem_of
 from complete_fn.store.backends import cause
+from complete_fn.store.clock import HostClock, StoreClock
 
 BUSY_SECONDS = 30
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "fuse.sshfs", "lustre", "ceph", "glusterfs")
@@ -36,6 +37,7 @@ class SqliteBackend:
 
     def __init__(self, path: Path) -> None:
         self.path, self.place = path, str(path)
+        self.clock: StoreClock = HostClock()
         self.writing = threading.Lock()  # wakes our next thread at once; SQLite's own busy wait sleeps up to 100 ms
         refuse_network(path)
         try:

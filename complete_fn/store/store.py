@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import fields
@@ -20,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, InterfaceError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from complete_fn.errors import StoreBusyError, StoreError
+from complete_fn.errors import StoreBusyError, StoreError, StoreUpgradedError
 from complete_fn.host import here, process_started, renew_in_child
 from complete_fn.store.attempts import Attempt, StoredAnswer, attempt_of
 from complete_fn.store.backends import open_database
@@ -28,7 +27,7 @@ from complete_fn.store.budget_holds import Refused, charge, draw, release
 from complete_fn.store.claims import claim, claimed, drop_claims, let_all_go, let_go, silent_holders, still_held
 from complete_fn.store.fork_gate import FORKS
 from complete_fn.store.records import LedgerLine, answer_row, completion_of, ledger_row, money
-from complete_fn.store.schema import is_current, migrate
+from complete_fn.store.schema import HEAD, is_current, migrate, noted_version
 from complete_fn.store.sqlite_backend import SqliteBackend
 from complete_fn.store.tables import answers, attempts, budgets, ledger, summed
 from complete_fn.store.transactions import retried, upsert
@@ -53,6 +52,7 @@ class Store:
 
     def __init__(self, url_or_path: str | Path) -> None:
         self.database = open_database(url_or_path)
+        self.is_outdated = False
         with self.read() as connection:
             current = is_current(connection)
         if not current:
@@ -104,15 +104,21 @@ class Store:
             self.connect(**options) as connection,
             connection.begin(),
         ):
+            self.database.clock.compare(connection)
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         with FORKS, self.named_errors(), self.connect() as connection, connection.begin():
+            self.database.clock.compare(connection)
             yield connection
 
     def connect(self, **options: Any) -> sa.Connection:
         return self.engine.connect().execution_options(**options)
+
+    def now(self) -> float:
+        """The time in seconds of the epoch, by the clock that all users of the store share."""
+        return self.database.clock.now()
 
     def ping(self) -> None:
         """Raises:
@@ -120,6 +126,18 @@ class Store:
         """
         with self.read() as connection:
             connection.execute(sa.select(1))
+
+    def refuse_upgraded(self) -> None:
+        """Raises:
+        StoreUpgradedError: A newer version has changed the schema since this process opened the store.
+        """
+        with self.read() as connection:
+            self.refuse_newer_schema(connection)
+
+    def refuse_newer_schema(self, connection: sa.Connection) -> None:
+        self.is_outdated = self.is_outdated or noted_version(connection) != HEAD
+        if self.is_outdated:
+            raise StoreUpgradedError
 
     def close(self) -> None:
         self.engine.dispose()
@@ -178,20 +196,22 @@ class Store:
     def begin(self, who: Asker, model: str, currency: str, basis: str) -> Attempt:
         """Raises:
         StoreError: The attempt is for a job's part, and the part's lease now belongs to another worker.
+        StoreUpgradedError: A newer version has upgraded the store under this process.
         """
         self.sweep()
-        name = (time.time_ns() // 1000 << 10) + secrets.randbelow(1 << 10)  # our own id shows whether an insert repeats
+        name = (int(self.now() * 1e6) << 10) + secrets.randbelow(1 << 10)  # our own id shows whether an insert repeats
         job, tag = who.job, who.query_tag
         attempt = Attempt(name, who.tenant, who.user, model, job, tag, currency, basis)
         self.insert_attempt(attempt, who.claim)
         return attempt
 
     @retried
-    def insert_attempt(self, attempt: Attempt, of_claim: tuple[int, int] | None) -> None:
-        now = time.time()
+    def insert_attempt(self, attempt: Attempt, of_claim: tuple[int, str] | None) -> None:
+        now = self.now()
         row = {f.name: getattr(attempt, f.name) for f in fields(Attempt) if f.name in attempts.c}
         this = {"host": here(), "pid": os.getpid(), "pid_started": process_started(os.getpid()) or 0.0}
         with self.write() as connection:
+            self.refuse_newer_schema(connection)
             if of_claim is not None and not still_held(connection, *of_claim):
                 raise StoreError(GIVEN_UP)
             if connection.execute(sa.select(attempts.c.id).where(attempts.c.id == attempt.id)).first() is None:
@@ -218,7 +238,7 @@ class Store:
         """
         self.sweep()
         with self.write() as connection:
-            for row in connection.execute(silent_holders(time.time() - SILENT_SECONDS)).mappings().all():
+            for row in connection.execute(silent_holders(self.now() - SILENT_SECONDS)).mappings().all():
                 self.close_attempt(connection, attempt_of(row), "lost")
             drop_claims(connection)
 
@@ -240,7 +260,7 @@ class Store:
         Raises:
             StoreError: The slice cannot be written, or the attempt was given up as lost.
         """
-        now = time.time()
+        now = self.now()
         values = [answer_row(attempt, s, now) for s in sorted(done, key=lambda s: s.key)]  # sorted against deadlocks
 
         def write(connection: sa.Connection) -> None:
@@ -273,7 +293,7 @@ class Store:
             "step": attempt.step + 1,
             "reserved_rows": attempts.c.reserved_rows + rows,
             "reserved_tokens": attempts.c.reserved_tokens + tokens,
-            "seen_at": time.time(),
+            "seen_at": self.now(),
         }
         with self.write() as connection:
             if connection.execute(
@@ -297,11 +317,11 @@ class Store:
         let_all_go(connection, attempt)
         if left is None:
             return False
-        connection.execute(attempts.update().where(mine).values(status=status, ended=time.time()))
+        connection.execute(attempts.update().where(mine).values(status=status, ended=self.now()))
         release(connection, attempt)
         if left.reserved_rows > 0:
             lost = LedgerLine("lost", left.reserved_rows, left.reserved_tokens)
-            self.write_lines(connection, attempt, [lost], time.time())
+            self.write_lines(connection, attempt, [lost], self.now())
         return True
 
     # -- budgets -------------------------------------------------------------------------------------------------
@@ -330,7 +350,7 @@ class Store:
     def note(self, model: str, currency: str, basis: str, lines: list[LedgerLine]) -> None:
         """Write ledger lines of an engine that belong to no attempt."""
         with self.write() as connection:
-            self.write_lines(connection, Attempt(0, "-", "-", model, None, None, currency, basis), lines, time.time())
+            self.write_lines(connection, Attempt(0, "-", "-", model, None, None, currency, basis), lines, self.now())
 
     def write_lines(self, connection: sa.Connection, attempt: Attempt, lines: list[LedgerLine], at: float) -> None:
         if lines:
@@ -339,7 +359,7 @@ class Store:
     @retried
     def sweep(self) -> int:
         """Close attempts whose process is gone, or silent on another machine. Returns their number."""
-        silent = attempts.c.seen_at < time.time() - SILENT_SECONDS
+        silent = attempts.c.seen_at < self.now() - SILENT_SECONDS
         running = sa.select(attempts).where(attempts.c.status == "running", (attempts.c.host == here()) | silent)
         with self.read() as connection:
             rows = connection.execute(running).mappings().all()

@@ -136,7 +136,7 @@ attempts = Table(
     Index("attempts_job", "job"),
 )
 
-# Caps on a tenant's spending, in 1e-9 of the currency. `name`: "day:2026-01-31" (UTC) or "job:ID". `spent_nano` and
+# Caps on a tenant's spending, in 1e-9 of the currency. `name`: "day:2026-01-31:USD" (UTC) or "job:ID". `spent_nano` and
 # `reserved_nano` together never exceed `limit_nano`; `reserved_nano` is the sum of the cap's reservations.
 budgets = Table(
     "budgets",

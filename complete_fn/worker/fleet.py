@@ -140,7 +140,7 @@ class Fleet:
 
     def stop_idle(self, beats: Sequence[Beat], count: int) -> None:
         """Stop up to `count` of this fleet's workers that were idle for `idle_seconds`, the youngest first."""
-        before = time.time() - self.idle_seconds
+        before = self.workers.store.now() - self.idle_seconds
         idle = [beat for beat in beats if not beat.in_flight and beat.busy_at < before]
         for beat in idle[::-1][:count]:
             child = self.child(beat)

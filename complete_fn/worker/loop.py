@@ -43,7 +43,7 @@ class WorkerLoop:
         self.feeding = threading.BoundedSemaphore(at_once)
         self.draining, self.closing = threading.Event(), threading.Event()
         self.runner = PartRunner(engines, self.closing)
-        self.upkeep = Upkeep(engines, self.runner, at_once + TAILS, "worker")
+        self.upkeep = Upkeep(engines, self.runner, at_once + TAILS, "worker", self.drain)
         self.threads = [
             threading.Thread(target=self.run_parts, args=(n,), name=f"worker-{n}", daemon=True)
             for n in range(at_once + TAILS)
@@ -129,7 +129,7 @@ class WorkerLoop:
 
     def look(self) -> None:
         held = self.held()  # read once: a part claimed after this line must not look lost
-        newest = {hand.part.id: hand for hand in sorted(held, key=lambda hand: hand.part.fence)}
+        newest = {hand.part.id: hand for hand in held}  # in the order of their claims
         why = self.parts.lost([hand.part for hand in newest.values()])
         for hand in held:
             lost = why.get(hand.part.id, "") if newest.get(hand.part.id) is hand else "lease"

@@ -24,7 +24,7 @@ class Maintenance:
     def __init__(self, engines: EngineHost, fleet: Fleet | None = None) -> None:
         self.state, self.fleet = engines.state, fleet
         self.closing = threading.Event()
-        self.upkeep = Upkeep(engines, PartRunner(engines, self.closing), 0, "maintenance")
+        self.upkeep = Upkeep(engines, PartRunner(engines, self.closing), 0, "maintenance", self.drain)
         self.threads = [
             threading.Thread(target=self.go, name="maintenance", daemon=True),
             *self.upkeep.threads,
@@ -36,6 +36,9 @@ class Maintenance:
 
     def alive(self) -> bool:
         return all(thread.is_alive() for thread in self.threads)
+
+    def drain(self) -> None:
+        """Nothing to do: the workers look at the store's version themselves."""
 
     def close(self) -> None:
         """Stop the maintenance. The workers that this process started drain and end."""
@@ -53,7 +56,8 @@ class Maintenance:
         if self.fleet is not None:
             tasks.append(PeriodicTask(LOOK_SECONDS, self.fleet.adjust))
         while not self.closing.wait(LOOK_SECONDS):
-            run_due_tasks(tasks)
+            if not self.state.store.is_outdated:
+                run_due_tasks(tasks)
 
     def announce(self) -> None:
         load = self.state.workers.load()

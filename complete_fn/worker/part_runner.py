@@ -1,4 +1,4 @@
-"""`PartRunner` runs a part's prompts through `run()`, commits the result under its fence, and handles failures."""
+"""`PartRunner` runs a part's prompts through `run()`, commits the result under its claim, and handles failures."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class PartRunner:
     def __init__(self, engines: EngineHost, closing: threading.Event) -> None:
         self.engines, self.state, self.closing = engines, engines.state, closing
         self.lock = threading.Lock()
-        self.hands: dict[tuple[int, int], Hand] = {}
+        self.hands: dict[str | None, Hand] = {}
 
     def held(self) -> list[Hand]:
         with self.lock:
@@ -63,7 +63,7 @@ class PartRunner:
     def run(self, part: Part, fed: Callable[[], None], salvage: bool = False) -> None:
         hand = Hand(part, Watch(fed), salvage)
         with self.lock:
-            self.hands[part.id, part.fence] = hand
+            self.hands[part.claim] = hand
         try:
             self.complete(hand)
         except CompleteError as error:
@@ -84,7 +84,7 @@ class PartRunner:
             self.state.parts.give_back(part, RETRY_SECONDS, told, salvage=hand.salvage)
         finally:
             with self.lock:
-                del self.hands[part.id, part.fence]
+                del self.hands[part.claim]
 
     def complete(self, hand: Hand) -> None:
         part, state = hand.part, self.state
@@ -93,7 +93,7 @@ class PartRunner:
             table = parquet.read_table(source)
         options = parse_options(json.loads(part.options))
         call = Call.of(state.model(part.model), options)
-        who = Asker(part.tenant, job.user, part.name, job.query_tag, (part.id, part.fence))
+        who = Asker(part.tenant, job.user, part.name, job.query_tag, (part.id, part.claim or ""))
         try:
             if hand.salvage:
                 raise Stopped
@@ -112,7 +112,7 @@ class PartRunner:
 
     def commit(self, part: Part, table: Any, answers: Answers, status: str) -> None:
         """Write the answers to this claim's own file, then name the file in the store. A lost lease leaves no trace."""
-        state, name = self.state, f"result-{part.number:05}-{part.fence}.parquet"
+        state, name = self.state, f"result-{part.number:05}-{part.claim}.parquet"
         failed = write_part(state, state.job_key(part.job, name), table.column("row"), answers)
         if state.parts.finish(part, status, name, failed):
             state.store.end_job(part.tenant, part.name)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 
+from complete_fn.errors import StoreUpgradedError
 from complete_fn.jobs.part_queue import worker_name
+from complete_fn.jobs.worker_store import BEAT_SECONDS
 from complete_fn.ledger.pruning import prune
 from complete_fn.service.delivery import keep_delivering
 from complete_fn.service.engine_host import EngineHost
@@ -12,6 +17,7 @@ from complete_fn.service.retention import expire
 from complete_fn.worker.part_runner import PartRunner
 from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
 
+LOG = logging.getLogger("complete_fn.worker")
 LOOK_SECONDS, STOPPED_SECONDS, UPKEEP_SECONDS = 0.5, 1.0, 5.0
 
 
@@ -22,11 +28,14 @@ class Upkeep:
         runner: makes the results of stopped jobs' parts, from the rows that they have committed.
         number: the number of the worker in whose name those parts are claimed.
         name: the beginning of the threads' names.
+        drain: called once a newer version has upgraded the store. From then on the upkeep changes nothing any more.
     """
 
-    def __init__(self, engines: EngineHost, runner: PartRunner, number: int, name: str) -> None:
+    def __init__(
+        self, engines: EngineHost, runner: PartRunner, number: int, name: str, drain: Callable[[], None]
+    ) -> None:
         self.engines, self.state, self.runner, self.number = engines, engines.state, runner, number
-        self.closing = runner.closing
+        self.closing, self.drain = runner.closing, drain
         given = (self.state, self.closing)
         self.threads = [
             threading.Thread(target=keep_delivering, args=given, name=f"{name}-writer", daemon=True),
@@ -34,9 +43,21 @@ class Upkeep:
         ]
 
     def clean(self) -> None:
-        tasks = [PeriodicTask(STOPPED_SECONDS, self.end_stopped), PeriodicTask(UPKEEP_SECONDS, self.sweep)]
-        while not self.closing.wait(LOOK_SECONDS):
+        tasks = [
+            PeriodicTask(BEAT_SECONDS, self.look_at_version),
+            PeriodicTask(STOPPED_SECONDS, self.end_stopped),
+            PeriodicTask(UPKEEP_SECONDS, self.sweep),
+        ]
+        while not self.closing.wait(LOOK_SECONDS) and not self.state.store.is_outdated:
             run_due_tasks(tasks)
+        if self.state.store.is_outdated:
+            LOG.error(str(StoreUpgradedError()))
+            self.drain()
+            self.closing.wait()
+
+    def look_at_version(self) -> None:
+        with suppress(StoreUpgradedError):
+            self.state.store.refuse_upgraded()
 
     def end_stopped(self) -> None:
         """Salvage the waiting parts of jobs that stop: their committed rows become their results.

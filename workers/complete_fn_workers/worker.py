@@ -91,7 +91,7 @@ class Worker:
 
     def __init__(self, engines: EngineHost, at_once: int, poll_seconds: float, address: str | None = None) -> None:
         self.engines, self.state, self.address = engines, engines.state, address
-        self.began = time.time()
+        self.began = self.state.store.now()
         self.id = own_id()
         self.loop = WorkerLoop(engines, at_once, poll_seconds, self.tell)
         self.signals = 0
@@ -99,7 +99,7 @@ class Worker:
 
     def tell(self, in_flight: int) -> None:
         """Write the heartbeat, with the number of parts in flight."""
-        now, states = time.time(), self.engines.model_states()
+        now, states = self.state.store.now(), self.engines.model_states()
         if in_flight:
             self.engines.busy_at = now
         busy_at = self.engines.busy_at
@@ -109,13 +109,13 @@ class Worker:
         self.state.workers.beat(beat)
 
     def run(self, messages: Messages, drain_seconds: float, parent: int | None) -> None:
-        """Run until a signal comes, or until the parent process is gone and this worker is idle."""
+        """Run until a signal comes, the parent process is gone and this worker is idle, or the store is upgraded."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         self.loop.start()
         messages.start()
         print(f"complete-fn worker {os.getpid()} takes work.", file=sys.stderr)
-        while not self.signals and not self.orphaned(parent):
+        while not self.signals and not self.orphaned(parent) and not self.loop.draining.is_set():
             self.signalled.wait(1.0)
         self.loop.drain()
         messages.close()
@@ -131,7 +131,7 @@ class Worker:
         self.signalled.set()
 
     def orphaned(self, parent: int | None) -> bool:
-        idle = time.time() - self.engines.busy_at > self.engines.idle_seconds
+        idle = self.state.store.now() - self.engines.busy_at > self.engines.idle_seconds
         return parent is not None and os.getppid() != parent and idle and not self.loop.held()
 
 

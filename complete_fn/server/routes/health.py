@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from complete_fn.errors import StoreUpgradedError
 from complete_fn.server.auth import Caller
 from complete_fn.server.error_replies import refusal
 from complete_fn.server.fair_slots import LanesOf
@@ -56,6 +57,10 @@ async def metrics(request: Request, caller: Caller, lanes: LanesOf) -> Response:
 @router.get("/readyz", summary="API and workers accept work, models loaded or not", response_model=None)
 async def readyz(request: Request) -> dict[str, str] | JSONResponse:
     await request.app.state.readiness.check()
+    store = request.app.state.engines.state.store
+    if store.is_outdated:
+        raise StoreUpgradedError
     if not request.app.state.loop.alive():
         return refusal(503, "A worker thread has ended. Restart the service.", "worker_gone")
-    return {"status": "ready"}
+    differs = store.database.clock.difference()
+    return {"status": "ready"} if differs is None else {"status": "ready", "warning": differs}

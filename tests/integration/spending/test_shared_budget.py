@@ -6,9 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from decimal import Decimal
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from complete_fn.engines.prices import amount, nano
 from complete_fn.execution.admission import Tools
 from complete_fn.execution.runner import run
 from complete_fn.spending.shared_budget import SharedBudget, day_cap, job_cap
+from complete_fn.store.budget_holds import day_budget
 from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, budgets, ledger, reservations
 from complete_fn.text import text_column
@@ -113,6 +117,88 @@ def test_a_tenants_budget_is_no_other_tenants(store_url: str) -> None:
         found = run(CALL, prompts(0, 5), Tools(EchoEngine(), store, budget), Asker(tenant))
         assert found.summary.computed in (0, 5)
     assert {r["tenant"] for r in rows_of(store, budgets)} == {"a", "b"}
+    store.close()
+
+
+MIDNIGHT = 1_798_761_600.0  # 2027-01-01T00:00:00Z
+
+
+@dataclass
+class Night:
+    """A clock that stands at `at`."""
+
+    at: float
+
+    def now(self) -> float:
+        return self.at
+
+    def compare(self, connection: sa.Connection) -> None:
+        pass
+
+    def difference(self) -> None:
+        return None
+
+
+class OverMidnight(EchoEngine):
+    """The clock moves to `times[n]` while the row n is computed."""
+
+    def __init__(self, clock: Night, times: list[float]) -> None:
+        super().__init__(64)
+        self.clock, self.times = clock, times
+
+    def complete(self, request: CompletionRequest) -> Completion:
+        self.clock.at = self.times[min(len(self.requests), len(self.times) - 1)]
+        return super().complete(request)
+
+
+@given(
+    start=st.integers(-7200, 100),
+    steps=st.lists(st.integers(0, 3000), min_size=1, max_size=12),
+    limit=st.integers(10, 40),
+    rows=st.integers(1, 25),
+)
+@example(start=-10, steps=[1] * 12, limit=13, rows=12)
+@example(start=-4000, steps=[500] * 12, limit=13, rows=12)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_each_days_budget_covers_what_was_paid_on_that_day(
+    start: int,
+    steps: list[int],
+    limit: int,
+    rows: int,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two runs of a tenant, the second after the first, as time goes on over midnight."""
+    store = Store(tmp_path_factory.mktemp("n") / "s")
+    times = list(accumulate(steps, initial=MIDNIGHT + start))
+    clock = Night(times[0])
+    store.database.clock = clock
+    monkeypatch.setattr("complete_fn.execution.commits.SLICE_ROWS", 1)
+    for number in (0, 1):
+        budget = SharedBudget(store, "local", [day_cap(nano(COST * limit))])
+        engine = OverMidnight(clock, times[number:])
+        run(CALL, prompts(number * 100, rows), Tools(engine, store, budget), Asker())
+    spent: Counter[str] = Counter()
+    for line in rows_of(store, ledger):
+        spent[day_budget(line["at"], "USD")] += line["cost_nano"]
+    for row in rows_of(store, budgets):
+        assert row["spent_nano"] == spent[row["name"]]
+        assert row["reserved_nano"] == 0
+    assert all(day <= nano(COST * limit) for day in spent.values())
+    assert rows_of(store, reservations) == []
+    store.close()
+
+
+def test_the_row_before_midnight_is_paid_by_the_day_that_gets_it(store_url: str) -> None:
+    store = Store(store_url)
+    store.database.clock = clock = Night(MIDNIGHT - 20)
+    budget = SharedBudget(store, "local", [day_cap(nano(COST * 12))])
+    run(CALL, prompts(0, 1), Tools(OverMidnight(clock, [MIDNIGHT + 5]), store, budget), Asker())
+    names = {r["name"]: r["spent_nano"] for r in rows_of(store, budgets)}
+    assert names == {"day:2026-12-31:USD": 0, "day:2027-01-01:USD": nano(COST)}
+    again = SharedBudget(store, "local", [day_cap(nano(COST * 12))])
+    found = run(CALL, prompts(1, 1), Tools(EchoEngine(64), store, again), Asker())
+    assert found.summary.failed == {"budget_exceeded": 1}
     store.close()
 
 

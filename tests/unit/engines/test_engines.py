@@ -17,7 +17,8 @@ from complete_fn.engines.http_engine import HttpEngine
 from complete_fn.engines.pool import at_engine, close_engines, engine_for
 from complete_fn.errors import RequestError
 from complete_fn.settings import Settings, load_settings
-from complete_fn_workers.engine.client import EmbeddedEngine, Link
+from complete_fn_workers.engine.client import EmbeddedEngine
+from complete_fn_workers.engine.link import Link
 
 
 class Shouting(EchoEngine):

@@ -5,8 +5,10 @@ vLLM runs in this process, in its main thread. Rows of all connections share the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import queue
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from complete_fn_workers.engine.steps.metering import NOTHING, Charge, StepMeter
 from complete_fn_workers.engine.steps.step_limit import StepLimit
 from complete_fn_workers.engine.vllm_internals import EngineFacts, read_engine, requests_under_way
 from complete_fn_workers.engine.wire import RowRefused
+
+BEAT_SECONDS = 1.0
 
 
 class WaitingRow(NamedTuple):
@@ -55,6 +59,36 @@ class AdmittedRow:
         return self.priority >= 0
 
 
+class Isolation:
+    """Connections that ask to be alone get the engine in turns: until one closes, no row of another is admitted."""
+
+    def __init__(self) -> None:
+        self.asking: deque[EngineConnection] = deque()
+        self.is_told = False
+
+    @property
+    def holder(self) -> EngineConnection | None:
+        return self.asking[0] if self.asking else None
+
+    def forget(self, connection: EngineConnection) -> None:
+        if connection is self.holder:
+            self.is_told = False
+        with contextlib.suppress(ValueError):
+            self.asking.remove(connection)
+
+    def may_run(self, row: WaitingRow) -> bool:
+        return self.holder in (None, row.connection)
+
+    def pop(self, lane: deque[WaitingRow]) -> WaitingRow | None:
+        """Take the next row that may run out of the lane; None if it has none."""
+        if self.holder is None:
+            return lane.popleft() if lane else None
+        found = next((row for row in lane if self.may_run(row)), None)
+        if found is not None:
+            lane.remove(found)
+        return found
+
+
 class EngineLoop:
     """Feeds one vLLM engine from all connections. Rows with a priority below 0 overtake all others."""
 
@@ -78,8 +112,10 @@ class EngineLoop:
         self.meter = StepMeter(requests_under_way(llm), decoder_work(facts), facts.devices, facts.overlaps)
         self.done: defaultdict[EngineConnection, list[list[Any]]] = defaultdict(list)
         self.text: defaultdict[EngineConnection, list[list[Any]]] = defaultdict(list)
+        self.isolation = Isolation()
         self.serial = 0
         self.steps = 0
+        self.beat_at = 0.0
 
     @property
     def greeting(self) -> dict[str, Any]:
@@ -89,18 +125,54 @@ class EngineLoop:
 
     def run(self) -> None:
         while True:
-            self.take(block=not (self.running or self.waiting or self.interactive or self.next))
+            self.take(block=not self.has_work())
+            self.isolate()
             if self.step_limit.takes_bulk(self.admit_chats(), self.running_bulk):
                 self.admit_bulk()
             if self.running:
                 self.step()
             self.deliver()
+            self.beat()
+
+    def has_work(self) -> bool:
+        if self.running or self.next:
+            return True
+        return any(self.isolation.may_run(row) for lane in (self.interactive, self.waiting) for row in lane)
+
+    def waits_for_another(self) -> bool:
+        """Whether a connection waits until another one is no longer alone."""
+        return len(self.isolation.asking) > 1 or bool(self.isolation.asking and (self.interactive or self.waiting))
+
+    def isolate(self) -> None:
+        """Tell the connection that is to be alone once no row of another connection runs."""
+        holder = self.isolation.holder
+        if holder is None or self.isolation.is_told:
+            return
+        if self.next is not None and self.next.row.connection is not holder:
+            self.waiting.appendleft(self.next.row)
+            self.next = None
+        if all(row.connection is holder for row in self.running.values()):
+            self.isolation.is_told = True
+            self.connections.send(holder, {"alone": True})
+
+    def beat(self) -> None:
+        """Tell each connection that waits that the engine works, about once a second or after a longer step."""
+        now = time.monotonic()
+        if now - self.beat_at < BEAT_SECONDS:
+            return
+        self.beat_at = now
+        waiting = {row.connection for lane in (self.interactive, self.waiting) for row in lane}
+        running = {row.connection for row in self.running.values()}
+        for connection in waiting | running | set(self.isolation.asking):
+            self.connections.send(connection, {"steps": self.steps})
 
     def admit_chats(self) -> int:
         """Admit waiting chats while there are seats. Returns the number of admitted chats."""
         chats = 0
         while self.interactive and len(self.running) < 2 * self.max_num_seqs:
-            if (chat := self.prepare(self.interactive.popleft())) is not None:
+            if (row := self.isolation.pop(self.interactive)) is None:
+                break
+            if (chat := self.prepare(row)) is not None:
                 self.submit(chat.row, chat.request, chat.row.sampling.priority)
                 chats += 1
             self.step_limit.chat()
@@ -112,7 +184,12 @@ class EngineLoop:
         while (self.next or self.waiting) and self.running_bulk < self.max_num_seqs:
             if self.running_bulk and self.step_limit.room(decoding) <= 0:
                 return
-            ready, self.next = self.next or self.prepare(self.waiting.popleft()), None
+            ready, self.next = self.next, None
+            if ready is None:
+                row = self.isolation.pop(self.waiting)
+                if row is None:
+                    return
+                ready = self.prepare(row)
             if ready is not None and not self.fits(ready):
                 self.next = ready  # this row goes first once other rows have left
                 return
@@ -132,10 +209,13 @@ class EngineLoop:
             self.take_output(output)
 
     def take(self, block: bool) -> None:
-        """Read all messages that have arrived; with `block`, wait for the first one."""
+        """Read all messages that have arrived; with `block`, wait for the first one, or until a beat is due."""
         inbox = self.connections.inbox
         while block or not inbox.empty():
-            connection, message = inbox.get()
+            try:
+                connection, message = inbox.get(timeout=BEAT_SECONDS if self.waits_for_another() else None)
+            except queue.Empty:
+                return
             block = False
             if message is None:
                 self.forget(connection)
@@ -155,6 +235,8 @@ class EngineLoop:
             lane.append(WaitingRow(connection, number, prompt, connection.options))
         if "count" in message:
             self.connections.send(connection, {"counts": self.prompts.count(message["count"]), "steps": self.steps})
+        if "alone" in message:
+            self.isolation.asking.append(connection)
         if "stop" in message:
             self.forget(connection)
             self.tell_time(connection, {"stopped": True})
@@ -171,6 +253,7 @@ class EngineLoop:
 
     def forget(self, connection: EngineConnection) -> None:
         """Drop the rows of a connection that has closed or wants no more answers."""
+        self.isolation.forget(connection)
         self.waiting = deque(row for row in self.waiting if row.connection is not connection)
         self.interactive = deque(row for row in self.interactive if row.connection is not connection)
         if self.next is not None and self.next.row.connection is connection:

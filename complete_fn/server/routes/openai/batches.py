@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -64,7 +63,8 @@ def submit_batch(state: ServiceState, caller: Principal, body: BatchBody) -> Job
         raise InputError(f"File {upload.id} has purpose {upload.purpose!r}; upload it with purpose 'batch'.")
     content = state.uploads.content(upload)
     lines = read_lines(state, content, body.endpoint)
-    job = new_job(caller, "batch", lines[0].call.model, len(lines), body.model_dump(), deadline=time.time() + DAY)
+    model, until = lines[0].call.model, state.store.now() + DAY
+    job = new_job(state, caller, "batch", model, len(lines), body.model_dump(), deadline=until)
     with drafted(state, job) as draft:
         with state.storage.writing(state.job_key(job.id, REQUESTS)) as sink:
             sink.write(content)

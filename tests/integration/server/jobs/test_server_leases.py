@@ -1,4 +1,4 @@
-"""Leases, fences and repeats of the service, at the moments when two processes meet."""
+"""Leases, claims and repeats of the service, at the moments when two processes meet."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from complete_fn.service.results import result_windows
 from complete_fn.service.sinks import promise
 from complete_fn.service.state import ServiceState
 from complete_fn.service.submit import TableSpec, submit_table
-from complete_fn.store.job_tables import parts
 from complete_fn.store.tables import attempts
 from complete_fn.types import Asker, Completion, CompletionRequest
 from complete_fn.worker.loop import WorkerLoop
 from complete_fn.worker.part_runner import Hand
+from tests.clocks import pass_time
 from tests.integration.server.conftest import write_models
 from tests.integration.server.jobs.test_server_jobs import parquet_bytes
 
@@ -76,7 +76,7 @@ def test_a_sweeper_that_comes_late_leaves_the_next_holder_alone(state: ServiceSt
     assert state.parts.sweep() == 1
     part = state.parts.claim(worker_name(0))
     assert part is not None
-    attempt = state.store.begin(Asker(job=part.name, claim=(part.id, part.fence)), "echo", "USD", "x")
+    attempt = state.store.begin(Asker(job=part.name, claim=(part.id, part.claim or "")), "echo", "USD", "x")
     assert not state.parts.take_back(seen, None)
     assert not state.parts.lost([part])
     state.store.touch(attempt)
@@ -84,10 +84,11 @@ def test_a_sweeper_that_comes_late_leaves_the_next_holder_alone(state: ServiceSt
 
 def test_a_renewed_lease_is_not_swept(state: ServiceState) -> None:
     submit(state, 5)
-    part = state.parts.claim(worker_name(0), now=time.time() - 3600)
+    part = state.parts.claim(worker_name(0))
     assert part is not None
     (seen,) = state.parts.running()
-    state.parts.renew([part], now=time.time() + 60)
+    pass_time(state.store, 60)
+    state.parts.renew([part])
     assert not state.parts.take_back(seen, None)
     assert not state.parts.lost([part])
 
@@ -96,11 +97,10 @@ def test_nobody_begins_a_part_that_was_given_to_another(state: ServiceState) -> 
     submit(state, 5)
     part = state.parts.claim(worker_name(0))
     assert part is not None
-    with state.store.write() as connection:
-        connection.execute(parts.update().values(lease_until=time.time() - 1))
+    pass_time(state.store, 60)
     assert state.parts.sweep() == 1
     with pytest.raises(StoreError, match="given up as lost"):
-        state.store.begin(Asker(job=part.name, claim=(part.id, part.fence)), "echo", "USD", "x")
+        state.store.begin(Asker(job=part.name, claim=(part.id, part.claim or "")), "echo", "USD", "x")
     with state.store.read() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(attempts)).scalar() == 0
 
@@ -163,7 +163,7 @@ def test_a_rerun_takes_the_delivery_from_who_still_writes(
         promise(connection, job)
     second = claim(state)
     assert second is not None
-    assert second.fence > first.fence
+    assert second.claim != first.claim
     with pytest.raises(LeaseLost):
         move(state, first, status="written", error=None)
 
@@ -313,7 +313,7 @@ def test_a_part_that_is_claimed_while_others_are_looked_after_goes_on(
     hand = Hand(part, Watch())
 
     def lost(held: Sequence[Part]) -> dict[int, str]:
-        loop.runner.hands[part.id, part.fence] = hand
+        loop.runner.hands[part.claim] = hand
         return real(held)
 
     monkeypatch.setattr(state.parts, "lost", lost)

@@ -24,6 +24,7 @@ from complete_fn.service.delivery import deliver_next
 from complete_fn.service.retention import expire
 from complete_fn.service.state import Limits
 from complete_fn.types import Completion, CompletionRequest
+from tests.clocks import pass_time
 from tests.objects import object_server
 
 ROWS = 120
@@ -309,7 +310,7 @@ def test_a_writer_that_died_half_way_is_followed_by_another(
         half = client.get(f"/v1/jobs/{reply.json()['id']}").json()["sink"]
         assert half["status"] == "writing"
         assert not deliver_next(running.state)  # leased
-        monkeypatch.setattr("complete_fn.service.delivery.time.time", lambda now=time.time: now() + 120)
+        pass_time(running.state.store, 120)
         assert deliver_next(running.state)
         assert client.get(f"/v1/jobs/{reply.json()['id']}").json()["sink"]["status"] == "written"
     assert len(execute(connection, "SELECT id FROM answers")) == ROWS
@@ -386,11 +387,13 @@ def test_files_and_jobs_expire(running: Any) -> None:
         assert abs(sent.expires_at - now - 3600) < 60
         assert abs(kept.expires_at - now - 30 * 86_400) < 60
         job = wait(client, ask(client, {"file_id": sent.id}))
-        expire(running.state, now + 4000)
+        pass_time(running.state.store, 4000)
+        expire(running.state)
         assert client.get(f"/v1/files/{sent.id}").status_code == 404
         assert client.get(f"/v1/files/{kept.id}").status_code == 200
         assert client.get(f"/v1/jobs/{job['id']}/results").status_code == 200
-        expire(running.state, now + 31 * 86_400)
+        pass_time(running.state.store, 31 * 86_400)
+        expire(running.state)
         assert client.get(f"/v1/jobs/{job['id']}").status_code == 404
         short = client.post(
             "/v1/files",

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -49,11 +49,11 @@ class Site:
     http: httpx.Client
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def work(self, *options: str) -> subprocess.Popen[bytes]:
-        """Another worker process, once it is at work."""
+    def work(self, *options: str, own: Mapping[str, str] | None = None, **more: Any) -> subprocess.Popen[bytes]:
+        """Another worker process, once it is at work; `own` is its own environment."""
         command = [sys.executable, "-m", "complete_fn", "worker", "--home", str(self.home), *options]
-        own = {"COMPLETE_FN_BROKER": self.broker, "COMPLETE_FN_MODELS": str(self.home / "models.toml")}
-        worker = subprocess.Popen(command, env={**os.environ, **own})
+        known = {"COMPLETE_FN_BROKER": self.broker, "COMPLETE_FN_MODELS": str(self.home / "models.toml")}
+        worker = subprocess.Popen(command, env={**os.environ, **known, **(own or {})}, **more)
         self.workers.append(worker)
         until(lambda: any(beat.pid == worker.pid for beat in self.state.workers.alive()))
         return worker

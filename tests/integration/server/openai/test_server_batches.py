@@ -17,6 +17,7 @@ from complete_fn.server.batch_lines import Line, read_line
 from complete_fn.server.routes.openai.batches import OUTPUTS, REQUESTS
 from complete_fn.service.state import Limits, ServiceState
 from complete_fn.types import Completion, CompletionRequest
+from tests.clocks import pass_time
 
 CHAT = "/v1/chat/completions"
 
@@ -170,7 +171,8 @@ def test_a_batch_that_ends_early_keeps_its_finished_rows(serve: Callable[..., An
     if how == "cancelled":
         assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
     else:
-        assert running.state.jobs.expire(now=time.time() + 86_401) == [batch.id]
+        pass_time(running.state.store, 86_401)
+        assert running.state.jobs.expire() == [batch.id]
     done = wait(client, batch.id, how)
     answers, errors = lines_of(client, done.output_file_id), lines_of(client, done.error_file_id)
     assert len(answers) + len(errors) == 1000

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -15,12 +16,10 @@ from complete_fn import EchoEngine
 from complete_fn.ledger.usage import usage
 
 
-def ask(client: openai.OpenAI, text: str, **more: Any) -> str | None:
+def ask(client: openai.OpenAI, text: str, model: str = "echo", **more: Any) -> str | None:
     messages: list[Any] = [{"role": "user", "content": text}]
     return (
-        client.chat.completions.create(model="echo", messages=messages, temperature=0, **more)
-        .choices[0]
-        .message.content
+        client.chat.completions.create(model=model, messages=messages, temperature=0, **more).choices[0].message.content
     )
 
 
@@ -97,6 +96,20 @@ def test_a_daily_budget_is_never_passed(serve: Callable[..., Any]) -> None:
     assert "daily budget" in caught.value.message
     assert ask(running.openai(other), "x", max_tokens=2) == "x"
     assert sum(line.cost for line in usage(running.state.store, tenant="acme")) == Decimal("0.000070")
+
+
+def test_a_model_of_another_currency_than_the_budgets_is_refused(serve: Callable[..., Any], models_file: Path) -> None:
+    yen = "[models.yen]\nengine = 'echo'\ncheckpoint = 'e'\nprices = { input = 1, output = 2, currency = 'JPY' }\n"
+    models_file.write_text(models_file.read_text() + yen)
+    running = serve(EchoEngine(64))
+    client = running.openai(running.state.keys.create("acme", "ann"))
+    ask(client, "a", model="yen")
+    running.state.keys.set_daily_budget("acme", Decimal(1))
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client, "b", model="yen")
+    assert "has a daily budget in USD, and 'yen' is priced in JPY" in caught.value.message
+    running.state.keys.set_daily_budget("acme", Decimal(1), "JPY")
+    assert ask(client, "c", model="yen", max_tokens=1) == "c"
 
 
 def test_usage_shows_a_tenant_its_own_lines_only(running: Any) -> None:

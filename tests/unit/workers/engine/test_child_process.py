@@ -19,8 +19,8 @@ from complete_fn.settings import Settings
 from complete_fn.types import Completion, CompletionRequest, Message
 from complete_fn_workers.engine import launch
 from complete_fn_workers.engine.allocator import KEEP_MEMORY, allocator_environment, find_tcmalloc
-from complete_fn_workers.engine.client import is_sendable
 from complete_fn_workers.engine.launch import EngineSpec, engine_environment, engine_key, engine_place, thread_binding
+from complete_fn_workers.engine.link import is_sendable
 from complete_fn_workers.engine.machine import available_cores, computes_bfloat16, memory_bytes
 from complete_fn_workers.engine.wire import Frames, pack
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from complete_fn.capacity.decoder_work import DecoderWork
-from complete_fn_workers.engine.loop import AdmittedRow, EngineLoop, WaitingRow
+from complete_fn_workers.engine.loop import AdmittedRow, EngineLoop, Isolation, WaitingRow
 from complete_fn_workers.engine.steps.kv_window import KVWindow
 from complete_fn_workers.engine.steps.metering import StepMeter
 from complete_fn_workers.engine.steps.step_limit import StepLimit
@@ -55,7 +55,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> EngineLoop:
     made.step_limit, made.window = StepLimit(64), KVWindow(8, 32)
     made.done, made.text = defaultdict(list), defaultdict(list)
     made.waiting, made.interactive, made.next = deque(), deque(), None
-    made.running, made.running_bulk = {}, 0
+    made.running, made.running_bulk, made.isolation = {}, 0, Isolation()
     made.meter.admit("1", "1-a")
     request.num_computed_tokens = 8
     made.meter.stepped(1.5)
