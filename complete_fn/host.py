@@ -1,15 +1,19 @@
-"""The operating system: a folder's file system, processes and their forks, and where we run."""
+"""The operating system: a folder's file system, open files, processes and their forks, and where we run."""
 
 from __future__ import annotations
 
 import functools
 import os
+import resource
 import socket
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
+
+MOST_FILES = 1 << 16  # where the system sets no limit
 
 
 def filesystem_of(path: Path, mounts: str | None = None) -> str | None:
@@ -58,6 +62,17 @@ def here() -> str:
         return f"{socket.gethostname()}/{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
         return socket.gethostname()
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as its hard limit allows. Returns how many it may open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS allows less than its hard limit says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    now = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_FILES if now == resource.RLIM_INFINITY else now
 
 
 class Forkable(Protocol):

@@ -19,6 +19,9 @@ COMPLETE_FN_RETENTION_DAYS
                      uploads, and jobs that are over, are deleted after so long (default: 30)
 COMPLETE_FN_SQL_SECONDS
                      what a job's SQL may take (default: 300)
+COMPLETE_FN_CONNECTIONS
+                     connections that the API keeps open at once; one address may have three quarters of them (default:
+                     4096, or as many as the limit of open files allows)
 COMPLETE_FN_SECRET   what the API and its workers know each other by (default: a file in COMPLETE_FN_HOME)
 COMPLETE_FN_URL, COMPLETE_FN_KEY
                      the service that `complete-fn jobs` asks, and its API key; also sent for engine='http://...' there
@@ -56,6 +59,7 @@ class Settings:
     retention_days: float = RETENTION_DAYS
     sql_seconds: float = SQL_SECONDS
     engines: int | None = None
+    connections: int | None = None
 
     @property
     def store(self) -> str:
@@ -84,6 +88,7 @@ def load_settings(home: Path | str | None = None, models_file: Path | str | None
         retention_days=amount("COMPLETE_FN_RETENTION_DAYS") or RETENTION_DAYS,
         sql_seconds=amount("COMPLETE_FN_SQL_SECONDS") or SQL_SECONDS,
         engines=math.ceil(amount("COMPLETE_FN_ENGINES") or 0) or None,
+        connections=math.ceil(amount("COMPLETE_FN_CONNECTIONS") or 0) or None,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from complete_fn.cli.local_state import open_store, print_table
 from complete_fn.cli.main import OK, Parser, add_home
 from complete_fn.errors import InvalidOptionError, did_you_mean
+from complete_fn.host import raise_file_limit
 from complete_fn.jobs.queue import CeleryQueue
 from complete_fn.registry import resolve
 from complete_fn.settings import load_settings
@@ -54,16 +55,17 @@ def serve_main(argv: list[str]) -> int:
     )
     add_home(parser)
     asked = parser.parse_args(argv)
-    is_loopback, make_app, state_type, host_type, uvicorn = (
+    is_loopback, make_app, state_type, host_type, serve_app = (
         resolve(name)
         for name in (
             "complete_fn.server.auth:is_loopback",
             "complete_fn.server.app:make_app",
             "complete_fn.service.state:ServiceState",
             "complete_fn.service.engine_host:EngineHost",
-            "uvicorn:Server",
+            "complete_fn.server.connection_guard:serve_app",
         )
     )
+    files = raise_file_limit()
     settings = load_settings(asked.home)
     home, broker = settings.home, asked.broker or settings.broker
     workers = parse_workers(asked.workers) if asked.workers else None
@@ -82,8 +84,7 @@ def serve_main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         app = make_app(engines, loopback, maintenance=maintenance_of(engines, broker, workers))
-        config = resolve("uvicorn:Config")(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
-        uvicorn(config).run(sockets=[listener])
+        serve_app(app, listener, files, settings.connections)
     return OK
 
 

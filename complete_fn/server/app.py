@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from complete_fn import __version__
 from complete_fn.server.auth import Door
+from complete_fn.server.connection_guard import ClientPace
 from complete_fn.server.error_replies import Bounds, add_refusals
 from complete_fn.server.fair_slots import Lanes
 from complete_fn.server.metrics import Metrics, RequestCounter
@@ -74,6 +75,7 @@ def make_app(
     app.add_middleware(Door, state=state, loopback=loopback)
     app.add_middleware(Bounds, upload_bytes=state.limits.upload_bytes, body_bytes=state.limits.body_bytes)
     app.add_middleware(RequestCounter, metrics=app.state.metrics)
+    app.add_middleware(ClientPace)
     for router in ROUTERS:
         app.include_router(router)
     return app

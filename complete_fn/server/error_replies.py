@@ -17,6 +17,7 @@ from complete_fn.server.call_out_replies import refused_at
 
 LOG = logging.getLogger("complete_fn.server")
 RETRY_SECONDS = 5
+HTTP_CODES = {404: "not_found", 408: "request_timeout"}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -68,7 +69,9 @@ async def of_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 413:
         return too_large(request.url.path, f"{error.detail}.")
-    return refusal(error.status_code, f"{error.detail}.", "not_found" if error.status_code == 404 else None)
+    response = refusal(error.status_code, f"{error.detail}.", HTTP_CODES.get(error.status_code))
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def of_half_character(_: Request, error: Exception) -> JSONResponse:

@@ -16,12 +16,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import uvicorn
 from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from complete_fn.errors import EngineError
+from complete_fn.host import raise_file_limit
 from complete_fn.jobs.api_keys import NAME, Principal
+from complete_fn.server.connection_guard import ClientPace, bounds_within, make_server, run_server
 from complete_fn.server.error_replies import Bounds, add_refusals, refusal
 from complete_fn.server.fair_slots import Lanes
 from complete_fn.server.rate_limits import RateLimits
@@ -69,6 +70,7 @@ def internal_app(engines: EngineHost, secret: str) -> FastAPI:
     add_refusals(app)
     app.add_middleware(InternalDoor, secret=secret)
     app.add_middleware(Bounds, upload_bytes=0, body_bytes=engines.state.limits.body_bytes)
+    app.add_middleware(ClientPace)
     app.include_router(routes_completions.router)
     return app
 
@@ -88,11 +90,9 @@ class Internal:
         everywhere = host in ("0.0.0.0", "::")
         shown = socket.gethostname() if everywhere else f"[{host}]" if ":" in host else host
         self.address = f"http://{shown}:{listener.getsockname()[1]}"
-        config = uvicorn.Config(
-            internal_app(engines, secret), log_level="warning", access_log=False, timeout_graceful_shutdown=10
-        )
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, args=([listener],), name="internal", daemon=True)
+        self.server = make_server(internal_app(engines, secret))
+        serving = (self.server, listener, bounds_within(raise_file_limit()))
+        self.thread = threading.Thread(target=run_server, args=serving, name="internal", daemon=True)
         self.thread.start()
         until = time.monotonic() + START_SECONDS
         while not self.server.started:

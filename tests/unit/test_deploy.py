@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -31,6 +32,20 @@ def test_the_compose_file_keeps_to_the_compose_specification() -> None:
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_a_dockerfile_has_no_warning(path: Path) -> None:
     linted(str(Path(sys.executable).with_name("hadolint")), "--failure-threshold", "warning", str(path))
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+def test_nginx_takes_the_proxy_s_configuration(tmp_path: Path) -> None:
+    text = (ROOT / "deploy" / "nginx.conf").read_text()
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", str(key), "-out", str(certificate)]
+    linted("openssl", "req", "-x509", *made)
+    for path in re.findall(r"ssl_certificate(?:_key)? (\S+);", text):
+        text = text.replace(path, str(key if path.endswith(".key") else certificate))
+    kept = "".join(f"{kind}_temp_path {tmp_path};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    text = text.replace("http {", f"http {{ access_log off; {kept}")  # a distribution's own folders need not be there
+    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/nginx.pid;\n{text}")
+    linted("nginx", "-t", "-p", str(tmp_path), "-e", "stderr", "-c", str(tmp_path / "nginx.conf"))
 
 
 def test_every_setting_that_the_compose_file_gives_is_one() -> None:

@@ -17,10 +17,10 @@ import httpx
 import openai
 import psycopg
 import pytest
-import uvicorn
 
 from complete_fn import EchoEngine
 from complete_fn.server.app import make_app
+from complete_fn.server.connection_guard import ConnectionBounds, make_server, run_server
 from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.state import ServiceState
 from complete_fn.worker.maintenance import Maintenance
@@ -64,12 +64,16 @@ def write_models(folder: Path) -> Path:
 
 
 @contextmanager
-def at_service(engines: EngineHost, loopback: bool = True, maintenance: Maintenance | None = None) -> Iterator[Running]:
+def at_service(
+    engines: EngineHost,
+    loopback: bool = True,
+    maintenance: Maintenance | None = None,
+    bounds: ConnectionBounds | None = None,
+) -> Iterator[Running]:
     listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(engines, loopback, maintenance=maintenance)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    server = make_server(make_app(engines, loopback, maintenance=maintenance), graceful_seconds=1)
+    serving = (server, listener, bounds or ConnectionBounds())
+    thread = threading.Thread(target=run_server, args=serving, daemon=True)
     thread.start()
     until = time.monotonic() + 30
     while not server.started and time.monotonic() < until:
@@ -89,10 +93,12 @@ def serve(tmp_path: Path, models_file: Path) -> Iterator[Callable[..., Running]]
     """Call it for a server: `serve(engine=..., loopback=...)`; all end with the test."""
     with ExitStack() as stack:
 
-        def start(engine: Any = None, loopback: bool = True, **more: Any) -> Running:
+        def start(
+            engine: Any = None, loopback: bool = True, bounds: ConnectionBounds | None = None, **more: Any
+        ) -> Running:
             engines = EngineHost(ServiceState(tmp_path / "home", models_file, engine or EchoEngine(64), **more))
             own = stack.enter_context(ExitStack())
-            return replace(own.enter_context(at_service(engines, loopback)), end=own.close)
+            return replace(own.enter_context(at_service(engines, loopback, bounds=bounds)), end=own.close)
 
         yield start
 

@@ -27,15 +27,16 @@ CHATS = 330
 
 
 class GatedEngine(EchoEngine):
-    """Answers prompts with the word "slow" only after `gate` is set."""
+    """Answers prompts with the word "slow" only after `gate` is set. `held` counts them."""
 
     def __init__(self) -> None:
         super().__init__(64)
-        self.gate = threading.Event()
+        self.gate, self.held = threading.Event(), 0
 
     def stream(self, requests: Iterable[CompletionRequest], tenant: str) -> Iterator[tuple[int, Completion]]:
         for position, request in enumerate(requests):
             if "slow" in str(prompt_text(request)):
+                self.held += 1
                 self.gate.wait(GATE_SECONDS)
             yield position, self.complete(request)
 
