@@ -4,7 +4,7 @@
 `Model.api_key_env` names, and appears only in the requests. This engine reads from `Model.engine_args`:
 
     concurrency       requests in flight (default 16)
-    timeout           seconds until a row is given up (default 600)
+    timeout           seconds until a row is given up (default 600), however slowly its reply arrives
     served_name       the model's name at the endpoint (default: the checkpoint; the entry's name for a local folder,
                       and at a complete-fn service, which says so in its list of models)
     max_tokens_field  `max_tokens` (default) or `max_completion_tokens`
@@ -15,6 +15,9 @@
 
 If the endpoint is busy (429, 503), the engine waits as Retry-After says, until the endpoint has served no row for two
 minutes. A request that may have been paid for is never sent twice.
+
+A reply may have 1 MiB and 2 KiB for each token that was asked for, at most 32 MiB, also when decompressed. The rest of
+a longer one is not read, and its row gets the error `truncated`.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from typing import Any, TypeVar
 import httpx
 
 from complete_fn.engines.catalogue import Model
-from complete_fn.engines.openai_chat import Endpoint
+from complete_fn.engines.openai_chat import ACCEPTED, Endpoint
 from complete_fn.engines.structured_output import checked
 from complete_fn.engines.tokenizer import count_with, tokenizer_file
 from complete_fn.errors import EngineError, RequestError
@@ -175,7 +178,7 @@ async def answer(
 async def connect(model: Model, concurrency: int, seconds: float) -> Endpoint:
     """The endpoint of a model. A coroutine, so that its client is created on the event loop that uses it."""
     url = (model.url or "").rstrip("/")
-    headers = {}
+    headers = {"Accept-Encoding": ACCEPTED}
     if model.api_key_env is not None:
         key = secret(model.api_key_env)
         if not key:

@@ -9,6 +9,9 @@ import math
 import random
 import re
 import time
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -27,12 +30,25 @@ CUT = ("length", "model_length", "max_tokens")
 WAIT_S, FIRST_WAIT_S = 120.0, 1.0
 MOST_BROKEN = 5  # connections that break one after the other, without a reply in between, until the run ends
 CONNECT_PAUSES_S = (0.5, 1.0, 2.0, 4.0)  # between tries to connect to an endpoint that has answered before
+# Bytes that a reply may have. A token is a few bytes of text, escaped up to 12 each; with `logprobs` in extra_body it
+# is up to 2 KB.
+REPLY_BYTES, BYTES_OF_ANSWER_TOKEN, MOST_REPLY_BYTES = 1 << 20, 2048, 32 << 20
+REFUSAL_BYTES = 1 << 16  # of a reply with another status than 200; the rest is not read
 SPREAD_S = 1.0  # rows that wait for one moment wake up spread over this long after it, or over the pause if shorter
+ACCEPTED = "gzip, deflate"  # what can be decompressed within bounds
+FRAMING = ("content-encoding", "content-length", "transfer-encoding")  # headers that no longer hold for a read body
 TOO_LONG = re.compile(
     r"context.{0,12}(length|window|size)|maximum (context|input|prompt)|max_model_len|too (long|many tokens)"
     r"|input length|longer than the (maximum )?model|max_(completion_)?tokens.{0,30}too large",
     re.IGNORECASE,
 )
+
+
+class OverlongReply(Exception):
+    """The endpoint's reply has more bytes than the request can need."""
+
+
+UNREADABLE = (httpx.HTTPError, EngineError, OverlongReply, ValueError, KeyError, TypeError)  # of a list of models
 
 
 class Endpoint:
@@ -66,10 +82,15 @@ class Endpoint:
         async with self.asked:
             if self.ours is None:
                 try:
-                    entries = (await self.client.get(self.url + "/models", timeout=10.0)).json()["data"]
+                    entries = await self.models()
                     self.ours = any(m["owned_by"] == "complete-fn" and m["id"] == self.model.name for m in entries)
-                except (httpx.HTTPError, ValueError, KeyError, TypeError):
+                except UNREADABLE:
                     self.ours = False
+
+    async def models(self) -> Any:
+        """The endpoint's list of models. Raises one of `UNREADABLE` if there is none."""
+        reply = await self.fetch("GET", self.url + "/models", MOST_REPLY_BYTES, timeout=httpx.Timeout(10.0))
+        return read_json(reply)["data"]
 
     async def complete(self, request: CompletionRequest, tenant: str) -> Completion:
         """The completion, or the row's error.
@@ -91,6 +112,10 @@ class Endpoint:
                 body.pop(self.max_tokens_field, None)
                 return await self.outcome(await self.ask(body), request, limited=False)
             return await self.outcome(reply, request, limited=request.sampling.max_tokens is not None)
+        except OverlongReply as error:  # the endpoint has computed it, and may bill all that it was asked for
+            room = request.sampling.max_tokens or self.model.default_max_tokens
+            cut = RowError("truncated", str(error))
+            return Completion(None, "length", cut, replace(guessed(request, "", room), completion_tokens=room))
         except httpx.TimeoutException:
             return Completion.failed("timeout", f"{self.url} did not answer within {self.client.timeout.read:g} s.")
         except httpx.TransportError as error:  # the row may have been paid for, so only the caller may send it again
@@ -181,9 +206,11 @@ class Endpoint:
             EngineError: No server answers at the URL, or `MOST_BROKEN` connections broke one after the other.
         """
         pauses = iter(CONNECT_PAUSES_S if self.served_at else ())
+        tokens = body.get(self.max_tokens_field) or self.model.max_model_len
+        most = min(REPLY_BYTES + tokens * BYTES_OF_ANSWER_TOKEN, MOST_REPLY_BYTES) if tokens else MOST_REPLY_BYTES
         while True:
             try:
-                reply = await self.client.post(self.url + path, json=body)
+                reply = await self.fetch("POST", self.url + path, most, body)
                 self.broken = 0
                 return reply
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -196,6 +223,9 @@ class Endpoint:
                 await asyncio.sleep(pause)
             except httpx.TimeoutException:
                 raise
+            except OverlongReply:
+                self.broken = 0
+                raise
             except httpx.TransportError as error:
                 self.broken += 1
                 if self.broken >= MOST_BROKEN:
@@ -204,6 +234,25 @@ class Endpoint:
                         f"({type(error).__name__}: {error or 'no reason given'})."
                     ) from error
                 raise
+
+    async def fetch(
+        self, method: str, url: str, most: int, body: dict[str, Any] | None = None, timeout: httpx.Timeout | None = None
+    ) -> httpx.Response:
+        """A reply of at most so many bytes, after decompression. A refusal with more is cut.
+
+        Raises:
+            httpx.TimeoutException: The reply did not begin, or did not end, within the timeout's seconds for a read.
+            OverlongReply: The reply has status 200 and more bytes.
+        """
+        timeout = timeout or self.client.timeout
+        async with self.client.stream(method, url, json=body, timeout=timeout) as reply:
+            try:
+                async with asyncio.timeout(timeout.read):  # httpx has only a time limit for each piece
+                    content = await read_bounded(reply, most if reply.status_code == 200 else REFUSAL_BYTES)
+            except TimeoutError as error:
+                raise httpx.ReadTimeout("The reply did not end.") from error
+        kept = [(name, value) for name, value in reply.headers.multi_items() if name not in FRAMING]
+        return httpx.Response(reply.status_code, headers=kept, content=content, request=reply.request)
 
     async def outcome(self, reply: httpx.Response, request: CompletionRequest, limited: bool) -> Completion:
         """The completion that a reply means; `limited`: whether the caller's max_tokens bounds the answer."""
@@ -233,8 +282,8 @@ class Endpoint:
 
     async def served(self) -> str:
         try:
-            names = [m["id"] for m in (await self.client.get(self.url + "/models", timeout=10.0)).json()["data"]]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            names = [m["id"] for m in await self.models()]
+        except UNREADABLE:
             return "Check the url: it ends with /v1."
         return f"It serves {', '.join(map(repr, names)) or 'no model'}; set engine_args.served_name."
 
@@ -243,14 +292,60 @@ class Endpoint:
         counts = []
         for text in texts:
             body = {"model": self.served_name, "prompt": text, "add_special_tokens": False}
-            reply = await self.client.post(f"{root}/tokenize", json=body)
+            most = REPLY_BYTES + 16 * len(text.encode())  # the reply lists the tokens too
+            try:
+                reply = await self.fetch("POST", f"{root}/tokenize", most, body)
+            except OverlongReply as error:
+                raise EngineError(f"{root}/tokenize: {error}") from error
             if reply.status_code != 200:
                 raise EngineError(f"{root} has no /tokenize ({reply.status_code}); tokens cannot be counted there.")
-            counts.append(int(reply.json()["count"]))
+            counts.append(int(read_json(reply)["count"]))
         return counts
 
     async def close(self) -> None:
         await self.client.aclose()
+
+
+async def read_bounded(reply: httpx.Response, most: int) -> bytes:
+    """The reply's body. It is decompressed piece by piece, so that a small body cannot become a large one in memory.
+
+    Raises:
+        OverlongReply: The body of a reply with status 200 has more bytes than `most`; a refusal's is cut there.
+        EngineError: The endpoint compresses its reply in a way that it was not asked for.
+    """
+    decode, content = decoder(reply), bytearray()
+    async for piece in reply.aiter_raw():
+        try:
+            content += decode(piece, most + 1 - len(content))
+        except zlib.error as error:
+            raise EngineError(f"{reply.url} sends a reply that cannot be decompressed ({error}).") from error
+        if len(content) > most:
+            if reply.status_code == 200:
+                raise OverlongReply(f"The endpoint's reply has more than {most:,} bytes; it was not read to its end.")
+            return bytes(content[:most])
+    return bytes(content)
+
+
+def decoder(reply: httpx.Response) -> Callable[[bytes, int], bytes]:
+    """Turns a piece of the body into at most so many bytes of content; what follows these is dropped."""
+    encoding = reply.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("identity", ""):
+        return lambda piece, most: piece[:most]
+    if encoding in ("gzip", "x-gzip"):
+        return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress
+    if encoding == "deflate":
+        return zlib.decompressobj().decompress
+    raise EngineError(f"{reply.url} compresses its reply with {encoding!r}, although {ACCEPTED!r} was asked for.")
+
+
+def read_json(reply: httpx.Response) -> Any:
+    """Raises:
+    ValueError: The body is not JSON, or is nested too deeply.
+    """
+    try:
+        return reply.json()
+    except RecursionError as error:
+        raise ValueError("The reply is nested too deeply.") from error
 
 
 def completion(reply: httpx.Response, request: CompletionRequest, room: int, limited: bool) -> Completion:
@@ -263,7 +358,7 @@ def completion(reply: httpx.Response, request: CompletionRequest, room: int, lim
         limited: whether `room` is the caller's max_tokens, so that an answer cut there is whole.
     """
     try:
-        found = reply.json()
+        found = read_json(reply)
         choice, usage = found["choices"][0], found.get("usage")
         text, refusal = text_of(choice["message"].get("content")), choice["message"].get("refusal")
         reason = choice.get("finish_reason")
@@ -289,7 +384,7 @@ def completion(reply: httpx.Response, request: CompletionRequest, room: int, lim
 def failed(reply: httpx.Response) -> bool:
     """Whether the reply's body is an error: some gateways pass on a row's failure with status 200."""
     try:
-        return bool(reply.json().get("error"))
+        return bool(read_json(reply).get("error"))
     except (ValueError, AttributeError):
         return False
 
@@ -336,7 +431,7 @@ def too_long(reply: httpx.Response) -> bool:
 def complaint(reply: httpx.Response) -> str:
     """The endpoint's error message, cut to 500 characters."""
     try:
-        found = reply.json()
+        found = read_json(reply)
         error = found.get("error", found)
         message = error.get("message") if isinstance(error, dict) else error
         text = str(message or found.get("detail") or reply.text)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
-from collections.abc import Callable
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -191,3 +195,81 @@ def test_an_endpoint_that_restarts_is_connected_to_again(endpoint: Endpoint, con
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openai_chat.asyncio, "sleep", back)
         assert ask(engine, "after")[0].text == "AFTER"
+
+
+MIB = 1 << 20
+
+
+def test_a_reply_without_end_fails_its_row_and_is_not_read(endpoint: Endpoint, tmp_path: Path) -> None:
+    sent: list[int] = []
+
+    def endless() -> Iterator[bytes]:
+        for number in range(300):
+            sent.append(number)
+            yield b"x" * MIB
+
+    def script(body: dict[str, Any]) -> Any:
+        return (200, endless(), {}) if "row 3" in body["messages"][-1]["content"] else said("yes")
+
+    endpoint.script = script
+    mine = session(endpoint, tmp_path, prices=PRICES, max_cost=1)
+    rows = mine.complete("remote", ROWS[:6], {"max_tokens": 4}).details.to_pylist()
+    assert [row["error"] and row["error"]["code"] for row in rows] == [None] * 3 + ["truncated"] + [None] * 2
+    assert "more than 1,056,768 bytes" in rows[3]["error"]["message"]
+    assert rows[3]["usage"]["completion_tokens"] == 4  # the endpoint may bill all that it was asked for
+    assert len(sent) < 100
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_small_reply_that_decompresses_to_a_large_one_costs_no_memory(
+    endpoint: Endpoint, connect: Any, encoding: str
+) -> None:
+    compress = gzip.compress if encoding == "gzip" else zlib.compress
+    bomb = compress(b'{"choices": [{"message": {"content": "' + b"x" * (200 * MIB))
+    endpoint.script = lambda body: (200, iter([bomb]), {"content-encoding": encoding})
+    engine = connect()
+    tracemalloc.start()
+    try:
+        (row,) = ask(engine, "a", max_tokens=4)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert code(row) == "truncated"
+    assert peak < 20 * MIB
+
+
+def test_an_honest_compressed_reply_is_read(endpoint: Endpoint, connect: Any) -> None:
+    whole = json.dumps(said("yes")[1]).encode()
+    endpoint.script = lambda body: (200, iter([gzip.compress(whole)]), {"content-encoding": "gzip"})
+    assert ask(connect(), "a")[0].text == "yes"
+    endpoint.script = lambda body: (200, iter([b"not gzip"]), {"content-encoding": "gzip"})
+    with pytest.raises(EngineError, match="cannot be decompressed"):
+        ask(connect(), "a")
+    endpoint.script = lambda body: (200, iter([whole]), {"content-encoding": "br"})
+    with pytest.raises(EngineError, match="compresses its reply with 'br', although 'gzip, deflate' was asked for"):
+        ask(connect(), "a")
+
+
+def test_a_refusal_without_end_is_cut(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = lambda body: (418, (b"no " * MIB for _ in range(300)), {})
+    (row,) = ask(connect(), "a")
+    assert code(row) == "invalid_request"
+    assert row.error is not None
+    assert len(row.error.message) < 1000
+
+
+def test_a_reply_that_drips_fails_its_row_after_the_timeout(endpoint: Endpoint, connect: Any) -> None:
+    def drip() -> Iterator[bytes]:
+        while True:
+            yield b" "
+            time.sleep(0.05)
+
+    endpoint.script = lambda body: (200, drip(), {})
+    (row,) = ask(connect(engine_args={"timeout": 0.5}), "a")
+    assert code(row) == "timeout"
+
+
+def test_a_reply_nested_too_deeply_is_no_reply(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.script = lambda body: (200, iter([b"[" * 200_000]), {})
+    with pytest.raises(EngineError, match="no OpenAI-compatible endpoint"):
+        ask(connect(), "a")

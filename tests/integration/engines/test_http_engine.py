@@ -23,7 +23,7 @@ from complete_fn.errors import EngineBusyError, EngineError, RequestError
 from complete_fn.settings import Settings
 from complete_fn.types import Completion, CompletionRequest, Message, SamplingParams, Usage
 
-Reply = tuple[int, dict[str, Any], dict[str, str]]
+Reply = tuple[int, dict[str, Any] | Iterator[bytes], dict[str, str]]  # an iterator: the body's pieces, as they come
 Script = Callable[[dict[str, Any]], Reply]
 
 
@@ -73,13 +73,15 @@ class Endpoint:
             def do_GET(self) -> None:
                 self.reply(200, {"data": [{"id": "served-model"}]}, {})
 
-            def reply(self, status: int, found: dict[str, Any], headers: dict[str, str]) -> None:
-                content = json.dumps(found).encode()
+            def reply(self, status: int, found: dict[str, Any] | Iterator[bytes], headers: dict[str, str]) -> None:
+                whole = b"" if isinstance(found, Iterator) else json.dumps(found).encode()
+                length = {"content-length": str(len(whole))} if whole else {"connection": "close"}
                 self.send_response(status)
-                for name, value in {**headers, "content-length": str(len(content))}.items():
+                for name, value in {**headers, **length}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(content)
+                for piece in found if isinstance(found, Iterator) else [whole]:
+                    self.wfile.write(piece)
 
             def log_message(self, *_: object) -> None:
                 pass
