@@ -199,7 +199,7 @@ ROW_ERRORS: dict[str, str] = {
     "budget_exceeded": "the remaining budget does not cover the row at list price",
     "cancelled": "the run was cancelled before the row was done",
     "timeout": "the engine did not finish the row in time",
-    "engine_failed": "the engine died or hung at this row, also when it ran alone",
+    "engine_failed": "the engine died or hung at this row, twice while it ran alone",
     "usage_refused": "the endpoint reports more tokens than it was asked for; the row is billed as far as asked for",
     "blocked": "the endpoint's content filter or the model itself refused the row",
 }

@@ -1,8 +1,10 @@
 """`EngineStream` passes one stream's rows through the child, which may die or hang meanwhile.
 
 A child that dies is restarted and its rows are asked again. If it dies a second time, one of the rows in flight may be
-the cause. They are asked again while no other stream's rows run, then in halves: the row that kills the engine alone
-gets the row error `engine_failed`, and the others are answered. A child that hangs is killed, so it counts as dead.
+the cause. They are asked again while no other stream's rows run, then in halves. A row at which the engine dies twice
+while the row runs alone gets the row error `engine_failed`; the others are answered.
+
+A child that hangs is killed, so it counts as dead.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 32
 LOOK_SECONDS = 0.2  # how often a waiting stream checks whether its caller has abandoned it
 METER_SECONDS = 5.0  # wait for the child's meter: it answers between two steps
-MOST_DEATHS = 50  # of the child in one stream
+MOST_DEATHS = 60  # of the child in one stream
 MOST_UNBORN = 3
 MOST_POISON = 3  # rows of one stream that may kill the engine; if more do, the engine is at fault
 # The child tells after each second, or after a longer step, that it works. It hangs if it is silent for so many times
 # the longest silence before, but at least for the seconds of the second bound; a first step may take longer.
 HANG_TIMES, HANG_SECONDS, FIRST_STEP_SECONDS = 20, 120.0, 900.0
 UNSENDABLE = "The prompt has no messages, or a lone surrogate (half of a character) that cannot be encoded."
-POISON = "The engine died or hung at this row, also when it ran alone."
+POISON = "The engine died or hung at this row, twice while it ran alone."
 PROBE = -1  # the number of a row of our own, which shows whether the engine dies at any row
 
 Rows = dict[int, CompletionRequest]
@@ -49,6 +51,7 @@ class EngineStream:
         self.is_abandoned = partial(is_abandoned, requests)
         self.unfinished: Rows = {}
         self.deaths = self.poisoned = 0
+        self.suspects: set[int] = set()  # rows at which the engine has died while they ran alone
         self.watch = HangWatch()
 
     def rows(self) -> Iterator[tuple[int, Completion]]:
@@ -92,6 +95,9 @@ class EngineStream:
                 if len(group) > 1:
                     left = list(group.items())
                     groups += [dict(left[len(left) // 2 :]), dict(left[: len(left) // 2])]
+                elif group.keys() - self.suspects:
+                    self.suspects |= group.keys()
+                    groups.append(group)  # once more: something else may have killed the engine just then
                 elif group:
                     yield self.poison(*group)
 

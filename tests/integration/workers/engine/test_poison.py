@@ -56,9 +56,7 @@ def expected(prompts: list[str]) -> list[str]:
     return ["engine_failed" if "poison" in p or "hang" in p else p for p in prompts]
 
 
-@pytest.mark.parametrize(
-    "bad", [{0: "poison"}, {39: "poison"}, {17: "poison", 18: "poison"}, {3: "poison", 30: "hang"}], ids=str
-)
+@pytest.mark.parametrize("bad", [{0: "poison"}, {17: "poison", 18: "poison"}, {3: "poison", 30: "hang"}], ids=str)
 def test_the_row_that_kills_its_engine_fails_and_the_others_are_answered(
     failing: EmbeddedEngine, bad: dict[int, str]
 ) -> None:
