@@ -103,7 +103,7 @@ model: setup
 gpu-check:
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -c 'import vllm' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,worker]'
-	@$(BIN)/python benchmarks/gpu_check.py
+	@$(BIN)/python benchmarks/engines/gpu_check.py
 
 clean:
 	rm -rf .venv .cache

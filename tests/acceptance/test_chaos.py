@@ -10,7 +10,7 @@ import pytest
 from tests.acceptance.chaos import FAULTS, Chaos, committed_usage, site
 
 MOST_JOBS = 6
-LONG_ROWS, LONG_PAUSES = 40_000, (5.0, 15.0)  # benchmarks/chaos_run_batch.py takes the same
+LONG_ROWS, LONG_PAUSES = 40_000, (5.0, 15.0)  # benchmarks/callers/chaos_run_batch.py takes the same
 ECHO = """
 [models.tiny]
 engine = 'echo'

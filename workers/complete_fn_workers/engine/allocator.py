@@ -1,7 +1,8 @@
 """`allocator_environment` chooses the memory allocator of the engine's child process; the user need do nothing.
 
 vLLM's CPU backend allocates and frees large buffers in every step. With glibc's defaults each buffer is a fresh mapping
-whose pages fault in again. tcmalloc avoids that, and so does glibc if it keeps its memory (`benchmarks/allocators.py`).
+whose pages fault in again. tcmalloc avoids that, and so does glibc if it keeps its memory
+(`benchmarks/engines/allocators.py`).
 """
 
 from __future__ import annotations

@@ -30,12 +30,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from order_tables import CELL, Table, index, text_of
-from prefix_order import BLOCK, MODEL, ids_of
-from swiftkv_speed import SIZES, config_folder, in_one_process
-
+from benchmarks.engines.swiftkv_speed import SIZES, config_folder, in_one_process
+from benchmarks.ordering.order_tables import CELL, Table, index, text_of
+from benchmarks.ordering.prefix_order import BLOCK, MODEL, ids_of
 from complete_fn.engines.prices import amount
 from complete_fn.engines.tokenizer import token_sizes
 from complete_fn.planning.field_order import arrange_prompts

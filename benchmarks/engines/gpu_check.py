@@ -1,7 +1,7 @@
 """One report of SwiftKV on this machine's CUDA card: the `gpu` tests, then speed at Llama 8B and 70B widths.
 
-    make gpu-check                                  about 10 minutes; writes gpu-check.md and gpu-check.json
-    python benchmarks/gpu_check.py --sizes 8b       only one size
+    make gpu-check                                          about 10 minutes; writes gpu-check.md and gpu-check.json
+    python benchmarks/engines/gpu_check.py --sizes 8b       only one size
 
 Weights are random, so nothing is downloaded. Where the card cannot hold plain, SwiftKV and AcrossKV side by side, a
 size keeps its widths and loses layers; the report names how many were measured. Please send both files in.
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAD = "| layers x width | mode | K | G | in | out | cached | ratio | ceiling | of it | TTFT | TPOT |"
 
 
@@ -43,7 +43,7 @@ def gpu_tests() -> tuple[bool, str]:
 
 
 def speed(a: argparse.Namespace, into: Path) -> dict[str, Any]:
-    script = str(ROOT / "benchmarks" / "swiftkv_speed.py")
+    script = str(ROOT / "benchmarks" / "engines" / "swiftkv_speed.py")
     options = ["--sizes", *a.sizes, "--quick", "--modes", *a.modes, "--prompts", str(a.prompts), "--fit", "--ungated"]
     options += ["--tensor-parallel-size", str(a.tensor_parallel_size), "--max-num-batched-tokens", "8192"]
     subprocess.run([sys.executable, script, *options, "--json", str(into)], check=True)

@@ -25,7 +25,7 @@ from complete_fn.server.app import make_app
 from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.state import ServiceState
 
-SQL = Path(__file__).parents[1] / "sql" / "complete_fn_sql" / "postgres_install.sql"
+SQL = Path(__file__).parents[2] / "sql" / "complete_fn_sql" / "postgres_install.sql"
 MODEL = "[models.echo]\ncheckpoint = 'echo'\nmax_model_len = 4096\n"
 
 

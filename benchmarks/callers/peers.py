@@ -1,7 +1,7 @@
 """complete() against what else runs vLLM over rows: same rows, same vLLM build, model and settings, taking turns.
 
-    python benchmarks/peers.py --only generate run-batch      plain vLLM, in the project's own environment
-    python benchmarks/peers.py --only ray daft                in .cache/peers/, which the script makes at first
+    python benchmarks/callers/peers.py --only generate run-batch      plain vLLM, in the project's own environment
+    python benchmarks/callers/peers.py --only ray daft                in .cache/peers/, which the script makes at first
 
 Peers: `generate` is `vllm.LLM.generate` in input order; `run-batch` the code of `vllm run-batch` (its files are written
 and read inside the time, its engine is started once); `ray` is Ray Data LLM; `daft` its `vllm-prefix-caching` provider.
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "sql/examples/packages.parquet"
 PEERS = ROOT / ".cache/peers"
 LIBRARIES = {"ray": "ray[data,serve]==2.60.0", "daft": "daft==0.7.26"}

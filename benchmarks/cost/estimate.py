@@ -23,10 +23,9 @@ from typing import Any
 
 import pyarrow as pa
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from order_tables import Table, tables
-
+from benchmarks.ordering.order_tables import Table, tables
 from complete_fn import Session
 from complete_fn.engines.call import Call
 from complete_fn.estimates.estimate import Estimate, estimate

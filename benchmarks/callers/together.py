@@ -1,6 +1,6 @@
 """Two calls of one query through one engine: at the same time, against one after the other.
 
-    python benchmarks/together.py                         1,500 rows, 5 alternating pairs
+    python benchmarks/callers/together.py                         1,500 rows, 5 alternating pairs
 
 The query asks two things of each row: its section as one of some labels (long prompts, one token), and a text of up to
 32 tokens. Every run's prompts begin with a number of its own. The engine is warm. Ratio = together / in turn, in time.
@@ -24,7 +24,7 @@ from complete_fn import Session
 from complete_fn_connectors import concurrent_runs as together
 from complete_fn_connectors.concurrent_runs import WantedRun, complete_together
 
-SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
+SAMPLE = Path(__file__).parents[2] / "sql" / "examples" / "packages.parquet"
 LABELS = ["libdevel", "python", "doc", "net", "admin", "utils", "science", "games"]
 SERIAL = count(1)
 

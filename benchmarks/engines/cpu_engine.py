@@ -1,7 +1,7 @@
 """Embedded engines on this machine's CPU: number formats, and what two engines at work take from each other.
 
-    python benchmarks/cpu_engine.py                                  seconds of 300 new rows by number format
-    python benchmarks/cpu_engine.py --dtypes auto --engines 2        one engine alone, then two at once
+    python benchmarks/engines/cpu_engine.py                                  seconds of 300 new rows by number format
+    python benchmarks/engines/cpu_engine.py --dtypes auto --engines 2        one engine alone, then two at once
     GOMP_SPINCOUNT is the engines' own choice; --spins 1000 100 tries others
 
 Rows are descriptions of packages.parquet, each asked once for a synopsis; every engine has a home of its own.
@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import pyarrow.parquet as pq
 
-SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
+SAMPLE = Path(__file__).parents[2] / "sql" / "examples" / "packages.parquet"
 MAX_TOKENS = 32
 
 

@@ -1,7 +1,8 @@
 """What the order of rows and fields is worth: characters, tokens and blocks that a prefix cache gives back.
 
-    python benchmarks/prefix_order.py                     hit rates of three tables of 20,000 rows
-    python benchmarks/prefix_order.py --timed 3000 -t packages  and job times with a Llama of 180M random weights
+    python benchmarks/ordering/prefix_order.py      hit rates of three tables of 20,000 rows
+    python benchmarks/ordering/prefix_order.py --timed 3000 -t packages
+                                                    and job times with a Llama of 180M random weights
 
 Orders: the table's own; sorted, with the fields in the template's order; the best order that all rows have alike, found
 by trying every one; and one order a row, as `reorder_fields` plans it. Characters and tokens are those a prompt shares
@@ -27,12 +28,11 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from order_bound import most_by_sides, most_hits, whole_fields
-from order_tables import Table, tables
-from swiftkv_speed import SIZES, config_folder, flops, in_one_process
-
+from benchmarks.engines.swiftkv_speed import SIZES, config_folder, flops, in_one_process
+from benchmarks.ordering.order_bound import most_by_sides, most_hits, whole_fields
+from benchmarks.ordering.order_tables import Table, tables
 from complete_fn.engines.catalogue import find_model
 from complete_fn.engines.tokenizer import ids_with, token_sizes, tokenizer_file
 from complete_fn.planning import field_order

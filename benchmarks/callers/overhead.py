@@ -29,7 +29,7 @@ from complete_fn_connectors.duckdb import register
 from complete_fn_workers.engine.allocator import allocator_environment
 from complete_fn_workers.engine.machine import computes_bfloat16
 
-SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
+SAMPLE = Path(__file__).parents[2] / "sql" / "examples" / "packages.parquet"
 INSTRUCTION = "Write a one-line synopsis: "
 MAX_TOKENS = 32
 

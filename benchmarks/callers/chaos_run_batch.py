@@ -1,6 +1,6 @@
 """What `vllm run-batch` keeps of a job under the faults of tests/acceptance/test_chaos.py, thrown on the same schedule.
 
-    python benchmarks/chaos_run_batch.py --minutes 10
+    python benchmarks/callers/chaos_run_batch.py --minutes 10
 
 Rows and model are the long test's. First a quiet run; then, for --minutes at most, a run that is started again whenever
 it dies. Of the eight kinds of fault, those that exist here: a kill -9 of the process ("worker killed", "API killed":
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.acceptance.chaos import SEED, schedule
 from tests.acceptance.test_chaos import LONG_PAUSES, LONG_ROWS, texts

@@ -30,7 +30,7 @@ from complete_fn_connectors.duckdb import register, sql
 from complete_fn_workers.engine.launch import connect_if_running
 from complete_fn_workers.engine.link import Link
 
-SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
+SAMPLE = Path(__file__).parents[2] / "sql" / "examples" / "packages.parquet"
 CHEAP, STRONG = "demo-llama", "demo-strong"  # the same weights in two engines: what a cascade saves is its prompts
 SECTION, SYNOPSIS = "'Name the section: ' || description", "'Write a one-line synopsis: ' || description"
 QUERIES = {

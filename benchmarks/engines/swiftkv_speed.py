@@ -1,9 +1,9 @@
 """SwiftKV against plain Llama on vLLM: same shapes, random weights, alternating runs, beside the ceiling of the FLOPs.
 
-    python benchmarks/swiftkv_speed.py --quick            both sizes, eager, about 13 minutes on two cores
-    python benchmarks/swiftkv_speed.py --json speed.json  all workloads, eager and compiled
-    python benchmarks/swiftkv_speed.py --startup          time until an engine is ready
-    python benchmarks/swiftkv_speed.py --quick --sizes demo --prompts 64
+    python benchmarks/engines/swiftkv_speed.py --quick            both sizes, eager, about 13 minutes on two cores
+    python benchmarks/engines/swiftkv_speed.py --json speed.json  all workloads, eager and compiled
+    python benchmarks/engines/swiftkv_speed.py --startup          time until an engine is ready
+    python benchmarks/engines/swiftkv_speed.py --quick --sizes demo --prompts 64
                                                           demo-llama's size
 
 Ratios are plain / SwiftKV, so above 1 SwiftKV is faster; each is the median over pairs of runs that follow each other,
@@ -31,7 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from complete_fn_workers.engine.allocator import allocator_environment
 from complete_fn_workers.engine.machine import available_cores

@@ -1,6 +1,6 @@
 """Which memory allocator the engine should run with: one job on vLLM's CPU build under each.
 
-    python benchmarks/allocators.py [--model demo-llama] [--rows 200] [--words 80] [--rounds 3]
+    python benchmarks/engines/allocators.py [--model demo-llama] [--rows 200] [--words 80] [--rounds 3]
 
 Each measurement is a process of its own, the allocators alternate, start-up and a warm-up are left out. `mallopt` is
 called before vLLM is imported; the other two are environment variables of the process.

@@ -1,6 +1,6 @@
 """Labels in one token against the same answers written out: accuracy, tokens and time on the sample's sections.
 
-    python benchmarks/labels.py --rounds 3
+    python benchmarks/engines/labels.py --rounds 3
 
 Asks demo-llama for each package's section three ways: `complete` with the instruction it was trained on, the same with
 `choices`, and `complete_classify` with that instruction as its template, through DuckDB; cache off, start-up excluded,
@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-SAMPLE = Path(__file__).parents[1] / "sql/examples/packages.parquet"
+SAMPLE = Path(__file__).parents[2] / "sql/examples/packages.parquet"
 SECTION = "Name the section: "
 
 

@@ -1,13 +1,13 @@
 """What SwiftKV costs in answers: `demo-llama` and its SwiftKV forms on the same held-out rows, paired.
 
-    python benchmarks/swiftkv_quality.py --lists FOLDER --parent demo-llama
+    python benchmarks/engines/swiftkv_quality.py --lists FOLDER --parent demo-llama
         --student '50 % skipped=demo-llama-swiftkv' --student '25 %=runs/quarter' --rows 5000 --json quality.json
 
 Adds the parent converted without distillation and, for each student named with `+fp8`, the same with an FP8 cache.
 Each row is one package of the test split (disjoint from training by source package) under all three instructions,
 answered greedily by the embedded engine. Differences are student - parent in points, with a 95 % interval from the
 rows' paired differences. At this size and with prompts this short SwiftKV is hardly a speed-up, which
-`benchmarks/swiftkv_speed.py --quick --sizes demo --prompts 64` shows.
+`benchmarks/engines/swiftkv_speed.py --quick --sizes demo --prompts 64` shows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rows/s of a REST job on one worker against `complete-fn run`, on the same rows and the same model.
 
-    python benchmarks/rest_overhead.py                    2,000 rows, 5 alternating pairs
-    python benchmarks/rest_overhead.py --rows 1000 --pairs 3
+    python benchmarks/callers/rest_overhead.py                    2,000 rows, 5 alternating pairs
+    python benchmarks/callers/rest_overhead.py --rows 1000 --pairs 3
 
 Service and shell each have a warm engine of their own, as their homes differ; one works at a time. The shell's time is
 that of its whole process, without the start of Python (measured by a run over one row). A job's time is from its
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from complete_fn import Session
 from complete_fn.client import Client
 
-SAMPLE = Path(__file__).parents[1] / "sql" / "examples" / "packages.parquet"
+SAMPLE = Path(__file__).parents[2] / "sql" / "examples" / "packages.parquet"
 PROMPT = "Write a one-line synopsis: {text}"
 COMPLETE_FN = Path(sys.executable).with_name("complete-fn")
 SERIAL = count()

@@ -1,7 +1,7 @@
 """Time to first token of short chats while a bulk job runs, beside an idle service, and what the job loses by them.
 
-    python benchmarks/interactive.py                     demo-llama and an 80M Llama of random weights, 5 minutes
-    python benchmarks/interactive.py --models demo-llama --rounds 5
+    python benchmarks/callers/interactive.py             demo-llama and an 80M Llama of random weights, 5 minutes
+    python benchmarks/callers/interactive.py --models demo-llama --rounds 5
 
 A real service (`complete-fn serve`) with a real engine, asked over HTTP. Each round: chats at an idle service; a job
 alone; the same job with a chat every --pause seconds beside it, the order turned round every time. A job's rows are the
@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "sql" / "examples" / "packages.parquet"
 DEMO = ROOT / "workers" / "complete_fn_workers" / "models" / "demo-llama"
 RANDOM = "random-80m"
