@@ -1,7 +1,6 @@
 """The reference pages, written from the code when the site is built, so that nothing in them is typed twice.
 
-`pages()` gives each page's text by its path. A table here that explains a name of the code (`OPTIONS`) must name
-exactly what the code has, or the build fails.
+`pages()` gives each page's text by its path.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from complete_fn.engines.catalogue import Model, Prices, load_catalogue
 from complete_fn.errors import CompleteError, InvalidOptionError
 from complete_fn.execution.answers import DETAILS
 from complete_fn.ledger.usage import GROUPS, UsageLine
-from complete_fn.prompts.options import OPTION_NAMES, Options, parse_options
+from complete_fn.prompts.options import OPTIONS, Options, parse_options
 from complete_fn.registry import VERBS, resolve
 from complete_fn.server.app import DESCRIPTION as API
 from complete_fn.server.app import ROUTERS
@@ -44,26 +43,6 @@ from docs.markdown import block, code, code_lines, documented, page, sentence, t
 from docs.openapi import routes
 from docs.parsers import parser_of, verb_section
 
-# What an option does. Its default, its range and its flag come from the code.
-OPTIONS = {
-    "temperature": "How much chance there is in the answer. At 0 the likeliest token is taken each time; only such "
-    "answers are merged and reused.",
-    "top_p": "Draw only from the likeliest tokens that have this share of the probability together.",
-    "top_k": "Draw only from this many of the likeliest tokens; 0 draws from all.",
-    "max_tokens": "Tokens of an answer at most. Without it, the model's `default_max_tokens` ends the answer, and a "
-    "row cut there has the error `truncated`.",
-    "seed": "Makes draws above temperature 0 repeatable on the same engine.",
-    "stop": "Texts before which the answer ends.",
-    "response_format": "A JSON schema that every answer satisfies. Takes the bare schema, OpenAI's `json_schema` form "
-    "or Snowflake's `json` form.",
-    "choices": "2 to 128 labels. The answer is the label that the model finds likeliest; it takes one output token "
-    "where the labels' first tokens differ. `complete_details` has each label's probability.",
-    "cache": "`on` uses and keeps answers, `off` does neither, `refresh` asks again and keeps the new answer.",
-    "strict": "One failed row fails the query.",
-    "reorder_fields": "Writes the fields of `prompt(template, {...})` as lines `name: value` behind the instruction, "
-    "in the order in which each row shares most with others, so that the prefix cache holds more. `complete_details` "
-    "tells the order in `field_order`.",
-}
 POLARS = ("ask", "complete", "configure", "count_tokens", "prompt", "summary", "try_complete")  # beginnings of names
 WRONG = b""  # no option takes it, so its refusal says what an option takes
 
@@ -104,9 +83,7 @@ def option_range(name: str) -> str:
 
 
 def options_page() -> str:
-    if tuple(OPTIONS) != OPTION_NAMES:
-        raise AssertionError(f"OPTIONS explains {list(OPTIONS)}, but the code has {list(OPTION_NAMES)}.")
-    flags = {a.dest: a.option_strings[-1] for a in verb_parser("run")._actions if a.dest in OPTION_NAMES}
+    flags = {a.dest: a.option_strings[-1] for a in verb_parser("run")._actions if a.dest in OPTIONS}
     return page(
         "Options",
         "Every option of a call, with its default, what it takes and its flag in the shell.",
@@ -117,9 +94,9 @@ def options_page() -> str:
         "of the built-in prompt such as `'v1'`, or your own prompt with `{text}` in it.\n",
         "`/v1/chat/completions` and `/v1/completions` keep OpenAI's own names and defaults: see [REST](rest.md).\n",
         *(
-            f"## {name}\n\n{OPTIONS[name]}\n\nDefault: {option_default(name)}. Takes: {option_range(name)}. "
+            f"## {name}\n\n{option.what}\n\nDefault: {option_default(name)}. Takes: {option_range(name)}. "
             f"Shell: {code(flags.get(name, f'--option {name}=...'))}.\n"
-            for name in OPTION_NAMES
+            for name, option in OPTIONS.items()
         ),
     )
 

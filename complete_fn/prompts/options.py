@@ -1,12 +1,12 @@
-"""Options of a call, checked before the first paid row: sampling, response_format, choices, cache and strict."""
+"""Options of a call, checked before the first paid row. The table `OPTIONS` has what each one does and takes."""
 
 from __future__ import annotations
 
 import json
 import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 import jsonschema
@@ -20,6 +20,7 @@ from complete_fn.types import SamplingParams
 
 CacheMode = Literal["on", "off", "refresh"]
 SCHEMA_BYTES, SCHEMA_DEPTH = 65_536, 16
+SAMPLING = tuple(f.name for f in fields(SamplingParams))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +35,20 @@ class Options:
     reorder_fields: bool = False
 
 
-OPTION_NAMES = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_tokens",
-    "seed",
-    "stop",
-    "response_format",
-    "choices",
-    "cache",
-    "strict",
-    "reorder_fields",
-)
+Check = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CallOption:
+    """One option of a call: a field of `Options` or of `SamplingParams`.
+
+    Attributes:
+        what: What the option does, for the reference page.
+        check: Takes the option's name and a given value, and returns the value that the call has.
+    """
+
+    what: str
+    check: Check
 
 
 def parse_options(given: Mapping[str, Any] | Options | None) -> Options:
@@ -58,31 +60,14 @@ def parse_options(given: Mapping[str, Any] | Options | None) -> Options:
     if isinstance(given, Options):
         return given
     found = {k: v for k, v in (given or {}).items() if v is not None}
-    if unknown := sorted(set(found) - set(OPTION_NAMES)):
-        hint = did_you_mean(unknown[0], OPTION_NAMES)
-        raise InvalidOptionError(f"Unknown option {unknown[0]!r}.{hint} Options: {', '.join(OPTION_NAMES)}.")
-    cache = found.get("cache", "on")
-    if cache not in get_args(CacheMode):
-        raise InvalidOptionError(f"cache = {cache!r} is not one of 'on', 'off', 'refresh'.")
-    schema = found.get("response_format")
-    choices = parse_choices(found["choices"]) if "choices" in found else ()
-    if choices:
+    if unknown := sorted(set(found) - set(OPTIONS)):
+        hint = did_you_mean(unknown[0], OPTIONS)
+        raise InvalidOptionError(f"Unknown option {unknown[0]!r}.{hint} Options: {', '.join(OPTIONS)}.")
+    checked = {name: option.check(name, found[name]) for name, option in OPTIONS.items() if name in found}
+    if "choices" in checked:
         refuse_beside_choices(found)
-    return Options(
-        sampling=SamplingParams(
-            temperature=number(found, "temperature", 0.0, 0.0, 2.0),
-            top_p=number(found, "top_p", 1.0, 0.0, 1.0, open_below=True),
-            top_k=whole(found, "top_k", 0, 0) or 0,
-            max_tokens=whole(found, "max_tokens", None, 1),
-            seed=whole(found, "seed", None, 0),
-            stop=stops(found.get("stop", ())),
-        ),
-        response_format=None if schema is None else canonical_schema(schema),
-        choices=choices,
-        cache=cast(CacheMode, cache),
-        strict=flag(found, "strict"),
-        reorder_fields=flag(found, "reorder_fields"),
-    )
+    sampling = {name: checked.pop(name) for name in SAMPLING if name in checked}
+    return Options(sampling=SamplingParams(**sampling), **checked)
 
 
 def refuse_beside_choices(found: Mapping[str, Any]) -> None:
@@ -97,41 +82,50 @@ def refuse_beside_choices(found: Mapping[str, Any]) -> None:
         )
 
 
-def flag(found: Mapping[str, Any], name: str) -> bool:
-    value = found.get(name, False)
+def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InvalidOptionError(f"{name} = {value!r} is not true or false.")
     return value
 
 
-def number(
-    found: Mapping[str, Any], name: str, default: float, low: float, high: float, open_below: bool = False
-) -> float:
-    value = found.get(name, default)
-    try:
-        value = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not low <= value <= high or (open_below and value == low):
-        above = "above" if open_below else "at least"
-        raise InvalidOptionError(f"{name} = {found[name]!r} must be a number {above} {low:g} and at most {high:g}.")
-    return value
+def number_within(low: float, high: float, open_below: bool = False) -> Check:
+    """A check that takes the numbers from `low` to `high`; with `open_below` not `low` itself."""
+
+    def check(name: str, given: Any) -> float:
+        try:
+            value = math.nan if isinstance(given, bool) else float(given)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not low <= value <= high or (open_below and value == low):
+            above = "above" if open_below else "at least"
+            raise InvalidOptionError(f"{name} = {given!r} must be a number {above} {low:g} and at most {high:g}.")
+        return value
+
+    return check
 
 
-def whole(found: Mapping[str, Any], name: str, default: int | None, low: int) -> int | None:
-    if name not in found:
-        return default
-    value = found[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or value >= 1 << 63:
-        raise InvalidOptionError(f"{name} = {value!r} must be a whole number, at least {low}.")
-    return value
+def whole_from(low: int) -> Check:
+    """A check that takes the whole numbers from `low` that a database keeps in 64 bits."""
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or value >= 1 << 63:
+            raise InvalidOptionError(f"{name} = {value!r} must be a whole number, at least {low}.")
+        return value
+
+    return check
 
 
-def stops(value: Any) -> tuple[str, ...]:
+def stops(name: str, value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else (None,)
     if len(texts) > 16 or not all(isinstance(t, str) and t for t in texts):
-        raise InvalidOptionError(f"stop = {value!r} must be a text or at most 16 texts, none empty.")
+        raise InvalidOptionError(f"{name} = {value!r} must be a text or at most 16 texts, none empty.")
     return texts
+
+
+def cache_mode(name: str, value: Any) -> CacheMode:
+    if value not in get_args(CacheMode):
+        raise InvalidOptionError(f"{name} = {value!r} is not one of 'on', 'off', 'refresh'.")
+    return cast(CacheMode, value)
 
 
 def canonical_schema(given: Any) -> str:
@@ -239,3 +233,45 @@ def children(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
         return (v for v in value.values() if v is not None)
     return value if isinstance(value, list) else ()
+
+
+# Every option of a call. Its default stands in the dataclass that has its field.
+OPTIONS = {
+    "temperature": CallOption(
+        "How much chance there is in the answer. At 0 the likeliest token is taken each time; only such answers are "
+        "merged and reused.",
+        number_within(0.0, 2.0),
+    ),
+    "top_p": CallOption(
+        "Draw only from the likeliest tokens that have this share of the probability together.",
+        number_within(0.0, 1.0, open_below=True),
+    ),
+    "top_k": CallOption("Draw only from this many of the likeliest tokens; 0 draws from all.", whole_from(0)),
+    "max_tokens": CallOption(
+        "Tokens of an answer at most. Without it, the model's `default_max_tokens` ends the answer, and a row cut "
+        "there has the error `truncated`.",
+        whole_from(1),
+    ),
+    "seed": CallOption("Makes draws above temperature 0 repeatable on the same engine.", whole_from(0)),
+    "stop": CallOption("Texts before which the answer ends.", stops),
+    "response_format": CallOption(
+        "A JSON schema that every answer satisfies. Takes the bare schema, OpenAI's `json_schema` form or Snowflake's "
+        "`json` form.",
+        lambda _, value: canonical_schema(value),
+    ),
+    "choices": CallOption(
+        "2 to 128 labels. The answer is the label that the model finds likeliest; it takes one output token where the "
+        "labels' first tokens differ. `complete_details` has each label's probability.",
+        lambda _, value: parse_choices(value),
+    ),
+    "cache": CallOption(
+        "`on` uses and keeps answers, `off` does neither, `refresh` asks again and keeps the new answer.", cache_mode
+    ),
+    "strict": CallOption("One failed row fails the query.", flag),
+    "reorder_fields": CallOption(
+        "Writes the fields of `prompt(template, {...})` as lines `name: value` behind the instruction, in the order in "
+        "which each row shares most with others, so that the prefix cache holds more. `complete_details` tells the "
+        "order in `field_order`.",
+        flag,
+    ),
+}

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from complete_fn.errors import InvalidOptionError
-from complete_fn.prompts.options import SCHEMA_DEPTH, canonical_schema, parse_options
+from complete_fn.prompts.options import OPTIONS, SCHEMA_DEPTH, Options, canonical_schema, parse_options
 from complete_fn.types import SamplingParams
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+
+
+def test_every_option_has_a_field_a_check_and_a_description() -> None:
+    known = {f.name for kind in (Options, SamplingParams) for f in fields(kind)} - {"sampling"}
+    assert set(OPTIONS) == known
+    assert all(option.what.endswith(".") for option in OPTIONS.values())
 
 
 def test_defaults_are_greedy_and_leave_the_length_open() -> None:
