@@ -22,6 +22,7 @@ TIME = re.compile(r"created|[a-z_]+_at")
 DULL = {"date", "server", "content-length", "connection", "transfer-encoding"}
 CSV = b"id,text\n1,one\n2,\n3,two words\n4,one\n"
 FAILURES = {"bad": "blocked", "late": "timeout", "misfit": "schema_mismatch"}
+WAREHOUSES = ("snowflake", "bigquery", "redshift", "postgres")
 OVER = ("completed", "failed", "cancelled", "expired")
 
 

@@ -20,6 +20,7 @@ from complete_fn.registry import DIALECTS, ENGINES, VERBS, resolve
 ROOT = Path(__file__).parents[2]
 HEAVY = "vllm torch transformers pyarrow duckdb polars celery fastapi sqlalchemy numpy httpx"
 SOURCES = [p for room in ("complete_fn", "connectors", "sql", "workers") for p in (ROOT / room).rglob("*.py")]
+BESIDE = [p for room in ("tests", "benchmarks", "docs", "deploy") for p in (ROOT / room).rglob("*.py")]
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
@@ -66,13 +67,14 @@ def test_only_the_settings_read_the_environment() -> None:
 
 
 def test_files_and_functions_keep_a_readable_size() -> None:
-    for path in SOURCES:
+    for path in SOURCES + BESIDE:
         text = path.read_text()
         assert text.count("\n") <= 500, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 80, f"{path}:{node.lineno} {node.name}"
-                assert node.returns is not None, f"{path}:{node.lineno} {node.name} has no return type"
+                typed = path in BESIDE or node.returns is not None
+                assert typed, f"{path}:{node.lineno} {node.name} has no return type"
 
 
 def rooms() -> list[Path]:
@@ -91,7 +93,7 @@ def test_no_room_goes_without_a_short_readme() -> None:
 
 
 def test_a_folder_holds_no_more_modules_than_can_be_overlooked() -> None:
-    for folder in {p.parent for p in SOURCES}:
+    for folder in {p.parent for p in SOURCES + BESIDE}:
         modules = [p.name for p in folder.glob("*.py") if p.name != "__init__.py"]
         assert len(modules) <= 15, f"{folder}: {len(modules)}"
 

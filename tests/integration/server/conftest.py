@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -25,6 +26,8 @@ from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.state import ServiceState
 from complete_fn.worker.maintenance import Maintenance
 from deploy.servers import binary
+from tests.api_recorder import Moody, Recorder
+from tests.golden_files import plain_environment
 
 SQL = Path(__file__).parents[3] / "sql" / "complete_fn_sql"
 MODELS = """
@@ -115,6 +118,49 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("shared")
     with at_service(EngineHost(ServiceState(folder / "home", write_models(folder), EchoEngine(64)))) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def plain_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For golden files: no setting of whoever runs the tests reaches the service."""
+    with pytest.MonkeyPatch.context() as patch:
+        plain_environment(patch, tmp_path_factory.mktemp("certificates"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def working(plain_settings: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A service that runs its jobs itself. Each test is a tenant of its own, so none sees what another left."""
+    folder = tmp_path_factory.mktemp("working")
+    with at_service(EngineHost(ServiceState(folder / "home", write_models(folder), Moody()))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def waiting(plain_settings: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A service whose workers would be other processes, of which there are none: its jobs stay queued."""
+    folder = tmp_path_factory.mktemp("waiting")
+    engines = EngineHost(ServiceState(folder / "home", write_models(folder), EchoEngine(64)))
+    with at_service(engines, maintenance=Maintenance(engines)) as running:
+        yield running
+
+
+def recorded(running: Running, request: pytest.FixtureRequest) -> Iterator[Recorder]:
+    tenant = re.sub(r"\W+", "-", request.node.name).strip("-")
+    with running.http(running.state.keys.create(tenant, "ann")) as http:
+        yield Recorder(http, {tenant: "<tenant>"})
+
+
+@pytest.fixture
+def record(working: Running, request: pytest.FixtureRequest) -> Iterator[Recorder]:
+    """What notes the replies of `working` for a golden file."""
+    yield from recorded(working, request)
+
+
+@pytest.fixture
+def queued(waiting: Running, request: pytest.FixtureRequest) -> Iterator[Recorder]:
+    """What notes the replies of `waiting` for a golden file."""
+    yield from recorded(waiting, request)
 
 
 def psql(url: str, script: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:

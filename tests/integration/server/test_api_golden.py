@@ -1,4 +1,7 @@
-"""What the service answers, route by route, kept in tests/golden/api: status, headers and body of each reply."""
+"""What the service answers, route by route, kept in tests/golden/api: status, headers and body of each reply.
+
+The replies to warehouses' call-outs are in call_outs/test_call_outs_golden.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import gzip
 import json
 import re
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from decimal import Decimal
@@ -21,10 +23,9 @@ from complete_fn import EchoEngine, __version__
 from complete_fn.server.worker_api import internal_secret, serve_internal
 from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.state import Limits, ServiceState
-from complete_fn.worker.maintenance import Maintenance
-from tests.api_recorder import CSV, Moody, Recorder, without_time
-from tests.golden_files import GOLDEN, check_golden, check_names, plain_environment, rewriting
-from tests.integration.server.conftest import Running, at_service, write_models
+from tests.api_recorder import CSV, WAREHOUSES, Moody, Recorder, without_time
+from tests.golden_files import GOLDEN, check_golden, check_names, rewriting
+from tests.integration.server.conftest import Running
 
 FAMILIES = (
     *("models", "chat", "chat_streamed", "completions", "files", "jobs", "job_results", "job_sources", "batches"),
@@ -32,52 +33,12 @@ FAMILIES = (
     "call_outs_slow",
 )
 CHAT = "/v1/chat/completions"
-WAREHOUSES = ("snowflake", "bigquery", "redshift", "postgres")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+pytestmark = pytest.mark.usefixtures("plain_settings")
 
 
 def user(text: Any, **more: Any) -> dict[str, Any]:
     return {"model": "echo", "messages": [{"role": "user", "content": text}], "temperature": 0, **more}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        plain_environment(patch, tmp_path_factory.mktemp("certificates"))
-        yield
-
-
-@pytest.fixture(scope="module")
-def working(no_settings: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A service that runs its jobs itself. Each test is a tenant of its own, so none sees what another left."""
-    folder = tmp_path_factory.mktemp("working")
-    with at_service(EngineHost(ServiceState(folder / "home", write_models(folder), Moody()))) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def waiting(no_settings: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A service whose workers would be other processes, of which there are none: its jobs stay queued."""
-    folder = tmp_path_factory.mktemp("waiting")
-    engines = EngineHost(ServiceState(folder / "home", write_models(folder), EchoEngine(64)))
-    with at_service(engines, maintenance=Maintenance(engines)) as running:
-        yield running
-
-
-def recorded(running: Running, request: pytest.FixtureRequest) -> Iterator[Recorder]:
-    tenant = re.sub(r"\W+", "-", request.node.name).strip("-")
-    with running.http(running.state.keys.create(tenant, "ann")) as http:
-        yield Recorder(http, {tenant: "<tenant>"})
-
-
-@pytest.fixture
-def record(working: Running, request: pytest.FixtureRequest) -> Iterator[Recorder]:
-    yield from recorded(working, request)
-
-
-@pytest.fixture
-def queued(waiting: Running, request: pytest.FixtureRequest) -> Iterator[Recorder]:
-    yield from recorded(waiting, request)
 
 
 def test_models(record: Recorder) -> None:
@@ -452,77 +413,6 @@ def test_limits_of_size_money_and_rate(serve: Callable[..., Running]) -> None:
         http.headers["Authorization"] = f"Bearer {poor}"
         record.ask("POST /v1/chat/completions", json=user("one two three"))
         record.check("limits")
-
-
-def call_out(warehouse: str, rows: list[list[Any]], batch: str) -> dict[str, Any]:
-    """What httpx sends for a warehouse's batch of rows."""
-    if warehouse == "snowflake":
-        headers = {"sf-external-function-query-batch-id": batch, "sf-external-function-current-query-id": "q-1"}
-        return {"json": {"data": [[n, *row] for n, row in enumerate(rows)]}, "headers": headers}
-    if warehouse == "bigquery":
-        return {"json": {"requestId": batch, "caller": "//bigquery/jobs/j-1", "calls": rows}}
-    if warehouse == "redshift":
-        body = {"request_id": batch, "query_id": 7, "num_records": len(rows), "arguments": rows}
-        return {"json": body, "headers": {"complete-batch-id": batch}}
-    body = {"model": rows[0][0], "prompts": [row[1] for row in rows], "query_tag": "t"}
-    options = rows[0][2] if len(rows[0]) > 2 else None
-    return {"json": body | ({} if options is None else {"options": options}), "headers": {"complete-batch-id": batch}}
-
-
-@pytest.mark.parametrize("warehouse", WAREHOUSES)
-def test_call_outs(record: Recorder, warehouse: str) -> None:
-    place = f"/v1/dialects/{warehouse}"
-
-    def post(function: str, **given: Any) -> None:
-        """PostgreSQL's are sent away after half a second, which may be too short on a busy machine: sent again."""
-        until = time.monotonic() + 60
-        while warehouse == "postgres" and time.monotonic() < until:
-            if record.http.post(f"{place}/{function}", **given).status_code != 202:
-                break
-        record.ask(f"POST {place}/{function}", **given)
-
-    rows: list[list[Any]] = [["echo", "one two"], ["echo", None], ["echo", "bad"], ["echo", "one two"]]
-    first = call_out(warehouse, rows, "b1")
-    post("complete", **first)
-    post("complete", **first)  # sent again
-    post("complete_details", **call_out(warehouse, rows, "b2"))
-    post("complete", **call_out(warehouse, [["echo", "a b c", {"max_tokens": 2}]], "b3"))
-    messages = [{"role": "user", "content": "said"}]
-    post("complete", **call_out(warehouse, [["echo", messages]], "b4"))
-    headers = first.get("headers", {})
-    record.ask(f"GET {place}/complete", headers=headers)
-    record.ask(f"DELETE {place}/complete", headers=headers)
-    record.ask(f"GET {place}/complete", headers=headers)
-    record.ask(f"GET {place}/complete")
-    post("complete", **call_out(warehouse, [["nothing", "x"]], "b5"))
-    post("complete", **call_out(warehouse, [["echo", "x", {"temperature": 9}]], "b6"))
-    post("complete", **call_out(warehouse, [["echo", "x", "no json"]], "b7"))
-    post("complete", **call_out(warehouse, [["echo", {"a": 1}]], "b8"))
-    post("complete", **call_out(warehouse, [["echo", "down"]], "b9"))
-    post("complete", **call_out(warehouse, [["echo", "x"]], ""))
-    post("complete", content=b"{", headers=headers)
-    post("complete", content=b"[]", headers=headers)
-    post("complete", content=b"{}", headers=headers)
-    post("complete", content=b"no gzip", headers=headers | {"Content-Encoding": "gzip"})
-    post("complete_other", json={})
-    if warehouse == WAREHOUSES[0]:
-        record.ask("POST /v1/dialects/oracle/complete", json={})
-    record.check(f"call_outs_{warehouse}")
-
-
-def test_a_call_out_that_takes_long(serve: Callable[..., Running]) -> None:
-    engine = Moody()
-    with serve(engine).http() as http:
-        record, place = Recorder(http), "/v1/dialects/postgres/complete"
-        given = call_out("postgres", [["echo", "held"]], "b1")
-        record.ask(f"POST {place}", **given)
-        record.ask(f"GET {place}", headers=given["headers"])
-        engine.gate.set()
-        until = time.monotonic() + 60
-        while http.get(place, headers=given["headers"]).status_code == 202 and time.monotonic() < until:
-            pass
-        record.ask(f"GET {place}", headers=given["headers"])
-        record.check("call_outs_slow")
 
 
 @contextmanager
