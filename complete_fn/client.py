@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from complete_fn.engines.openai_chat import retry_after
 from complete_fn.errors import CompleteError, EngineError, InputError, JobError
+from complete_fn.ports import PORTS, has_port
 from complete_fn.progress import progress_for
 from complete_fn.types import Usage
 
@@ -34,7 +35,7 @@ class Client:
         timeout: The most seconds that a reply may take.
 
     Raises:
-        InputError: `url` is not a URL.
+        InputError: `url` is not a URL, or its port is no port.
         EngineError: Nothing answers at `url`, or the reply is not that of a service.
         CompleteError: The service refuses a request; the error's class is the one that the service's error code names.
     """
@@ -43,6 +44,8 @@ class Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout = timeout
+        if not has_port(self.url):
+            raise InputError(f"The service's address {url!r} is no URL: {PORTS}. Write http://HOST:PORT.")
         try:
             self.http = httpx.Client(base_url=f"{self.url}/v1", headers=headers, timeout=timeout)
         except httpx.InvalidURL as error:

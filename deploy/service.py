@@ -20,6 +20,7 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from complete_fn.ports import parse_port
 from deploy.servers import Postgres, Redis, kept
 
 READY_SECONDS = 120
@@ -57,7 +58,7 @@ def end(_signal: int, _frame: FrameType | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=parse_port, default=8000)
     parser.add_argument("--workers", default="0..1", help="worker processes: at least..at most (default: 0..1)")
     parser.add_argument("--folder", type=Path, default=Path(".cache/service"), help="where the state is kept")
     a = parser.parse_args()

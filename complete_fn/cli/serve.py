@@ -17,6 +17,7 @@ from complete_fn.cli.main import OK, Parser, add_home
 from complete_fn.errors import InvalidOptionError, did_you_mean
 from complete_fn.host import raise_file_limit
 from complete_fn.jobs.queue import CeleryQueue
+from complete_fn.ports import parse_port
 from complete_fn.registry import resolve
 from complete_fn.settings import load_settings
 from complete_fn.spending.budget import parse_cap
@@ -45,7 +46,7 @@ def serve_main(argv: list[str]) -> int:
     parser = Parser("complete-fn serve", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; others need API keys)")
-    add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    add("--port", type=parse_port, default=8000, help="0 takes a free one (default: 8000)")
     add("--idle-seconds", type=float, default=300.0, metavar="S", help="let idle engines go after (default: 300)")
     add("--broker", metavar="URL", help="Redis that tells worker processes of work (default: COMPLETE_FN_BROKER)")
     add(
@@ -135,7 +136,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(256)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise InvalidOptionError(f"--host {host} --port {port} cannot be listened on: {error}.") from error
     with listener:
         yield listener

@@ -37,6 +37,7 @@ from complete_fn.engines.openai_chat import ACCEPTED, Endpoint
 from complete_fn.engines.structured_output import checked
 from complete_fn.engines.tokenizer import count_with, tokenizer_file
 from complete_fn.errors import EngineError, RequestError
+from complete_fn.ports import PORTS, has_port
 from complete_fn.settings import Settings, secret
 from complete_fn.types import Completion, CompletionRequest
 
@@ -193,8 +194,10 @@ def open_engine(model: Model, settings: Settings) -> HttpEngine:
     """The engine for a catalogue entry with a `url`. No request is sent yet.
 
     Raises:
-        RequestError: The entry has no url, or its url is not http:// or https://.
+        RequestError: The entry has no url, its url is not http:// or https://, or the url's port is no port.
     """
     if not (model.url or "").startswith(("http://", "https://")):
         raise RequestError(f"Model {model.name!r} has url {model.url!r}; it must be like http://localhost:8000/v1.")
+    if not has_port(model.url or ""):
+        raise RequestError(f"Model {model.name!r} has url {model.url!r}, which cannot be reached: {PORTS}.")
     return HttpEngine(model)

@@ -14,6 +14,7 @@ from complete_fn.engines.catalogue import Model, Prices
 from complete_fn.engines.checkpoint import checkpoint_digest
 from complete_fn.errors import RequestError
 from complete_fn.host import at_fork
+from complete_fn.ports import PORTS, has_port
 from complete_fn.registry import ENGINES, resolve
 from complete_fn.settings import Settings, secret
 
@@ -59,6 +60,8 @@ def at_engine(model: Model, engine: Engine | str | None) -> Model:
     if isinstance(engine, str):
         if not engine.startswith(("http://", "https://")):
             raise RequestError(f"engine = {engine!r} is not an http:// or https:// URL.")
+        if not has_port(engine):
+            raise RequestError(f"engine = {engine!r} cannot be reached: {PORTS}.")
         if of_service(engine):
             key = "COMPLETE_FN_KEY" if secret("COMPLETE_FN_KEY") else None
             prices = replace(model.prices, basis="service")

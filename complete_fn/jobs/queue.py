@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from complete_fn.errors import InvalidOptionError
+from complete_fn.ports import PORTS, has_port
 from complete_fn.registry import resolve
 
 LOG = logging.getLogger("complete_fn.queue")
@@ -18,6 +19,7 @@ MOST_MESSAGES = 16  # messages for a model at a time: a worker that has begun lo
 VISIBILITY_SECONDS = 3600
 ANSWER_SECONDS = 2.0  # time limit on a broker's reply, so that no caller waits for a broker that hangs
 WRONG_BROKER = "The broker {url!r} (--broker or COMPLETE_FN_BROKER) is not a URL like redis://127.0.0.1:6379/0."
+WRONG_PORT = f"The broker {{url!r}} (--broker or COMPLETE_FN_BROKER) cannot be reached: {PORTS}."
 CELERY = {
     "accept_content": ["json"],
     "task_serializer": "json",
@@ -141,6 +143,8 @@ def celery_app(broker: str, models: Iterable[str] = ()) -> Any:
     """The Celery application of a sender or a worker. A worker's listens to the queues of its `models`."""
     if urlsplit(broker).scheme not in ("redis", "rediss", "redis+socket", "unix"):
         raise InvalidOptionError(WRONG_BROKER.format(url=without_password(broker)))
+    if not has_port(broker):
+        raise InvalidOptionError(WRONG_PORT.format(url=without_password(broker)))
     resolve("redis:Redis")
     app = resolve("celery:Celery")("complete_fn", broker=broker, set_as_current=False)
     options = {

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from complete_fn.errors import InputError
+from complete_fn.ports import PORTS, is_port
 from complete_fn.registry import DATABASES, resolve
 from complete_fn.rows.formats import Rows
 from complete_fn.rows.limits import NO_LIMITS, TableLimits
@@ -161,9 +162,12 @@ def open_database(url: str, *, read_only: bool = False, seconds: float | None = 
     if scheme not in DRIVERS:
         raise InputError(f"{scheme!r} is no database that is taken. Take one of {', '.join(SCHEMES)}.")
     try:
-        return SqlDatabase(sa.make_url(url), read_only, seconds)
-    except ArgumentError as error:
+        parsed = sa.make_url(url)
+    except (ArgumentError, ValueError) as error:
         raise InputError("The database's URL cannot be read; it is like postgresql://user@host/name.") from error
+    if not is_port(parsed.port):
+        raise InputError(f"The database's URL names the port {parsed.port}; {PORTS}.")
+    return SqlDatabase(parsed, read_only, seconds)
 
 
 class SqlDatabase:

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from complete_fn.errors import StoreError
+from complete_fn.ports import PORTS, is_port
 from complete_fn.registry import Table, resolve
 from complete_fn.store.clock import StoreClock
 
@@ -64,6 +65,8 @@ def open_database(url_or_path: str | Path) -> StoreBackend:
     kind = url.get_backend_name()
     if kind not in BACKENDS or (kind == "sqlite" and not url.database):
         raise StoreError(f"The database {masked(url)} cannot be used. {URLS}")
+    if not is_port(url.port):
+        raise StoreError(f"The database {masked(url)} cannot be reached: {PORTS}.")
     try:
         found: StoreBackend = resolve(BACKENDS[kind])(url)
     except (ArgumentError, NoSuchModuleError, TypeError) as error:
