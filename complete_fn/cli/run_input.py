@@ -65,11 +65,12 @@ def query_source(name: str, table: str | None, sql: str | None, key: str | None)
     """(source, identity) of a table or a SELECT."""
     if (table is None) == (sql is None):
         raise InputError(f"{name.partition(':')[0]!r} is a database: say --table NAME or --sql 'SELECT ...'.")
+    database = open_database(database_url(name))
     if table is not None:
-        sql = f"SELECT * FROM {refuse_name(table)}"
+        sql = f"SELECT * FROM {database.quoted(refuse_name(table))}"
     query = Query(str(sql).strip().rstrip(";"), key)
     identity = hashlib.sha256(f"{name}\n{query.sql}\n{key}".encode()).hexdigest()
-    return QuerySource(open_database(database_url(name)), query), identity
+    return QuerySource(database, query), identity
 
 
 def file_source(place: TablePlace) -> tuple[FileSource, str]:

@@ -20,6 +20,7 @@ from complete_fn.errors import InputError
 from complete_fn.ports import PORTS, is_port
 from complete_fn.registry import DATABASES, resolve
 from complete_fn.rows.formats import Rows
+from complete_fn.rows.identifiers import quote_name, quote_table
 from complete_fn.rows.limits import NO_LIMITS, TableLimits
 from complete_fn.rows.postgres_adbc import AdbcQuery, open_query
 from complete_fn.rows.readers import BATCH_ROWS, slice_size, table_windows
@@ -90,6 +91,10 @@ class RowReader(Protocol):
 
 class RowDatabase(RowReader, Protocol):
     """A database that gives rows and takes answers."""
+
+    def quoted(self, table: str) -> str:
+        """The table's name as this database's SQL has it."""
+        ...
 
     def has(self, table: str, key: str, value: Any) -> bool:
         """Whether the table exists and has a row with this value of the key."""
@@ -212,9 +217,9 @@ class SqlDatabase:
                         limit.refuse_late()
                     yield batch
             return
-        mark = "?" if self.family == "sqlite" else "%s"
-        given = query.sql if mark == "?" else query.sql.replace("%", "%%")  # these drivers always substitute %s
-        sql, values = self.statement(given, query, mark), None if query.after is None else (query.after,)
+        is_sqlite = self.family == "sqlite"
+        sql = self.statement(query, "?" if is_sqlite else "%s", doubled=not is_sqlite)
+        values = None if query.after is None else (query.after,)
         with (
             self.named_errors(),
             self.engine.connect() as connection,
@@ -244,19 +249,29 @@ class SqlDatabase:
         from psycopg.sql import Literal
 
         # A literal: with parameters, the driver would hold the statement's whole result in memory.
-        sql = self.statement(query.sql, query, "" if query.after is None else Literal(query.after).as_string(None))
+        sql = self.statement(query, "" if query.after is None else Literal(query.after).as_string(None))
         given = dict(self.engine.dialect.create_connect_args(self.engine.url)[1])
         given.pop("context", None)  # an argument of psycopg that libpq does not know
         conninfo = make_conninfo(**{"connect_timeout": CONNECT_SECONDS} | given | {"client_encoding": "utf8"})
         return open_query(conninfo, sql, self.read_only_statements(), self.where)
 
-    def statement(self, sql: str, query: Query, after: str) -> str:
-        """The SQL of the query. `after` is the SQL text of the value `query.after`: a placeholder or a literal."""
+    def statement(self, query: Query, after: str, doubled: bool = False) -> str:
+        """The SQL of the query.
+
+        Args:
+            after: The SQL text of the value `query.after`: a placeholder or a literal.
+            doubled: Write each % twice, for a driver that substitutes %s in every statement.
+        """
+        sql, name = query.sql, quote_name(query.key or "", self.family)
+        if doubled:
+            sql, name = sql.replace("%", "%%"), name.replace("%", "%%")
         if query.key is None:
             return sql
-        name = self.engine.dialect.identifier_preparer.quote_identifier(query.key)
         where = "" if query.after is None else f"WHERE {name} {'=' if query.at else '>'} {after} "
         return f"SELECT * FROM ({sql}\n) AS q {where}ORDER BY {name}"
+
+    def quoted(self, table: str) -> str:
+        return quote_table(table, self.family)
 
     def read_only_statements(self) -> list[str]:
         """The statements that begin a read-only transaction in PostgreSQL."""

@@ -20,6 +20,7 @@ from complete_fn.session import Session
 from complete_fn.types import Completion
 from complete_fn_connectors.arrow import CallGroup, is_constant, one_array, option_mapping, python_values
 from complete_fn_connectors.duckdb_query.call_sites import NAMED
+from complete_fn_connectors.duckdb_query.syntax_tree import sql_literal
 from complete_fn_connectors.functions import answer_rows
 from complete_fn_connectors.sql_functions import AI_COMPLETE, FUNCTIONS, TEXT_OR_ERROR
 
@@ -161,7 +162,7 @@ class Catalog:
         self.folder: tempfile.TemporaryDirectory[str] | None = None
         with con.cursor() as cursor:
             if cursor.execute("SELECT current_setting('access_mode')").fetchall() == [("read_only",)]:
-                cursor.execute(f"ATTACH '{self.file()}' AS snowflake (READ_ONLY)")
+                cursor.execute(f"ATTACH {sql_literal(str(self.file()))} AS snowflake (READ_ONLY)")
             else:
                 cursor.execute("ATTACH ':memory:' AS snowflake")
                 cursor.execute(read_sql("cortex_catalog.sql"))
@@ -175,7 +176,7 @@ class Catalog:
         with duckdb.connect() as builder:
             for name in ("complete", "try_complete", "count_tokens", *cortex_names):
                 builder.create_function(name, lambda *columns: columns[0], None, "VARCHAR", type=ARROW)
-            builder.execute(f"ATTACH '{path}' AS snowflake")
+            builder.execute(f"ATTACH {sql_literal(str(path))} AS snowflake")
             builder.execute(read_sql("cortex_catalog.sql"))
         return path
 

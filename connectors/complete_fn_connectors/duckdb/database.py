@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from complete_fn.errors import InputError
 from complete_fn.rows.databases import Query
+from complete_fn.rows.identifiers import quote_name, quote_table
 from complete_fn.rows.readers import BATCH_ROWS
 from complete_fn.rows.result_tables import refuse_keys, refuse_name
 from complete_fn.rows.watchdog import QueryLimit
 from complete_fn_connectors.duckdb_query.json_versions import read_batches
-from complete_fn_connectors.duckdb_query.materialise import quote_name
 
 MEMORY_LIMIT = "1GiB"  # memory of a tenant's query; DuckDB's own default is 80 % of the machine's memory
 
@@ -64,8 +64,11 @@ class DuckDatabase:
             yield pa.RecordBatch.from_pylist([], reader.schema)
             yield from reader
 
+    def quoted(self, table: str) -> str:
+        return quote_table(table)
+
     def has(self, table: str, key: str, value: Any) -> bool:
-        target = ".".join(quote_name(part) for part in table.split("."))
+        target = self.quoted(table)
         try:
             with self.connected(False) as connection:
                 one = connection.execute(
@@ -79,7 +82,7 @@ class DuckDatabase:
         refuse_keys(rows.column(key), key)
         refuse_name(table)
         with self.connected(False) as connection:
-            target = ".".join(quote_name(part) for part in table.split("."))
+            target = self.quoted(table)
             others = ", ".join(f"{quote_name(n)} = excluded.{quote_name(n)}" for n in rows.column_names if n != key)
             columns = ", ".join(quote_name(n) for n in rows.column_names)
             connection.begin()

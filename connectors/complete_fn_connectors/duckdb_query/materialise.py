@@ -12,6 +12,7 @@ from typing import Any
 
 import duckdb
 
+from complete_fn.rows.identifiers import quote_name
 from complete_fn_connectors.duckdb_query.collect import (
     Functions,
 )
@@ -110,10 +111,6 @@ def execute_prepared(con: duckdb.DuckDBPyConnection, name: str, given: Mapping[A
         for statement in (f"DEALLOCATE {name}", *(f"RESET VARIABLE {variable}" for variable in variables.values())):
             with contextlib.suppress(duckdb.Error):
                 con.execute(statement)
-
-
-def quote_name(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 RUNS = itertools.count(1)

@@ -77,7 +77,7 @@ def ask(url: str, *statements: str) -> list[tuple[Any, ...]]:
     engine = sa.create_engine(driver)
     with engine.begin() as connection:
         for statement in statements:
-            result = connection.exec_driver_sql(statement.replace("%", "%%") if "%" in statement else statement)
+            result = connection.exec_driver_sql(statement if "sqlite" in driver else statement.replace("%", "%%"))
             found = [tuple(row) for row in result] if result.returns_rows else []
     engine.dispose()
     return found
@@ -158,6 +158,32 @@ def test_a_select_with_percent_signs_colons_and_types(database: str, shell: Run)
     lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [1, 11, 12, 13, 14, 15, 16, 17, 18, 19, 21]
     assert {line["odd"] for line in lines} == {"a:b 100%"}
+
+
+@pytest.mark.parametrize("key", ["select", "per cent %s", "o'clock"])
+def test_reserved_words_and_signs_are_names(database: str, shell: Run, key: str) -> None:
+    def named(name: str) -> str:
+        return f"`{name}`" if database.startswith("mariadb") else f'"{name}"'
+
+    table, column = named("order"), named(key)
+    texts = "(1, 'one'), (2, 'two'), (3, 'three')"
+    ask(
+        database,
+        f"CREATE TABLE {table} ({column} BIGINT PRIMARY KEY, text VARCHAR(20))",
+        f"INSERT INTO {table} VALUES {texts}",
+    )
+    assert shell(*RUN, database, "--table", "order", "--key", key, "-o", database, "--into", "group") == 0
+    found = ask(database, f"SELECT {column}, completion FROM {named('group')} ORDER BY 1")
+    assert found == [(1, "Say one"), (2, "Say two"), (3, "Say three")]
+    after = list(open_database(database).batches(Query(f"SELECT * FROM {table}", key, after=1)))
+    assert [row[key] for batch in after for row in batch.to_pylist()] == [2, 3]
+
+
+def test_a_table_is_named_with_its_schema(shell: Run, postgres: Postgres) -> None:
+    with postgres.database() as url:
+        ask(url, 'CREATE SCHEMA "user"', """CREATE TABLE "user"."order" AS SELECT 1 AS id, 'one' AS text""")
+        assert shell(*RUN, url, "--table", "user.order", "--key", "id", "-o", "out.jsonl") == 0
+    assert json.loads(Path("out.jsonl").read_text())["completion"] == "Say one"
 
 
 def test_keys_that_look_alike_stay_apart(database: str, shell: Run) -> None:
