@@ -5,7 +5,7 @@ CompleteError
 │   ├── UnknownModelError       the model is neither in the catalogue nor a folder nor a Hub id
 │   ├── InvalidOptionError      an option, schema or template cannot be used
 │   ├── InputError              a file, column or table cannot be read or written as asked
-│   ├── TooLargeError           an upload or body is above the service's limit
+│   ├── TooLargeError           an upload, a body or a prompt is above the limit
 │   ├── NotFoundError           the service has no such file, job or batch of this tenant
 │   ├── KeyRefusedError         the API key is missing, unknown or revoked
 │   ├── ScopeError              the API key does not allow this

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,17 @@ from complete_fn.estimates.estimate_report import report
 from complete_fn.interrupts import off_main
 from complete_fn.ledger.usage import committed_rows, last_stop
 from complete_fn.prompts.options import Options, parse_options
+from complete_fn.prompts.table_prompts import ESTIMATE_PROMPT_BYTES, TablePrompts
 from complete_fn.prompts.templates import refuse_missing, template_fields
-from complete_fn.rows.databases import open_database
+from complete_fn.rows.databases import QuerySource, open_database
 from complete_fn.rows.formats import FORMATS, TablePlace, place_of
-from complete_fn.rows.readers import Source
+from complete_fn.rows.readers import FileSource, Source, size_for_prompts
 from complete_fn.rows.result_tables import refuse_name
 from complete_fn.rows.writers import refuse_clash, refuse_output, writing
 from complete_fn.session import CompletionWarning, Session
 from complete_fn.types import Asker
 
+FEWER_ROWS = "A dry run holds them all: --limit N takes fewer rows."
 DESCRIPTION = """\
 Make a prompt of every row, complete them all, and write the rows with the answers behind them.
 
@@ -53,7 +56,7 @@ Make a prompt of every row, complete them all, and write the rows with the answe
 
 Databases are read by cursor and written by upsert, a row for each --key; a URL with a password is better named by the
 variable that has it (env:MY_DATABASE). Input beyond 200,000 rows or 256 MiB goes through in windows of that size:
-duplicates are merged and prefixes ordered within a window.
+duplicates are merged and prefixes ordered within a window. A prompt has at most 4 MiB.
 
 Exit code 0: every row has an answer; 3: some failed (--details says why); 1: the query is wrong; 130: interrupted.
 An interrupted run, killed ones included, goes on where it was when the same command is given again."""
@@ -141,7 +144,9 @@ def interrupt(*_: object) -> None:
 def run_file(asked: argparse.Namespace, options: Options, session: RunSession) -> int:
     call = Call.of(session.model(asked.model), options)
     fields = template_fields(asked.prompt)
-    source, identity, kind = opened_source(asked)
+    made = TablePrompts(asked.prompt, options.reorder_fields)
+    table, identity, kind = opened_source(asked)
+    source: Source = replace(table, window=size_for_prompts(made.own_bytes, made.most_mentions))
     place = None if is_database(asked.output) else place_of(asked.output, asked.format, default=kind)
     if not asked.dry_run:
         refuse_target(asked, place)
@@ -159,7 +164,7 @@ def run_file(asked: argparse.Namespace, options: Options, session: RunSession) -
     return complete_rows(asked, work, found, place)
 
 
-def opened_source(asked: argparse.Namespace) -> tuple[Source, str, str | None]:
+def opened_source(asked: argparse.Namespace) -> tuple[FileSource | QuerySource, str, str | None]:
     """(source, identity, format) of the input."""
     if is_database(asked.input):
         return *query_source(asked.input, asked.table, asked.sql, asked.key), "jsonl"
@@ -218,7 +223,8 @@ def target_of(asked: argparse.Namespace, place: TablePlace | None, schema: Any) 
 def estimated(work: WindowedRun, found: Survey) -> Estimate:
     """The estimate of all windows as one plan. Only here are all prompts in memory at the same time."""
     windows = [found.first] if found.first is not None else found.source.windows()
-    chunks = [chunk for rows in windows for chunk in work.prompts(rows).chunks]
+    made = TablePrompts(work.template, work.options.reorder_fields, ESTIMATE_PROMPT_BYTES, FEWER_ROWS)
+    chunks = [chunk for rows in windows for chunk in made.of(rows).chunks]
     prompts = pa.chunked_array(chunks, pa.large_string())
     return work.session.estimate(work.model, prompts, work.options, work.job, planned=True)
 

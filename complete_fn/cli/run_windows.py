@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from complete_fn.execution.summary import Summary
 from complete_fn.interrupts import off_main
 from complete_fn.progress import Progress, progress_for
 from complete_fn.prompts.options import Options
-from complete_fn.prompts.templates import render_rows
+from complete_fn.prompts.table_prompts import TablePrompts
 from complete_fn.rows.databases import QuerySource, RowDatabase
 from complete_fn.rows.formats import Rows
 from complete_fn.rows.readers import Source
@@ -56,8 +57,12 @@ class WindowedRun:
     def folder(self) -> Path:
         return self.session.settings.home / "runs" / self.job
 
+    @cached_property
+    def made(self) -> TablePrompts:
+        return TablePrompts(self.template, self.options.reorder_fields)
+
     def prompts(self, rows: Rows) -> Any:
-        return render_rows(self.template, rows, self.options.reorder_fields)
+        return self.made.of(rows)
 
     def jobs(self) -> list[str]:
         """The names of the windows begun so far, including those of earlier attempts."""
@@ -125,6 +130,7 @@ def run_windows(work: WindowedRun, survey: Survey, target: Target) -> None:
     work.session.charge(work.model, work.jobs())
     mark = Mark(work.folder / "mark.json", survey.source, target, work.options.strict)
     work.summary = mark.passed + work.summary
+    work.made.rows = mark.passed.rows
     for number, rows in enumerate(mark.windows(), mark.number):
         if isinstance(target, TableTarget):
             target.refuse(rows)

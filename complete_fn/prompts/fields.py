@@ -77,12 +77,15 @@ def pack_fields(template: list[tuple[str, str | None]], columns: Mapping[str, An
     kind = pa.large_string()
     values = [columns[n] for n in names]
     sizes = [pc.utf8_length(v).cast(kind) for v in values]
-    packed_head = FIELDS_MARK + json.dumps([instruction, names], ensure_ascii=True) + "\x00"
     lengths = pc.binary_join_element_wise(*sizes, pa.scalar(",", kind))
     whole = pc.binary_join_element_wise(
-        pa.scalar(packed_head, kind), lengths, pa.scalar("\x00", kind), *values, pa.scalar("", kind)
+        pa.scalar(packed_head(instruction, names), kind), lengths, pa.scalar("\x00", kind), *values, pa.scalar("", kind)
     )
     return whole if isinstance(whole, pa.ChunkedArray) else pa.chunked_array([whole])
+
+
+def packed_head(instruction: str, names: tuple[str, ...]) -> str:
+    return FIELDS_MARK + json.dumps([instruction, names], ensure_ascii=True) + "\x00"
 
 
 def has_fields(text: str) -> bool:
@@ -91,8 +94,8 @@ def has_fields(text: str) -> bool:
 
 def unpack_fields(text: str) -> FieldPrompt:
     """The prompt that `pack_fields` packed into this text."""
-    packed_head, lengths, values = text.removeprefix(FIELDS_MARK).split("\x00", 2)
-    instruction, names = header(packed_head)
+    packed, lengths, values = text.removeprefix(FIELDS_MARK).split("\x00", 2)
+    instruction, names = header(packed)
     at, found = 0, []
     for size in map(int, lengths.split(",")):
         found.append(values[at : at + size])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +16,7 @@ from complete_fn.text import as_text, text_column
 from complete_fn.types import Message
 
 TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+MOST_FIELDS = 1_000  # {name} in a template: each costs time for every row, even where the column is empty
 NAME = re.compile(r"[^\W\d][\w ]*", re.UNICODE)
 
 
@@ -23,7 +24,7 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     """Pairs of (text, name of the field behind the text); the last pair has no field but None.
 
     Raises:
-        InvalidOptionError: The template has a lone brace, or braces around more than a name.
+        InvalidOptionError: The template has a lone brace, braces around more than a name, or too many names.
     """
     pieces: list[tuple[str, str | None]] = []
     text, end = "", 0
@@ -36,6 +37,10 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
         elif match.group(1) is not None and NAME.fullmatch(match.group(1)):
             pieces.append((text, match.group(1)))
             text = ""
+            if len(pieces) > MOST_FIELDS:
+                raise InvalidOptionError(
+                    f"The template has more than {MOST_FIELDS:,} fields. Join columns before, and name the result."
+                )
         else:
             raise InvalidOptionError(
                 f"The template has {found!r} at character {match.start()}: only {{name}} is replaced. "
@@ -59,19 +64,6 @@ def refuse_missing(fields: Collection[str], names: Collection[str]) -> None:
             raise InputError(f"The prompt names {{{field}}}, which is no column.{hint} Columns: {there}.")
 
 
-class HasColumns(Protocol):
-    """Rows of a table."""
-
-    @property
-    def count(self) -> int: ...
-    def columns(self, names: Iterable[str]) -> dict[str, Any]: ...
-
-
-def render_rows(template: str, rows: HasColumns, reorder_fields: bool = False) -> pa.ChunkedArray:
-    """`render_column` over the columns of a table's rows."""
-    return render_column(template, rows.columns(template_fields(template)), rows.count, reorder_fields)
-
-
 def render_column(
     template: str, columns: Mapping[str, Any], length: int, reorder_fields: bool = False
 ) -> pa.ChunkedArray:
@@ -87,15 +79,15 @@ def render_column(
     """
     fields = template_fields(template)
     refuse_missing(fields, columns)
+    texts = {n: as_text(columns[n], n) for n in dict.fromkeys(fields)}
     if reorder_fields:
-        texts = {n: as_text(columns[n], n) for n in fields}
         return pack_fields(parse_template(template), texts, length)
     parts: list[Any] = []
     for text, name in parse_template(template):
         if text:
             parts.append(pa.scalar(text, pa.large_string()))
         if name is not None:
-            parts.append(as_text(columns[name], name))
+            parts.append(texts[name])
     if not any(isinstance(p, pa.ChunkedArray | pa.Array) for p in parts):
         whole = "".join(p.as_py() for p in parts)
         return pa.chunked_array([pa.repeat(pa.scalar(escape(whole), pa.large_string()), length)])

@@ -23,7 +23,7 @@ from complete_fn.rows.formats import Rows
 from complete_fn.rows.identifiers import quote_name, quote_table
 from complete_fn.rows.limits import NO_LIMITS, TableLimits
 from complete_fn.rows.postgres_adbc import AdbcQuery, open_query
-from complete_fn.rows.readers import BATCH_ROWS, slice_size, table_windows
+from complete_fn.rows.readers import BATCH_ROWS, WindowSize, slice_size, table_windows
 from complete_fn.rows.result_tables import is_mariadb, refuse_keys, result_table, upserting
 from complete_fn.rows.watchdog import QueryLimit
 
@@ -117,18 +117,19 @@ class RowDatabase(RowReader, Protocol):
 
 @dataclass(frozen=True)
 class QuerySource:
-    """The rows of a query, as windows."""
+    """The rows of a query, as windows of the size `window`; None for the usual one."""
 
     database: RowReader
     query: Query
     limits: TableLimits = NO_LIMITS
+    window: WindowSize | None = None
 
     def windows(self) -> Iterator[Rows]:
         count = 0
         batches = self.database.batches(self.query)
         first = next(batches)
         self.limits.refuse_columns(len(first.schema), THE_QUERY)
-        for rows in table_windows(first.schema, self.bounded(itertools.chain([first], batches))):
+        for rows in table_windows(first.schema, self.bounded(itertools.chain([first], batches)), self.window):
             count += rows.count
             self.limits.refuse_rows(count, THE_QUERY)
             yield rows

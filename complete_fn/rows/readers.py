@@ -23,9 +23,33 @@ from complete_fn.rows.limits import NO_LIMITS, TableLimits
 from complete_fn.text import decode_bytes
 
 WINDOW_ROWS, WINDOW_BYTES = 200_000, 256 * 1024 * 1024  # a window ends at whichever comes first
+PROMPT_WINDOW_BYTES = 512 * 1024 * 1024  # of what a template adds to a window's rows
 BATCH_ROWS = 8_192
 CSV_BLOCK = 32 * 1024 * 1024  # bytes of the longest row that a CSV may have; Arrow needs a row within a block
 LINE_BYTES = 64 * 1024 * 1024  # bytes of the longest line that a JSONL may have; bounds memory
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSize:
+    """The most rows and bytes of a window of more than one row."""
+
+    rows: int
+    bytes: int
+
+
+def usual_size() -> WindowSize:
+    return WindowSize(WINDOW_ROWS, WINDOW_BYTES)
+
+
+def size_for_prompts(own_bytes: int, mentions: int) -> WindowSize:
+    """The size of windows whose prompts fit into memory together.
+
+    Args:
+        own_bytes: of the template, which each prompt has.
+        mentions: how often the template names a column at most.
+    """
+    rows = PROMPT_WINDOW_BYTES // max(1, own_bytes)
+    return WindowSize(max(1, min(WINDOW_ROWS, rows)), WINDOW_BYTES // max(1, mentions))
 
 
 class Source(Protocol):
@@ -43,6 +67,7 @@ class FileSource:
         open: opens the file at its beginning; the file is seekable unless it is compressed.
         limits: bounds of the decoded content.
         kept: an object that must live as long as the source.
+        window: the size of its windows; None for the usual one.
     """
 
     name: str
@@ -51,6 +76,7 @@ class FileSource:
     compression: str | None = None
     limits: TableLimits = NO_LIMITS
     kept: Any = None
+    window: WindowSize | None = None
 
     def windows(self) -> Iterator[Rows]:
         """Raises:
@@ -113,17 +139,19 @@ class Counted(io.RawIOBase):
 # -- columns -------------------------------------------------------------------------------------------------------
 
 
-def table_windows(schema: Any, batches: Iterable[Any]) -> Iterator[TableRows]:
+def table_windows(schema: Any, batches: Iterable[Any], window: WindowSize | None) -> Iterator[TableRows]:
     """Gather batches into windows. With several windows dictionaries are decoded, because windows may have others."""
     held: list[Any] = []
     rows = size = 0
-    step = min(BATCH_ROWS, WINDOW_ROWS)
+    most = window or usual_size()
     several = False
     for whole in batches:
+        fitting = most.bytes * whole.num_rows // max(1, slice_size(whole, whole)) if whole.num_rows else 1
+        step = max(1, min(BATCH_ROWS, most.rows, fitting))
         for low in range(0, whole.num_rows, step):
             batch = whole.slice(low, step)
             taken = slice_size(batch, whole)
-            if held and (rows + batch.num_rows > WINDOW_ROWS or size + taken > WINDOW_BYTES):
+            if held and (rows + batch.num_rows > most.rows or size + taken > most.bytes):
                 several = True
                 yield table_rows(held, schema, several)
                 held, rows, size = [], 0, 0
@@ -158,7 +186,7 @@ def stream_parquet(source: Any, asked: FileSource) -> Iterator[Rows]:
     with parquet.ParquetFile(source) as file:
         width = max(1, len(file.schema))
         batches = file.iter_batches(batch_size=max(1, min(BATCH_ROWS, 1_000_000 // width)))
-        yield from table_windows(file.schema_arrow, batches)
+        yield from table_windows(file.schema_arrow, batches, asked.window)
 
 
 def refuse_bomb(source: Any, asked: FileSource) -> None:
@@ -204,11 +232,12 @@ def stream_arrow(source: Any, asked: FileSource) -> Iterator[Rows]:
     if is_file:
         with pa.ipc.open_file(source) as file:
             asked.limits.refuse_columns(len(file.schema), asked.name)
-            yield from table_windows(file.schema, (file.get_batch(n) for n in range(file.num_record_batches)))
+            batches = (file.get_batch(n) for n in range(file.num_record_batches))
+            yield from table_windows(file.schema, batches, asked.window)
     else:
         with pa.ipc.open_stream(source) as stream:
             asked.limits.refuse_columns(len(stream.schema), asked.name)
-            yield from table_windows(stream.schema, stream)
+            yield from table_windows(stream.schema, stream, asked.window)
 
 
 def stream_csv(source: Any, asked: FileSource) -> Iterator[Rows]:
@@ -226,7 +255,7 @@ def stream_csv(source: Any, asked: FileSource) -> Iterator[Rows]:
     )
     options = arrow_csv.ReadOptions(block_size=CSV_BLOCK, use_threads=False)
     stream = arrow_csv.open_csv(source, options, parse, convert)
-    yield from table_windows(stream.schema, stream)
+    yield from table_windows(stream.schema, stream, asked.window)
 
 
 def header(asked: FileSource) -> list[str]:
@@ -259,13 +288,14 @@ def stream_jsonl(source: Any, asked: FileSource) -> Iterator[Rows]:
     held: list[bytes] = []
     names: set[str] = set()
     size = count = 0
+    most = asked.window or usual_size()
     for number, raw in enumerate(bounded_lines(source), 1):
         line = (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).strip()
         if not line:
             continue
         names.update(parsed_object(line, number))
         asked.limits.refuse_columns(len(names), asked.name)
-        if held and (len(held) >= WINDOW_ROWS or size + len(line) > WINDOW_BYTES):
+        if held and (len(held) >= most.rows or size + len(line) > most.bytes):
             yield LineRows(held)
             held, size = [], 0
         held.append(line)

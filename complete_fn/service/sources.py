@@ -9,13 +9,13 @@ from complete_fn.errors import InputError
 from complete_fn.rows.allowed_paths import allowed
 from complete_fn.rows.databases import Query, QuerySource
 from complete_fn.rows.formats import place_of
-from complete_fn.rows.readers import FileSource, Source
+from complete_fn.rows.readers import FileSource
 from complete_fn.service.state import ServiceState
 
 LONGEST_SQL = 65_536  # characters
 
 
-def open_source(state: ServiceState, tenant: str, asked: Mapping[str, Any]) -> Source:
+def open_source(state: ServiceState, tenant: str, asked: Mapping[str, Any]) -> FileSource | QuerySource:
     """The source that a request names.
 
     Args:

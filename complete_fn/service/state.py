@@ -38,6 +38,7 @@ class Limits:
     body_bytes: int = 16 * 1024 * 1024
     table_bytes: int = 2 * 1024 * 1024 * 1024  # of a table once it is decoded
     job_rows: int = 10_000_000
+    job_prompt_bytes: int = 32 * 1024 * 1024 * 1024  # of a job's prompts together: 3,400 for each of so many rows
     table_columns: int = 10_000
     batch_rows: int = 50_000
 

@@ -18,10 +18,13 @@ from complete_fn.engines.prices import nano
 from complete_fn.errors import InvalidOptionError, NotFoundError, StoreError
 from complete_fn.jobs.api_keys import Principal
 from complete_fn.jobs.job import Job
-from complete_fn.prompts.options import Options, parse_options
+from complete_fn.prompts.options import parse_options
 from complete_fn.prompts.schema_rules import refuse_patterns
-from complete_fn.prompts.templates import refuse_missing, render_rows, template_fields
+from complete_fn.prompts.table_prompts import TablePrompts
+from complete_fn.prompts.templates import refuse_missing, template_fields
+from complete_fn.rows.databases import QuerySource
 from complete_fn.rows.formats import LineRows, Rows
+from complete_fn.rows.readers import FileSource, size_for_prompts
 from complete_fn.rows.result_tables import KeysSeen
 from complete_fn.rows.writers import refuse_clash
 from complete_fn.service.job_files import PromptGroup, write_parts, write_window, write_windows
@@ -31,6 +34,7 @@ from complete_fn.service.state import ServiceState
 from complete_fn.spending.budget import parse_cap, refuse_unpriced
 
 RESULT_COLUMN = "completion"
+SEVERAL_JOBS = "Shorten the template, or split the table into several jobs."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
     """Make and queue a job over a table.
 
     Raises:
-        RequestError: Model, options, template or source cannot be used; nothing was kept.
+        RequestError: Model, options, template or source cannot be used, or the prompts are too large; nothing was kept.
     """
     model = state.model(spec.model)
     if "strict" in spec.options:
@@ -69,7 +73,8 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
     fields = template_fields(spec.prompt)
     if not fields:
         raise InvalidOptionError("The prompt names no {column}: every row would be asked the same.")
-    source = open_source(state, caller.tenant, spec.source)
+    made = TablePrompts(spec.prompt, options.reorder_fields, state.limits.job_prompt_bytes, SEVERAL_JOBS)
+    source = source_for(open_source(state, caller.tenant, spec.source), made)
     if spec.sink is not None:
         refuse_sink(state, caller.tenant, spec.sink)
     request = {
@@ -90,22 +95,28 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
             if spec.sink is not None:
                 refuse_sink_keys(spec.sink, rows, seen)
             refuse_clash(rows.names, spec.column, with_details=True, option="'column'")
-            prompts = window_prompts(spec.prompt, rows, options)
+            prompts = window_prompts(made, rows)
             numbers = np.arange(rows.count) + draft.rows
             draft.add_window(rows.count, [PromptGroup(model, spec.options, numbers, prompts)], rows)
         refuse_missing(fields, sorted(names))
         return draft.keep()
 
 
-def window_prompts(template: str, rows: Rows, options: Options) -> pa.ChunkedArray:
+def source_for(source: FileSource | QuerySource, prompts: TablePrompts) -> FileSource | QuerySource:
+    """The source, in windows whose prompts fit into memory."""
+    return replace(source, window=size_for_prompts(prompts.own_bytes, prompts.most_mentions))
+
+
+def window_prompts(made: TablePrompts, rows: Rows) -> pa.ChunkedArray:
     """The prompts of a window's rows.
 
     Raises:
         InputError: The template names a column that the rows lack. A JSONL file may have it in another window.
+        TooLargeError: See `TablePrompts.of`.
     """
     if not isinstance(rows, LineRows):
-        refuse_missing(template_fields(template), rows.names)
-    return render_rows(template, rows, options.reorder_fields)
+        refuse_missing(made.mentions, rows.names)
+    return made.of(rows)
 
 
 def new_job(

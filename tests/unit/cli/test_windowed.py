@@ -177,3 +177,51 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("sql", ["select 'it''s (' as a", 'WITH x AS (SELECT 1 AS ")") SELECT * FROM x', "VALUES (1);"])
 def test_a_select_with_quotes_and_parentheses(sql: str) -> None:
     assert Query(one_select(sql)).sql == f"SELECT * FROM ({sql.rstrip(';')}\n) AS rows_of_job"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_a_prompt_that_is_too_long_is_refused_before_a_row_is_paid(
+    shell: Run, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    assert shell(*RUN, "in.parquet", "-o", f"a.{kind}", "--column", "said", "--quiet") == 0
+    before = usage_lines(shell, capsys)
+    assert shell("run", "-m", "echo", "-p", "{text}" * 1_000 + "x" * 4_194_000, f"a.{kind}", "-o", "out.csv") == 1
+    assert "row 12 would have 4,200,000 bytes; at most 4,194,304 are taken. Shorten" in capsys.readouterr().err
+    assert usage_lines(shell, capsys) == before
+    assert not Path("out.csv").exists()
+
+
+def usage_lines(shell: Run, capsys: pytest.CaptureFixture[str]) -> str:
+    shell("usage")
+    return capsys.readouterr().out
+
+
+def test_a_template_that_is_too_long_is_refused_without_a_look_at_the_input(
+    shell: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shell("run", "-m", "echo", "-p", "x" * 4_194_305 + "{text}", "in.parquet", "-o", "out.csv") == 1
+    assert "The template has 4,194,305 bytes" in capsys.readouterr().err
+
+
+def test_a_long_template_makes_smaller_windows(shell: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("complete_fn.rows.readers.PROMPT_WINDOW_BYTES", 40 * len("Say "))
+    seen: list[int] = []
+    stream = EchoEngine.stream
+
+    def counting(self: EchoEngine, requests: Any, tenant: str) -> Iterator[Any]:
+        seen.append(1)
+        return stream(self, requests, tenant)
+
+    monkeypatch.setattr(EchoEngine, "stream", counting)
+    assert shell(*RUN, "in.parquet", "-o", "b.parquet", "--cache", "off", "--quiet") == 0
+    assert len(seen) == 4  # windows of 40 rows: 130 in four
+    assert pq.read_table("b.parquet").column("completion").to_pylist() == SAID
+
+
+def test_a_dry_run_bounds_all_prompts_together(
+    shell: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("complete_fn.cli.run.ESTIMATE_PROMPT_BYTES", 1_000)
+    assert shell(*RUN, "in.parquet", "--dry-run") == 1
+    assert "at most 1,000 are taken. A dry run holds them all: --limit N takes fewer rows." in capsys.readouterr().err
+    assert shell(*RUN, "in.parquet", "--dry-run", "--limit", "50") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,14 @@ import pytest
 from complete_fn.errors import InputError, TooLargeError
 from complete_fn.rows.formats import FORMATS, LineRows, TableRows, place_of
 from complete_fn.rows.limits import NO_LIMITS, TableLimits
-from complete_fn.rows.readers import FileSource
+from complete_fn.rows.readers import (
+    PROMPT_WINDOW_BYTES,
+    WINDOW_BYTES,
+    WINDOW_ROWS,
+    FileSource,
+    WindowSize,
+    size_for_prompts,
+)
 from complete_fn.rows.writers import writing
 
 COLUMNS, ROWS = 12, 30
@@ -72,3 +80,28 @@ def test_the_columns_of_lines_are_found_in_one_pass(monkeypatch: pytest.MonkeyPa
     assert len(passes) == 1
     assert found["a"].to_pylist() == found["b"].to_pylist() == [str(n) for n in range(50)]
     assert found["c"].null_count == 50
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_windows_are_smaller_where_a_template_is_long(tmp_path: Path, name: str) -> None:
+    usual = source(tmp_path, name, NO_LIMITS)
+    assert [rows.count for rows in usual.windows()] == [ROWS]
+    small = replace(usual, window=size_for_prompts(PROMPT_WINDOW_BYTES // 7, 1))
+    counts = [rows.count for rows in small.windows()]
+    assert (max(counts), sum(counts)) == (7, ROWS)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_windows_are_smaller_where_a_template_names_a_column_often(tmp_path: Path, name: str) -> None:
+    usual = source(tmp_path, name, NO_LIMITS)
+    often = replace(
+        usual, window=size_for_prompts(1, WINDOW_BYTES // 1_000)
+    )  # 1,000 bytes of rows or fewer in a window
+    counts = [rows.count for rows in often.windows()]
+    assert len(counts) > 1
+    assert sum(counts) == ROWS
+
+
+def test_a_window_always_has_a_row() -> None:
+    assert size_for_prompts(10**12, 1).rows == 1
+    assert size_for_prompts(0, 0) == WindowSize(WINDOW_ROWS, WINDOW_BYTES)

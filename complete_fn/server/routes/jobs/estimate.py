@@ -13,16 +13,18 @@ from complete_fn.estimates.estimate import estimate
 from complete_fn.estimates.estimate_report import as_values, report
 from complete_fn.prompts.options import parse_options
 from complete_fn.prompts.schema_rules import refuse_patterns
+from complete_fn.prompts.table_prompts import ESTIMATE_PROMPT_BYTES, TablePrompts
 from complete_fn.prompts.templates import refuse_missing, template_fields
 from complete_fn.server.auth import Caller, StateOf
 from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body
 from complete_fn.server.routes.jobs.jobs import EXAMPLE, SourceBody
 from complete_fn.service.sources import open_source
-from complete_fn.service.submit import window_prompts
+from complete_fn.service.submit import source_for, window_prompts
 from complete_fn.types import Asker
 
 router = APIRouter(tags=["jobs"])
+A_SAMPLE = "Estimate a sample of the table."
 
 
 class EstimateBody(Body):
@@ -41,10 +43,11 @@ async def post_estimate(body: EstimateBody, state: StateOf, caller: Caller, lane
     call = Call.of(state.model(body.model), options)
 
     def work() -> dict[str, Any]:
-        source, chunks = open_source(state, caller.tenant, body.source.chosen()), []
+        made = TablePrompts(body.prompt, options.reorder_fields, ESTIMATE_PROMPT_BYTES, A_SAMPLE)
+        source, chunks = source_for(open_source(state, caller.tenant, body.source.chosen()), made), []
         names: set[str] = set()
         for rows in source.windows():
-            chunks += window_prompts(body.prompt, rows, options).chunks
+            chunks += window_prompts(made, rows).chunks
             names.update(rows.names)
         refuse_missing(template_fields(body.prompt), sorted(names))
         prompts = pa.chunked_array(chunks, pa.large_string())

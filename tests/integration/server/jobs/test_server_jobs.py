@@ -346,3 +346,31 @@ def test_tenants_see_nothing_of_each_other(running: Any) -> None:
         body = {"model": "echo", "prompt": "{text}", "source": {"file_id": file}}
         assert theirs.post("/v1/jobs", json=body).status_code == 404
         assert theirs.get("/v1/jobs").json()["data"] == theirs.get("/v1/files").json()["data"] == []
+
+
+@pytest.mark.parametrize("place", ["/v1/jobs", "/v1/estimate"])
+def test_prompts_that_are_too_large_are_refused_on_submission(running: Any, place: str) -> None:
+    long = [{"text": "x" * 4_195}, {"text": "x"}]
+    with running.http() as client:
+        body = {"model": "echo", "source": {"file_id": upload(client, parquet_bytes(long))}}
+        for prompt, told in (
+            ("{text}" * 1_000, "The prompt of row 1 would have 4,195,000 bytes; at most 4,194,304 are taken. Shorten"),
+            ("{text}" + "x" * 4_194_305, "The template has 4,194,305 bytes"),
+            ("{text}" * 1_001, "more than 1,000 fields"),
+        ):
+            reply = client.post(place, json=body | {"prompt": prompt})
+            assert reply.status_code in (400, 413), reply.text
+            assert told in reply.json()["error"]["message"]
+        assert client.get("/v1/jobs").json()["data"] == []
+    stored = running.state.storage.keys()
+    assert not any(key.startswith("jobs/") for key in stored)
+
+
+def test_the_prompts_of_a_job_have_a_bound_together(serve: Callable[..., Any]) -> None:
+    running = serve(limits=Limits(job_prompt_bytes=600))
+    with running.http() as client:
+        file = upload(client, parquet_bytes(ROWS))
+        reply = client.post("/v1/jobs", json={"model": "echo", "prompt": "Say: {text}", "source": {"file_id": file}})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
+        assert "at most 600 are taken. Shorten the template, or split the table" in reply.json()["error"]["message"]
+        assert submit(client, file, prompt="{text}")["status"] in ("queued", "running")
