@@ -242,6 +242,19 @@ def test_every_file_and_make_target_that_a_page_names_exists(name: str) -> None:
     assert set(re.findall(r"`make ([a-z-]+)`", text)) <= set(targets[1].split())
 
 
+def test_the_files_of_the_way_through_the_code_have_what_a_reader_looks_for() -> None:
+    rows = re.findall(r"^\| .* \| `([\w/]+\.py)` \| (`.+`) \|$", (PAGES / "how-it-works.md").read_text(), re.M)
+    assert len(rows) == 7
+    for path, names in rows:
+        tree = ast.parse((ROOT / path).read_text())
+        for name in re.findall(r"`([\w.]+)`", names):
+            inside: list[ast.stmt] = tree.body
+            for part in name.split("."):
+                found = [n for n in inside if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part]
+                assert found, f"{path}: {name}"
+                inside = found[0].body
+
+
 def test_the_warehouses_sql_is_that_of_the_package_and_parses() -> None:
     blocks = [b for b in page_blocks("use/warehouses.md") if b.kind == "sql"]
     assert {b.title for b in blocks} == set(WAREHOUSES)
