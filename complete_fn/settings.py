@@ -17,6 +17,9 @@ COMPLETE_FN_SOURCES, COMPLETE_FN_SINKS
                      {tenant} stands for the tenant's name (default: none)
 COMPLETE_FN_RETENTION_DAYS
                      uploads, and jobs that are over, are deleted after so long (default: 30)
+COMPLETE_FN_LEDGER_DAYS
+                     a service deletes single lines of the ledger after so long, and keeps their sums by hour for ever
+                     (at least 30; default: it deletes none)
 COMPLETE_FN_SQL_SECONDS
                      what a job's SQL may take (default: 300)
 COMPLETE_FN_CONNECTIONS
@@ -41,6 +44,7 @@ from complete_fn.errors import InvalidOptionError
 APP = "complete-fn"
 CACHE_GIB, CACHE_DAYS = 2.0, 180.0
 RETENTION_DAYS, SQL_SECONDS = 30.0, 300.0
+LEDGER_DAYS = 30.0  # at least: a job that was stopped can go on for so long, and reads from its lines what it has spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Settings:
     sinks: tuple[str, ...] = ()
     retention_days: float = RETENTION_DAYS
     sql_seconds: float = SQL_SECONDS
+    ledger_days: float | None = None
     engines: int | None = None
     connections: int | None = None
 
@@ -87,13 +92,14 @@ def load_settings(home: Path | str | None = None, models_file: Path | str | None
         sinks=tuple(os.environ.get("COMPLETE_FN_SINKS", "").split()),
         retention_days=amount("COMPLETE_FN_RETENTION_DAYS") or RETENTION_DAYS,
         sql_seconds=amount("COMPLETE_FN_SQL_SECONDS") or SQL_SECONDS,
+        ledger_days=amount("COMPLETE_FN_LEDGER_DAYS", LEDGER_DAYS),
         engines=math.ceil(amount("COMPLETE_FN_ENGINES") or 0) or None,
         connections=math.ceil(amount("COMPLETE_FN_CONNECTIONS") or 0) or None,
     )
 
 
-def amount(name: str) -> float | None:
-    """A number above 0 from the environment; None if it is not set."""
+def amount(name: str, least: float = 0.0) -> float | None:
+    """A number above 0, and at least `least`, from the environment; None if it is not set."""
     text = os.environ.get(name)
     if not text:
         return None
@@ -103,6 +109,8 @@ def amount(name: str) -> float | None:
         found = math.nan
     if not 0 < found < math.inf:
         raise InvalidOptionError(f"{name}={text!r} in the environment must be a number above 0.")
+    if found < least:
+        raise InvalidOptionError(f"{name}={text!r} in the environment must be at least {least:g}.")
     return found
 
 

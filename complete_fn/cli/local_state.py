@@ -89,6 +89,7 @@ def usage_main(argv: list[str]) -> int:
         metavar="WHEN",
         help="from a date on (2026-01-31, in UTC as the days are), or for so long back (7d, 24h)",
     )
+    add("--until", metavar="WHEN", help="before a date, or before so long back")
     add("--json", action="store_true", help="as JSON")
     add("--csv", action="store_true", help="as CSV")
     add("--views", action="store_true", help=VIEWS)
@@ -103,11 +104,14 @@ def usage_main(argv: list[str]) -> int:
     if wrong := [name for name in by if name not in GROUPS]:
         raise InvalidOptionError(f"--by {wrong[0]!r} is not one of {', '.join(GROUPS)}.")
     since = moment(asked.since) if asked.since else 0.0
+    until = moment(asked.until, "--until") if asked.until else None
     if asked.focus:
-        count = resolve("complete_fn.ledger.focus_export:export")(open_store(asked.home), Path(asked.focus), since)
+        count = resolve("complete_fn.ledger.focus_export:export")(
+            open_store(asked.home), Path(asked.focus), since, None, until
+        )
         print(f"{count:,} charges written to {asked.focus}.")
         return OK
-    lines = usage(open_store(asked.home), by, since)
+    lines = usage(open_store(asked.home), by, since, until=until)
     head = (*by, *USAGE)
     rows = [usage_row(u) for u in lines]
     if asked.json:
@@ -115,7 +119,7 @@ def usage_main(argv: list[str]) -> int:
     elif asked.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows([head, *rows])
     elif not rows:
-        print("Nothing was run yet." if not since else "Nothing was run since then.")
+        print(f"Nothing was run {'in that time' if until is not None else 'since then' if since else 'yet'}.")
     else:
         print_table([[h.upper().replace("_", " ") for h in head], *([shown(v) for v in row] for row in rows)])
     return OK
@@ -137,7 +141,7 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:.6f}"
 
 
-def moment(text: str) -> float:
+def moment(text: str, option: str = "--since") -> float:
     """Seconds of the epoch of a date (in UTC if it names no zone), or of a span before now such as 7d."""
     try:
         if match := re.fullmatch(r"(\d+)([dh])", text):
@@ -145,7 +149,7 @@ def moment(text: str) -> float:
         at = datetime.fromisoformat(text)
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError) as error:
-        raise InvalidOptionError(f"--since {text!r} is neither a date like 2026-01-31 nor a span like 7d.") from error
+        raise InvalidOptionError(f"{option} {text!r} is neither a date like 2026-01-31 nor a span like 7d.") from error
 
 
 def cache_main(argv: list[str]) -> int:

@@ -17,12 +17,12 @@ import sqlalchemy as sa
 from pyarrow import parquet
 
 from complete_fn.errors import InputError
+from complete_fn.ledger.time_span import TimeSpan
 from complete_fn.store.records import money
+from complete_fn.store.rollup import HOUR, SUMMED
 from complete_fn.store.store import Store
-from complete_fn.store.tables import ledger, summed
+from complete_fn.store.tables import summed
 
-HOUR = 3600
-SUMMED = ("rows", "tokens", "cost_nano", "saved_nano", "device_us", "saved_us")
 MONEY, QUANTITY, TIME = pa.decimal128(28, 9), pa.decimal128(28, 9), pa.timestamp("us", "UTC")
 SCHEMA = pa.schema(
     [
@@ -79,15 +79,16 @@ DESCRIPTIONS = {
 }
 
 
-def export(store: Store, path: Path, since: float = 0.0, tenant: str | None = None) -> int:
-    """Write the charges from `since` (seconds of the epoch) on to a .parquet or .csv file. Returns their number.
+def export(store: Store, path: Path, since: float = 0.0, tenant: str | None = None, until: float | None = None) -> int:
+    """Write the charges of a time span to a .parquet or .csv file, as `charges` takes it. Returns their number.
 
     Raises:
         InputError: The file's name has another suffix, or the file cannot be written.
+        InvalidOptionError: An end of the time span is within an hour whose lines are deleted.
     """
     if path.suffix not in (".parquet", ".csv"):
         raise InputError(f"The file {str(path)!r} must end in .parquet or .csv.")
-    table = charges(store, since, tenant)
+    table = charges(store, since, tenant, until)
     try:
         if path.suffix == ".csv":
             pyarrow.csv.write_csv(table, path)
@@ -98,18 +99,27 @@ def export(store: Store, path: Path, since: float = 0.0, tenant: str | None = No
     return int(table.num_rows)
 
 
-def charges(store: Store, since: float = 0.0, tenant: str | None = None) -> pa.Table:
-    """[n] rows of SCHEMA in the order of hours; of all tenants if `tenant` is None."""
-    c = ledger.c
+def charges(store: Store, since: float = 0.0, tenant: str | None = None, until: float | None = None) -> pa.Table:
+    """[n] rows of SCHEMA in the order of hours.
+
+    Args:
+        since: seconds of the epoch.
+        tenant: None takes all tenants.
+        until: charges before this time; None takes all from `since` on.
+
+    Raises:
+        InvalidOptionError: An end of the time span is within an hour whose lines are deleted.
+    """
+    span = TimeSpan(since, until)
+    c = span.lines(tenant).c
     sqlite = store.engine.dialect.name == "sqlite"  # a cast to integer truncates in SQLite and rounds in PostgreSQL
     hour = (sa.cast(c.at / HOUR, sa.Integer) if sqlite else sa.func.floor(c.at / HOUR)) * HOUR
     split = [hour.label("hour"), c.tenant, c.user, c.job, c.query_tag, c.model, c.price_class, c.currency, c.basis]
     sums = [summed(c[name]).label(name) for name in SUMMED]
-    chosen = sa.select(*split, *sums).where(c.at >= since).group_by(*split).order_by(*split)
-    if tenant is not None:
-        chosen = chosen.where(c.tenant == tenant)
     with store.read() as connection:
-        return pa.Table.from_pylist([charge(row) for row in connection.execute(chosen)], SCHEMA)
+        rows = connection.execute(sa.select(*split, *sums).group_by(*split).order_by(*split)).all()
+        span.refuse_deleted(connection)
+    return pa.Table.from_pylist([charge(row) for row in rows], SCHEMA)
 
 
 def charge(row: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pruning bounds the stored answers, by age and by size. It never touches the ledger."""
+"""Pruning bounds the stored answers by age and size, and the ledger's lines by age. The sums by hour stay for ever."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
+from complete_fn.ledger.time_span import LINES_FROM, lines_from
+from complete_fn.store.rollup import hour_of
 from complete_fn.store.store import Store
-from complete_fn.store.tables import answers, attempts, budgets, upkeep
+from complete_fn.store.tables import answers, attempts, budgets, ledger, upkeep
+from complete_fn.store.transactions import upsert
 
 HOUR, DAY, GIB = 3600.0, 86_400.0, 2.0**30
 JOB_DAYS = 30.0  # days for which an unfinished job can be resumed
-CHUNK = 2_000  # answers deleted in one transaction, so that other writers get their turn
+CHUNK = 2_000  # answers or lines deleted in one transaction, so that other writers get their turn
+LINES_AT_ONCE = 20_000  # lines of the ledger that one round of upkeep deletes, so that its other tasks are not late
 
 
 def prune(store: Store, gib: float, days: float) -> int:
@@ -52,6 +56,27 @@ def due(store: Store, now: float) -> bool:
         connection.execute(upkeep.delete())
         connection.execute(upkeep.insert().values(name="prune", at=now))
     return True
+
+
+def prune_ledger(store: Store, days: float, now: float) -> int:
+    """Delete the ledger's lines of the hours that were over `days` ago, at most LINES_AT_ONCE. Returns their number."""
+    before = hour_of(now - days * DAY)
+    gone = 0
+    while gone < LINES_AT_ONCE and (chunk := delete_lines(store, before)):
+        gone += chunk
+    return gone
+
+
+def delete_lines(store: Store, before: int) -> int:
+    old = sa.select(ledger.c.id).where(ledger.c.at < before).order_by(ledger.c.at).limit(CHUNK)
+    with store.read() as connection:
+        if connection.execute(old.limit(1)).first() is None:
+            return 0
+    with store.write() as connection:
+        if lines_from(connection) < before:
+            upsert(connection, upkeep, ("name",), [{"name": LINES_FROM, "at": before}])
+        mine = old.with_for_update(skip_locked=True)  # other processes of the service delete lines too
+        return connection.execute(ledger.delete().where(ledger.c.id.in_(mine))).rowcount
 
 
 def expendable(now: float) -> sa.ColumnElement[bool]:

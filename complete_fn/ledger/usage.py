@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -14,38 +14,58 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from complete_fn.ledger.pruning import used_bytes
+from complete_fn.ledger.time_span import TimeSpan
 from complete_fn.store.job_tables import parts
 from complete_fn.store.records import money
+from complete_fn.store.rollup import HOUR
 from complete_fn.store.store import Store
-from complete_fn.store.tables import answers, attempts, ledger, of_class, summed
+from complete_fn.store.tables import answers, attempts, ledger, ledger_hours, of_class, summed
 
 
-class utc_day(FunctionElement[str]):
-    """The UTC day, such as "2026-01-31", of a column with seconds of the epoch."""
+class utc_text(FunctionElement[str]):
+    """A column with seconds of the epoch as a text in UTC. Parts of a second are cut off: rounding changes days."""
 
     inherit_cache = True
     type = sa.String()
+    in_sqlite, in_postgresql = "", ""
 
 
-@compiles(utc_day)
-def day_in_sqlite(element: utc_day, compiler: Any, **options: Any) -> str:
-    return f"strftime('%Y-%m-%d', {compiler.process(element.clauses, **options)}, 'unixepoch')"
+class utc_day(utc_text):
+    """Such as "2026-01-31"."""
+
+    inherit_cache = True
+    in_sqlite, in_postgresql = "%Y-%m-%d", "YYYY-MM-DD"
 
 
-@compiles(utc_day, "postgresql")
-def day_in_postgresql(element: utc_day, compiler: Any, **options: Any) -> str:
+class utc_hour(utc_text):
+    """Such as "2026-01-31T10:00Z"."""
+
+    inherit_cache = True
+    in_sqlite, in_postgresql = "%Y-%m-%dT%H:00Z", 'YYYY-MM-DD"T"HH24:00"Z"'
+
+
+@compiles(utc_text)
+def text_in_sqlite(element: utc_text, compiler: Any, **options: Any) -> str:
     seconds = compiler.process(element.clauses, **options)
-    return f"to_char(to_timestamp({seconds}) AT TIME ZONE 'UTC', 'YYYY-MM-DD')"
+    return f"strftime('{element.in_sqlite}', CAST({seconds} AS INTEGER), 'unixepoch')"
 
 
-GROUPS: dict[str, sa.ColumnElement[Any]] = {
-    "day": utc_day(ledger.c.at),
-    "model": ledger.c.model,
-    "query_tag": ledger.c.query_tag,
-    "job": ledger.c.job,
-    "user": ledger.c.user,
-    "tenant": ledger.c.tenant,
-    "engine": ledger.c.engine,
+@compiles(utc_text, "postgresql")
+def text_in_postgresql(element: utc_text, compiler: Any, **options: Any) -> str:
+    seconds = compiler.process(element.clauses, **options)
+    return f"to_char(to_timestamp(floor({seconds})) AT TIME ZONE 'UTC', '{element.in_postgresql}')"
+
+
+# Each makes a group's column from the columns of `TimeSpan.lines`.
+GROUPS: dict[str, Callable[[Any], sa.ColumnElement[Any]]] = {
+    "hour": lambda c: utc_hour(c.at),
+    "day": lambda c: utc_day(c.at),
+    "model": lambda c: c.model,
+    "query_tag": lambda c: c.query_tag,
+    "job": lambda c: c.job,
+    "user": lambda c: c.user,
+    "tenant": lambda c: c.tenant,
+    "engine": lambda c: c.engine,
 }
 
 
@@ -79,36 +99,45 @@ class UsageLine:
 
 
 def usage(
-    store: Store, by: Sequence[str] = ("day", "model"), since: float = 0.0, tenant: str | None = None
+    store: Store,
+    by: Sequence[str] = ("day", "model"),
+    since: float = 0.0,
+    tenant: str | None = None,
+    until: float | None = None,
 ) -> list[UsageLine]:
-    """The ledger from `since` (seconds of the epoch) on, as one line per group, currency and price basis.
+    """The ledger from `since` on and before `until`, as one line per group, currency and price basis.
 
     Args:
+        since: seconds of the epoch.
         tenant: only lines of this tenant; None takes all lines.
+        until: seconds of the epoch; None takes all lines from `since` on.
+
+    Raises:
+        InvalidOptionError: An end of the time span is within an hour whose lines are deleted.
     """
-    groups = [GROUPS[name] for name in by]
-    split = [*groups, ledger.c.currency, ledger.c.basis]
+    span = TimeSpan(since, until)
+    c = span.lines(tenant).c
+    groups = [GROUPS[name](c) for name in by]
+    split = [*groups, c.currency, c.basis]
     sums = sa.select(
         *split,
-        of_class(ledger.c.rows, "input", "duplicate", "reused"),
-        of_class(ledger.c.tokens, "input", "cached_input"),
-        of_class(ledger.c.tokens, "cached_input"),
-        of_class(ledger.c.tokens, "output"),
-        summed(ledger.c.cost_nano),
-        of_class(ledger.c.saved_nano, "duplicate", "reused"),
-        of_class(ledger.c.rows, "lost"),
-        of_class(ledger.c.tokens, "lost"),
-        of_class(ledger.c.saved_nano, "prefix_cache"),
-        of_class(ledger.c.device_us, "input"),
-        of_class(ledger.c.device_us, "idle"),
-        of_class(ledger.c.device_us, "aborted"),
-        of_class(ledger.c.saved_us, "duplicate", "reused", "prefix_cache", "swiftkv"),
+        of_class(c.rows, "input", "duplicate", "reused"),
+        of_class(c.tokens, "input", "cached_input"),
+        of_class(c.tokens, "cached_input"),
+        of_class(c.tokens, "output"),
+        summed(c.cost_nano),
+        of_class(c.saved_nano, "duplicate", "reused"),
+        of_class(c.rows, "lost"),
+        of_class(c.tokens, "lost"),
+        of_class(c.saved_nano, "prefix_cache"),
+        of_class(c.device_us, "input"),
+        of_class(c.device_us, "idle"),
+        of_class(c.device_us, "aborted"),
+        of_class(c.saved_us, "duplicate", "reused", "prefix_cache", "swiftkv"),
     )
-    chosen = ledger.c.at >= since
-    if tenant is not None:
-        chosen = chosen & (ledger.c.tenant == tenant)
     with store.read() as connection:
-        rows = connection.execute(sums.where(chosen).group_by(*split).order_by(*split)).all()
+        rows = connection.execute(sums.group_by(*split).order_by(*split)).all()
+        span.refuse_deleted(connection)
     return [usage_line(row, len(groups)) for row in rows]
 
 
@@ -189,8 +218,9 @@ def tokens_used(store: Store, tenant: str, job: str) -> int:
 
 def mean_output(store: Store, model: str, tenant: str) -> float | None:
     """Output tokens per row that the model computed for the tenant; None with fewer than 20 rows in the ledger."""
-    sums = sa.select(of_class(ledger.c.rows, "input"), of_class(ledger.c.tokens, "output")).where(
-        ledger.c.tenant == tenant, ledger.c.model == model
+    c = ledger_hours.c
+    sums = sa.select(of_class(c.rows, "input"), of_class(c.tokens, "output")).where(
+        c.tenant == tenant, c.model == model
     )
     with store.read() as connection:
         rows, tokens = connection.execute(sums).one()
@@ -223,9 +253,6 @@ def stored(store: Store) -> StoredAnswers:
     return StoredAnswers(count, for_jobs, used_bytes(store), oldest, newest, models)
 
 
-SETTLED_SECONDS = 5.0  # a line is committed within this time after its `at`, so older lines are complete
-
-
 @dataclass
 class LedgerTotals:
     """Sums of all lines so far: rows and tokens by (model, price class), money by (model, currency, price basis)."""
@@ -236,28 +263,31 @@ class LedgerTotals:
 
 
 class Totals:
-    """Keeps the ledger's sums and reads only new lines. Safe to use from several threads."""
+    """Keeps the ledger's sums up to the last hours, and reads the rest anew. Safe to use from several threads.
+
+    An hour is read anew until the ledger has lines that are more than an hour younger. So a line is counted as soon as
+    it is committed, and one that is dated still further back in the next hour.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.lock = threading.Lock()
-        self.until = 0.0
-        self.found = LedgerTotals()
+        self.until = -1
+        self.settled: list[Any] = []
 
     def ledger(self) -> LedgerTotals:
-        c = ledger.c
-        split = (c.model, c.price_class, c.currency, c.basis)
-        sums = sa.select(*split, summed(c.rows), summed(c.tokens), summed(c.cost_nano)).group_by(*split)
-        with self.lock:
-            until = self.store.now() - SETTLED_SECONDS
-            with self.store.read() as connection:
-                lines = connection.execute(sums.where(c.at > self.until, c.at <= until)).all()
-            self.until = max(self.until, until)
-            for model, price_class, currency, basis, rows, tokens, nano in lines:
-                self.found.rows[model, price_class] += int(rows)
-                self.found.tokens[model, price_class] += int(tokens)
-                self.found.nano[model, currency, basis] += int(nano)
-            return self.found
+        hour = ledger_hours.c.hour
+        with self.lock, self.store.read() as connection:
+            until = (connection.execute(sa.select(sa.func.max(hour))).scalar() or 0) - HOUR
+            if until != self.until:
+                self.until, self.settled = until, totals_of(connection, hour < until)
+            recent = totals_of(connection, hour >= until)
+            found = LedgerTotals()
+            for model, price_class, currency, basis, rows, tokens, nano in (*self.settled, *recent):
+                found.rows[model, price_class] += int(rows)
+                found.tokens[model, price_class] += int(tokens)
+                found.nano[model, currency, basis] += int(nano)
+            return found
 
     def parts(self) -> dict[tuple[str, str], tuple[int, int]]:
         """(parts, tokens) by (model, status), of the parts that are queued or running."""
@@ -267,3 +297,10 @@ class Totals:
         with self.store.read() as connection:
             lines = connection.execute(sums.group_by(p.model, p.status)).all()
         return {(model, status): (int(count), int(tokens)) for model, status, count, tokens in lines}
+
+
+def totals_of(connection: sa.Connection, which: sa.ColumnElement[bool]) -> list[Any]:
+    c = ledger_hours.c
+    split = (c.model, c.price_class, c.currency, c.basis)
+    sums = sa.select(*split, summed(c.rows), summed(c.tokens), summed(c.cost_nano)).where(which).group_by(*split)
+    return list(connection.execute(sums).all())

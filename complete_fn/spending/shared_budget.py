@@ -22,7 +22,7 @@ from complete_fn.store.attempts import Attempt
 from complete_fn.store.budget_holds import day_budget
 from complete_fn.store.records import money
 from complete_fn.store.store import Store
-from complete_fn.store.tables import attempts, budgets, ledger, summed
+from complete_fn.store.tables import budgets, ledger_hours, summed
 from complete_fn.store.transactions import retried, upsert
 
 AHEAD = 32  # rows that one draw covers if enough money is left, so that not every row writes to the store
@@ -189,11 +189,11 @@ class Purse(Budget):
 
 def spent_before(tenant: str, budget: str) -> sa.Select[Any]:
     """The money that, by the ledger, was already spent under a budget that is new in the store."""
-    total = sa.select(summed(ledger.c.cost_nano)).where(ledger.c.tenant == tenant)
+    c = ledger_hours.c
+    total = sa.select(summed(c.cost_nano)).where(c.tenant == tenant)
     kind, _, name = budget.partition(":")
     if kind == "day":
         day, _, currency = name.partition(":")
         start = datetime.fromisoformat(f"{day}T00:00:00+00:00").timestamp()
-        return total.where(ledger.c.at >= start, ledger.c.at < start + DAY, ledger.c.currency == currency)
-    of_job = (attempts.c.job >= f"{name}/") & (attempts.c.job < f"{name}0")  # "0" follows "/"
-    return total.where(ledger.c.attempt.in_(sa.select(attempts.c.id).where(of_job)))
+        return total.where(c.hour >= start, c.hour < start + DAY, c.currency == currency)
+    return total.where(c.job == name)

@@ -27,6 +27,7 @@ from complete_fn.store.budget_holds import Refused, charge, draw, release
 from complete_fn.store.claims import claim, claimed, drop_claims, let_all_go, let_go, silent_holders, still_held
 from complete_fn.store.fork_gate import FORKS
 from complete_fn.store.records import LedgerLine, answer_row, completion_of, ledger_row, money
+from complete_fn.store.rollup import add_to_hours
 from complete_fn.store.schema import HEAD, is_current, migrate, noted_version
 from complete_fn.store.sqlite_backend import SqliteBackend
 from complete_fn.store.tables import answers, attempts, budgets, ledger, summed
@@ -266,9 +267,9 @@ class Store:
         def write(connection: sa.Connection) -> None:
             if values:
                 upsert(connection, answers, ("tenant", "key"), values)
-            self.write_lines(connection, attempt, lines, now)
             charge(connection, attempt, sum(line.cost_nano for line in lines), now)
             let_go(connection, attempt, claims)
+            self.write_lines(connection, attempt, lines, now)
 
         self.change(attempt, -rows, -tokens, write)
 
@@ -353,8 +354,11 @@ class Store:
             self.write_lines(connection, Attempt(0, "-", "-", model, None, None, currency, basis), lines, self.now())
 
     def write_lines(self, connection: sa.Connection, attempt: Attempt, lines: list[LedgerLine], at: float) -> None:
+        """Write ledger lines, last in their transaction: other commits wait for the sums of the hour that it locks."""
         if lines:
-            connection.execute(ledger.insert(), [ledger_row(attempt, line, at) for line in lines])
+            rows = [ledger_row(attempt, line, at) for line in lines]
+            connection.execute(ledger.insert(), rows)
+            add_to_hours(connection, rows)
 
     @retried
     def sweep(self) -> int:

@@ -108,6 +108,34 @@ ledger = Table(
     Index("ledger_attempt", "attempt"),
 )
 
+# The sums of the ledger's lines by hour: `hour` is its first second. Every line is added in the transaction that writes
+# it, and `COMPLETE_FN_LEDGER_DAYS` deletes only lines, so these sums are complete. `key`: a hash of `hour` and the
+# columns up to `basis`, because a unique index takes no NULL as equal to another.
+ledger_hours = Table(
+    "ledger_hours",
+    metadata,
+    Column("key", LargeBinary(), primary_key=True),
+    Column("hour", BigInteger, nullable=False),
+    Column("tenant", Words(), nullable=False),
+    Column("user", Words(), nullable=False),
+    Column("job", Words()),
+    Column("query_tag", Words()),
+    Column("model", Words(), nullable=False),
+    Column("price_class", Words(), nullable=False),
+    Column("engine", Words()),
+    Column("currency", Words(), nullable=False),
+    Column("basis", Words(), nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("cost_nano", BigInteger, nullable=False),
+    Column("saved_nano", BigInteger, nullable=False),
+    Column("device_us", BigInteger, nullable=False),
+    Column("saved_us", BigInteger, nullable=False),
+    Index("ledger_hours_hour", "hour"),
+    Index("ledger_hours_tenant", "tenant", "hour"),
+    Index("ledger_hours_job", "job"),
+)
+
 # One row per execution of run(). `reserved_*`: work admitted and not yet committed. `step`: the number of the last
 # change. `seen_at`: when the process last reported that it lives. `status`: running, then done, cancelled, failed or
 # lost (killed); ended once its job has ended.
@@ -207,6 +235,6 @@ def summed(column: ColumnElement[Any]) -> ColumnElement[int]:
     return cast(func.coalesce(func.sum(column), 0), BigInteger)
 
 
-def of_class(column: ColumnElement[Any], *price_classes: str) -> ColumnElement[int]:
-    """The sum of a column of the ledger over its lines of these price classes."""
-    return summed(case((ledger.c.price_class.in_(price_classes), column), else_=0))
+def of_class(column: Any, *price_classes: str) -> ColumnElement[int]:
+    """The sum of a column of the ledger, or of a selection from it, over its lines of these price classes."""
+    return summed(case((column.table.c.price_class.in_(price_classes), column), else_=0))

@@ -10,7 +10,7 @@ from contextlib import suppress
 from complete_fn.errors import StoreUpgradedError
 from complete_fn.jobs.part_queue import worker_name
 from complete_fn.jobs.worker_store import BEAT_SECONDS
-from complete_fn.ledger.pruning import prune
+from complete_fn.ledger.pruning import prune, prune_ledger
 from complete_fn.service.delivery import keep_delivering
 from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.retention import expire
@@ -81,4 +81,6 @@ class Upkeep:
         if state.parts.sweep():
             state.queue.bell.ring()
         prune(state.store, state.settings.cache_gib, state.settings.cache_days)
+        if state.settings.ledger_days is not None:
+            prune_ledger(state.store, state.settings.ledger_days, state.store.now())
         self.engines.upkeep()

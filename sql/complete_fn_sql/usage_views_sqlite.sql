@@ -1,6 +1,8 @@
 -- The ledger with the names and columns of Cortex's usage history, for SQLite. Only views: run it again at any time.
 -- TOKEN_CREDITS and CREDITS are money of the column CURRENCY; WAREHOUSE_ID is NULL (there is none); QUERY_ID is the job,
 -- or the number of a run outside of jobs; the last columns are ours. Times are UTC, and lines are there in seconds.
+-- With COMPLETE_FN_LEDGER_DAYS only lines of the last days are here: SELECT at FROM upkeep WHERE name = 'ledger lines'
+-- gives the second of the epoch from which on all are.
 
 DROP VIEW IF EXISTS cortex_functions_usage_history;
 DROP VIEW IF EXISTS cortex_functions_query_usage_history;

@@ -154,7 +154,7 @@ RUN = ["run", "-m", "echo", "-p", "{text}", "in.parquet"]
         (["w\udcff"], "has bytes that are not UTF-8"),
         (["walk"], "invalid choice: 'walk'"),
         (["cache"], "required: stats|clear"),
-        (["usage", "--by", "hour"], "--by 'hour' is not one of day, model, query_tag, job, user, tenant"),
+        (["usage", "--by", "week"], "--by 'week' is not one of hour, day, model, query_tag, job, user, tenant"),
         (["usage", "--since", "lately"], "neither a date"),
         (["usage", "--since", "9" * 400 + "d"], "neither a date"),
         (["usage", "--since", "9" * 5_000 + "d"], "neither a date"),

@@ -129,7 +129,7 @@ SESSIONS: dict[str, list[str]] = {
         "usage --by user,tenant --csv --since 1d",
         "usage --since 2999-01-01",
         "usage --views",
-        "usage --by hour",
+        "usage --by week",
         "usage --since lately",
         "usage --focus charges.txt",
     ],

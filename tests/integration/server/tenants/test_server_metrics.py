@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-
-from complete_fn.ledger import usage
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
@@ -20,16 +17,15 @@ def samples(text: str) -> dict[tuple[str, ...], float]:
     return found
 
 
-def test_requests_rows_tokens_and_cost_are_counted(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "SETTLED_SECONDS", 0.0)
-    running = serve()
+def test_requests_rows_tokens_and_cost_are_counted(running: Any) -> None:
     with running.http() as client:
         body = {"model": "echo", "messages": [{"role": "user", "content": "a b"}], "temperature": 0}
         for stream in (False, False, True):
             assert client.post("/v1/chat/completions", json=body | {"stream": stream}).status_code == 200
         client.get("/v1/nothing/secret-path")
-        time.sleep(0.05)
-        text = client.get("/metrics").text
+        text, until = client.get("/metrics").text, time.monotonic() + 10
+        while samples(text)["complete_fn_rows_total", "echo", "reused"] < 2 and time.monotonic() < until:
+            text = client.get("/metrics").text  # a stream's lines are committed after its last piece
         again = samples(client.get("/metrics").text)
     found = samples(text)
     assert found["complete_fn_requests_total", "/v1/chat/completions", "200"] == 3
