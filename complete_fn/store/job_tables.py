@@ -145,6 +145,7 @@ parts = Table(
     UniqueConstraint("job", "number"),
     Index("parts_status", "status"),
     Index("parts_served", "tenant", "claimed_at"),
+    Index("parts_claimed", "claimed_at"),
 )
 
 # Heartbeats of worker processes. `models`: JSON, see `worker_store.ModelState`. `busy_at`: when it last had work.

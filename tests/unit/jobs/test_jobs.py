@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from complete_fn.errors import JobError, NotFoundError, StoreError
 from complete_fn.jobs.job import JOB_MOVES, PART_MOVES, TRIES, Job
 from complete_fn.jobs.job_store import JobStore
-from complete_fn.jobs.part_queue import DEATHS, PartQueue, worker_name
+from complete_fn.jobs.part_queue import DEATHS, PartQueue, next_part, worker_name
 from complete_fn.store.records import LedgerLine
 from complete_fn.store.store import Store
 from complete_fn.types import Asker
@@ -128,6 +129,17 @@ def test_a_part_behind_a_done_one_of_another_process_is_anybodys(jobs: JobStore,
     assert queue.finish(first, "done", "r", 0)
     assert queue.claim("host|2|2.0|1").number == 1  # type: ignore[union-attr]
     assert jobs.counts(jobs.get("acme", "a")).recomputed_tokens == 50  # 1 and 2 are one process's, in whatever order
+
+
+def test_a_claim_does_not_read_all_parts_that_were_ever_served(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    query = next_part(time.time(), "host|1|1.0", lambda column: column == "m", ("queued",))
+    with store.read() as connection:
+        text = query.compile(store.engine, compile_kwargs={"literal_binds": True})
+        plan = [str(row[-1]) for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}")]
+    assert [step for step in plan if "SCAN" in step and "lately" not in step] == []
+    assert any("parts_claimed (claimed_at>?)" in step for step in plan)
+    store.close()
 
 
 def test_a_part_is_claimed_once_by_many_threads(jobs: JobStore, queue: PartQueue) -> None:
