@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,27 @@ class Client:
         """The job with this id. This sends no request."""
         return RemoteJob(self, name)
 
-    def jobs(self, limit: int = 20) -> list[dict[str, Any]]:
-        """The newest jobs, as `RemoteJob.state` gives them."""
-        found: list[dict[str, Any]] = self.told("GET", "/jobs", params={"limit": limit})["data"]
+    def jobs(
+        self,
+        limit: int = 20,
+        status: str | Sequence[str] | None = None,
+        model: str | None = None,
+        query_tag: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+    ) -> list[dict[str, Any]]:
+        """The newest jobs, as `RemoteJob.state` gives them.
+
+        Args:
+            status: only jobs with this status, or one of these.
+            created_after: only jobs submitted at this time or later; UTC if it names no zone.
+            created_before: only jobs submitted before this time.
+        """
+        given: dict[str, Any] = {"limit": limit, "status": status, "model": model, "query_tag": query_tag}
+        times = {"created_after": created_after, "created_before": created_before}
+        given |= {name: None if at is None else at.isoformat() for name, at in times.items()}
+        asked = {name: value for name, value in given.items() if value is not None}
+        found: list[dict[str, Any]] = self.told("GET", "/jobs", params=asked)["data"]
         return found
 
     def told(self, method: str, path: str, **more: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ CompleteError
 ├── RequestError            the caller: the query, its options or its input are wrong
 │   ├── UnknownModelError       the model is neither in the catalogue nor a folder nor a Hub id
 │   ├── InvalidOptionError      an option, schema or template cannot be used
+│   ├── UnknownParameterError   a route of the service has no query parameter of this name
 │   ├── InputError              a file, column or table cannot be read or written as asked
 │   ├── TooLargeError           an upload, a body or a prompt is above the limit
 │   ├── NotFoundError           the service has no such file, job or batch of this tenant
@@ -67,6 +68,16 @@ class InvalidOptionError(RequestError):
     """An option has a value that cannot be used."""
 
     code = "invalid_option"
+
+
+class UnknownParameterError(RequestError):
+    """The route has no such query parameter. `param` is its name."""
+
+    code = "unknown_parameter"
+
+    def __init__(self, message: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class InputError(RequestError):

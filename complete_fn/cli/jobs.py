@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         dest="verb", required=True, metavar="submit|list|show|wait|results|cancel|rerun|delete", parser_class=Parser
     )
     add_submit(verbs.add_parser("submit", help="begin a job over a .parquet, .csv or .jsonl file; prints its id"))
-    verbs.add_parser("list", help="the newest jobs")
+    add_filters(verbs.add_parser("list", help="the newest jobs"))
     for name, what in (
         ("show", "how far a job is"),
         ("wait", "until a job is over, with a bar"),
@@ -58,6 +58,16 @@ def main(argv: list[str]) -> int:
         return ON_JOB[asked.verb](asked, client)
     finally:
         client.close()
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--status", action="append", metavar="STATUS", help="only such jobs: queued, running, completed, ..; repeatable"
+    )
+    add("-m", "--model", help="only jobs of this model")
+    add("--query-tag", metavar="TAG", help="only jobs with this tag")
+    add("--limit", type=int, default=20, metavar="N", help="how many (default: 20)")
 
 
 def add_submit(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +178,7 @@ def line(state: dict[str, Any]) -> str:
     return f"{state['status']}: {rows['done']:,} of {rows['total']:,} rows{failed}, {cost['currency']} {cost['amount']}"
 
 
-def list_jobs(_: argparse.Namespace, client: Client) -> int:
+def list_jobs(asked: argparse.Namespace, client: Client) -> int:
     lines = [
         (
             job["id"],
@@ -178,7 +188,7 @@ def list_jobs(_: argparse.Namespace, client: Client) -> int:
             job["cost"]["amount"],
             datetime.fromtimestamp(job["created_at"]).strftime("%Y-%m-%d %H:%M"),
         )
-        for job in client.jobs()
+        for job in client.jobs(asked.limit, asked.status, asked.model, asked.query_tag)
     ]
     print_table([("ID", "STATUS", "MODEL", "ROWS", "COST", "CREATED"), *lines])
     return OK

@@ -10,9 +10,11 @@ import sqlalchemy as sa
 
 from complete_fn.errors import JobError, NotFoundError
 from complete_fn.jobs.job import JOB_OPEN, Counts, Job, Part, refuse_move
+from complete_fn.jobs.job_progress import count_progress
+from complete_fn.jobs.list_filters import EVERY_JOB, JobFilter
 from complete_fn.store.job_tables import jobs, parts
 from complete_fn.store.store import Store
-from complete_fn.store.tables import answers, attempts, budgets, ledger, of_class, summed
+from complete_fn.store.tables import answers, attempts, budgets
 from complete_fn.store.transactions import insert_into, retried
 
 JOB = [jobs.c[f.name] for f in fields(Job)]
@@ -63,9 +65,9 @@ class JobStore:
         return Job(*row)
 
     @retried
-    def newest(self, tenant: str, kind: str, limit: int, after: str | None) -> list[Job]:
+    def newest(self, tenant: str, kind: str, limit: int, after: str | None, which: JobFilter = EVERY_JOB) -> list[Job]:
         """The tenant's jobs, newest first; with `after`, only jobs older than that job."""
-        chosen = sa.select(*JOB).where(jobs.c.tenant == tenant, jobs.c.kind == kind)
+        chosen = sa.select(*JOB).where(jobs.c.tenant == tenant, jobs.c.kind == kind, *which.conditions())
         if after is not None:
             last = self.get(tenant, after)
             chosen = chosen.where(sa.tuple_(jobs.c.created_at, jobs.c.id) < sa.tuple_(last.created_at, last.id))
@@ -78,25 +80,14 @@ class JobStore:
         with self.store.read() as connection:
             return [Part(*r) for r in connection.execute(sa.select(*PART).where(parts.c.job == job).order_by("number"))]
 
-    @retried
     def counts(self, job: Job) -> Counts:
-        """The progress of the job, with the committed rows of running parts."""
-        of_job = (attempts.c.job >= f"{job.id}/") & (attempts.c.job < f"{job.id}0")  # "0" follows "/"
-        lines = ledger.join(attempts, ledger.c.attempt == attempts.c.id)
-        sums = sa.select(
-            of_class(ledger.c.tokens, "input", "cached_input"),
-            of_class(ledger.c.tokens, "cached_input"),
-            of_class(ledger.c.tokens, "output"),
-            summed(ledger.c.cost_nano),
-        )
-        live = sa.select(attempts.c.job, of_class(ledger.c.rows, "input", "duplicate", "reused"))
+        return self.progress([job])[job.id]
+
+    @retried
+    def progress(self, found: Sequence[Job]) -> dict[str, Counts]:
+        """The progress of each job by its id, with the committed rows of running parts."""
         with self.store.read() as connection:
-            tokens = connection.execute(sums.select_from(lines).where(of_job)).one()
-            rows = {r[0]: r[1] for r in connection.execute(live.select_from(lines).where(of_job).group_by("job"))}
-        found = self.parts(job.id)
-        done = job.nulls + sum(p.rows if p.status == "done" else min(p.rows, rows.get(p.name, 0)) for p in found)
-        failed = sum(p.failed for p in found if p.status == "done")
-        return Counts(done, failed, *tokens, len(found), recomputed_tokens(found))
+            return count_progress(connection, found)
 
     @retried
     def stop(self, job: Job, ends_as: str, error: str | None = None) -> Job:
@@ -138,12 +129,6 @@ class JobStore:
             for job in found:
                 stop_job(connection, job, now, "expired")
         return found
-
-
-def recomputed_tokens(of_job: Sequence[Part]) -> int:
-    """Tokens computed twice: parts share them with the part before them, and another process ran that part."""
-    behind = zip([None, *(p.claimant for p in of_job)], of_job, strict=False)
-    return sum(p.shared for before, p in behind if p.claimant is not None and p.claimant != before)
 
 
 def stop_job(connection: sa.Connection, job: str, now: float, ends_as: str, error: str | None = None) -> None:

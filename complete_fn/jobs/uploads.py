@@ -12,6 +12,7 @@ from typing import IO, Any, BinaryIO
 import sqlalchemy as sa
 
 from complete_fn.errors import InputError, NotFoundError, TooLargeError
+from complete_fn.jobs.list_filters import EVERY_FILE, FileFilter
 from complete_fn.rows.formats import FORMATS, format_of
 from complete_fn.rows.limits import TableLimits
 from complete_fn.rows.object_storage import Storage
@@ -119,23 +120,23 @@ class Uploads:
         """
         return self.chosen((files.c.tenant == tenant) & (files.c.id == file_id) & kept(self.store.now()), 1, file_id)[0]
 
-    def newest(self, tenant: str, limit: int, after: str | None, purpose: str | None) -> list[Upload]:
-        """The tenant's files, newest first; with `after`, only files older than that file."""
-        which = (files.c.tenant == tenant) & kept(self.store.now())
-        if purpose is not None:
-            which = which & (files.c.purpose == purpose)
+    def newest(
+        self, tenant: str, limit: int, after: str | None, which: FileFilter = EVERY_FILE, last_first: bool = True
+    ) -> list[Upload]:
+        """The tenant's files, newest first or oldest first; with `after`, only those that come after that file."""
+        these = sa.and_(files.c.tenant == tenant, kept(self.store.now()), *which.conditions())
         if after is not None:
-            last = self.get(tenant, after)
-            which = which & (sa.tuple_(files.c.created_at, files.c.id) < sa.tuple_(last.created_at, last.id))
-        return self.chosen(which, limit)
+            last, place = self.get(tenant, after), sa.tuple_(files.c.created_at, files.c.id)
+            end = sa.tuple_(last.created_at, last.id)
+            these &= (place < end) if last_first else (place > end)
+        return self.chosen(these, limit, last_first=last_first)
 
-    def chosen(self, which: Any, limit: int, wanted: str | None = None) -> list[Upload]:
+    def chosen(self, which: Any, limit: int, wanted: str | None = None, last_first: bool = True) -> list[Upload]:
         columns = [files.c[f.name] for f in fields(Upload)]
-        last_first = (
-            sa.select(*columns).where(which).order_by(files.c.created_at.desc(), files.c.id.desc()).limit(limit)
-        )
+        order = [c.desc() if last_first else c.asc() for c in (files.c.created_at, files.c.id)]
         with self.store.read() as connection:
-            found = [Upload(*row) for row in connection.execute(last_first)]
+            rows = connection.execute(sa.select(*columns).where(which).order_by(*order).limit(limit))
+            found = [Upload(*row) for row in rows]
         if wanted is not None and not found:
             raise NotFoundError(f"There is no file {wanted!r}.")
         return found

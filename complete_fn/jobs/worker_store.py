@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
 import sqlalchemy as sa
@@ -126,12 +126,20 @@ class WorkerStore:
         with self.store.read() as connection:
             return {r.model: Load(int(r.queued), int(r.tokens)) for r in connection.execute(chosen)}
 
-    def tokens_before(self, job: Job) -> int:
-        """Estimated tokens until the job is done. While the job waits, tokens of the model's other jobs count too."""
-        mine = parts.c.model == job.model if job.started_at is None else parts.c.job == job.id
-        left = sa.select(summed(parts.c.tokens)).where(mine, parts.c.status.in_(("queued", "running")))
+    def tokens_before(self, found: Sequence[Job]) -> dict[str, int]:
+        """Estimated tokens until each job is done, by its id. A job that waits counts all open work on its model."""
+        by_model = self.open_tokens(parts.c.model, {job.model for job in found if job.started_at is None})
+        by_job = self.open_tokens(parts.c.job, {job.id for job in found if job.started_at is not None})
+        return {
+            job.id: (by_model.get(job.model, 0) if job.started_at is None else by_job.get(job.id, 0)) for job in found
+        }
+
+    def open_tokens(self, column: sa.Column[str], values: set[str]) -> dict[str, int]:
+        """Estimated tokens of the parts that wait or run, by those values of the column."""
+        open_ones = column.in_(values) & parts.c.status.in_(("queued", "running"))
+        chosen = sa.select(column, summed(parts.c.tokens)).where(open_ones).group_by(column)
         with self.store.read() as connection:
-            return int(connection.execute(left).scalar() or 0)
+            return {str(value): int(tokens) for value, tokens in connection.execute(chosen)}
 
     def learn(self, measured: Mapping[str, Throughput]) -> None:
         """Note the speeds that this process measured. Values that it did not measure stay as they were."""

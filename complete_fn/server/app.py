@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from anyio import to_thread
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from complete_fn import __version__
 from complete_fn.server.auth import Door
@@ -18,6 +18,7 @@ from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.routes import call_outs, health
 from complete_fn.server.routes.jobs import estimate, jobs, usage
 from complete_fn.server.routes.openai import batches, completions, files
+from complete_fn.server.routes.query_parameters import refuse_unknown_parameters
 from complete_fn.server.worker_api import internal_secret
 from complete_fn.server.worker_proxy import Proxy
 from complete_fn.service.call_out_batches import CallOuts
@@ -68,7 +69,13 @@ def make_app(
         await to_thread.run_sync(app.state.loop.close)
         engines.close()
 
-    app = FastAPI(title="complete-fn", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="complete-fn",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        dependencies=[Depends(refuse_unknown_parameters)],
+    )
     app.state.engines, app.state.metrics, app.state.rates = engines, Metrics(state), RateLimits(state.store)
     app.state.remote, app.state.internal = remote_of(state, maintenance), False
     add_refusals(app)

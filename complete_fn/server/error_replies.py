@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from complete_fn.errors import CompleteError, RateLimitError, TooLargeError
+from complete_fn.errors import CompleteError, RateLimitError, TooLargeError, UnknownParameterError
 from complete_fn.logs import for_tenant, log_failure
 from complete_fn.server.call_out_replies import refused_at
 
@@ -50,7 +50,7 @@ async def of_complete_error(request: Request, error: Exception) -> Response:
         own = refused_at(request.url.path, error)
         if own is not None:
             return own
-    response = refusal(*told(request, error))
+    response = refusal(*told(request, error), error.param if isinstance(error, UnknownParameterError) else None)
     if isinstance(error, RateLimitError):
         response.headers.update(error.headers)
     return response

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -88,7 +88,9 @@ def withdraw(state: ServiceState, job: str) -> None:
         connection.execute(deliveries.delete().where(deliveries.c.job == job))
 
 
-def delivery_of(state: ServiceState, job: Job) -> Delivery | None:
+def deliveries_of(state: ServiceState, jobs: Sequence[Job]) -> dict[str, Delivery]:
+    """The deliveries of those jobs that have a sink, by the job's id."""
+    mine = deliveries.c.job.in_([job.id for job in jobs])
     with state.store.read() as connection:
-        row = connection.execute(sa.select(*COLUMNS).where(deliveries.c.job == job.id)).first()
-    return None if row is None else Delivery(*row)
+        found = [Delivery(*row) for row in connection.execute(sa.select(*COLUMNS).where(mine))]
+    return {delivery.job: delivery for delivery in found}

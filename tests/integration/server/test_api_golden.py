@@ -321,7 +321,9 @@ def test_usage(record: Recorder) -> None:
     record.ask("GET /v1/usage")
     record.ask("GET /v1/usage", params={"by": "model,user,tenant,query_tag,job,engine"})
     record.ask("GET /v1/usage", params={"since": "2999-01-01"})
-    record.ask("GET /v1/usage", params={"by": "hour"})
+    record.ask("GET /v1/usage", params={"by": "week"})
+    record.ask("GET /v1/usage", params={"since": "2026-01-01", "until": "2026-01-02T10:30"})
+    record.ask("GET /v1/usage", params={"sinse": "2026-01-01"})
     record.ask("GET /v1/usage", params={"since": "lately"})
     record.check("usage")
 

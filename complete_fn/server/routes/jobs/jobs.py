@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 from pydantic import ConfigDict, Field
 
 from complete_fn.errors import InputError
-from complete_fn.jobs.job import Job
+from complete_fn.jobs.job import Counts, Job
+from complete_fn.jobs.list_filters import JobFilter
 from complete_fn.rows.formats import FORMATS
 from complete_fn.server.auth import Caller, EnginesOf, StateOf
 from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body, TableName
-from complete_fn.server.routes.openai.files import Limit, chunks, page
+from complete_fn.server.routes.openai.files import chunks, page
+from complete_fn.server.routes.query_parameters import CreatedAfter, CreatedBefore, Limit, seconds_of
 from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.eta import eta_seconds
 from complete_fn.service.rerun import rerun
 from complete_fn.service.results import write_results
 from complete_fn.service.retention import delete_job
-from complete_fn.service.sinks import delivery_of
+from complete_fn.service.sinks import Delivery, deliveries_of
 from complete_fn.service.sources import LONGEST_SQL
-from complete_fn.service.state import ServiceState
 from complete_fn.service.submit import RESULT_COLUMN, TableSpec, submit_table
 from complete_fn.store.records import money
+
+JobStatus = Literal["queued", "running", "stopping", "completed", "failed", "cancelled", "expired"]
 
 router = APIRouter(tags=["jobs"])
 
@@ -94,7 +98,18 @@ class JobBody(Body):
 
 
 def job_body(engines: EngineHost, job: Job) -> dict[str, Any]:
-    c = engines.state.jobs.counts(job)
+    return job_bodies(engines, [job])[0]
+
+
+def job_bodies(engines: EngineHost, found: Sequence[Job]) -> list[dict[str, Any]]:
+    """The jobs as replies show them. The store is asked as often for many jobs as for one."""
+    state = engines.state
+    counts, sinks = state.jobs.progress(found), deliveries_of(state, found)
+    left = eta_seconds(engines, [(job, counts[job.id]) for job in found])
+    return [body_of(job, counts[job.id], left[job.id], sinks.get(job.id)) for job in found]
+
+
+def body_of(job: Job, c: Counts, seconds_left: float | None, sink: Delivery | None) -> dict[str, Any]:
     usage = {
         "prompt_tokens": c.prompt_tokens,
         "cached_tokens": c.cached_tokens,
@@ -110,20 +125,15 @@ def job_body(engines: EngineHost, job: Job) -> dict[str, Any]:
         "usage": usage,
         "cost": {"amount": f"{money(c.cost_nano):f}", "currency": job.currency, "basis": job.basis, "max_cost": cap},
         "parts": {"total": c.parts, "recomputed_tokens": c.recomputed_tokens},
-        "eta_seconds": eta_seconds(engines, job, c),
+        "eta_seconds": seconds_left,
         "priority": job.priority,
         "query_tag": job.query_tag,
         "created_at": job.created_at,
         "started_at": job.started_at,
         "ended_at": job.ended_at,
         "error": job.error,
-        "sink": sink_body(engines.state, job),
+        "sink": None if sink is None else {"status": sink.status, "rows": sink.rows, "error": sink.error},
     }
-
-
-def sink_body(state: ServiceState, job: Job) -> dict[str, Any] | None:
-    found = delivery_of(state, job)
-    return None if found is None else {"status": found.status, "rows": found.rows, "error": found.error}
 
 
 @router.post("/v1/jobs", summary="Submit a job over a table", status_code=201)
@@ -152,11 +162,23 @@ async def create_job(
 
 @router.get("/v1/jobs", summary="The tenant's jobs, newest first")
 async def list_jobs(
-    engines: EnginesOf, caller: Caller, lanes: LanesOf, limit: Limit = 20, after: str | None = None
+    engines: EnginesOf,
+    caller: Caller,
+    lanes: LanesOf,
+    limit: Limit = 20,
+    after: str | None = None,
+    status: Annotated[list[JobStatus] | None, Query(description="may be given several times")] = None,
+    model: str | None = None,
+    query_tag: str | None = None,
+    created_after: CreatedAfter = None,
+    created_before: CreatedBefore = None,
 ) -> dict[str, Any]:
+    times = seconds_of(created_after), seconds_of(created_before)
+    which = JobFilter(tuple(status or ()), model, query_tag, *times)
+
     def work() -> dict[str, Any]:
-        found = engines.state.jobs.newest(caller.tenant, "table", limit + 1, after)
-        return page([job_body(engines, job) for job in found], limit)
+        found = engines.state.jobs.newest(caller.tenant, "table", limit + 1, after, which)
+        return page(job_bodies(engines, found), limit)
 
     return await lanes.reports.run(caller.tenant, work)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -11,6 +10,7 @@ from complete_fn.errors import InvalidOptionError
 from complete_fn.ledger.usage import GROUPS, UsageLine, usage
 from complete_fn.server.auth import Caller, StateOf
 from complete_fn.server.fair_slots import LanesOf
+from complete_fn.server.routes.query_parameters import Instant, seconds_of
 
 router = APIRouter(tags=["usage"])
 
@@ -21,17 +21,14 @@ async def get_usage(
     caller: Caller,
     lanes: LanesOf,
     by: Annotated[str, Query(description=f"one or more of {', '.join(GROUPS)}, with commas")] = "day,model",
-    since: Annotated[
-        datetime | None, Query(description="ISO 8601, UTC if it names no zone; all time if not given")
-    ] = None,
+    since: Annotated[Instant, Query(description="ISO 8601, UTC if it names no zone; all time if not given")] = None,
+    until: Annotated[Instant, Query(description="before this time; up to now if not given")] = None,
 ) -> dict[str, Any]:
     names = by.split(",")
     if wrong := [name for name in names if name not in GROUPS]:
         raise InvalidOptionError(f"by = {wrong[0]!r} is not one of {', '.join(GROUPS)}.")
-    if since is not None and since.tzinfo is None:
-        since = since.replace(tzinfo=UTC)
-    from_time = since.timestamp() if since else 0.0
-    lines = await lanes.reports.run(caller.tenant, lambda: usage(state.store, names, from_time, caller.tenant))
+    first, last = seconds_of(since) or 0.0, seconds_of(until)
+    lines = await lanes.reports.run(caller.tenant, lambda: usage(state.store, names, first, caller.tenant, last))
     return {"object": "list", "data": [line_body(names, line) for line in lines]}
 
 

@@ -10,13 +10,15 @@ from pydantic import ConfigDict, Field
 
 from complete_fn.errors import InputError
 from complete_fn.jobs.api_keys import Principal
-from complete_fn.jobs.job import Job
+from complete_fn.jobs.job import Counts, Job
+from complete_fn.jobs.list_filters import JobFilter
 from complete_fn.server.auth import Caller, StateOf
 from complete_fn.server.batch_lines import answer_lines, groups, read_lines
 from complete_fn.server.error_replies import told
 from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body
-from complete_fn.server.routes.openai.files import Limit, page
+from complete_fn.server.routes.openai.files import page
+from complete_fn.server.routes.query_parameters import CreatedAfter, CreatedBefore, Limit, seconds_of
 from complete_fn.service.job_files import details_of, windows_of
 from complete_fn.service.retention import delete_job
 from complete_fn.service.state import ServiceState
@@ -74,24 +76,33 @@ def submit_batch(state: ServiceState, caller: Principal, body: BatchBody) -> Job
 
 @router.get("/v1/batches", summary="The tenant's batches, newest first")
 async def list_batches(
-    request: Request, state: StateOf, caller: Caller, lanes: LanesOf, limit: Limit = 20, after: str | None = None
+    request: Request,
+    state: StateOf,
+    caller: Caller,
+    lanes: LanesOf,
+    limit: Limit = 20,
+    after: str | None = None,
+    created_after: CreatedAfter = None,
+    created_before: CreatedBefore = None,
 ) -> dict[str, Any]:
     """A batch whose files cannot be read says so in `errors`."""
+    which = JobFilter(created_after=seconds_of(created_after), created_before=seconds_of(created_before))
 
     def work() -> dict[str, Any]:
-        found = state.jobs.newest(caller.tenant, "batch", limit + 1, after)
-        return page([listed(request, state, job) for job in found], limit)
+        found = state.jobs.newest(caller.tenant, "batch", limit + 1, after, which)
+        counts = state.jobs.progress(found)
+        return page([listed(request, state, job, counts[job.id]) for job in found], limit)
 
     return await lanes.reports.run(caller.tenant, work)
 
 
-def listed(request: Request, state: ServiceState, job: Job) -> dict[str, Any]:
+def listed(request: Request, state: ServiceState, job: Job, counts: Counts) -> dict[str, Any]:
     """The batch. If its files cannot be read, only this batch tells an error, and the page goes on."""
     try:
-        return batch_body(state, job)
+        return body_of(state, job, counts)
     except Exception as error:
         _, message, code = told(request, error)
-        return batch_body(state, job, (code, message))
+        return body_of(state, job, counts, (code, message))
 
 
 @router.get("/v1/batches/{batch_id}", summary="How far a batch is")
@@ -114,10 +125,13 @@ def delete_batch(batch_id: str, state: StateOf, caller: Caller) -> dict[str, Any
     return {"id": job.id, "object": "batch", "deleted": True}
 
 
-def batch_body(state: ServiceState, job: Job, unreadable: tuple[str, str] | None = None) -> dict[str, Any]:
+def batch_body(state: ServiceState, job: Job) -> dict[str, Any]:
+    return body_of(state, job, state.jobs.counts(job))
+
+
+def body_of(state: ServiceState, job: Job, counts: Counts, unreadable: tuple[str, str] | None = None) -> dict[str, Any]:
     """The batch with its result files; or without them and with `unreadable` (code, message) as the reason."""
     asked = json.loads(job.request)
-    counts = state.jobs.counts(job)
     outputs = outputs_of(state, job) if job.over and unreadable is None else {"output": None, "errors": None}
     status = STATUS.get(job.status, job.status)
     if job.status == "stopping" and job.ends_as == "cancelled":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from complete_fn.engines.catalogue import Model
@@ -24,7 +24,11 @@ router = APIRouter(tags=["OpenAI"])
 
 
 @router.get("/v1/models", summary="The catalogue")
-def list_models(state: StateOf, caller: Caller) -> dict[str, Any]:
+def list_models(
+    state: StateOf,
+    caller: Caller,
+    client_version: Annotated[str | None, Query(description="Codex sends it; it changes nothing")] = None,
+) -> dict[str, Any]:
     return {"object": "list", "data": [model_body(m) for m in state.models().values()]}
 
 

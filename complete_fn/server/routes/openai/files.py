@@ -10,14 +10,15 @@ from fastapi import APIRouter, File, Form, Query, UploadFile
 from fastapi.responses import StreamingResponse
 
 from complete_fn.errors import InputError
+from complete_fn.jobs.list_filters import FileFilter
 from complete_fn.jobs.uploads import Upload
 from complete_fn.server.auth import Caller, StateOf
 from complete_fn.server.fair_slots import LanesOf
+from complete_fn.server.routes.query_parameters import CreatedAfter, CreatedBefore, Limit, seconds_of
 
 PURPOSES = ("batch", "user_data")
 CHUNK = 1 << 16
 SHORTEST, LONGEST = 3_600, 2_592_000  # seconds that a file may live, as in OpenAI's API
-Limit = Annotated[int, Query(ge=1, le=1000)]
 
 router = APIRouter(tags=["files"])
 
@@ -74,9 +75,14 @@ async def list_files(
     purpose: str | None = None,
     limit: Limit = 100,
     after: str | None = None,
+    order: Annotated[Literal["asc", "desc"], Query(description="by their age; `desc` is newest first")] = "desc",
+    created_after: CreatedAfter = None,
+    created_before: CreatedBefore = None,
 ) -> dict[str, Any]:
+    which = FileFilter(purpose, seconds_of(created_after), seconds_of(created_before))
+
     def work() -> dict[str, Any]:
-        found = state.uploads.newest(caller.tenant, limit + 1, after, purpose)
+        found = state.uploads.newest(caller.tenant, limit + 1, after, which, order == "desc")
         return page([file_body(f) for f in found], limit)
 
     return await lanes.reports.run(caller.tenant, work)
