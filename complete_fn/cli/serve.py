@@ -14,7 +14,7 @@ from typing import Any
 
 from complete_fn.cli.local_state import open_store, print_table
 from complete_fn.cli.main import OK, Parser, add_home
-from complete_fn.errors import InvalidOptionError, did_you_mean
+from complete_fn.errors import InvalidOptionError, StoreUpgradedError, did_you_mean
 from complete_fn.host import raise_file_limit
 from complete_fn.jobs.queue import CeleryQueue
 from complete_fn.ports import parse_port
@@ -85,7 +85,9 @@ def serve_main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         app = make_app(engines, loopback, maintenance=maintenance_of(engines, broker, workers))
-        serve_app(app, listener, files, settings.connections)
+        serve_app(app, listener, files, settings.connections, lambda: state.store.is_outdated)
+        if state.store.is_outdated:
+            raise StoreUpgradedError
     return OK
 
 

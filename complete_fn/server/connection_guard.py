@@ -28,6 +28,7 @@ from complete_fn.server.error_replies import RETRY_SECONDS, error_body
 
 LOG = logging.getLogger("complete_fn.server")
 MOST, FEWEST = 4096, 16  # connections
+WATCH_SECONDS = 1.0  # between two looks whether the server is to end
 BACKLOG = 256  # connections that the loop opens at once, before the guard sees the first
 HEADER_BYTES = 1 << 16  # warehouses send their context in headers
 OTHER_FILES = 512  # open files for all but connections: the store, storage, libraries
@@ -69,15 +70,39 @@ def bounds_within(files: int, wanted: int | None = None) -> ConnectionBounds:
     return ConnectionBounds(most, max(1, most * 3 // 4))
 
 
-def serve_app(app: ASGIApp, listener: socket.socket, files: int, wanted: int | None) -> None:
-    """Serve until a signal comes, in a process that may open so many files, with at most `wanted` connections."""
-    run_server(make_server(app), listener, bounds_within(files, wanted))
+def serve_app(
+    app: ASGIApp, listener: socket.socket, files: int, wanted: int | None, is_over: Callable[[], bool]
+) -> None:
+    """Serve until a signal comes or `is_over`, in a process that may open so many files.
+
+    Args:
+        wanted: The most connections; None takes as many as the files allow.
+    """
+    run_server(make_server(app), listener, bounds_within(files, wanted), is_over)
 
 
-def run_server(server: uvicorn.Server, listener: socket.socket, bounds: ConnectionBounds) -> None:
-    """Run a server until it is told to end."""
+def run_server(
+    server: uvicorn.Server,
+    listener: socket.socket,
+    bounds: ConnectionBounds,
+    is_over: Callable[[], bool] = lambda: False,
+) -> None:
+    """Run a server until it is told to end, or `is_over`."""
+
+    async def watch() -> None:
+        while not is_over():
+            await asyncio.sleep(WATCH_SECONDS)
+        server.should_exit = True
+
+    async def serve() -> None:
+        watching = asyncio.create_task(watch())
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            watching.cancel()
+
     with asyncio.Runner(loop_factory=lambda: GuardedLoop(ConnectionGuard(bounds))) as runner:
-        runner.run(server.serve(sockets=[listener]))
+        runner.run(serve())
 
 
 def make_server(app: ASGIApp, graceful_seconds: int = 10) -> uvicorn.Server:
