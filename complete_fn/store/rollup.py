@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 
 from complete_fn.store.tables import ledger_hours
-from complete_fn.store.transactions import insert_into
+from complete_fn.store.transactions import insert_in
 
 HOUR = 3600  # seconds
 GROUPED = ("tenant", "user", "job", "query_tag", "model", "price_class", "engine", "currency", "basis")
@@ -33,10 +34,15 @@ def add_to_hours(connection: sa.Connection, lines: Iterable[Mapping[str, Any]]) 
         {"key": key_of(group), **dict(zip(("hour", *GROUPED, *SUMMED), (*group, *values), strict=True))}
         for group, values in sums.items()
     ]
-    insert = insert_into(connection, ledger_hours)
+    connection.execute(add_statement(connection.dialect.name), sorted(rows, key=lambda row: row["key"]))
+
+
+@cache
+def add_statement(dialect: str) -> Any:
+    """Made once, because making it takes longer than executing it."""
+    insert = insert_in(dialect, ledger_hours)
     more = {name: ledger_hours.c[name] + insert.excluded[name] for name in SUMMED}
-    upsert = insert.on_conflict_do_update(index_elements=["key"], set_=more)
-    connection.execute(upsert, sorted(rows, key=lambda row: row["key"]))
+    return insert.on_conflict_do_update(index_elements=["key"], set_=more)
 
 
 def key_of(group: tuple[Any, ...]) -> bytes:

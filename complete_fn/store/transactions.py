@@ -38,7 +38,11 @@ def retried(method: Callable[P, T]) -> Callable[P, T]:
 
 def insert_into(connection: sa.Connection, table: sa.Table) -> Any:
     """An INSERT that takes ON CONFLICT, in the dialect of the connection's database."""
-    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+    return insert_in(connection.dialect.name, table)
+
+
+def insert_in(dialect: str, table: sa.Table) -> Any:
+    return (postgresql if dialect == "postgresql" else sqlite).insert(table)
 
 
 def upsert(
