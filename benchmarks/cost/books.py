@@ -7,8 +7,8 @@ Fills a store with 10,000 jobs, 40,000 parts and 1,000,000 ledger lines of two t
 workers (`serve --workers 0`) then answers each request five times; the median counts, but for the first `/metrics`,
 which is that of a service just started (the median of three starts). Commits are of 64 answers and 5 lines each, by one
 committer and by eight threads on one job, in alternating blocks with and without the sums by hour; the eight have
-engines of their own, then one together, so that all add to the same five sums. Goals: 100 jobs 0.2 s, usage 0.5 s, first
-metrics 1 s, commits 1.10.
+engines of their own, then one together, so that all add to the same five sums. Goals: 100 jobs 0.2 s, usage 0.5 s,
+first metrics 1 s, commits 1.10.
 """
 
 from __future__ import annotations
