@@ -7,6 +7,7 @@ CompleteError
 │   ├── UnknownParameterError   a route of the service has no query parameter of this name
 │   ├── InputError              a file, column or table cannot be read or written as asked
 │   ├── TooLargeError           an upload, a body or a prompt is above the limit
+│   ├── StorageFullError        the tenant's files and jobs take all the storage that it may have
 │   ├── NotFoundError           the service has no such file, job or batch of this tenant
 │   ├── KeyRefusedError         the API key is missing, unknown or revoked
 │   ├── ScopeError              the API key does not allow this
@@ -91,6 +92,13 @@ class TooLargeError(InputError):
 
     status = 413
     code = "too_large"
+
+
+class StorageFullError(RequestError):
+    """The tenant's files and jobs take all the storage that it may have."""
+
+    status = 403
+    code = "storage_full"
 
 
 class NotFoundError(RequestError):

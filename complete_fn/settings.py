@@ -22,6 +22,9 @@ COMPLETE_FN_LEDGER_DAYS
                      (at least 30; default: it deletes none)
 COMPLETE_FN_SQL_SECONDS
                      what a job's SQL may take (default: 300)
+COMPLETE_FN_TENANT_STORAGE
+                     bytes that a tenant's uploads, jobs and results may take in the service's storage, unless
+                     `complete-fn keys storage` sets another number (default: 53687091200, which is 50 GiB)
 COMPLETE_FN_CONNECTIONS
                      connections that the API keeps open at once; one address may have three quarters of them (default:
                      4096, or as many as the limit of open files allows)
@@ -45,6 +48,7 @@ APP = "complete-fn"
 CACHE_GIB, CACHE_DAYS = 2.0, 180.0
 RETENTION_DAYS, SQL_SECONDS = 30.0, 300.0
 LEDGER_DAYS = 30.0  # at least: a job that was stopped can go on for so long, and reads from its lines what it has spent
+TENANT_STORAGE = 50 * 1024**3  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Settings:
     ledger_days: float | None = None
     engines: int | None = None
     connections: int | None = None
+    tenant_storage: int = TENANT_STORAGE
 
     @property
     def store(self) -> str:
@@ -94,6 +99,7 @@ def load_settings(home: Path | str | None = None, models_file: Path | str | None
         sql_seconds=amount("COMPLETE_FN_SQL_SECONDS") or SQL_SECONDS,
         ledger_days=amount("COMPLETE_FN_LEDGER_DAYS", LEDGER_DAYS),
         engines=math.ceil(amount("COMPLETE_FN_ENGINES") or 0) or None,
+        tenant_storage=math.ceil(amount("COMPLETE_FN_TENANT_STORAGE") or TENANT_STORAGE),
         connections=math.ceil(amount("COMPLETE_FN_CONNECTIONS") or 0) or None,
     )
 

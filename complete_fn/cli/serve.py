@@ -32,6 +32,7 @@ Models load on demand and go when idle. Needs `pip install 'complete-fn[service]
 Alone, this process runs the jobs too. With a broker, worker processes do: those that --workers starts and stops here,
 and any `complete-fn worker` with the same broker and state. Needs `pip install 'complete-fn[fleet]'`."""
 MOST_A_MINUTE = 10**12  # tokens; fits well into the store's 64-bit numbers
+MOST_BYTES = 10**15
 NO_BROKER = (
     "--workers {workers} needs a Redis, over which they learn of work: give --broker redis://127.0.0.1:6379/0 or set "
     "COMPLETE_FN_BROKER. Without --workers this process runs the jobs itself."
@@ -168,7 +169,10 @@ def keys_main(argv: list[str]) -> int:
     weight = verbs.add_parser("weight", help="a tenant's share of the workers, as a multiple of others'")
     weight.add_argument("tenant", help="as `complete-fn keys list` shows it")
     weight.add_argument("weight", type=float, help="above 0; without one it is 1")
-    for each in (create, listed, revoke, budget, limit, weight):
+    storage = verbs.add_parser("storage", help="bound the bytes that a tenant's files, jobs and results may take")
+    storage.add_argument("tenant", help="as `complete-fn keys list` shows it")
+    storage.add_argument("bytes", nargs="?", help="or 'none' for COMPLETE_FN_TENANT_STORAGE; without it, show them")
+    for each in (create, listed, revoke, budget, limit, weight, storage):
         add_home(each)
     asked = parser.parse_args(argv)
     return KEY_VERBS[asked.verb](asked)
@@ -246,12 +250,7 @@ def refuse_unknown_tenant(store: Any, name: str) -> None:
 
 
 def set_limit(asked: argparse.Namespace) -> int:
-    given = asked.tokens if asked.tokens.isdecimal() and len(asked.tokens) <= len(str(MOST_A_MINUTE)) else "0"
-    per_minute = None if asked.tokens == "none" else int(given)
-    if per_minute is not None and not 0 < per_minute <= MOST_A_MINUTE:
-        raise InvalidOptionError(
-            f"TOKENS_PER_MINUTE = {asked.tokens!r} must be a whole number from 1 to {MOST_A_MINUTE:,}, or 'none'."
-        )
+    per_minute = None if asked.tokens == "none" else whole_number("TOKENS_PER_MINUTE", asked.tokens, MOST_A_MINUTE)
     store = key_store(asked)
     lines = store.list()
     if any(line.id == asked.name for line in lines):
@@ -272,6 +271,30 @@ def set_weight(asked: argparse.Namespace) -> int:
     return OK
 
 
+def set_storage(asked: argparse.Namespace) -> int:
+    from complete_fn.jobs.storage_quota import StorageQuota
+
+    store = key_store(asked)
+    refuse_unknown_tenant(store, asked.tenant)
+    if asked.bytes is not None:
+        store.set_storage(
+            asked.tenant, None if asked.bytes == "none" else whole_number("BYTES", asked.bytes, MOST_BYTES)
+        )
+    used, allowed = StorageQuota(store.store, load_settings(asked.home).tenant_storage).state(asked.tenant)
+    print(f"{asked.tenant}: {used:,} of {allowed:,} bytes are used.")
+    return OK
+
+
+def whole_number(name: str, given: str, most: int) -> int:
+    """Raises:
+    InvalidOptionError: The text is no whole number from 1 to `most`.
+    """
+    found = int(given) if given.isdecimal() and len(given) <= len(str(most)) else 0
+    if not 0 < found <= most:
+        raise InvalidOptionError(f"{name} = {given!r} must be a whole number from 1 to {most:,}, or 'none'.")
+    return found
+
+
 def moment(at: float) -> str:
     return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M")
 
@@ -283,4 +306,5 @@ KEY_VERBS = {
     "budget": set_budget,
     "limit": set_limit,
     "weight": set_weight,
+    "storage": set_storage,
 }

@@ -153,6 +153,10 @@ class KeyStore:
             else:
                 upsert(connection, daily_budgets, ("tenant", "currency"), [{**row, "nano": nano(limit)}])
 
+    def set_storage(self, tenant: str, most: int | None) -> None:
+        """The bytes that the tenant may keep; None sets the service's usual number."""
+        self.set_of_tenant(tenant, storage_bytes=most)
+
     def set_weight(self, tenant: str, weight: float) -> None:
         """The tenant's share of the workers, as a multiple of other tenants'.
 

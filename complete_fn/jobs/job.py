@@ -35,7 +35,8 @@ STORE_TRIES = 7  # tries of a part whose files or answers cannot be read or writ
 class Job:
     """Bulk work of one tenant. `kind` is `table` or `batch`; times in seconds of the epoch, money in 1e-9.
 
-    `request` is the submitted specification as JSON, `nulls` counts the rows that need no answer.
+    `request` is the submitted specification as JSON, `nulls` counts the rows that need no answer, `bytes` what the job
+    has in the service's storage.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Job:
     ended_at: float | None
     deadline: float | None
     error: str | None
+    bytes: int = 0
 
     @property
     def over(self) -> bool:

@@ -12,6 +12,7 @@ from complete_fn.errors import JobError, NotFoundError
 from complete_fn.jobs.job import JOB_OPEN, Counts, Job, Part, refuse_move
 from complete_fn.jobs.job_progress import count_progress
 from complete_fn.jobs.list_filters import EVERY_JOB, JobFilter
+from complete_fn.jobs.storage_quota import StorageQuota
 from complete_fn.store.job_tables import jobs, parts
 from complete_fn.store.store import Store
 from complete_fn.store.tables import answers, attempts, budgets
@@ -25,8 +26,8 @@ UNFINISHED = ("queued", "running")
 class JobStore:
     """The jobs of one store. Each step is one transaction. Workers claim the jobs' parts from `PartQueue`."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, quota: StorageQuota | None = None) -> None:
+        self.store, self.quota = store, quota
 
     @retried
     def create(self, job: Job, pieces: Sequence[dict[str, Any]]) -> Job:
@@ -37,6 +38,7 @@ class JobStore:
 
         Raises:
             JobError: The idempotency key belongs to another request.
+            StorageFullError: The job has more bytes than its tenant may keep.
         """
         with self.store.write() as connection:
             known = same_job(connection, job)
@@ -48,6 +50,8 @@ class JobStore:
             ]
             if rows:
                 connection.execute(parts.insert(), rows)
+            if self.quota is not None:
+                self.quota.refuse_excess(connection, job.tenant, job.bytes)
             settle_job(connection, job.id, self.store.now())
             return Job(*connection.execute(sa.select(*JOB).where(jobs.c.id == job.id)).one())
 

@@ -124,13 +124,18 @@ class PartQueue:
         return why
 
     @retried
-    def finish(self, part: Part, status: str, result: str, failed: int) -> bool:
-        """Commit the part's result; False, and nothing is committed, if another worker has the part."""
+    def finish(self, part: Part, status: str, result: str, failed: int, size: int = 0) -> bool:
+        """Commit the part's result; False, and nothing is committed, if another worker has the part.
+
+        Args:
+            size: the bytes of the result's file.
+        """
         values = {"status": status, "result": result, "failed": failed, "worker": None}
         with self.store.write() as connection:
             if connection.execute(parts.update().where(holds(part)).values(values)).rowcount == 0:
                 again = sa.select(parts.c.id).where(of_claim(part), parts.c.status == status, parts.c.result == result)
                 return connection.execute(again).first() is not None  # the answer to the first commit was lost
+            connection.execute(jobs.update().where(jobs.c.id == part.job).values(bytes=jobs.c.bytes + size))
             settle_job(connection, part.job, self.store.now())
         return True
 

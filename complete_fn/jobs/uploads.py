@@ -11,8 +11,9 @@ from typing import IO, Any, BinaryIO
 
 import sqlalchemy as sa
 
-from complete_fn.errors import InputError, NotFoundError, TooLargeError
+from complete_fn.errors import InputError, NotFoundError, StorageFullError, TooLargeError
 from complete_fn.jobs.list_filters import EVERY_FILE, FileFilter
+from complete_fn.jobs.storage_quota import StorageQuota, full
 from complete_fn.rows.formats import FORMATS, format_of
 from complete_fn.rows.limits import TableLimits
 from complete_fn.rows.object_storage import Storage
@@ -57,10 +58,11 @@ class Uploads:
     Args:
         limit: The most bytes of one file.
         days: A file is deleted after so many days, unless its upload sets another time.
+        quota: The bytes that a tenant may keep.
     """
 
-    def __init__(self, store: Store, storage: Storage, limit: int, days: float) -> None:
-        self.store, self.storage, self.limit, self.days = store, storage, limit, days
+    def __init__(self, store: Store, storage: Storage, limit: int, days: float, quota: StorageQuota) -> None:
+        self.store, self.storage, self.limit, self.days, self.quota = store, storage, limit, days, quota
 
     def key(self, upload: Upload) -> str:
         return f"files/{upload.id}"
@@ -86,21 +88,38 @@ class Uploads:
 
         Raises:
             TooLargeError: The file has more bytes than the limit; nothing of it is kept.
+            StorageFullError: It has more bytes than its tenant may keep; nothing of it is kept.
         """
-        with self.writing(tenant, name, purpose, seconds=seconds) as (sink, made):
+        used, allowed = self.quota.state(tenant)
+        with self.writing(tenant, name, purpose, seconds=seconds, is_result=False) as (sink, made):
             written = 0
             while chunk := source.read(CHUNK):
                 written += len(chunk)
                 if written > self.limit:
                     raise TooLargeError(f"The file is larger than this service takes ({self.limit:,} bytes).")
+                if used + written > allowed:
+                    raise full(tenant, used, written, allowed)
                 sink.write(chunk)
         return made[0]
 
     @contextmanager
     def writing(
-        self, tenant: str, name: str, purpose: str, file_id: str | None = None, seconds: float | None = None
+        self,
+        tenant: str,
+        name: str,
+        purpose: str,
+        file_id: str | None = None,
+        seconds: float | None = None,
+        is_result: bool = True,
     ) -> Iterator[tuple[IO[bytes], list[Upload]]]:
-        """A new file to write to. At its end the list has its `Upload`; after a failure nothing of the file is left."""
+        """A new file to write to. At its end the list has its `Upload`; after a failure nothing of the file is left.
+
+        Args:
+            is_result: It is kept even if it has more bytes than the tenant may keep.
+
+        Raises:
+            StorageFullError: It has more bytes than the tenant may keep.
+        """
         file_id, now = file_id or f"file-{secrets.token_hex(12)}", self.store.now()
         expires = now + (self.days * DAY if seconds is None else seconds)
         made: list[Upload] = []
@@ -108,9 +127,15 @@ class Uploads:
             yield sink, made
             size = sink.tell()
         made.append(Upload(file_id, tenant, name[-255:], purpose, size, now, expires))
-        with self.store.write() as connection:
-            connection.execute(files.delete().where(files.c.id == file_id))
-            connection.execute(files.insert().values(asdict(made[0])))
+        try:
+            with self.store.write() as connection:
+                connection.execute(files.delete().where(files.c.id == file_id))
+                connection.execute(files.insert().values(asdict(made[0])))
+                if not is_result:
+                    self.quota.refuse_excess(connection, tenant, size)
+        except StorageFullError:
+            self.storage.delete(f"files/{file_id}")
+            raise
 
     def get(self, tenant: str, file_id: str) -> Upload:
         """The tenant's file of this id.

@@ -110,6 +110,7 @@ class CallOuts:
             EngineBusyError: Too many requests wait already; the batch is not kept.
             RateLimitError: The caller has used up its tokens of the minute; the batch is not kept.
             JobError: The batch was sent before with other rows.
+            StorageFullError: The tenant may not keep the request.
         """
         text = json.dumps([asked.rows, list(asked.numbers)], sort_keys=True)
         digest = hashlib.sha256(text.encode()).digest()
@@ -184,6 +185,8 @@ class CallOuts:
     def note(self, name: CallOutName, asked: CallOut, digest: bytes) -> bool:
         """Note in the store that this process runs the batch; False if another process was first."""
         now = self.state.store.now()
+        request = zlib.compress(json.dumps(asdict(asked)).encode(), 1)
+        self.state.quota.refuse_roughly(name.tenant, len(request))
         values = {
             "tenant": name.tenant,
             "dialect": name.dialect,
@@ -191,7 +194,7 @@ class CallOuts:
             "digest": digest,
             "status": "running",
             "holder": self.holder,
-            "asked": zlib.compress(json.dumps(asdict(asked)).encode(), 1),
+            "asked": request,
             "created_at": now,
         }
         with self.state.store.write() as connection:

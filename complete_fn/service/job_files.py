@@ -46,13 +46,17 @@ class PromptGroup:
     prompts: Any
 
 
-def write_parts(state: ServiceState, job: Job, first: int, groups: Sequence[PromptGroup]) -> list[dict[str, Any]]:
-    """Write parts numbered from `first` on; returns them as `JobStore.create` takes them."""
+def write_parts(
+    state: ServiceState, job: Job, first: int, groups: Sequence[PromptGroup]
+) -> tuple[list[dict[str, Any]], int]:
+    """Write parts numbered from `first` on; returns them as `JobStore.create` takes them, and their bytes."""
     pieces: list[dict[str, Any]] = []
+    size = 0
     for group in groups:
         for rows, prompts, tokens, shared in cut(group, likely_output(state, job.tenant, group)):
             with state.storage.writing(state.job_key(job.id, part_file(first + len(pieces)))) as sink:
                 parquet.write_table(pa.table({"row": pa.array(rows), "prompt": prompts}), sink)
+                size += sink.tell()
             pieces.append(
                 {
                     "model": group.model.name,
@@ -62,19 +66,21 @@ def write_parts(state: ServiceState, job: Job, first: int, groups: Sequence[Prom
                     "shared": shared,
                 }
             )
-    return pieces
+    return pieces, size
 
 
-def write_window(state: ServiceState, job: str, number: int, rows: Rows) -> None:
+def write_window(state: ServiceState, job: str, number: int, rows: Rows) -> int:
+    """Write a window's rows; returns their bytes in the storage."""
     table = pa.table([rows.lines], schema=LINES) if isinstance(rows, LineRows) else rows.table()
     with state.storage.writing(state.job_key(job, window_file(number))) as sink:
         parquet.write_table(table, sink)
+        return sink.tell()
 
 
-def write_windows(state: ServiceState, job: str, windows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the number of rows of each window, and the numbers of its parts."""
+def write_windows(state: ServiceState, job: str, windows: Sequence[Mapping[str, Any]]) -> int:
+    """Write the number of rows of each window, and the numbers of its parts; returns the bytes."""
     with state.storage.writing(state.job_key(job, WINDOWS)) as sink:
-        sink.write(json.dumps(windows).encode())
+        return sink.write(json.dumps(windows).encode())
 
 
 def window_file(number: int) -> str:
@@ -126,11 +132,11 @@ class ResultWindow:
     parts: Sequence[int]
 
 
-def write_part(state: ServiceState, key: str, rows: Any, answers: Answers) -> int:
-    """Write a part's answers; returns the number of rows without an answer."""
+def write_part(state: ServiceState, key: str, rows: Any, answers: Answers) -> tuple[int, int]:
+    """Write a part's answers; returns the number of rows without an answer, and the bytes."""
     with state.storage.writing(key) as sink:
         parquet.write_table(pa.table([rows, answers.details], schema=RESULT), sink)
-    return answers.summary.failed.total()
+        return answers.summary.failed.total(), sink.tell()
 
 
 def windows_of(state: ServiceState, job: Job) -> list[ResultWindow]:

@@ -33,9 +33,16 @@ from complete_fn.store.job_tables import jobs, parts
 
 @dataclass
 class Again:
-    """The work of a rerun: `pieces` (new parts), the `windows` with them, and the rows `left` to each old part."""
+    """The work of a rerun.
+
+    Attributes:
+        pieces: the new parts, which have so many `bytes`.
+        windows: the job's windows with the new parts.
+        left: the rows that remain to each old part, by its id.
+    """
 
     pieces: list[dict[str, Any]] = field(default_factory=list)
+    bytes: int = 0
     windows: list[dict[str, Any]] = field(default_factory=list)
     left: dict[int, int] = field(default_factory=dict)
 
@@ -49,6 +56,7 @@ def rerun(state: ServiceState, job: Job, max_cost: Any = None) -> Job:
     Raises:
         JobError: The job is not over, or every row has an answer.
         InvalidOptionError: `max_cost` is below the job's cap, or the model's prices are not known.
+        StorageFullError: The new parts have more bytes than the tenant may keep.
     """
     if not job.over:
         raise JobError(f"Job {job.id} is {job.status}. Wait until it is over, or cancel it.")
@@ -96,8 +104,9 @@ def collect(state: ServiceState, job: Job, window: ResultWindow, known: list[Par
                 model, json.loads(part.options), rows[chosen] + window.first, prompts.filter(pa.array(chosen))
             )
             low = first + len(again.pieces)
-            made = write_parts(state, job, low, [group])
+            made, size = write_parts(state, job, low, [group])
             again.pieces += made
+            again.bytes += size
             numbers += range(low, low + len(made))
     again.windows.append({"rows": window.rows, "parts": numbers})
 
@@ -116,6 +125,7 @@ def record(state: ServiceState, job: Job, again: Again, first: int, cap: int | N
         "ended_at": None,
         "deadline": None,
         "max_cost_nano": cap,
+        "bytes": jobs.c.bytes + again.bytes,
     }
     rows = [
         {"job": job.id, "tenant": job.tenant, "number": first + n, "status": "queued", **piece}
@@ -130,5 +140,6 @@ def record(state: ServiceState, job: Job, again: Again, first: int, cap: int | N
         for part, left in again.left.items():
             connection.execute(parts.update().where(parts.c.id == part).values(rows=left, failed=0))
         connection.execute(parts.insert(), rows)
+        state.quota.refuse_excess(connection, job.tenant, again.bytes)
         if json.loads(job.request).get("sink"):
             promise(connection, job)

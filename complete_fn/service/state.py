@@ -15,6 +15,7 @@ from complete_fn.jobs.connections import Connections
 from complete_fn.jobs.job_store import JobStore
 from complete_fn.jobs.part_queue import PartQueue
 from complete_fn.jobs.queue import InlineQueue, JobQueue
+from complete_fn.jobs.storage_quota import StorageQuota
 from complete_fn.jobs.uploads import Uploads
 from complete_fn.jobs.worker_store import WorkerStore
 from complete_fn.rows.limits import TableLimits
@@ -70,10 +71,12 @@ class ServiceState:
         self.limits = limits
         self.store = Store(self.settings.store)
         self.keys = KeyStore(self.store)
-        self.jobs, self.parts = JobStore(self.store), PartQueue(self.store)
+        self.quota = StorageQuota(self.store, self.settings.tenant_storage)
+        self.jobs, self.parts = JobStore(self.store, self.quota), PartQueue(self.store)
         self.connections = Connections(self.store)
         self.storage = Storage(self.settings.storage or str(self.folder))
-        self.uploads = Uploads(self.store, self.storage, limits.upload_bytes, self.settings.retention_days)
+        kept_days = self.settings.retention_days
+        self.uploads = Uploads(self.store, self.storage, limits.upload_bytes, kept_days, self.quota)
         self.workers = WorkerStore(self.store)
         self.queue: JobQueue = queue or InlineQueue()
         self.outputs_lock = threading.Lock()

@@ -60,7 +60,8 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
     """Make and queue a job over a table.
 
     Raises:
-        RequestError: Model, options, template or source cannot be used, or the prompts are too large; nothing was kept.
+        RequestError: Model, options, template or source cannot be used, the prompts are too large, or the tenant's
+            storage is full; nothing was kept.
     """
     model = state.model(spec.model)
     if "strict" in spec.options:
@@ -181,28 +182,36 @@ class Draft:
 
     def __init__(self, state: ServiceState, job: Job) -> None:
         self.state, self.job = state, job
-        self.rows = 0
+        self.rows = self.bytes = 0
         self.windows: list[dict[str, Any]] = []
         self.pieces: list[dict[str, Any]] = []
         self.kept = False
 
     def add_window(self, count: int, groups: Sequence[PromptGroup], rows: Rows | None = None) -> None:
-        """Add the next `count` rows, as groups to answer. `rows`, if given, are kept for the results."""
+        """Add the next `count` rows, as groups to answer. `rows`, if given, are kept for the results.
+
+        Raises:
+            StorageFullError: The job has more bytes than its tenant may keep.
+        """
         if rows is not None:
-            write_window(self.state, self.job.id, len(self.windows), rows)
+            self.bytes += write_window(self.state, self.job.id, len(self.windows), rows)
         first = len(self.pieces)
-        self.pieces += write_parts(self.state, self.job, first, groups)
+        pieces, size = write_parts(self.state, self.job, first, groups)
+        self.pieces += pieces
+        self.bytes += size
+        self.state.quota.refuse(self.job.tenant, self.bytes)
         self.windows.append({"rows": count, "parts": list(range(first, len(self.pieces)))})
         self.rows += count
 
     def keep(self) -> Job:
         """Record the job. If its idempotency key is known, return the job that has the key."""
-        write_windows(self.state, self.job.id, self.windows)
+        self.bytes += write_windows(self.state, self.job.id, self.windows)
         nulls = self.rows - sum(p["rows"] for p in self.pieces)
         if json.loads(self.job.request).get("sink"):
             with self.state.store.write() as connection:
                 promise(connection, self.job)  # before the job's record: a delivery without a job does no harm
-        kept = self.state.jobs.create(replace(self.job, rows=self.rows, nulls=nulls), self.pieces)
+        whole = replace(self.job, rows=self.rows, nulls=nulls, bytes=self.bytes)
+        kept = self.state.jobs.create(whole, self.pieces)
         self.kept = kept.id == self.job.id
         if not self.kept:
             withdraw(self.state, self.job.id)

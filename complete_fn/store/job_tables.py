@@ -20,13 +20,15 @@ api_keys = Table(
     Column("tokens_per_minute", BigInteger),
 )
 
-# `weight`: the tenant's share of the workers relative to other tenants (default 1).
+# `weight`: the tenant's share of the workers relative to other tenants (default 1). `storage_bytes`: what the tenant
+# may keep; NULL for the usual number.
 tenants = Table(
     "tenants",
     metadata,
     Column("name", Words(), primary_key=True),
     Column("weight", Float),
     Column("tokens_per_minute", BigInteger),
+    Column("storage_bytes", BigInteger),
 )
 
 # The most money that a tenant may spend in a day (UTC), in 1e-9 of the currency.
@@ -89,6 +91,7 @@ deliveries = Table(
     Index("deliveries_status", "status"),
 )
 
+# `bytes`: what the job has in the service's storage: its rows, its prompts, and the results of its parts.
 jobs = Table(
     "jobs",
     metadata,
@@ -113,6 +116,7 @@ jobs = Table(
     Column("ended_at", Float),
     Column("deadline", Float),
     Column("error", Words()),
+    Column("bytes", BigInteger, nullable=False, default=0),
     UniqueConstraint("tenant", "idempotency_key"),
     Index("jobs_tenant", "tenant", "created_at"),
     Index("jobs_status", "status"),

@@ -113,8 +113,8 @@ class PartRunner:
     def commit(self, part: Part, table: Any, answers: Answers, status: str) -> None:
         """Write the answers to this claim's own file, then name the file in the store. A lost lease leaves no trace."""
         state, name = self.state, f"result-{part.number:05}-{part.claim}.parquet"
-        failed = write_part(state, state.job_key(part.job, name), table.column("row"), answers)
-        if state.parts.finish(part, status, name, failed):
+        failed, size = write_part(state, state.job_key(part.job, name), table.column("row"), answers)
+        if state.parts.finish(part, status, name, failed, size):
             state.store.end_job(part.tenant, part.name)
         else:
             state.storage.delete(state.job_key(part.job, name))

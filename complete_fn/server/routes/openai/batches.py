@@ -69,7 +69,7 @@ def submit_batch(state: ServiceState, caller: Principal, body: BatchBody) -> Job
     job = new_job(state, caller, "batch", model, len(lines), body.model_dump(), deadline=until)
     with drafted(state, job) as draft:
         with state.storage.writing(state.job_key(job.id, REQUESTS)) as sink:
-            sink.write(content)
+            draft.bytes += sink.write(content)
         draft.add_window(len(lines), groups(lines))
         return draft.keep()
 
