@@ -1,4 +1,7 @@
-"""Ctrl-C: ends the completions of this process on whatever thread they run, and keeps what is finished."""
+"""Ctrl-C ends the completions of this process on whatever thread they run, and keeps what is finished.
+
+Work for a client who may leave ends too: see `abandonable`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Generic, ParamSpec, TypeVar
 
@@ -146,3 +150,31 @@ class Outcome(Generic[T]):
             raise self.error
         finally:
             self.error = None  # no cycle of frames, which would keep the run's tables
+
+
+class Abandoned(Exception):
+    """Nobody waits for this work's result any more. What it began must be undone."""
+
+
+GONE: ContextVar[threading.Event | None] = ContextVar("gone", default=None)
+
+
+@contextlib.contextmanager
+def abandonable(gone: threading.Event) -> Iterator[None]:
+    """Work inside of the block ends at its next `end_if_abandoned()` once `gone` is set. For the block's own thread."""
+    token = GONE.set(gone)
+    try:
+        yield
+    finally:
+        GONE.reset(token)
+
+
+def end_if_abandoned() -> None:
+    """Called between two steps of long work: for each batch of rows, each part, each pass of a plan.
+
+    Raises:
+        Abandoned: Nobody waits for the work any more.
+    """
+    gone = GONE.get()
+    if gone is not None and gone.is_set():
+        raise Abandoned

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from complete_fn.engines.call import Call, answer_keys
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.planning import BatchPlan
 from complete_fn.planning.field_order import rendered
 from complete_fn.prompts.fields import has_fields
@@ -118,6 +119,7 @@ def fill(work: Work, store: Store, keys: list[bytes], since: float, mine: set[in
     """Take the stored answers of `keys`. Those made by the attempts `mine` are this job's own and count as resumed."""
     step = 50_000
     for low in range(0, len(keys), step):
+        end_if_abandoned()
         chosen = keys[low : low + step]
         known = store.look_up(work.who.tenant, chosen, since)
         for number, key in enumerate(chosen, low):

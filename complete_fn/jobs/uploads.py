@@ -12,6 +12,7 @@ from typing import IO, Any, BinaryIO
 import sqlalchemy as sa
 
 from complete_fn.errors import InputError, NotFoundError, StorageFullError, TooLargeError
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.jobs.list_filters import EVERY_FILE, FileFilter
 from complete_fn.jobs.storage_quota import StorageQuota, full
 from complete_fn.rows.formats import FORMATS, format_of
@@ -94,6 +95,7 @@ class Uploads:
         with self.writing(tenant, name, purpose, seconds=seconds, is_result=False) as (sink, made):
             written = 0
             while chunk := source.read(CHUNK):
+                end_if_abandoned()
                 written += len(chunk)
                 if written > self.limit:
                     raise TooLargeError(f"The file is larger than this service takes ({self.limit:,} bytes).")

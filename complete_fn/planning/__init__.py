@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.planning.duplicates import merge_duplicates
 from complete_fn.planning.field_order import order_fields
 from complete_fn.planning.parts import cut_parts
@@ -30,6 +31,7 @@ def make_plan(prompts: Any, mergeable: bool = True, sizes: TokenSizes = BY_BYTES
     chunked = prompts if isinstance(prompts, pa.ChunkedArray) else pa.chunked_array([prompts])
     plan = BatchPlan(chunked.cast(pa.large_string()), mergeable, sizes=sizes)
     for step in PASSES:
+        end_if_abandoned()
         plan = step(plan)
     return plan
 

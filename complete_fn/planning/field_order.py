@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.planning.field_search import Cells, Ints, Near, expected_hits, field_orders, row_order
 from complete_fn.planning.plan import BatchPlan
 from complete_fn.prompts.fields import FIELDS_MARK, FieldPrompt, has_fields, head, line, unpack_fields
@@ -70,6 +71,7 @@ def arrange_prompts(prompts: list[FieldPrompt], sizes: TokenSizes) -> tuple[Ints
     rows = row_order(cells, fixed)
     chosen = fixed.copy()
     for low in range(0, len(rows), WINDOW):
+        end_if_abandoned()
         inside = rows[low : low + WINDOW]
         chosen[inside] = field_orders(window(cells, inside), fixed[inside])
     sequence = row_order(cells, chosen)

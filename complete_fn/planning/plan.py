@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.planning.row_gather import Gatherer
 from complete_fn.text import to_texts
 from complete_fn.tokens import TokenSizes
@@ -53,6 +54,7 @@ class BatchPlan:
         """(number of the first, texts) of the distinct prompts start..stop, in execution order, `step` at a time."""
         end = len(self.first) if stop is None else stop
         for low in range(start, end, step):
+            end_if_abandoned()
             rows = self.first[low : min(low + step, end)]
             yield low, to_texts(self.gather.take(rows))
 

@@ -2,29 +2,35 @@
 
 DuckDB computes a constant such as `repeat('x', 2000000000)` outside of its own memory limit, a driver holds a row of
 gigabytes before anybody can look at it, and one call of a function in SQLite cannot be interrupted. The child
-(`python -m complete_fn.rows.query_process`) reads its task as JSON from stdin and writes the rows to stdout as an Arrow
-IPC stream. Its reason to fail is its last line on stderr.
+(`python -m complete_fn.rows.query_process`) reads its task as a line of JSON from stdin and writes the rows to stdout
+as an Arrow IPC stream. When stdin ends, it cancels its query. Its reason to fail is its last line on stderr.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
 from complete_fn.errors import CompleteError, InputError
+from complete_fn.interrupts import GONE, Abandoned, abandonable, end_if_abandoned
 from complete_fn.rows.databases import Query, open_database
 
 MEMORY_BYTES = 2 * 1024**3  # of the child; it needs some 300 MB itself
 BATCH_BYTES = 64 * 1024**2  # of the rows that it hands over at a time, and so of the longest row
+LOOK_SECONDS = 0.25  # between two looks whether the child must end
+GRACE_SECONDS = 2.0  # for the child to cancel its query, before it is killed
 BACKSTOP_SECONDS = 15.0  # after the limit, at which the child cancels the query itself
 TOO_MUCH = "The query needs more than the {0:,} MiB of memory that it may take."
 TOO_LONG_A_ROW = "The query has a row of more than {0:,} MiB."
@@ -55,28 +61,51 @@ class QueryProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=reasons,
-                start_new_session=True,  # Ctrl-C is for this process, which then kills the child
+                start_new_session=True,  # Ctrl-C is for this process, which then ends the child
             )
             assert child.stdin is not None
             assert child.stdout is not None
-            backstop = threading.Timer(self.seconds + BACKSTOP_SECONDS, child.kill)
-            backstop.daemon = True
-            backstop.start()
+            ended, given = threading.Event(), (self.seconds + BACKSTOP_SECONDS, GONE.get())
+            threading.Thread(target=end_late, args=(child, ended, *given), name="query backstop", daemon=True).start()
             try:
                 try:
-                    with child.stdin:
-                        child.stdin.write(json.dumps(task, default=str).encode())
+                    child.stdin.write(json.dumps(task, default=str).encode() + b"\n")
+                    child.stdin.flush()
                     with pa.ipc.open_stream(child.stdout) as stream:
                         yield from stream
                 except (OSError, pa.ArrowException):  # a child that fails ends its stream in the middle
                     pass
-                if child.wait() != 0:
-                    raise InputError(reason(reasons, child.returncode))
+                code = child.wait()
+                end_if_abandoned()
+                if code != 0:
+                    raise InputError(reason(reasons, code))
             finally:
-                backstop.cancel()
-                child.kill()
-                child.wait()
+                ended.set()
                 child.stdout.close()
+                end_child(child)
+
+
+def end_late(
+    child: subprocess.Popen[bytes], ended: threading.Event, seconds: float, gone: threading.Event | None
+) -> None:
+    """End the child after so many seconds, or when nobody waits for its rows any more, unless it has `ended` before."""
+    until = time.monotonic() + seconds
+    while not ended.wait(LOOK_SECONDS):
+        if time.monotonic() >= until or (gone is not None and gone.is_set()):
+            end_child(child)
+            return
+
+
+def end_child(child: subprocess.Popen[bytes]) -> None:
+    """End the child's stdin, at which it cancels its query. A server would otherwise go on with it for nobody."""
+    assert child.stdin is not None
+    with suppress(OSError):
+        child.stdin.close()
+    try:
+        child.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def reason(reasons: Any, code: int) -> str:
@@ -89,8 +118,23 @@ def reason(reasons: Any, code: int) -> str:
 
 
 def main() -> int:
-    task = json.load(sys.stdin)
+    task = json.loads(sys.stdin.readline())
     limit_memory()
+    gone = threading.Event()
+    threading.Thread(target=watch_parent, args=(gone,), daemon=True).start()
+    with abandonable(gone):
+        return send_rows(task)
+
+
+def watch_parent(gone: threading.Event) -> None:
+    """Set the event when the parent ends our stdin: it wants no more rows, or it was killed."""
+    with suppress(OSError):
+        os.read(0, 1)
+    gone.set()
+
+
+def send_rows(task: dict[str, Any]) -> int:
+    """Run the query and write its rows to stdout; returns the exit code."""
     out = sys.stdout.buffer
     try:
         database = open_database(task["url"], read_only=True, seconds=task["seconds"])
@@ -102,7 +146,7 @@ def main() -> int:
                     stream.write_batch(piece)
     except (MemoryError, pa.ArrowMemoryError):
         return fail(TOO_MUCH.format(MEMORY_BYTES // 1024**2))
-    except BrokenPipeError:  # nobody reads the rows any more
+    except (BrokenPipeError, Abandoned):  # nobody reads the rows any more
         return 1
     except CompleteError as error:
         return fail(str(error))

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import InputError
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.registry import resolve
 from complete_fn.rows.formats import FORMATS, LineRows, Rows, TableRows, clean
 from complete_fn.rows.limits import NO_LIMITS, TableLimits
@@ -129,6 +130,7 @@ class Counted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        end_if_abandoned()
         found = self.plain.read(len(buffer))
         buffer[: len(found)] = found
         self.count += len(found)
@@ -149,6 +151,7 @@ def table_windows(schema: Any, batches: Iterable[Any], window: WindowSize | None
         fitting = most.bytes * whole.num_rows // max(1, slice_size(whole, whole)) if whole.num_rows else 1
         step = max(1, min(BATCH_ROWS, most.rows, fitting))
         for low in range(0, whole.num_rows, step):
+            end_if_abandoned()
             batch = whole.slice(low, step)
             taken = slice_size(batch, whole)
             if held and (rows + batch.num_rows > most.rows or size + taken > most.bytes):
@@ -206,6 +209,7 @@ def refuse_bomb(source: Any, asked: FileSource) -> None:
     with parquet.ParquetFile(source, read_dictionary=texts) as file:
         size = 0
         for batch in file.iter_batches(batch_size=step):
+            end_if_abandoned()
             size += sum(weight(column) for column in batch.columns)
             asked.limits.refuse_bytes(size, asked.name)
     source.seek(0)
@@ -290,6 +294,7 @@ def stream_jsonl(source: Any, asked: FileSource) -> Iterator[Rows]:
     size = count = 0
     most = asked.window or usual_size()
     for number, raw in enumerate(bounded_lines(source), 1):
+        end_if_abandoned()
         line = (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).strip()
         if not line:
             continue

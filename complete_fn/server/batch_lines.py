@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from complete_fn.engines.call import Call
 from complete_fn.errors import CompleteError, InputError, TooLargeError
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.jobs.job import Job
 from complete_fn.rows.json_values import json_line
 from complete_fn.server.replies import Detail, chat_body, completion_body, refused
@@ -45,6 +46,7 @@ def read_lines(state: ServiceState, source: bytes, endpoint: str) -> list[Line]:
     for number, raw in enumerate(source.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not raw.strip():
             continue
+        end_if_abandoned()
         if len(lines) == state.limits.batch_rows:
             raise TooLargeError(f"The batch has more than {state.limits.batch_rows:,} requests. Split it.")
         try:

@@ -12,11 +12,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from complete_fn.errors import CompleteError, RateLimitError, TooLargeError, UnknownParameterError
+from complete_fn.interrupts import Abandoned
 from complete_fn.logs import for_tenant, log_failure
 from complete_fn.server.call_out_replies import refused_at
 
 LOG = logging.getLogger("complete_fn.server")
 RETRY_SECONDS = 5
+CLIENT_CLOSED = 499  # nginx's status for a client that left; no client reads this reply
 HTTP_CODES = {404: "not_found", 408: "request_timeout"}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -78,6 +80,10 @@ async def of_half_character(_: Request, error: Exception) -> JSONResponse:
     return refusal(400, "A text has half of a character (a lone surrogate), which cannot be stored.", "invalid_request")
 
 
+async def of_abandoned(_: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED)
+
+
 def too_large(path: str, message: str) -> Response:
     return refused_at(path, TooLargeError(message)) or refusal(413, message, "too_large")
 
@@ -87,6 +93,7 @@ def add_refusals(app: FastAPI) -> None:
     app.add_exception_handler(CompleteError, of_complete_error)
     app.add_exception_handler(RequestValidationError, of_validation)
     app.add_exception_handler(HTTPException, of_http)
+    app.add_exception_handler(Abandoned, of_abandoned)
 
 
 class Bounds:

@@ -7,6 +7,7 @@ store.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,7 +18,9 @@ from anyio import to_thread
 from fastapi import Depends, Request
 
 from complete_fn.errors import EngineBusyError
+from complete_fn.interrupts import abandonable, end_if_abandoned
 
+GONE_SECONDS = 0.25  # between two looks whether a client is gone
 T = TypeVar("T")
 
 
@@ -119,9 +122,46 @@ class Lanes:
         self.reports = FairSlots(3, 2, 64, "They are lists or sums of the store. Try again in a moment.")
 
 
-async def lanes_of(request: Request) -> Lanes:
-    lanes: Lanes = request.app.state.lanes
-    return lanes
+class RequestSlots:
+    """The slots of one kind, for one request. Its work ends when its client leaves."""
+
+    def __init__(self, slots: FairSlots, request: Request) -> None:
+        self.slots, self.request = slots, request
+
+    async def run(self, tenant: str, work: Callable[[], T]) -> T:
+        """Raises:
+        EngineBusyError: Too many requests wait already.
+        Abandoned: The client has left.
+        """
+        gone = threading.Event()
+
+        def work_for_client() -> T:
+            with abandonable(gone):
+                end_if_abandoned()
+                return work()
+
+        watcher = asyncio.create_task(self.watch(gone))
+        try:
+            return await self.slots.run(tenant, work_for_client)
+        finally:
+            watcher.cancel()
+
+    async def watch(self, gone: threading.Event) -> None:
+        while not await self.request.is_disconnected():
+            await anyio.sleep(GONE_SECONDS)
+        gone.set()
 
 
-LanesOf = Annotated[Lanes, Depends(lanes_of)]
+class RequestLanes:
+    """The slots of a service's process, for one request."""
+
+    def __init__(self, lanes: Lanes, request: Request) -> None:
+        self.tables = RequestSlots(lanes.tables, request)
+        self.reports = RequestSlots(lanes.reports, request)
+
+
+async def lanes_of(request: Request) -> RequestLanes:
+    return RequestLanes(request.app.state.lanes, request)
+
+
+LanesOf = Annotated[RequestLanes, Depends(lanes_of)]

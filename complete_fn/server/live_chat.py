@@ -13,7 +13,7 @@ from fastapi import Request
 
 from complete_fn.engines.call import Call
 from complete_fn.engines.stoppable import Stopped
-from complete_fn.server.fair_slots import Lanes
+from complete_fn.server.fair_slots import GONE_SECONDS, Lanes
 from complete_fn.server.rate_limits import Grant
 from complete_fn.server.replies import Detail
 from complete_fn.service.engine_host import EngineHost
@@ -21,7 +21,6 @@ from complete_fn.text import text_column
 from complete_fn.tokens import tokens_by_bytes
 from complete_fn.types import Asker, Usage
 
-GONE_SECONDS = 0.25  # between two looks whether the client is gone
 Piece = tuple[int, str]  # row, new text
 
 

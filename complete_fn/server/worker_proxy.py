@@ -16,11 +16,11 @@ from fastapi.responses import Response, StreamingResponse
 from complete_fn.errors import EngineError
 from complete_fn.jobs.api_keys import Principal
 from complete_fn.jobs.worker_store import Beat
-from complete_fn.server.live_chat import GONE_SECONDS
+from complete_fn.server.error_replies import CLIENT_CLOSED
+from complete_fn.server.fair_slots import GONE_SECONDS
 from complete_fn.server.rate_limits import Grant
 from complete_fn.service.state import ServiceState
 
-CLIENT_CLOSED = 499  # nginx's status for a client that left; no client reads this reply
 TENANT, USER, TOKENS = "x-complete-tenant", "x-complete-user", "x-complete-tokens"
 EVENT = re.compile(rb"^data: ", re.MULTILINE)
 TAIL = re.compile(rb"^: tokens (\d+)$", re.MULTILINE)

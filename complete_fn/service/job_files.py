@@ -15,6 +15,7 @@ from pyarrow import parquet
 from complete_fn.engines.catalogue import Model
 from complete_fn.engines.tokenizer import token_sizes
 from complete_fn.execution.answers import DETAILS, Answers
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.jobs.job import Job, Part
 from complete_fn.ledger.usage import mean_output
 from complete_fn.planning import BatchPlan, make_plan
@@ -54,6 +55,7 @@ def write_parts(
     size = 0
     for group in groups:
         for rows, prompts, tokens, shared in cut(group, likely_output(state, job.tenant, group)):
+            end_if_abandoned()
             with state.storage.writing(state.job_key(job.id, part_file(first + len(pieces)))) as sink:
                 parquet.write_table(pa.table({"row": pa.array(rows), "prompt": prompts}), sink)
                 size += sink.tell()
@@ -166,6 +168,7 @@ def details_of(state: ServiceState, job: Job, window: ResultWindow, parts: Seque
     done = [RESULT.empty_table()]
     for part in parts:
         if part.number in window.parts and part.result:
+            end_if_abandoned()
             with state.storage.reading(state.job_key(job.id, part.result)) as source:
                 done.append(parquet.read_table(source, schema=RESULT))
     joined = pa.concat_tables(done).combine_chunks()

@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from complete_fn.engines.prices import nano
 from complete_fn.errors import InvalidOptionError, JobError
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.jobs.job import Job, Part
 from complete_fn.service.job_files import (
     PromptGroup,
@@ -71,6 +72,7 @@ def rerun(state: ServiceState, job: Job, max_cost: Any = None) -> Job:
         collect(state, job, window, known, again, first)
     if not again.pieces:
         raise JobError(f"Every row of job {job.id} has its answer: there is nothing to run again.")
+    end_if_abandoned()
     # The windows are written first: a window may name a part that never comes, but a part in no window would be lost.
     write_windows(state, job.id, again.windows)
     record(state, job, again, first, cap)
@@ -87,6 +89,7 @@ def collect(state: ServiceState, job: Job, window: ResultWindow, known: list[Par
     asked: dict[int, tuple[Any, Any]] = {}
     here = [part for part in known if part.number in window.parts]
     for part in here:
+        end_if_abandoned()
         with state.storage.reading(state.job_key(job.id, part_file(part.number))) as source:
             table = parquet.read_table(source)
         rows = table.column("row").to_numpy() - window.first

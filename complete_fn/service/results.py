@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from complete_fn.errors import JobError
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.jobs.job import Job
 from complete_fn.rows.formats import LineRows, Rows, TablePlace, TableRows, common_schema
 from complete_fn.rows.writers import written_to
@@ -27,6 +28,7 @@ def result_windows(state: ServiceState, job: Job, with_details: bool, partial: b
     column = json.loads(job.request)["column"]
     parts = state.jobs.parts(job.id)
     for window in windows_of(state, job):
+        end_if_abandoned()
         rows, details = rows_of(state, job, window), details_of(state, job, window, parts)
         numbers = pa.array(np.arange(window.rows) + window.first)
         if partial and job.status != "completed":
@@ -66,6 +68,7 @@ def lines_schema(state: ServiceState, job: Job) -> Any:
     windows = windows_of(state, job)
     schema = None
     for window in windows if len(windows) > 1 else []:
+        end_if_abandoned()
         rows = rows_of(state, job, window)
         if not isinstance(rows, LineRows):
             return None

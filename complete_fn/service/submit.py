@@ -16,6 +16,7 @@ import pyarrow as pa
 from complete_fn.engines.catalogue import Model
 from complete_fn.engines.prices import nano
 from complete_fn.errors import InvalidOptionError, NotFoundError, StoreError
+from complete_fn.interrupts import end_if_abandoned
 from complete_fn.jobs.api_keys import Principal
 from complete_fn.jobs.job import Job
 from complete_fn.prompts.options import parse_options
@@ -62,6 +63,7 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
     Raises:
         RequestError: Model, options, template or source cannot be used, the prompts are too large, or the tenant's
             storage is full; nothing was kept.
+        Abandoned: The caller has left; nothing was kept.
     """
     model = state.model(spec.model)
     if "strict" in spec.options:
@@ -96,10 +98,12 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
             if spec.sink is not None:
                 refuse_sink_keys(spec.sink, rows, seen)
             refuse_clash(rows.names, spec.column, with_details=True, option="'column'")
+            end_if_abandoned()
             prompts = window_prompts(made, rows)
             numbers = np.arange(rows.count) + draft.rows
             draft.add_window(rows.count, [PromptGroup(model, spec.options, numbers, prompts)], rows)
         refuse_missing(fields, sorted(names))
+        end_if_abandoned()
         return draft.keep()
 
 

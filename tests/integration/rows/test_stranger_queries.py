@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -131,6 +134,22 @@ def test_a_reader_that_stops_early_leaves_no_process(tmp_path: Path) -> None:
     assert started
     batches.close()  # type: ignore[attr-defined]
     assert not children() & started
+
+
+@pytest.mark.parametrize("url", ["sqlite", "duckdb", "postgresql"], indirect=True)
+def test_a_query_ends_when_its_reader_is_gone(url: str) -> None:
+    """As after a kill -9 of the reader: the system then ends the child's stdin."""
+    kind = url.partition(":")[0]
+    task = {"url": url, "seconds": 600.0, "query": {"sql": NEVER[kind]}}
+    command = [sys.executable, "-P", "-m", "complete_fn.rows.query_process"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(task).encode() + b"\n")
+        child.stdin.flush()
+        time.sleep(2.0)
+        assert child.poll() is None
+        child.stdin.close()
+        assert child.wait(60) == 1
 
 
 def children() -> set[int]:

@@ -7,9 +7,11 @@ import random
 import threading
 
 import pytest
+from fastapi import Request
 
 from complete_fn.errors import EngineBusyError
-from complete_fn.server.fair_slots import FairSlots
+from complete_fn.interrupts import Abandoned, end_if_abandoned
+from complete_fn.server.fair_slots import FairSlots, RequestSlots
 
 
 def slots(of_one: int = 3, spare: int = 1, waiting: int = 100) -> FairSlots:
@@ -100,5 +102,43 @@ def test_cancelled_at_any_moment_no_slot_is_lost(seed: int) -> None:
         assert not lanes.running
         assert not lanes.queues
         assert any(not task.cancelled() for task in tasks)
+
+    asyncio.run(story())
+
+
+class Leaving(Request):
+    """A request whose client leaves when `gone` is set."""
+
+    def __init__(self, gone: asyncio.Event) -> None:
+        super().__init__({"type": "http"})
+        self.gone = gone
+
+    async def is_disconnected(self) -> bool:
+        return self.gone.is_set()
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_work_ends_when_its_client_leaves_also_while_it_waits_for_a_slot(is_waiting: bool) -> None:
+    async def story() -> None:
+        lanes, gate, gone, begun = slots(of_one=1, spare=0), threading.Event(), asyncio.Event(), threading.Event()
+
+        def work() -> None:
+            begun.set()
+            while not gate.wait(0.01):
+                end_if_abandoned()
+
+        held = asyncio.create_task(lanes.run("a", gate.wait)) if is_waiting else None
+        await asyncio.sleep(0.05)
+        asked = asyncio.create_task(RequestSlots(lanes, Leaving(gone)).run("a", work))
+        await asyncio.sleep(0.05)
+        gone.set()
+        if held is not None:
+            await asyncio.sleep(0.6)  # longer than between two looks
+            gate.set()
+            await held
+        with pytest.raises(Abandoned):
+            await asyncio.wait_for(asked, 20)
+        assert begun.is_set() != is_waiting
+        assert not lanes.running
 
     asyncio.run(story())

@@ -10,15 +10,13 @@ from fastapi.responses import JSONResponse, Response
 from complete_fn.engines.catalogue import Model
 from complete_fn.jobs.api_keys import Principal
 from complete_fn.server.auth import Caller, EnginesOf, StateOf, asker
-from complete_fn.server.error_replies import refusal
+from complete_fn.server.error_replies import CLIENT_CLOSED, refusal
 from complete_fn.server.live_chat import Live, computed_tokens
 from complete_fn.server.rate_limits import RateLimits
 from complete_fn.server.replies import Chunks, Detail, all_refused, chat_body, completion_body
 from complete_fn.server.request_bodies import ChatBody, CompletionBody
 from complete_fn.server.streams import EventStream
 from complete_fn.server.worker_proxy import Proxy
-
-CLIENT_CLOSED = 499  # nginx's status for a client that left; no client reads this reply
 
 router = APIRouter(tags=["OpenAI"])
 
