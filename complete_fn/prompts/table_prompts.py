@@ -74,6 +74,10 @@ class TablePrompts:
         """How often the template names the column that it names most."""
         return max(self.mentions.values(), default=0)
 
+    def may_exceed(self, rows: int, table_bytes: int) -> bool:
+        """Whether the prompts of a table of at most so many rows and bytes may have more bytes than are taken."""
+        return self.most is not None and rows * self.own_bytes + table_bytes * self.most_mentions > self.most
+
     def of(self, rows: HasColumns) -> pa.ChunkedArray:
         """The prompts of the next rows, as `render_column` makes them.
 
@@ -85,6 +89,7 @@ class TablePrompts:
         return render_column(self.template, columns, rows.count, self.reorder_fields)
 
     def count_bytes(self, rows: int, columns: Mapping[str, Any]) -> None:
+        """Count the prompts of the next rows, and refuse as `of` does."""
         sizes = self.sizes(rows, columns)
         longest = pc.max(sizes).as_py() or 0
         if longest > PROMPT_BYTES:

@@ -24,7 +24,7 @@ from complete_fn.rows.limits import NO_LIMITS, TableLimits
 from complete_fn.text import decode_bytes
 
 WINDOW_ROWS, WINDOW_BYTES = 200_000, 256 * 1024 * 1024  # a window ends at whichever comes first
-PROMPT_WINDOW_BYTES = 512 * 1024 * 1024  # of what a template adds to a window's rows
+PROMPT_WINDOW_BYTES = 256 * 1024 * 1024  # of what a template adds to a window's rows; planning takes three times that
 BATCH_ROWS = 8_192
 CSV_BLOCK = 32 * 1024 * 1024  # bytes of the longest row that a CSV may have; Arrow needs a row within a block
 LINE_BYTES = 64 * 1024 * 1024  # bytes of the longest line that a JSONL may have; bounds memory

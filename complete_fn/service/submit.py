@@ -89,6 +89,8 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
         "sink": None if spec.sink is None else dict(spec.sink),
         "max_cost": None if spec.max_cost is None else str(spec.max_cost),
     }
+    if isinstance(source, FileSource) and made.may_exceed(state.limits.job_rows, state.limits.table_bytes):
+        refuse_too_many(source, made)
     job = new_job(state, caller, "table", model, 0, request, spec)
     with drafted(state, job) as draft:
         names: set[str] = set()
@@ -112,6 +114,18 @@ def source_for(source: FileSource | QuerySource, prompts: TablePrompts) -> FileS
     return replace(source, window=size_for_prompts(prompts.own_bytes, prompts.most_mentions))
 
 
+def refuse_too_many(source: FileSource, made: TablePrompts) -> None:
+    """Count a file's prompts in a pass of its own, as it takes long to make and plan as many as a job may have.
+
+    Raises:
+        InputError: See `window_prompts`.
+    """
+    counted = replace(made)
+    for rows in source.windows():
+        refuse_absent(counted, rows)
+        counted.count_bytes(rows.count, rows.columns(counted.mentions))
+
+
 def window_prompts(made: TablePrompts, rows: Rows) -> pa.ChunkedArray:
     """The prompts of a window's rows.
 
@@ -119,9 +133,13 @@ def window_prompts(made: TablePrompts, rows: Rows) -> pa.ChunkedArray:
         InputError: The template names a column that the rows lack. A JSONL file may have it in another window.
         TooLargeError: See `TablePrompts.of`.
     """
+    refuse_absent(made, rows)
+    return made.of(rows)
+
+
+def refuse_absent(made: TablePrompts, rows: Rows) -> None:
     if not isinstance(rows, LineRows):
         refuse_missing(made.mentions, rows.names)
-    return made.of(rows)
 
 
 def new_job(

@@ -374,3 +374,19 @@ def test_the_prompts_of_a_job_have_a_bound_together(serve: Callable[..., Any]) -
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
         assert "at most 600 are taken. Shorten the template, or split the table" in reply.json()["error"]["message"]
         assert submit(client, file, prompt="{text}")["status"] in ("queued", "running")
+
+
+def test_too_many_prompts_are_refused_before_one_is_made(
+    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = serve(limits=Limits(job_prompt_bytes=100_000))
+    monkeypatch.setattr("complete_fn.service.submit.window_prompts", lambda *_: pytest.fail("prompts were made"))
+    with running.http() as client:
+        for name, content in (("t.parquet", parquet_bytes(ROWS)), ("t.jsonl", b'{"text": "one"}\n' * 100)):
+            body = {
+                "model": "echo",
+                "prompt": "x" * 2_000 + "{text}",
+                "source": {"file_id": upload(client, content, name)},
+            }
+            reply = client.post("/v1/jobs", json=body)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
