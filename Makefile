@@ -79,8 +79,9 @@ services:
 	else echo "PostgreSQL with PL/Python and Redis are needed: sudo apt-get install postgresql postgresql-plpython3-15 redis-server (or your system's packages)"; exit 1; fi
 
 # A test that its own time limit cannot end (it waits for a child without end, say) ends the run, with every stack.
+# Two processes at a time: most tests wait for other processes more than they compute.
 test: setup services lint
-	$(BIN)/python -m pytest -m "not long and not gpu" --durations=20 -o faulthandler_timeout=960 -o faulthandler_exit_on_timeout=true
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long and not gpu" --durations=20 -o faulthandler_timeout=960 -o faulthandler_exit_on_timeout=true
 
 test-long: setup services lint
 	$(BIN)/python -m pytest -m "not gpu"

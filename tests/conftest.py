@@ -72,6 +72,15 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `-n 2 --dist loadgroup`: one process runs a whole file, and one runs all tests that share an engine."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        has_engine = item.get_closest_marker("engine") is not None or "needs_vllm" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("engine" if has_engine else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Call it for another tiny Llama: `make_tiny_model(seed=1)`."""
