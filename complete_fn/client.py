@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ OVER = ("completed", "failed", "cancelled", "expired")
 FIRST_WAIT, LONGEST_WAIT = 0.2, 2.0
 WAIT_SHARE = 0.02  # wait between two looks as a share of the time so far, so that the end of a short job is seen soon
 CHUNK = 1 << 20
+
+
+class DeliveryWarning(UserWarning):
+    """A job's results cannot be written to its sink now; the service goes on trying."""
 
 
 class Client:
@@ -186,6 +191,7 @@ class RemoteJob:
         now = self.state()
         bar, began = progress_for(now["model"], progress), time.monotonic()
         bar.start(now["rows"]["total"])
+        told = None
         shown, used, paid = 0, Usage(), Decimal(0)
         try:
             while True:
@@ -194,6 +200,10 @@ class RemoteJob:
                 shown, used, paid = rows, usage, cost
                 if now["status"] in OVER and (now["sink"] or {}).get("status") not in ("waiting", "writing"):
                     break
+                if now["sink"] is not None and now["sink"]["error"] not in (None, told):
+                    told = now["sink"]["error"]
+                    text = f"The results of job {self.id} are not written yet, and will be tried again: {told}"
+                    warnings.warn(text, DeliveryWarning, stacklevel=2)
                 time.sleep(min(max(FIRST_WAIT, WAIT_SHARE * (time.monotonic() - began)), LONGEST_WAIT))
                 now = self.state()
         finally:
@@ -232,6 +242,10 @@ class RemoteJob:
         """Run the rows without an answer again; `max_cost` is a new cap for the whole job."""
         body = {"max_cost": None if max_cost is None else str(max_cost)}
         self.client.ask("POST", f"/jobs/{self.id}/rerun", json=body)
+
+    def deliver(self) -> None:
+        """Write its results to its sink again; nothing is asked or paid again."""
+        self.client.ask("POST", f"/jobs/{self.id}/deliver")
 
     def delete(self) -> None:
         """Delete its input, results and stored answers."""

@@ -6,6 +6,7 @@ CompleteError
 │   ├── InvalidOptionError      an option, schema or template cannot be used
 │   ├── UnknownParameterError   a route of the service has no query parameter of this name
 │   ├── InputError              a file, column or table cannot be read or written as asked
+│   ├── DatabaseAwayError       the database that gives the rows or takes the answers does not answer now
 │   ├── TooLargeError           an upload, a body or a prompt is above the limit
 │   ├── StorageFullError        the tenant's files and jobs take all the storage that it may have
 │   ├── NotFoundError           the service has no such file, job or batch of this tenant
@@ -19,7 +20,10 @@ CompleteError
 └── StoreError              the operator: answers and ledger cannot be read or written
     ├── StoreBusyError          another process holds the state longer than the timeout
     ├── StoreLostError          the database is away: it restarts, or the network is down
-    └── StoreUpgradedError      a newer version has upgraded the store under this process
+    ├── StoreUpgradedError      a newer version has upgraded the store under this process
+    ├── StoreFullError          the disk of the state file is full, or fails
+    ├── StorageError            files cannot be read or written: a full disk, or an object storage that is away
+    └── DamagedFileError        a file that the service has written is missing or damaged
 
 `RowError` is no exception but the value of one row; `strict` raises it inside a `RowFailedError`.
 """
@@ -85,6 +89,15 @@ class InputError(RequestError):
     """The input or output cannot be used."""
 
     code = "invalid_input"
+
+
+class DatabaseAwayError(InputError):
+    """The database that gives the rows or takes the answers does not answer now."""
+
+    status = 503
+    is_public = False  # its driver names host, port and user
+    code = "database_unavailable"
+    retryable = True
 
 
 class TooLargeError(InputError):
@@ -207,6 +220,28 @@ class StoreUpgradedError(StoreError):
     is_public = True
     code = "store_upgraded"
     retryable = True
+
+
+class StoreFullError(StoreError):
+    """The disk with answers and ledger is full, or fails."""
+
+    status = 503
+    retryable = True
+
+
+class StorageError(StoreError):
+    """Files cannot be read or written now: a disk is full, or an object storage is away."""
+
+    status = 503
+    code = "storage_unavailable"
+    retryable = True
+
+
+class DamagedFileError(StoreError):
+    """A file that the service has written is missing or damaged."""
+
+    is_public = True
+    code = "file_damaged"
 
 
 # The closed set of row error codes, with what each one means.

@@ -35,7 +35,10 @@ HERE = "http://127.0.0.1:8000"
 def main(argv: list[str]) -> int:
     parser = Parser("complete-fn jobs", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(
-        dest="verb", required=True, metavar="submit|list|show|wait|results|cancel|rerun|delete", parser_class=Parser
+        dest="verb",
+        required=True,
+        metavar="submit|list|show|wait|results|cancel|rerun|deliver|delete",
+        parser_class=Parser,
     )
     add_submit(verbs.add_parser("submit", help="begin a job over a .parquet, .csv or .jsonl file; prints its id"))
     add_filters(verbs.add_parser("list", help="the newest jobs"))
@@ -45,6 +48,7 @@ def main(argv: list[str]) -> int:
         ("results", "write a job's rows with their answers"),
         ("cancel", "stop a job; the rows that are done stay"),
         ("rerun", "run a job's failed rows again"),
+        ("deliver", "write a job's results to its sink again"),
         ("delete", "delete a job's input, results and stored answers"),
     ):
         verbs.add_parser(name, help=what).add_argument("id", help="of the job")
@@ -222,6 +226,11 @@ def rerun(asked: argparse.Namespace, client: Client) -> int:
     return OK
 
 
+def deliver(asked: argparse.Namespace, client: Client) -> int:
+    client.job(asked.id).deliver()
+    return OK
+
+
 def delete(asked: argparse.Namespace, client: Client) -> int:
     client.job(asked.id).delete()
     return OK
@@ -235,5 +244,6 @@ ON_JOB: dict[str, Callable[[argparse.Namespace, Client], int]] = {
     "results": results,
     "cancel": cancel,
     "rerun": rerun,
+    "deliver": deliver,
     "delete": delete,
 }

@@ -21,7 +21,8 @@ from pyarrow import parquet
 from complete_fn.cli.run_input import Survey, prompt_digest
 from complete_fn.engines.catalogue import Model
 from complete_fn.errors import InputError
-from complete_fn.execution.answers import DETAILS, Answers
+from complete_fn.execution.answers import Answers
+from complete_fn.execution.rehearsal import rehearse
 from complete_fn.execution.run_state import ASKED_AGAIN
 from complete_fn.execution.summary import Summary
 from complete_fn.interrupts import off_main
@@ -95,23 +96,19 @@ class TableTarget:
 
         Raises:
             InputError: The key is no column of the rows, is a column of the answers, or does not identify rows; or the
-                table exists and lacks the answers' columns; or the database refuses the rows.
+                table exists and cannot take the answers; or the database refuses the rows.
         """
         if self.key not in rows.names:
             raise InputError(f"--key {self.key!r} is no column of the input. Columns: {', '.join(rows.names)}.")
         if self.key in result_names(self.column, self.details):
             raise InputError(f"--key {self.key!r} is a column of the answers too. Name those with --column NAME.")
-        first = not len(self.seen.seen)
-        self.seen.add(rows.column(self.key), self.key)
-        if first:
-            none = {self.column: pa.array([], pa.large_string()), f"{self.column}_details": pa.array([], DETAILS)}
-            self.put(rows.column(self.key)[:0], none)
+        first, keys = not len(self.seen.seen), rows.column(self.key)
+        self.seen.add(keys, self.key)
+        if first and rows.count:
+            rehearse(self.database, self.table, self.key, keys, self.column, self.details)
 
     def write(self, rows: Rows, new: Any) -> None:
-        self.put(rows.column(self.key), new)
-
-    def put(self, keys: Any, new: Any) -> None:
-        columns = {self.key: keys, **result_columns(self.column, new, self.details)}
+        columns = {self.key: rows.column(self.key), **result_columns(self.column, new, self.details)}
         self.database.upsert(self.table, self.key, pa.table(columns))
 
 

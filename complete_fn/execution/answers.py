@@ -103,11 +103,21 @@ class Answers:
 
 
 def committed_answers(
-    call: Call, prompts: object, store: Store, who: Asker, cache: CacheMode, missing: Completion
+    call: Call,
+    prompts: object,
+    store: Store,
+    who: Asker,
+    cache: CacheMode,
+    missing: Completion,
+    ended: bool = False,
 ) -> Answers:
-    """The answers that a stopped run of these prompts has committed. The other rows get `missing`."""
+    """The answers that a stopped run of these prompts has committed. The other rows get `missing`.
+
+    Args:
+        ended: The job `who.job` has ended.
+    """
     plan = make_plan(prompts, mergeable=call.sampling.greedy, sizes=token_sizes(call.model))
-    work = known_answers(call, plan, store, who, cache)
+    work = known_answers(call, plan, store, who, cache, ended)
     for number in work.missing():
         work.found[number] = missing
     return Answers(plan, work.completions, call.model.prices, summarise(call, work, 0.0))

@@ -92,8 +92,12 @@ class Work:
         return found
 
 
-def known_answers(call: Call, plan: BatchPlan, store: Store, who: Asker, cache: CacheMode) -> Work:
-    """The work of a run, filled with every stored answer that the run may use."""
+def known_answers(call: Call, plan: BatchPlan, store: Store, who: Asker, cache: CacheMode, ended: bool = False) -> Work:
+    """The work of a run, filled with every stored answer that the run may use.
+
+    Args:
+        ended: The job `who.job` has ended. Answers of its attempts are its own all the same.
+    """
     shared = call.sampling.greedy and cache != "off"
     keys: list[bytes] = []
     job_keys: list[bytes] = []
@@ -106,7 +110,7 @@ def known_answers(call: Call, plan: BatchPlan, store: Store, who: Asker, cache: 
                 rows = plan.first[low : low + len(texts)].tolist()
                 job_keys.extend(answer_keys(k, [f"{who.job}|{r}"])[0] for k, r in zip(plain, rows, strict=True))
     work = Work(plan, who, shared, keys, job_keys, found=[None] * len(plan.first))
-    mine, began = store.unfinished(who.tenant, who.job) if who.job else (set(), None)
+    mine, began = store.unfinished(who.tenant, who.job, ended) if who.job else (set(), None)
     if cache == "refresh":
         work.since = began if began is not None else float("inf")
     if store.has_answers(who.tenant):

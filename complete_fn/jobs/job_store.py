@@ -84,6 +84,14 @@ class JobStore:
         with self.store.read() as connection:
             return [Part(*r) for r in connection.execute(sa.select(*PART).where(parts.c.job == job).order_by("number"))]
 
+    @retried
+    def replace_result(self, part: Part, result: str) -> None:
+        """Name another file for the result of a part whose file was damaged."""
+        same = (parts.c.id == part.id) & (parts.c.result == part.result)
+        with self.store.write() as connection:
+            connection.execute(parts.update().where(same).values(result=result))
+
+    @retried
     def counts(self, job: Job) -> Counts:
         return self.progress([job])[job.id]
 

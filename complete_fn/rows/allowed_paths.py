@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO
 
-from complete_fn.errors import InputError, NotFoundError
-from complete_fn.rows.object_storage import Storage
+from complete_fn.errors import InputError, NotFoundError, StorageError
+from complete_fn.rows.object_storage import Storage, guarded
 
 NOT_ALLOWED = "{uri!r} is under no root that this service may {verb}. Its operator allows them by {setting}."
+# Reasons why a file cannot be opened that are no fault of its name, and pass.
+AWAY = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
 SETTINGS = {"read": "COMPLETE_FN_SOURCES", "write": "COMPLETE_FN_SINKS"}
 
 
@@ -44,7 +47,7 @@ class Allowed:
                 opened = os.open(self.steps[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
             except OSError as error:
                 raise NotFoundError(f"There is no file {'/'.join(self.steps)!r} under this root.") from error
-        with os.fdopen(opened, "rb") as found:
+        with guarded(os.fdopen(opened, "rb", buffering=0), self.faults) as found:
             if not stat.S_ISREG(os.fstat(opened).st_mode):
                 raise NotFoundError(f"There is no file {'/'.join(self.steps)!r} under this root.")
             yield found
@@ -60,17 +63,35 @@ class Allowed:
         with self.folder(make=True) as folder:
             opened = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o640, dir_fd=folder)
             try:
-                with os.fdopen(opened, "wb") as sink:
+                with guarded(os.fdopen(opened, "wb", buffering=0), self.faults) as sink:
                     yield sink
                 os.replace(beside, name, src_dir_fd=folder, dst_dir_fd=folder)
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(beside, dir_fd=folder)
 
+    def refuse_unwritable(self) -> None:
+        """Refuse a local file that cannot be written, by making its folder and a file beside it.
+
+        Raises:
+            InputError: The file or its folder cannot be written.
+            StorageError: The root is away.
+        """
+        if not self.local:
+            return
+        with self.folder(make=True) as folder:
+            with suppress(FileNotFoundError):
+                if stat.S_ISDIR(os.stat(self.steps[-1], dir_fd=folder, follow_symlinks=False).st_mode):
+                    raise InputError(f"{'/'.join(self.steps)!r} is a folder. Name a file.")
+            beside = f".{secrets.token_hex(8)}.part"
+            os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o640, dir_fd=folder))
+            os.unlink(beside, dir_fd=folder)
+
     @contextmanager
     def folder(self, make: bool = False) -> Iterator[int]:
         """The folder of the last step. Each step is opened by itself, so that not even a new link leads elsewhere."""
-        opened = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        with self.faults():
+            opened = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             for step in self.steps[:-1]:
                 if make:
@@ -83,9 +104,22 @@ class Allowed:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"There is no file {'/'.join(self.steps)!r} under this root.") from error
         except OSError as error:
+            if error.errno in AWAY:
+                raise self.away(error) from error
             raise InputError(f"{'/'.join(self.steps)!r} cannot be used: {error.strerror}.") from error
         finally:
             os.close(opened)
+
+    @contextmanager
+    def faults(self) -> Iterator[None]:
+        """Raise failures of the root, and of the files once they are open, as the operator's."""
+        try:
+            yield
+        except OSError as error:
+            raise self.away(error) from error
+
+    def away(self, error: OSError) -> StorageError:
+        return StorageError(f"The root {self.root} cannot be used for {'/'.join(self.steps)!r}: {error.strerror}.")
 
 
 def allowed(uri: str, roots: Sequence[str], tenant: str, verb: str) -> Allowed:

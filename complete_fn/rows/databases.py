@@ -16,7 +16,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from complete_fn.errors import InputError
+from complete_fn.errors import DatabaseAwayError, InputError
 from complete_fn.ports import PORTS, is_port
 from complete_fn.registry import DATABASES, resolve
 from complete_fn.rows.formats import Rows
@@ -48,6 +48,12 @@ POWERS = """
 SELECT current_setting('is_superuser') = 'on',
        (SELECT array_agg(DISTINCT proname::text ORDER BY proname::text) FROM pg_proc
         WHERE proname = ANY(:names) AND has_function_privilege(oid, 'EXECUTE'))"""
+# In this order: the connection broke, no memory or disk or connection left, the server stops or starts, a lock that
+# others hold (deadlock, serialization, lock timeout).
+POSTGRES_AWAY = ("08", "53", "57P", "40001", "40P01", "55P03")
+# Full disk, too many connections, locks (wait, deadlock), the server stops, is not there, or has gone.
+MYSQL_AWAY = (1021, 1040, 1053, 1205, 1213, 2002, 2003, 2006, 2013)
+SQLITE_AWAY = ("locked", "unable to open", "full", "disk I/O")
 # The type of a column of NULLs, by the driver's type code: PostgreSQL's oids, MySQL's codes on the wire.
 KINDS: dict[str, dict[int, Any]] = {
     "postgresql": {
@@ -90,7 +96,13 @@ class RowReader(Protocol):
 
 
 class RowDatabase(RowReader, Protocol):
-    """A database that gives rows and takes answers."""
+    """A database that gives rows and takes answers.
+
+    Attributes:
+        longest_key: the most characters of a key that is text; None for any number.
+    """
+
+    longest_key: int | None
 
     def quoted(self, table: str) -> str:
         """The table's name as this database's SQL has it."""
@@ -105,6 +117,15 @@ class RowDatabase(RowReader, Protocol):
 
         Raises:
             InputError: The table exists and is no result table, or a key is NULL or comes twice.
+            DatabaseAwayError: The database does not answer, or has no space or lock to give now.
+        """
+        ...
+
+    def rehearse(self, table: str, key: str, rows: Any) -> None:
+        """Do all that `upsert` does, and take it back. A database that cannot take back a new table keeps it, empty.
+
+        Raises:
+            InputError, DatabaseAwayError: See `upsert`.
         """
         ...
 
@@ -183,6 +204,7 @@ class SqlDatabase:
         self.kind = url.get_backend_name()
         self.family = "mysql" if self.kind == "mariadb" else self.kind
         self.read_only, self.seconds = read_only, seconds
+        self.longest_key = 255 if self.family == "mysql" else None
         name = url.drivername if "+" in url.drivername else DRIVERS[self.kind]
         self.where = f"{self.kind} database {url.database!r}"
         with self.named_errors():
@@ -205,6 +227,8 @@ class SqlDatabase:
             yield
         except DBAPIError as error:
             text = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
+            if is_away(error):
+                raise DatabaseAwayError(f"The {self.where} cannot be used now: {text[0]}") from error
             raise InputError(f"The {self.where} refuses: {text[0]}") from error
         except SQLAlchemyError as error:
             raise InputError(f"The {self.where} cannot be used: {str(error).splitlines()[0]}") from error
@@ -350,17 +374,55 @@ class SqlDatabase:
             return connection.execute(one).first() is not None
 
     def upsert(self, table: str, key: str, rows: Any) -> None:
-        refuse_keys(rows.column(key), key, 255 if self.family == "mysql" else None)
         with self.named_errors(), self.engine.begin() as connection:
-            self.limit_waiting(connection)
-            made = result_table(connection, table, key, rows.schema)
-            statement = upserting(made, key, connection.dialect.name)
-            for batch in rows.to_batches(BATCH_ROWS):
-                if batch.num_rows:
-                    connection.execute(statement, batch.to_pylist())
+            self.put(connection, result_table(self.prepared(connection), table, key, rows.schema), key, rows)
+
+    def rehearse(self, table: str, key: str, rows: Any) -> None:
+        with self.named_errors(), self.engine.connect() as connection, connection.begin() as transaction:
+            made = result_table(self.prepared(connection), table, key, rows.schema)
+            if has_rollback(connection, made):
+                self.put(connection, made, key, rows)
+            transaction.rollback()
+
+    def prepared(self, connection: sa.Connection) -> sa.Connection:
+        if self.family == "sqlite":  # its driver begins no transaction before a CREATE TABLE
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        self.limit_waiting(connection)
+        return connection
+
+    def put(self, connection: sa.Connection, table: sa.Table, key: str, rows: Any) -> None:
+        refuse_keys(rows.column(key), key, self.longest_key)
+        statement = upserting(table, key, connection.dialect.name)
+        for batch in rows.to_batches(BATCH_ROWS):
+            if batch.num_rows:
+                connection.execute(statement, batch.to_pylist())
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def has_rollback(connection: sa.Connection, table: sa.Table) -> bool:
+    """Whether rows that are written to the table can be taken back. Some engines of MySQL and MariaDB cannot."""
+    if connection.dialect.name not in ("mysql", "mariadb"):
+        return True
+    asked = sa.text(
+        "SELECT e.transactions FROM information_schema.tables t JOIN information_schema.engines e ON e.engine = "
+        "t.engine WHERE t.table_schema = coalesce(:schema, database()) AND t.table_name = :name"
+    )
+    return connection.execute(asked, {"schema": table.schema, "name": table.name}).scalar() == "YES"
+
+
+def is_away(error: DBAPIError) -> bool:
+    """Whether the same statement may succeed later: the database is down, full, or holds a lock for somebody else."""
+    original: Any = error.orig
+    state = getattr(original, "sqlstate", None)
+    if isinstance(original, sqlite3.Error):
+        return any(mark in str(original) for mark in SQLITE_AWAY)
+    if original.args and isinstance(original.args[0], int):
+        return original.args[0] in MYSQL_AWAY
+    if state is not None:
+        return str(state).startswith(POSTGRES_AWAY)
+    return error.connection_invalidated or type(original).__name__ == "OperationalError"  # no server gave a state
 
 
 def fetched(result: Any, is_stranger: bool) -> Iterator[Any]:

@@ -7,13 +7,13 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
-from complete_fn.errors import CompleteError, EngineMissingError, InvalidOptionError, NotFoundError, StoreError
+from complete_fn.errors import CompleteError, EngineMissingError, InvalidOptionError, NotFoundError, StorageError
 
 BLOCK = 8 * 1024 * 1024  # bytes read ahead from a remote object
 REMOTE = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the library that implements it for fsspec
@@ -28,7 +28,7 @@ class Storage:
     Raises:
         InvalidOptionError: The URL's scheme is unknown, or the URL contains credentials.
         EngineMissingError: The library for the URL's scheme is not installed.
-        StoreError: The storage cannot be reached or written.
+        StorageError: The storage cannot be reached, read or written now. Files that it gives raise this error too.
     """
 
     def __init__(self, url: str) -> None:
@@ -36,7 +36,8 @@ class Storage:
         self.fs, self.root = opened(url)
         self.local = not remote(url)
         if self.local:
-            Path(self.root).mkdir(parents=True, exist_ok=True, mode=0o700)
+            with self.named_errors(""):
+                Path(self.root).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def path(self, key: str) -> str:
         return f"{self.root.rstrip('/')}/{key}"
@@ -50,9 +51,8 @@ class Storage:
         """
         with self.named_errors(key):
             source = self.fs.open(self.path(key), "rb", **({} if self.local else {"block_size": BLOCK}))
-        with source:
-            # fsspec's own files have no readline(limit).
-            yield source if self.local else cast(IO[bytes], io.BufferedReader(source))
+        with guarded(source, lambda: self.named_errors(key)) as found:
+            yield found
 
     @contextmanager
     def writing(self, key: str) -> Iterator[IO[bytes]]:
@@ -73,12 +73,12 @@ class Storage:
         with self.named_errors(key):
             place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             name = str(place.with_name(f".{place.name}.{secrets.token_hex(6)}.part"))
-            sink = open(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b")  # noqa: SIM115
+            opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            with sink:
+            with guarded(open(opened, "w+b", buffering=0), lambda: self.named_errors(key)) as sink:
                 yield name, sink
         finally:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 os.unlink(name)
 
     def copy(self, source: str, target: str) -> None:
@@ -86,8 +86,9 @@ class Storage:
             shutil.copyfileobj(old, new, BLOCK)
 
     def exists(self, key: str) -> bool:
-        with self.named_errors(key):
-            return bool(self.fs.isfile(self.path(key)))
+        with self.named_errors(key), suppress(FileNotFoundError):
+            return bool(self.fs.info(self.path(key))["type"] == "file")  # `isfile` says no if the storage is away
+        return False
 
     def keys(self, prefix: str = "") -> list[str]:
         """The keys under a folder, in order."""
@@ -107,18 +108,75 @@ class Storage:
             if self.fs.isdir(folder):
                 self.fs.rm(folder, recursive=True)
 
-    @contextmanager
-    def named_errors(self, key: str) -> Iterator[None]:
-        """Raise a storage library's exceptions as our own. The libraries' messages contain no secrets."""
-        try:
-            yield
-        except CompleteError:
-            raise
-        except FileNotFoundError as error:
-            raise NotFoundError(f"The storage has no {key!r}.") from error
-        except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StoreError(f"The storage {self.url} cannot be used for {key!r}: {first}") from error
+    def named_errors(self, key: str) -> AbstractContextManager[None]:
+        return storage_faults(self.url, key)
+
+
+@contextmanager
+def storage_faults(where: str, key: str) -> Iterator[None]:
+    """Raise a storage library's exceptions as our own. The libraries' messages contain no secrets, but paths."""
+    try:
+        yield
+    except CompleteError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFoundError(f"The storage has no {key!r}.") from error
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StorageError(f"The storage {where} cannot be used for {key!r}: {first}") from error
+
+
+class GuardedFile(io.RawIOBase):
+    """An object's file. Its own failures are ours by name, so that a reader of the file can tell them from damage."""
+
+    def __init__(self, inner: Any, faults: Callable[[], AbstractContextManager[None]]) -> None:
+        self.inner, self.faults = inner, faults
+
+    def readable(self) -> bool:
+        return bool(self.inner.readable())
+
+    def writable(self) -> bool:
+        return bool(self.inner.writable())
+
+    def seekable(self) -> bool:
+        return bool(self.inner.seekable())
+
+    def fileno(self) -> int:
+        return int(self.inner.fileno())
+
+    def readinto(self, buffer: Any) -> int:
+        with self.faults():
+            return int(self.inner.readinto(buffer))
+
+    def write(self, data: Any) -> int:
+        with self.faults():
+            return int(self.inner.write(data))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with self.faults():
+            return int(self.inner.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self.inner.tell())
+
+    def truncate(self, size: int | None = None) -> int:
+        with self.faults():
+            return int(self.inner.truncate(size))
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            with self.faults():
+                self.inner.close()
+
+
+def guarded(inner: Any, faults: Callable[[], AbstractContextManager[None]]) -> IO[bytes]:
+    """The file, buffered. Without a buffer of our own fsspec's files have no readline(limit)."""
+    raw = GuardedFile(inner, faults)
+    buffered: Any = io.BufferedWriter if raw.writable() else io.BufferedReader
+    if raw.readable() and raw.writable():
+        buffered = io.BufferedRandom
+    return cast(IO[bytes], buffered(raw))
 
 
 def remote(url: str) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from complete_fn.errors import CompleteError, InputError
+from complete_fn.errors import CompleteError, DatabaseAwayError, InputError
 from complete_fn.interrupts import GONE, Abandoned, abandonable, end_if_abandoned
 from complete_fn.rows.databases import Query, open_database
 
@@ -32,6 +32,7 @@ BATCH_BYTES = 64 * 1024**2  # of the rows that it hands over at a time, and so o
 LOOK_SECONDS = 0.25  # between two looks whether the child must end
 GRACE_SECONDS = 2.0  # for the child to cancel its query, before it is killed
 BACKSTOP_SECONDS = 15.0  # after the limit, at which the child cancels the query itself
+REFUSED, AWAY = 3, 4  # exit codes: the database refuses the query, or does not answer
 TOO_MUCH = "The query needs more than the {0:,} MiB of memory that it may take."
 TOO_LONG_A_ROW = "The query has a row of more than {0:,} MiB."
 FAILED = "The query's process ended without a reason ({0}). It may have needed more memory than there is."
@@ -53,6 +54,7 @@ class QueryProcess:
 
         Raises:
             InputError: The database refuses the query, or the query exceeds its limits.
+            DatabaseAwayError: The database does not answer.
         """
         task = {"url": self.url, "seconds": self.seconds, "query": asdict(query)}
         with tempfile.TemporaryFile() as reasons:
@@ -78,7 +80,7 @@ class QueryProcess:
                 code = child.wait()
                 end_if_abandoned()
                 if code != 0:
-                    raise InputError(reason(reasons, code))
+                    raise (DatabaseAwayError if code == AWAY else InputError)(reason(reasons, code))
             finally:
                 ended.set()
                 child.stdout.close()
@@ -149,7 +151,7 @@ def send_rows(task: dict[str, Any]) -> int:
     except (BrokenPipeError, Abandoned):  # nobody reads the rows any more
         return 1
     except CompleteError as error:
-        return fail(str(error))
+        return fail(str(error), AWAY if isinstance(error, DatabaseAwayError) else REFUSED)
     return 0
 
 
@@ -173,9 +175,9 @@ def pieces(batch: Any) -> Iterator[Any]:
         yield from pieces(batch.slice(half))
 
 
-def fail(why: str) -> int:
+def fail(why: str, code: int = REFUSED) -> int:
     print(json.dumps({"reason": why}), file=sys.stderr, flush=True)
-    return 3
+    return code
 
 
 if __name__ == "__main__":

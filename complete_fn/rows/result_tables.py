@@ -50,16 +50,21 @@ def refuse_keys(column: Any, name: str, longest: int | None = None) -> None:
 
 
 class KeysSeen:
-    """The keys of all windows so far, as 64-bit hashes. A key that came twice would overwrite an answer."""
+    """The keys of all windows so far, as 64-bit hashes. A key that came twice would overwrite an answer.
 
-    def __init__(self) -> None:
+    Args:
+        longest: the most characters of a key that is text.
+    """
+
+    def __init__(self, longest: int | None = None) -> None:
+        self.longest = longest
         self.seen = np.empty(0, np.uint64)  # sorted
 
     def add(self, column: Any, name: str) -> None:
         """Raises:
         InputError: The window's keys do not identify its rows, or an earlier window has one of the keys.
         """
-        refuse_keys(column, name)
+        refuse_keys(column, name, self.longest)
         fresh = hashes(column)
         places = np.minimum(np.searchsorted(self.seen, fresh), max(0, len(self.seen) - 1))
         if len(self.seen) and (again := np.flatnonzero(self.seen[places] == fresh)).size:

@@ -16,7 +16,7 @@ from uuid import UUID
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from complete_fn.errors import InputError
+from complete_fn.errors import InputError, StorageError
 from complete_fn.registry import resolve
 from complete_fn.rows.formats import FORMATS, LineRows, Rows, TablePlace, clean
 from complete_fn.rows.json_values import as_json, json_line, json_values, values_of
@@ -110,9 +110,10 @@ def writing(place: TablePlace, overwrite: bool, schema: Any = None) -> Iterator[
                 yield writer
     except BrokenPipeError:
         raise
-    except OSError as error:
+    except (OSError, StorageError) as error:
         remedy = "The answers are kept: the same command writes them without computing any again."
-        raise InputError(f"The output {place.name!r} cannot be written: {error.strerror or error}. {remedy}") from error
+        why = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise InputError(f"The output {place.name!r} cannot be written: {why}. {remedy}") from error
 
 
 @contextmanager

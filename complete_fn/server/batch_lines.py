@@ -131,7 +131,9 @@ def answer_lines(job: Job, source: bytes, details: Sequence[Detail | None]) -> I
         why = None if row is None else refused(row)
         if row is None or (why is not None and why[2] == "cancelled"):
             code = NEVER_RUN.get(job.status, "batch_failed")
-            line["error"] = {"code": code, "message": job.error or f"The batch was {job.status} before this was done."}
+            lost = "The answer's file is missing or damaged. Send the line again; a stored answer costs nothing."
+            never = lost if job.status == "completed" else f"The batch was {job.status} before this was done."
+            line["error"] = {"code": code, "message": job.error or never}
         elif why is not None:
             status, message, code = why
             body: Any = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}

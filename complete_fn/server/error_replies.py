@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import Any
 
@@ -11,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from complete_fn.errors import CompleteError, RateLimitError, TooLargeError, UnknownParameterError
+from complete_fn.errors import CompleteError, RateLimitError, StorageError, TooLargeError, UnknownParameterError
 from complete_fn.interrupts import Abandoned
 from complete_fn.logs import for_tenant, log_failure
 from complete_fn.server.call_out_replies import refused_at
@@ -20,6 +21,7 @@ LOG = logging.getLogger("complete_fn.server")
 RETRY_SECONDS = 5
 CLIENT_CLOSED = 499  # nginx's status for a client that left; no client reads this reply
 HTTP_CODES = {404: "not_found", 408: "request_timeout"}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # bodies of requests are kept in the system's folder of temporary files
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -39,6 +41,8 @@ def refusal(status: int, message: str, code: str | None = None, param: str | Non
 def told(request: Request, error: Exception) -> tuple[int, str, str]:
     """(status, message, code) of an error. Details for the operator (paths, log tails) stay in the log."""
     where = f"{request.method} {request.url.path}"
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        error = StorageError(f"The request cannot be kept: {error.strerror}.")
     if not isinstance(error, CompleteError):
         log_failure(where, error, "server")
         return 500, "The service failed; its log says where.", "internal_error"

@@ -17,17 +17,20 @@ import sqlalchemy as sa
 
 from complete_fn.errors import CompleteError, JobError, RequestError
 from complete_fn.jobs.job import JOB_OPEN, Job
-from complete_fn.logs import log_failure
+from complete_fn.logs import for_tenant, log_failure
 from complete_fn.rows.result_tables import result_columns
 from complete_fn.rows.writers import written_to
 from complete_fn.service.results import lines_schema, result_windows
-from complete_fn.service.sinks import COLUMNS, Delivery, sink_place
+from complete_fn.service.sinks import COLUMNS, ROW_NUMBER, Delivery, opened_table, sink_place
 from complete_fn.service.state import ServiceState
 from complete_fn.store.job_tables import deliveries, jobs
 
-LEASE_SECONDS, RETRY_SECONDS, TRIES = 60.0, 10.0, 3
+LEASE_SECONDS = 60.0
+# The pause before a delivery is tried again doubles with each try. A sink that refuses the results will go on to do so;
+# one that is away is waited for, for six hours in all.
+RETRY_SECONDS, LONGEST_RETRY_SECONDS = 10.0, 1800.0
+TRIES, AWAY_TRIES = 3, 20
 LOOK_SECONDS, PAUSE_SECONDS = 0.5, 2.0
-ROW_NUMBER = "row"  # the key column of a sink that names no key: the row's number in the job, from 0
 
 
 class LeaseLost(Exception):
@@ -94,15 +97,28 @@ def keep_delivering(state: ServiceState, closing: threading.Event) -> None:
 
 def failed(state: ServiceState, held: Delivery, error: Exception) -> None:
     """Note a failure: the delivery is tried again later, each time after a longer wait, and fails at the last try."""
-    final = held.tries + 1 >= TRIES
-    shown = str(error).splitlines()[0] if isinstance(error, RequestError | JobError) else ""
-    text = shown or f"The service failed to write ({type(error).__name__}); its log says why."
-    status = "failed" if final else "waiting"
+    what, pause = f"delivery of {held.job}", next_try(held, error)
+    if isinstance(error, CompleteError):
+        text = str(for_tenant(what, error, held.tenant)).splitlines()[0]
+    else:
+        log_failure(what, error)
+        text = f"The service failed to write ({type(error).__name__}); its log says why."
+    if pause is None:
+        text += f" POST /v1/jobs/{held.job}/deliver, or `complete-fn jobs deliver {held.job}`, tries again."
+    status = "failed" if pause is None else "waiting"
     try:
-        later = state.store.now() + RETRY_SECONDS * 2**held.tries
+        later = state.store.now() + (pause or 0.0)
         move(state, held, status=status, error=text, tries=held.tries + 1, lease_until=later)
     except (LeaseLost, CompleteError):
         return
+
+
+def next_try(held: Delivery, error: Exception) -> float | None:
+    """The seconds until the delivery is tried again; None if it is not."""
+    refused = isinstance(error, RequestError | JobError) and not error.retryable
+    if held.tries + 1 >= (TRIES if refused else AWAY_TRIES):
+        return None
+    return min(RETRY_SECONDS * 2.0**held.tries, LONGEST_RETRY_SECONDS)
 
 
 def write(state: ServiceState, held: Delivery, job: Job) -> None:
@@ -127,15 +143,11 @@ def write_file(state: ServiceState, held: Delivery, job: Job, sink: Mapping[str,
 
 
 def write_table(state: ServiceState, held: Delivery, job: Job, sink: Mapping[str, Any]) -> None:
-    connection = state.connections.get(job.tenant, sink["connection"], writable=True)
     column, key = json.loads(job.request)["column"], sink.get("key") or ROW_NUMBER
-    database = state.connections.writer(connection, state.settings.sql_seconds)
     count = 0
-    try:
+    with opened_table(state, job.tenant, sink) as database:
         for rows, new, numbers in result_windows(state, job, True, job.status != "completed"):
             keys = rows.column(key) if sink.get("key") else numbers
             database.upsert(sink["table"], key, pa.table({key: keys, **result_columns(column, new, True)}))
             count += rows.count
             move(state, held, rows=count, lease_until=state.store.now() + LEASE_SECONDS)
-    finally:
-        database.close()

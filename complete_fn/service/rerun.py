@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import sqlalchemy as sa
-from pyarrow import parquet
 
 from complete_fn.engines.prices import nano
 from complete_fn.errors import InvalidOptionError, JobError
@@ -21,7 +20,7 @@ from complete_fn.service.job_files import (
     PromptGroup,
     ResultWindow,
     details_of,
-    part_file,
+    read_prompts,
     windows_of,
     write_parts,
     write_windows,
@@ -40,16 +39,18 @@ class Again:
         pieces: the new parts, which have so many `bytes`.
         windows: the job's windows with the new parts.
         left: the rows that remain to each old part, by its id.
+        damaged: the ids of old parts whose answers are lost.
     """
 
     pieces: list[dict[str, Any]] = field(default_factory=list)
     bytes: int = 0
     windows: list[dict[str, Any]] = field(default_factory=list)
     left: dict[int, int] = field(default_factory=dict)
+    damaged: set[int] = field(default_factory=set)
 
 
 def rerun(state: ServiceState, job: Job, max_cost: Any = None) -> Job:
-    """Queue the rows of a finished job that failed or were never run.
+    """Queue the rows of a finished job that failed, were never run, or whose answers are lost.
 
     Args:
         max_cost: a new cap for the whole job, with the money that it has spent already; None keeps the job's cap.
@@ -71,7 +72,9 @@ def rerun(state: ServiceState, job: Job, max_cost: Any = None) -> Job:
     for window in windows_of(state, job):
         collect(state, job, window, known, again, first)
     if not again.pieces:
-        raise JobError(f"Every row of job {job.id} has its answer: there is nothing to run again.")
+        remedy = f" POST /v1/jobs/{job.id}/deliver writes its results to its sink again."
+        text = f"Every row of job {job.id} has its answer: there is nothing to run again."
+        raise JobError(text + remedy if json.loads(job.request)["sink"] else text)
     end_if_abandoned()
     # The windows are written first: a window may name a part that never comes, but a part in no window would be lost.
     write_windows(state, job.id, again.windows)
@@ -82,7 +85,7 @@ def rerun(state: ServiceState, job: Job, max_cost: Any = None) -> Job:
 
 def collect(state: ServiceState, job: Job, window: ResultWindow, known: list[Part], again: Again, first: int) -> None:
     """Add the rows of a window that have no answer, grouped by the model and options of their old parts."""
-    details = details_of(state, job, window, known)
+    details = details_of(state, job, window, known, again.damaged)
     failed = pc.is_valid(pc.struct_field(details, [1]))
     missing = pc.or_(pc.is_null(details), pc.fill_null(failed, False)).to_numpy(zero_copy_only=False)
     owner = np.full(window.rows, -1, np.int64)
@@ -90,8 +93,7 @@ def collect(state: ServiceState, job: Job, window: ResultWindow, known: list[Par
     here = [part for part in known if part.number in window.parts]
     for part in here:
         end_if_abandoned()
-        with state.storage.reading(state.job_key(job.id, part_file(part.number))) as source:
-            table = parquet.read_table(source)
+        table = read_prompts(state, part)
         rows = table.column("row").to_numpy() - window.first
         owner[rows] = part.number
         asked[part.number] = rows, table.column("prompt")
@@ -141,7 +143,8 @@ def record(state: ServiceState, job: Job, again: Again, first: int, cap: int | N
         ):
             raise JobError(f"Job {job.id} has changed meanwhile. Look at it again.")
         for part, left in again.left.items():
-            connection.execute(parts.update().where(parts.c.id == part).values(rows=left, failed=0))
+            lost = {"result": None} if part in again.damaged else {}
+            connection.execute(parts.update().where(parts.c.id == part).values(rows=left, failed=0, **lost))
         connection.execute(parts.insert(), rows)
         state.quota.refuse_excess(connection, job.tenant, again.bytes)
         if json.loads(job.request).get("sink"):

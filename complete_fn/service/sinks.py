@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import sqlalchemy as sa
 
-from complete_fn.errors import InputError
+from complete_fn.errors import DatabaseAwayError, InputError, JobError
+from complete_fn.execution.rehearsal import rehearse
 from complete_fn.jobs.job import Job
 from complete_fn.rows.allowed_paths import Allowed, allowed
+from complete_fn.rows.databases import RowDatabase
 from complete_fn.rows.formats import COMPRESSIONS, Rows, TablePlace, place_of
 from complete_fn.rows.result_tables import KeysSeen, refuse_name
 from complete_fn.service.state import ServiceState
 from complete_fn.store.job_tables import deliveries
+
+ROW_NUMBER = "row"  # the key column of a sink that names no key: the row's number in the job, from 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,31 +44,73 @@ class Delivery:
 COLUMNS = [deliveries.c[f.name] for f in fields(Delivery)]
 
 
-def refuse_sink(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> None:
-    """Refuse a sink that the tenant may not use.
+class SinkCheck:
+    """Refuses a sink that cannot take a job's results, before the job's rows are paid for.
+
+    Args:
+        column: the name of the answers.
 
     Raises:
-        RequestError: The tenant may not write there.
+        RequestError: The tenant may not write there, or the file or its folder cannot be written.
+        StorageError: The sink's root is away.
     """
-    if "uri" in sink:
-        sink_place(state, tenant, sink)
-        return
-    state.connections.get(tenant, sink["connection"], writable=True)
-    refuse_name(sink["table"])
+
+    def __init__(self, state: ServiceState, tenant: str, sink: Mapping[str, Any], column: str) -> None:
+        self.sink, self.column = sink, column
+        self.open = partial(opened_table, state, tenant, sink)
+        self.keys: Any = None  # the first row's key
+        self.is_tried = "uri" in sink
+        if self.is_tried:
+            found, _ = sink_place(state, tenant, sink)
+            found.refuse_unwritable()
+            return
+        refuse_name(sink["table"])
+        with self.open() as database:
+            self.seen = KeysSeen(database.longest_key)
+
+    def refuse(self, rows: Rows) -> None:
+        """Refuse the job's next rows, if the sink cannot take them. At the first rows the table itself is tried.
+
+        Raises:
+            InputError: The key is no column, or does not tell these rows and those before apart; or see `refuse_table`.
+        """
+        key = self.sink.get("key")
+        if key is not None:
+            if key not in rows.names:
+                raise InputError(f"The sink's key {key!r} is no column. Columns: {', '.join(rows.names)}.")
+            self.seen.add(rows.column(key), key)
+        if self.keys is None and rows.count:
+            self.keys = pa.array([0]) if key is None else rows.column(key)[:1]
+            with suppress(DatabaseAwayError):  # a DuckDB file is held while the job's own rows are read from it
+                self.refuse_table()
+
+    def refuse_table(self) -> None:
+        """Try the table out, unless it was tried or there are no rows.
+
+        Raises:
+            InputError: The table has other columns, types or rights than the results need.
+            DatabaseAwayError: The database does not answer.
+        """
+        if not self.is_tried and self.keys is not None:
+            with self.open() as database:
+                key = self.sink.get("key") or ROW_NUMBER
+                rehearse(database, self.sink["table"], key, self.keys, self.column, True)
+            self.is_tried = True
 
 
-def refuse_sink_keys(sink: Mapping[str, Any], rows: Rows, seen: KeysSeen) -> None:
-    """Refuse rows that the sink's key does not tell apart.
+@contextmanager
+def opened_table(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> Iterator[RowDatabase]:
+    """The database of a sink that is a table.
 
     Raises:
-        InputError: The key is no column, or its values do not identify the rows of this window and those before.
+        RequestError: The tenant has no such connection, or may not write there.
     """
-    key = sink.get("key")
-    if key is None:
-        return
-    if key not in rows.names:
-        raise InputError(f"The sink's key {key!r} is no column. Columns: {', '.join(rows.names)}.")
-    seen.add(rows.column(key), key)
+    connection = state.connections.get(tenant, sink["connection"], writable=True)
+    database = state.connections.writer(connection, state.settings.sql_seconds)
+    try:
+        yield database
+    finally:
+        database.close()
 
 
 def sink_place(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> tuple[Allowed, TablePlace]:
@@ -72,7 +122,7 @@ def sink_place(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> tup
 
 
 def promise(connection: sa.Connection, job: Job) -> None:
-    """Note that the job's results must be delivered once it is over, or again after a rerun.
+    """Note that the job's results must be delivered once it is over, or once more.
 
     This ends the claim of a writer that still delivers the previous results.
     """
@@ -81,6 +131,20 @@ def promise(connection: sa.Connection, job: Job) -> None:
     again = deliveries.update().where(c.job == job.id).values(fresh)
     if connection.execute(again).rowcount == 0:
         connection.execute(deliveries.insert().values(job=job.id, tenant=job.tenant, **fresh))
+
+
+def deliver_again(state: ServiceState, job: Job) -> None:
+    """Write a finished job's results to its sink once more, whatever became of them before.
+
+    Raises:
+        JobError: The job is not over, or has no sink.
+    """
+    if not job.over:
+        raise JobError(f"Job {job.id} is {job.status}. Its results are delivered once it is over.")
+    if not json.loads(job.request).get("sink"):
+        raise JobError(f"Job {job.id} has no sink. Fetch its results: GET /v1/jobs/{job.id}/results.")
+    with state.store.write() as connection:
+        promise(connection, job)
 
 
 def withdraw(state: ServiceState, job: str) -> None:

@@ -69,7 +69,7 @@ class ServiceState:
         self.settings = load_settings(home, models_file)
         self.engine = engine
         self.limits = limits
-        self.store = Store(self.settings.store)
+        self.store = Store(self.settings.store, waits_for_space=True)
         self.keys = KeyStore(self.store)
         self.quota = StorageQuota(self.store, self.settings.tenant_storage)
         self.jobs, self.parts = JobStore(self.store, self.quota), PartQueue(self.store)

@@ -26,10 +26,9 @@ from complete_fn.prompts.templates import refuse_missing, template_fields
 from complete_fn.rows.databases import QuerySource
 from complete_fn.rows.formats import LineRows, Rows
 from complete_fn.rows.readers import FileSource, size_for_prompts
-from complete_fn.rows.result_tables import KeysSeen
 from complete_fn.rows.writers import refuse_clash
 from complete_fn.service.job_files import PromptGroup, write_parts, write_window, write_windows
-from complete_fn.service.sinks import promise, refuse_sink, refuse_sink_keys, withdraw
+from complete_fn.service.sinks import SinkCheck, promise, withdraw
 from complete_fn.service.sources import open_source
 from complete_fn.service.state import ServiceState
 from complete_fn.spending.budget import parse_cap, refuse_unpriced
@@ -40,7 +39,7 @@ SEVERAL_JOBS = "Shorten the template, or split the table into several jobs."
 
 @dataclass(frozen=True, slots=True)
 class TableSpec:
-    """A job over a table. `source` as in `open_source`, `sink` as in `refuse_sink`, `options` as in `parse_options`.
+    """A job over a table. `source` as in `open_source`, `sink` as in `SinkCheck`, `options` as in `parse_options`.
 
     `column` names the answers in the results.
     """
@@ -78,8 +77,7 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
         raise InvalidOptionError("The prompt names no {column}: every row would be asked the same.")
     made = TablePrompts(spec.prompt, options.reorder_fields, state.limits.job_prompt_bytes, SEVERAL_JOBS)
     source = source_for(open_source(state, caller.tenant, spec.source), made)
-    if spec.sink is not None:
-        refuse_sink(state, caller.tenant, spec.sink)
+    sink = None if spec.sink is None else SinkCheck(state, caller.tenant, spec.sink, spec.column)
     request = {
         "model": spec.model,
         "prompt": spec.prompt,
@@ -94,17 +92,18 @@ def submit_table(state: ServiceState, caller: Principal, spec: TableSpec) -> Job
     job = new_job(state, caller, "table", model, 0, request, spec)
     with drafted(state, job) as draft:
         names: set[str] = set()
-        seen = KeysSeen()
         for rows in source.windows():
             names.update(rows.names)
-            if spec.sink is not None:
-                refuse_sink_keys(spec.sink, rows, seen)
             refuse_clash(rows.names, spec.column, with_details=True, option="'column'")
             end_if_abandoned()
+            if sink is not None:
+                sink.refuse(rows)
             prompts = window_prompts(made, rows)
             numbers = np.arange(rows.count) + draft.rows
             draft.add_window(rows.count, [PromptGroup(model, spec.options, numbers, prompts)], rows)
         refuse_missing(fields, sorted(names))
+        if sink is not None:
+            sink.refuse_table()
         end_if_abandoned()
         return draft.keep()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from complete_fn.errors import StoreBusyError, StoreError
+from complete_fn.errors import StoreBusyError, StoreError, StoreFullError
 from complete_fn.host import filesystem_of
 from complete_fn.store.backends import cause
 from complete_fn.store.clock import HostClock, StoreClock
@@ -23,9 +23,10 @@ REMEDY = "Point COMPLETE_FN_HOME at a folder on a local disk that you may write 
 BROKEN = (
     "Move the file away: the next run begins a new one (`sqlite3 FILE .recover` shows what can be read of this one)."
 )
+FULL = ("full", "No space")
+SPACE = "Free some space: what was committed is safe, run again to go on."
 REMEDIES = {
-    "full": "Free some space: what was committed is safe, run again to go on.",
-    "No space": "Free some space: what was committed is safe, run again to go on.",
+    **dict.fromkeys(FULL, SPACE),
     "malformed": BROKEN,
     "not a database": BROKEN,
 }
@@ -52,7 +53,8 @@ class SqliteBackend:
         if "locked" in text or "busy" in text:
             return StoreBusyError(f"Another process holds {self.place} since {BUSY_SECONDS} s; try again.")
         remedy = next((r for mark, r in REMEDIES.items() if mark in text), REMEDY)
-        return StoreError(f"The state file {self.place} cannot be used: {text}. {remedy}")
+        kind = StoreFullError if any(mark in text for mark in (*FULL, "disk I/O")) else StoreError
+        return kind(f"The state file {self.place} cannot be used: {text}. {remedy}")
 
     def lock_schema(self, connection: sa.Connection) -> None:
         """Nothing to do: SQLite's BEGIN IMMEDIATE already holds the write lock."""

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, InterfaceError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from complete_fn.errors import StoreBusyError, StoreError, StoreUpgradedError
+from complete_fn.errors import StoreBusyError, StoreError, StoreFullError, StoreLostError, StoreUpgradedError
 from complete_fn.host import here, process_started, renew_in_child
 from complete_fn.store.attempts import Attempt, StoredAnswer, attempt_of
 from complete_fn.store.backends import open_database
@@ -44,15 +44,18 @@ class Store:
 
     Args:
         url_or_path: a SQLite file, or postgresql://USER:PASSWORD@HOST:PORT/DATABASE.
+        waits_for_space: whether a full disk is waited for, as a database that is away is. A service's work would fail
+            by it; a person at a shell reads the error and frees some space.
 
     Raises:
-        StoreError: The store is read-only, corrupt, on a full disk or a network file system, or of a newer version.
+        StoreError: The store is read-only, corrupt, on a network file system, or of a newer version.
+        StoreFullError: The SQLite file's disk is full.
         StoreBusyError: Another process holds the SQLite file for longer than 30 s.
         StoreLostError: The database does not answer.
     """
 
-    def __init__(self, url_or_path: str | Path) -> None:
-        self.database = open_database(url_or_path)
+    def __init__(self, url_or_path: str | Path, waits_for_space: bool = False) -> None:
+        self.database, self.waits_for_space = open_database(url_or_path), waits_for_space
         self.is_outdated = False
         with self.read() as connection:
             current = is_current(connection)
@@ -93,7 +96,10 @@ class Store:
         except PoolTimeoutError as error:
             raise StoreBusyError("All connections to the store are in use. Try again in a moment.") from error
         except (DatabaseError, InterfaceError, OSError) as error:
-            raise self.database.fault(error) from error
+            fault = self.database.fault(error)
+            if self.waits_for_space and isinstance(fault, StoreFullError):
+                fault = StoreLostError(str(fault))
+            raise fault from error
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
@@ -169,9 +175,11 @@ class Store:
     # -- jobs ----------------------------------------------------------------------------------------------------
 
     @retried
-    def unfinished(self, tenant: str, job: str) -> tuple[set[int], float | None]:
-        """(attempts of a job that has not ended, start of the first of them or None)."""
-        of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job) & (attempts.c.status != "ended")
+    def unfinished(self, tenant: str, job: str, ended: bool = False) -> tuple[set[int], float | None]:
+        """(attempts of a job, start of the first of them or None). Without `ended` only of a job that has not ended."""
+        of_job = (attempts.c.tenant == tenant) & (attempts.c.job == job)
+        if not ended:
+            of_job &= attempts.c.status != "ended"
         with self.read() as connection:
             rows = connection.execute(sa.select(attempts.c.id, attempts.c.began).where(of_job)).all()
         return {row.id for row in rows}, min((row.began for row in rows), default=None)

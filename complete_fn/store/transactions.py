@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from complete_fn.errors import StoreLostError
+from complete_fn.errors import CompleteError, StoreLostError
 
 AWAY_SECONDS = 90.0  # how long a database may be away before a waiting transaction fails
 P = ParamSpec("P")
@@ -23,17 +23,30 @@ def retried(method: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(method)
     def again(*args: P.args, **kwargs: P.kwargs) -> T:
-        until, pause = time.monotonic() + AWAY_SECONDS, 0.02
-        while True:
-            try:
-                return method(*args, **kwargs)
-            except StoreLostError:
-                if time.monotonic() > until:
-                    raise
-            time.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(2.0, pause * 2)
+        return repeated(lambda: method(*args, **kwargs), StoreLostError, slept)
 
     return again
+
+
+def repeated(work: Callable[[], T], away: type[CompleteError], paused: Callable[[float], bool]) -> T:
+    """Do `work` again while it raises `away`, for 90 s at most, with pauses that become longer.
+
+    Args:
+        paused: waits so many seconds; False if the caller has no more time.
+    """
+    until, pause = time.monotonic() + AWAY_SECONDS, 0.02
+    while True:
+        try:
+            return work()
+        except away:
+            if time.monotonic() > until or not paused(pause * random.uniform(0.5, 1.5)):
+                raise
+        pause = min(2.0, pause * 2)
+
+
+def slept(seconds: float) -> bool:
+    time.sleep(seconds)
+    return True
 
 
 def insert_into(connection: sa.Connection, table: sa.Table) -> Any:

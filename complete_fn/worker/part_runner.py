@@ -6,25 +6,24 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
-
-from pyarrow import parquet
+from typing import Any, TypeVar
 
 from complete_fn.engines.call import Call
 from complete_fn.engines.stoppable import Stopped
 from complete_fn.engines.throughput import Watch
-from complete_fn.errors import CompleteError, StoreError
+from complete_fn.errors import CompleteError, StorageError, StoreError
 from complete_fn.execution.answers import Answers, committed_answers
 from complete_fn.jobs.job import STORE_TRIES, Job, Part
 from complete_fn.logs import for_tenant, log_failure
 from complete_fn.prompts.options import parse_options
 from complete_fn.service.engine_host import EngineHost
-from complete_fn.service.job_files import part_file, write_part
+from complete_fn.service.job_files import CANCELLED, read_prompts, write_result
 from complete_fn.spending.shared_budget import Cap, job_cap
-from complete_fn.types import Asker, Completion
+from complete_fn.store.transactions import repeated
+from complete_fn.types import Asker
 
+T = TypeVar("T")
 RETRY_SECONDS = 2.0  # pause before a failed part runs again; doubled with each try
-CANCELLED = Completion.failed("cancelled", "The job was stopped before the row was done.")
 
 
 @dataclass
@@ -89,8 +88,7 @@ class PartRunner:
     def complete(self, hand: Hand) -> None:
         part, state = hand.part, self.state
         job = state.jobs.get(part.tenant, part.job)
-        with state.storage.reading(state.job_key(job.id, part_file(part.number))) as source:
-            table = parquet.read_table(source)
+        table = self.while_away(hand, lambda: read_prompts(state, part))
         options = parse_options(json.loads(part.options))
         call = Call.of(state.model(part.model), options)
         who = Asker(part.tenant, job.user, part.name, job.query_tag, (part.id, part.claim or ""))
@@ -104,16 +102,26 @@ class PartRunner:
             if hand.salvage or hand.why == "job":
                 prompts = table.column("prompt")
                 committed = committed_answers(call, prompts, state.store, who, options.cache, CANCELLED)
-                self.commit(part, table, committed, "cancelled")
+                self.commit(hand, table, committed, "cancelled")
             elif self.closing.is_set():
                 self.state.parts.give_back(part)
             return
-        self.commit(part, table, answers, "done")
+        self.commit(hand, table, answers, "done")
 
-    def commit(self, part: Part, table: Any, answers: Answers, status: str) -> None:
+    def while_away(self, hand: Hand, step: Callable[[], T]) -> T:
+        """Do a step again while the storage is away: rows were paid for, and a disk may be full for minutes.
+
+        Raises:
+            StorageError: The storage is away for too long, or the part must stop. It is given back, and run again.
+        """
+        if hand.salvage:  # the thread that salvages has other work
+            return step()
+        return repeated(step, StorageError, lambda seconds: not hand.stop.wait(seconds))
+
+    def commit(self, hand: Hand, table: Any, answers: Answers, status: str) -> None:
         """Write the answers to this claim's own file, then name the file in the store. A lost lease leaves no trace."""
-        state, name = self.state, f"result-{part.number:05}-{part.claim}.parquet"
-        failed, size = write_part(state, state.job_key(part.job, name), table.column("row"), answers)
+        state, part, rows = self.state, hand.part, table.column("row")
+        name, failed, size = self.while_away(hand, lambda: write_result(state, part, rows, answers))
         if state.parts.finish(part, status, name, failed, size):
             state.store.end_job(part.tenant, part.name)
         else:

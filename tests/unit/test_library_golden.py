@@ -36,7 +36,7 @@ MEMBERS = {
     "QueryEstimate": ("price", "seconds"),
     "QuerySession": ("take_summary",),
     "Registration": ("summary", "interrupt", "close"),
-    "RemoteJob": ("state", "wait", "results", "download", "cancel", "rerun", "delete"),
+    "RemoteJob": ("state", "wait", "results", "download", "cancel", "rerun", "deliver", "delete"),
     "SamplingParams": ("greedy",),
     "Session": ("complete", "estimate", "count_tokens", "end_job", "close"),
     "Summary": ("line",),

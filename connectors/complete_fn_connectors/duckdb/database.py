@@ -9,7 +9,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from complete_fn.errors import InputError
+from complete_fn.errors import DatabaseAwayError, InputError
 from complete_fn.rows.databases import Query
 from complete_fn.rows.identifiers import quote_name, quote_table
 from complete_fn.rows.readers import BATCH_ROWS
@@ -17,6 +17,7 @@ from complete_fn.rows.result_tables import refuse_keys, refuse_name
 from complete_fn.rows.watchdog import QueryLimit
 from complete_fn_connectors.duckdb_query.json_versions import read_batches
 
+AWAY = ("lock on file", "No space", "could not write")  # another process has the file, or its disk is full
 MEMORY_LIMIT = "1GiB"  # memory of a tenant's query; DuckDB's own default is 80 % of the machine's memory
 
 
@@ -47,7 +48,10 @@ class DuckDatabase:
             ):
                 yield connection
         except duckdb.Error as error:
-            raise InputError(f"DuckDB refuses: {str(error).splitlines()[0]}") from error
+            text = str(error).splitlines()[0]
+            if isinstance(error, duckdb.IOException) and any(mark in text for mark in AWAY):
+                raise DatabaseAwayError(f"The DuckDB file cannot be used now: {text}") from error
+            raise InputError(f"DuckDB refuses: {text}") from error
 
     def batches(self, query: Query) -> Iterator[Any]:
         sql, values = query.sql, []
@@ -78,7 +82,15 @@ class DuckDatabase:
         except InputError:
             return False  # there is no such table
 
+    longest_key = None
+
     def upsert(self, table: str, key: str, rows: Any) -> None:
+        self.put(table, key, rows, is_rehearsal=False)
+
+    def rehearse(self, table: str, key: str, rows: Any) -> None:
+        self.put(table, key, rows, is_rehearsal=True)
+
+    def put(self, table: str, key: str, rows: Any, is_rehearsal: bool) -> None:
         refuse_keys(rows.column(key), key)
         refuse_name(table)
         with self.connected(False) as connection:
@@ -97,7 +109,10 @@ class DuckDatabase:
                 f"INSERT INTO {target} ({columns}) SELECT {columns} FROM new_answers "
                 f"ON CONFLICT ({quote_name(key)}) DO UPDATE SET {others}"
             )
-            connection.commit()
+            if is_rehearsal:
+                connection.rollback()
+            else:
+                connection.commit()
 
     def powers(self) -> list[str]:
         return []  # a tenant's SELECT has no files, no network and no settings

@@ -234,7 +234,7 @@ def test_what_a_broken_window_cost_counts_though_the_input_has_changed(shell: Sh
     [
         (("--key", "idd"), "no column of the input"),
         (("--key", "id", "--column", "id"), "is a column of the answers too"),
-        (("--key", "id", "-o", "postgresql://nobody@127.0.0.1:9/none"), "refuses"),
+        (("--key", "id", "-o", "postgresql://nobody@127.0.0.1:9/none"), "cannot be used now"),
         (("--key", "text"), "more than once"),
     ],
 )

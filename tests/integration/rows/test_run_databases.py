@@ -20,7 +20,8 @@ import pytest
 import sqlalchemy as sa
 
 from complete_fn import EchoEngine
-from complete_fn.errors import InputError
+from complete_fn.errors import DatabaseAwayError, InputError
+from complete_fn.execution.rehearsal import rehearse
 from complete_fn.rows.databases import Query, open_database
 from deploy.servers import Postgres
 
@@ -268,9 +269,70 @@ def test_a_write_does_not_wait_for_ever_behind_a_lock(
         with engine.begin() as holder:
             holder.exec_driver_sql("UPDATE answers SET answer = 'x'")
             began = time.monotonic()
-            with pytest.raises(InputError, match="refuses"):
+            with pytest.raises(DatabaseAwayError, match="cannot be used now"):
                 database.upsert("answers", "id", rows)
             assert time.monotonic() - began < 20
         database.upsert("answers", "id", rows)
         database.close()
         engine.dispose()
+
+
+# What can never take the answers of `id`, by what is wrong with it.
+UNFIT = {
+    "a column too few": ["CREATE TABLE t (id BIGINT PRIMARY KEY, answer TEXT)"],
+    "no unique key": ["CREATE TABLE t AS SELECT id, text AS answer, text AS answer_error FROM docs WHERE id < 0"],
+    "a column of its own that is NOT NULL": ["CREATE TABLE t ({columns}, owner VARCHAR(9) NOT NULL)"],
+    "an answer that is NOT NULL": ["CREATE TABLE t ({columns})", "NOT NULL"],
+    "a number for a text": ["CREATE TABLE t ({columns})", "BIGINT"],
+    "a view": ["CREATE VIEW t AS SELECT id, text AS answer FROM docs"],
+}
+OF_ANSWERS = (
+    "answer_error_message TEXT, answer_finish_reason VARCHAR(99), answer_prompt_tokens BIGINT, answer_cached_tokens "
+    "BIGINT, answer_completion_tokens BIGINT, answer_cost DECIMAL(18,9), answer_source VARCHAR(99)"
+)
+
+
+@pytest.mark.parametrize("what", list(UNFIT))
+def test_a_table_that_cannot_take_answers_is_found_before_they_are_paid(database: str, what: str) -> None:
+    if what == "a number for a text" and database.startswith("sqlite"):
+        pytest.skip("a column of SQLite takes any type")
+    made, *more = UNFIT[what]
+    error = f"answer_error VARCHAR(99) {more[0]}" if more == ["NOT NULL"] else "answer_error VARCHAR(99)"
+    text = "answer BIGINT" if more == ["BIGINT"] else "answer TEXT"
+    ask(database, made.format(columns=f"id BIGINT PRIMARY KEY, {text}, {error}, {OF_ANSWERS}"))
+    opened = open_database(database)
+    with pytest.raises(InputError) as caught:
+        rehearse(opened, "t", "id", pa.array([1, 2]), "answer", True)
+    opened.close()
+    assert not isinstance(caught.value, DatabaseAwayError)
+    left = "SELECT count(*) FROM docs WHERE text = 'text'" if what == "a view" else "SELECT count(*) FROM t"
+    assert ask(database, left) == [(0,)]
+
+
+def test_a_rehearsal_leaves_nothing_behind(database: str) -> None:
+    opened, keys = open_database(database), pa.array([1, 2])
+    rehearse(opened, "t", "id", keys, "answer", False)
+    if not database.startswith("mariadb"):  # which cannot take back a new table
+        with pytest.raises(Exception, match="t"):
+            ask(database, "SELECT * FROM t")
+    opened.upsert("t", "id", pa.table({"id": keys, "answer": ["a", "b"]}))
+    rehearse(opened, "t", "id", keys, "answer", False)
+    opened.close()
+    assert ask(database, "SELECT id, answer FROM t ORDER BY id") == [(1, "a"), (2, "b")]
+
+
+def test_a_rehearsal_writes_no_row_that_cannot_be_taken_back() -> None:
+    with contextmanager(mariadb)() as url:
+        ask(url, "CREATE TABLE t (id BIGINT PRIMARY KEY, answer TEXT) ENGINE = MyISAM", "INSERT INTO t VALUES (1, 'a')")
+        opened = open_database(url)
+        rehearse(opened, "t", "id", pa.array([1]), "answer", False)
+        opened.close()
+        assert ask(url, "SELECT id, answer FROM t") == [(1, "a")]
+
+
+def test_a_database_that_is_away_is_told_from_one_that_refuses(tmp_path: Path) -> None:
+    for url in ("postgresql://u@127.0.0.1:1/x", "mysql://u@127.0.0.1:1/x", f"sqlite:///{tmp_path}/none/x.db"):
+        opened = open_database(url)
+        with pytest.raises(DatabaseAwayError):
+            opened.upsert("t", "id", pa.table({"id": [1], "answer": ["a"]}))
+        opened.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from complete_fn.errors import InvalidOptionError, NotFoundError, StoreError
-from complete_fn.rows.object_storage import Storage
+from complete_fn.errors import InvalidOptionError, NotFoundError, StorageError
+from complete_fn.rows.allowed_paths import Allowed
+from complete_fn.rows.object_storage import GuardedFile, Storage
+from deploy.servers import free_port
 from tests.objects import SETTINGS, object_server
 
 MODELS = '[models.echo]\ncheckpoint = "echo"\nengine = "echo"\nmax_model_len = 40\nprices = { input = 1, output = 1 }\n'
@@ -99,9 +103,18 @@ def test_other_urls_are_refused_without_repeating_secrets(url: str) -> None:
 
 
 def test_a_server_that_is_not_there_is_an_error_of_ours(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises((StoreError, NotFoundError)) as caught:
+    with pytest.raises((StorageError, NotFoundError)) as caught:
         put(Storage("s3://no-such-bucket-here/x"), "k", b"x")
     assert SETTINGS["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
+
+
+def test_nothing_is_said_of_objects_while_the_server_is_away(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    storage = Storage(f"{bucket}/away")
+    storage.fs = type(storage.fs)(skip_instance_cache=True, use_listings_cache=False)
+    for ask in (storage.exists, storage.keys, storage.delete, lambda key: got(storage, key)):
+        with pytest.raises(StorageError):
+            ask("k")
 
 
 Run = Callable[..., int]
@@ -127,3 +140,68 @@ def test_run_reads_and_writes_objects(bucket: str, shell: Run, kind: str, capsys
     assert "exists. Say --overwrite" in capsys.readouterr().err
     assert shell("run", "-m", "echo", "-p", "{text}", f"{bucket}/run/none.csv", "-o", "x.csv") == 1
     assert "no 'none.csv'" in capsys.readouterr().err
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+class Failing:
+    """An open file whose reads and writes fail as a disk's do."""
+
+    def __init__(self, inner: Any, code: int) -> None:
+        self.inner, self.code = inner, code
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def readinto(self, buffer: Any) -> int:
+        raise OSError(self.code, os.strerror(self.code), "/secret/place")
+
+    write = readinto
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE])
+def test_a_disk_that_fails_in_the_middle_of_a_file_is_one_error_of_ours(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    with storage.writing("k") as sink:
+        pq.write_table(pa.table({"n": range(1000)}), sink)
+    before = got(storage, "k")
+    real = GuardedFile.__init__
+    monkeypatch.setattr(GuardedFile, "__init__", lambda self, inner, faults: real(self, Failing(inner, code), faults))
+    with pytest.raises(StorageError, match=os.strerror(code)):
+        put(storage, "k", b"x" * 100_000)
+    with pytest.raises(StorageError), storage.writing("k") as sink:
+        pq.write_table(pa.table({"n": range(100_000)}), sink)
+    with pytest.raises(StorageError):
+        got(storage, "k")
+    with pytest.raises(StorageError), storage.reading("k") as source:
+        pq.read_table(source)
+    monkeypatch.undo()
+    assert (got(storage, "k"), storage.keys()) == (before, ["k"])
+
+
+def test_what_a_caller_does_wrong_with_a_file_stays_the_callers(storage: Storage) -> None:
+    put(storage, "k", b"no table")
+    with pytest.raises(pa.ArrowInvalid), storage.reading("k") as source:
+        pq.read_table(source)
+    with pytest.raises(OSError, match="the caller's"), storage.writing("other"):
+        raise OSError("the caller's")
+    assert storage.keys() == ["k"]
+
+
+def test_a_file_under_a_root_fails_as_the_storage_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Allowed(str(tmp_path), ("a", "b.csv"))
+    with place.writing() as sink:
+        sink.write(b"before")
+    real = GuardedFile.__init__
+    monkeypatch.setattr(GuardedFile, "__init__", lambda self, inner, faults: real(self, Failing(inner, 28), faults))
+    with pytest.raises(StorageError), place.writing() as sink:
+        sink.write(b"x" * 100_000)
+    with pytest.raises(StorageError), place.reading() as source:
+        source.read()
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.csv"]
+    assert (tmp_path / "a" / "b.csv").read_bytes() == b"before"
+    with pytest.raises(StorageError), Allowed(str(tmp_path / "gone"), ("b.csv",)).writing():
+        pass

@@ -29,6 +29,7 @@ JOBS = (
     "jobs results <id> -o out.doc",
     "jobs cancel <id>",
     "jobs rerun <id>",
+    "jobs deliver <id>",
     f"{ASK} --idempotency-key k --column said",
     f"{ASK} -o done.jsonl --column said --option max_tokens=2 --max-cost 1 --query-tag t",
     f"{ASK} -o done.jsonl",

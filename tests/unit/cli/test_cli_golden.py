@@ -37,7 +37,7 @@ VERBS = {
     "cache": ["stats", "clear"],
     "serve": [],
     "worker": [],
-    "jobs": ["submit", "list", "show", "wait", "results", "cancel", "rerun", "delete"],
+    "jobs": ["submit", "list", "show", "wait", "results", "cancel", "rerun", "deliver", "delete"],
     "keys": ["create", "list", "revoke", "budget", "limit", "weight", "storage"],
     "connections": ["add", "list", "remove"],
     "setup-engine": [],

@@ -25,7 +25,7 @@ from complete_fn.service.eta import eta_seconds
 from complete_fn.service.rerun import rerun
 from complete_fn.service.results import write_results
 from complete_fn.service.retention import delete_job
-from complete_fn.service.sinks import Delivery, deliveries_of
+from complete_fn.service.sinks import Delivery, deliver_again, deliveries_of
 from complete_fn.service.sources import LONGEST_SQL
 from complete_fn.service.submit import RESULT_COLUMN, TableSpec, submit_table
 from complete_fn.store.records import money
@@ -205,6 +205,14 @@ async def rerun_job(
         return job_body(engines, rerun(engines.state, job, body.max_cost if body else None))
 
     return await lanes.tables.run(caller.tenant, work)
+
+
+@router.post("/v1/jobs/{job_id}/deliver", summary="Write a job's results to its sink again")
+def deliver_job(job_id: str, engines: EnginesOf, caller: Caller) -> dict[str, Any]:
+    """For a job that is over. Rows are written over those that are there, and nothing is asked or paid again."""
+    job = engines.state.jobs.get(caller.tenant, job_id, "table")
+    deliver_again(engines.state, job)
+    return job_body(engines, job)
 
 
 @router.delete("/v1/jobs/{job_id}", summary="Delete a job's input, results and stored answers; its ledger lines stay")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import ConfigDict, Field
 
-from complete_fn.errors import InputError
+from complete_fn.errors import DamagedFileError, InputError
 from complete_fn.jobs.api_keys import Principal
 from complete_fn.jobs.job import Counts, Job
 from complete_fn.jobs.list_filters import JobFilter
@@ -19,7 +20,7 @@ from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body
 from complete_fn.server.routes.openai.files import page
 from complete_fn.server.routes.query_parameters import CreatedAfter, CreatedBefore, Limit, seconds_of
-from complete_fn.service.job_files import details_of, windows_of
+from complete_fn.service.job_files import details_of, undamaged, windows_of
 from complete_fn.service.retention import delete_job
 from complete_fn.service.state import ServiceState
 from complete_fn.service.submit import drafted, new_job
@@ -169,21 +170,21 @@ def outputs_of(state: ServiceState, job: Job) -> dict[str, str | None]:
     """Ids of the files of answers and of errors, which are written when first requested; None for an empty file."""
     note = state.job_key(job.id, OUTPUTS)
     with state.outputs_lock:
-        if not state.storage.exists(note):
-            made = write_outputs(state, job)
-            with state.storage.writing(note) as sink:
-                sink.write(json.dumps(made).encode())
-            return made
-    with state.storage.reading(note) as source:
-        found: dict[str, str | None] = json.loads(source.read())
-    return found
+        # A note that is missing or damaged is written again, with the files.
+        with suppress(DamagedFileError), undamaged(job.id, OUTPUTS), state.storage.reading(note) as source:
+            found: dict[str, str | None] = json.loads(source.read())
+            return found
+        made = write_outputs(state, job)
+        with state.storage.writing(note) as sink:
+            sink.write(json.dumps(made).encode())
+        return made
 
 
 def write_outputs(state: ServiceState, job: Job) -> dict[str, str | None]:
-    with state.storage.reading(state.job_key(job.id, REQUESTS)) as source:
+    with undamaged(job.id, REQUESTS), state.storage.reading(state.job_key(job.id, REQUESTS)) as source:
         requests = source.read()
     (window,) = windows_of(state, job)
-    details = details_of(state, job, window, state.jobs.parts(job.id)).to_pylist()
+    details = details_of(state, job, window, state.jobs.parts(job.id), set()).to_pylist()
     stem = f"file-{job.id.removeprefix('batch_')}"
     made: dict[str, str | None] = {"output": None, "errors": None}
     lines = list(answer_lines(job, requests, details))

@@ -54,13 +54,13 @@ def state(engines: EngineHost) -> ServiceState:
     return engines.state
 
 
-def submit(state: ServiceState, rows: int, different: int | None = None, **more: Any) -> Job:
+def submit(state: ServiceState, rows: int, different: int | None = None, who: str = "local", **more: Any) -> Job:
     path = state.folder / "in.parquet"
     path.write_bytes(parquet_bytes([{"text": f"row {(n + 3) % (different or rows)}"} for n in range(rows)]))
     with path.open("rb") as source:
-        file = state.uploads.save("local", "in.parquet", "user_data", source)
+        file = state.uploads.save(who, "in.parquet", "user_data", source)
     return submit_table(
-        state, Principal(), TableSpec("echo", "{text}", {"file_id": file.id}, **{"options": {}, **more})
+        state, Principal(who), TableSpec("echo", "{text}", {"file_id": file.id}, **{"options": {}, **more})
     )
 
 

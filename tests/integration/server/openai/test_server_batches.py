@@ -134,8 +134,8 @@ def test_a_batch_whose_files_are_gone_fails_no_list(running: Any) -> None:
     good, broken = client.batches.list().data
     assert (good.id, good.errors, broken.id, broken.output_file_id) == (batches[1], None, batches[0], None)
     assert good.output_file_id is not None
-    assert [error.code for error in broken.errors.data] == ["not_found"]
-    with pytest.raises(openai.NotFoundError):
+    assert [error.code for error in broken.errors.data] == ["file_damaged"]
+    with pytest.raises(openai.InternalServerError, match=r"requests\.jsonl of batch_.* is missing or damaged"):
         client.batches.retrieve(batches[0])
 
 
