@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from complete_fn.engines.openai_chat import retry_after
 from complete_fn.errors import CompleteError, EngineError, InputError, JobError
+from complete_fn.logs import printable
 from complete_fn.ports import PORTS, has_port
 from complete_fn.progress import progress_for
 from complete_fn.types import Usage
@@ -203,7 +204,7 @@ class RemoteJob:
                 if now["sink"] is not None and now["sink"]["error"] not in (None, told):
                     told = now["sink"]["error"]
                     text = f"The results of job {self.id} are not written yet, and will be tried again: {told}"
-                    warnings.warn(text, DeliveryWarning, stacklevel=2)
+                    warnings.warn(printable(text), DeliveryWarning, stacklevel=2)
                 time.sleep(min(max(FIRST_WAIT, WAIT_SHARE * (time.monotonic() - began)), LONGEST_WAIT))
                 now = self.state()
         finally:

@@ -7,6 +7,7 @@ import time
 from decimal import Decimal
 from typing import Any, Protocol
 
+from complete_fn.logs import printable
 from complete_fn.types import Usage
 
 
@@ -33,7 +34,7 @@ class Bar:
     """A tqdm bar on stderr, shown from the second second on; the notebook's own bar where there is one."""
 
     def __init__(self, label: str) -> None:
-        self.label = label
+        self.label = printable(label)
         self.bar: Any = None
 
     def start(self, rows: int) -> None:

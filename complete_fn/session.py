@@ -27,6 +27,7 @@ from complete_fn.execution.summary import Summary
 from complete_fn.host import renew_in_child
 from complete_fn.interrupts import NextInterrupt, off_main
 from complete_fn.ledger.pruning import prune
+from complete_fn.logs import printable
 from complete_fn.planning import make_plan
 from complete_fn.progress import Progress, Quiet, progress_for
 from complete_fn.prompts.options import CacheMode, Options, parse_options
@@ -48,7 +49,7 @@ def warn(text: str) -> None:
     frame: FrameType | None = inspect.currentframe()
     while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("complete_fn"):
         level, frame = level + 1, frame.f_back
-    warnings.warn(text, CompletionWarning, stacklevel=level)
+    warnings.warn(printable(text, "\n\t"), CompletionWarning, stacklevel=level)
 
 
 class Session:

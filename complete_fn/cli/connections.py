@@ -7,6 +7,7 @@ from datetime import datetime
 
 from complete_fn.cli.local_state import open_store, print_table
 from complete_fn.cli.main import OK, Parser, add_home
+from complete_fn.cli.terminal import print_out
 from complete_fn.errors import InvalidOptionError
 from complete_fn.jobs.connections import Connections
 
@@ -39,11 +40,11 @@ def main(argv: list[str]) -> int:
     known = Connections(open_store(asked.home))
     if asked.verb == "add":
         known.add(asked.tenant, asked.name, asked.url_env, asked.writable)
-        print(f"Jobs of {asked.tenant} may {'read and write' if asked.writable else 'read'} {asked.name}.")
+        print_out(f"Jobs of {asked.tenant} may {'read and write' if asked.writable else 'read'} {asked.name}.")
     elif asked.verb == "remove":
         if not known.remove(asked.tenant, asked.name):
             raise InvalidOptionError(f"Tenant {asked.tenant} has no connection {asked.name!r}.")
-        print(f"{asked.name} is removed.")
+        print_out(f"{asked.name} is removed.")
     else:
         lines = [
             (c.tenant, c.name, c.url_env, "read, write" if c.writable else "read", moment(c.created_at))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from complete_fn.cli.local_state import print_table
 from complete_fn.cli.main import INTERRUPTED, OK, SOME_FAILED, Parser, parse_pairs
+from complete_fn.cli.terminal import print_err, print_out
 from complete_fn.client import Client, RemoteJob
 from complete_fn.errors import CompleteError, InputError
 from complete_fn.rows.formats import FORMATS, TablePlace, place_of
@@ -113,7 +113,7 @@ def submit(asked: argparse.Namespace, client: Client) -> int:
         query_tag=asked.query_tag,
         idempotency_key=asked.idempotency_key,
     )
-    print(job.id)
+    print_out(job.id)
     if not (asked.wait or asked.output):
         return OK
     return follow(job, place, asked)
@@ -138,7 +138,7 @@ def follow(job: RemoteJob, place: TablePlace | None, asked: argparse.Namespace) 
     try:
         state = job.wait()
     except KeyboardInterrupt:
-        print(f"The job goes on: complete-fn jobs wait {job.id}", file=sys.stderr)
+        print_err(f"The job goes on: complete-fn jobs wait {job.id}")
         return INTERRUPTED
     if place is not None:
         try:
@@ -147,7 +147,7 @@ def follow(job: RemoteJob, place: TablePlace | None, asked: argparse.Namespace) 
             more = " --details" if asked.details else ""
             again = f"complete-fn jobs results {job.id} -o {shlex.quote(place.name)}{more}"
             raise type(error)(f"{error} The job is over: `{again}` writes its rows.") from error
-    print(line(state), file=sys.stderr)
+    print_err(line(state))
     return SOME_FAILED if state["rows"]["failed"] or state["status"] != "completed" else OK
 
 
@@ -200,14 +200,14 @@ def list_jobs(asked: argparse.Namespace, client: Client) -> int:
 
 def show(asked: argparse.Namespace, client: Client) -> int:
     state = client.job(asked.id).state()
-    print(line(state))
+    print_out(line(state))
     if state["eta_seconds"] is not None:
-        print(f"about {state['eta_seconds']:,.0f} s left")
+        print_out(f"about {state['eta_seconds']:,.0f} s left")
     if state["error"]:
-        print(state["error"])
+        print_out(state["error"])
     if state["sink"]:
         written, why = f"sink {state['sink']['status']}: {state['sink']['rows']:,} rows", state["sink"]["error"]
-        print(f"{written}; {why}" if why else written)
+        print_out(f"{written}; {why}" if why else written)
     return OK
 
 

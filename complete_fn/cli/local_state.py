@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import re
 import sys
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from complete_fn.cli.main import OK, Parser, add_home
+from complete_fn.cli.terminal import print_out
 from complete_fn.engines.catalogue import Model, load_catalogue
 from complete_fn.errors import InvalidOptionError
 from complete_fn.ledger.pruning import DAY
+from complete_fn.logs import printable
 from complete_fn.registry import resolve
 from complete_fn.settings import load_settings
 
@@ -31,11 +34,11 @@ def models_main(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     found = load_catalogue(load_settings().models_file).values()
     if asked.json:
-        print(json.dumps([model_object(m) for m in found], indent=2))
+        print_out(json.dumps([model_object(m) for m in found], indent=2))
         return OK
     head = ("NAME", "CHECKPOINT", "LICENCE", "GATED", "DOWNLOAD", "CONTEXT", "PRICES PER MILLION", "TRIED")
     print_table([head, *(model_row(m) for m in found)])
-    print("\nPrices: input / cached input / output. A local folder or a Hub id (owner/name) works as a model too.")
+    print_out("\nPrices: input / cached input / output. A local folder or a Hub id (owner/name) works as a model too.")
     return OK
 
 
@@ -98,7 +101,7 @@ def usage_main(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     if asked.views:
         kind = open_store(asked.home).engine.dialect.name
-        print(files("complete_fn_sql").joinpath(f"usage_views_{kind}.sql").read_text("utf-8"), end="")
+        print_out(files("complete_fn_sql").joinpath(f"usage_views_{kind}.sql").read_text("utf-8"), end="")
         return OK
     by = asked.by.split(",")
     if wrong := [name for name in by if name not in GROUPS]:
@@ -109,17 +112,22 @@ def usage_main(argv: list[str]) -> int:
         count = resolve("complete_fn.ledger.focus_export:export")(
             open_store(asked.home), Path(asked.focus), since, None, until
         )
-        print(f"{count:,} charges written to {asked.focus}.")
+        print_out(f"{count:,} charges written to {asked.focus}.")
         return OK
     lines = usage(open_store(asked.home), by, since, until=until)
     head = (*by, *USAGE)
     rows = [usage_row(u) for u in lines]
     if asked.json:
-        print(json.dumps([dict(zip(head, row, strict=True)) for row in rows], indent=2, default=float))
+        print_out(json.dumps([dict(zip(head, row, strict=True)) for row in rows], indent=2, default=float))
     elif asked.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows([head, *rows])
+        written = io.StringIO()
+        csv.writer(written, lineterminator="\n").writerows([head, *rows])
+        if sys.stdout.isatty():
+            print_out(written.getvalue(), end="")
+        else:  # a file or a program gets the names as they are
+            sys.stdout.write(written.getvalue())
     elif not rows:
-        print(f"Nothing was run {'in that time' if until is not None else 'since then' if since else 'yet'}.")
+        print_out(f"Nothing was run {'in that time' if until is not None else 'since then' if since else 'yet'}.")
     else:
         print_table([[h.upper().replace("_", " ") for h in head], *([shown(v) for v in row] for row in rows)])
     return OK
@@ -174,7 +182,7 @@ def cache_stats(asked: argparse.Namespace) -> int:
     if asked.json:
         every = {"path": store.place, "answers": found.count, "for_jobs": found.for_jobs, "bytes": found.bytes}
         bounds = {"limit_gib": settings.cache_gib, "limit_days": settings.cache_days}
-        print(json.dumps({**every, "models": found.models, **bounds}, indent=2))
+        print_out(json.dumps({**every, "models": found.models, **bounds}, indent=2))
         return OK
     lines = [
         ("state", store.place),
@@ -186,7 +194,7 @@ def cache_stats(asked: argparse.Namespace) -> int:
         lines.append(("from, to", f"{day(found.oldest)}, {day(found.newest)}"))
     lines += [(f"  {name}", f"{count:,}") for name, count in found.models.items()]
     width = max(len(name) for name, _ in lines) + 2
-    print("\n".join(f"{name:{width}}{text}" for name, text in lines))
+    print_out("\n".join(f"{name:{width}}{text}" for name, text in lines))
     return OK
 
 
@@ -195,7 +203,7 @@ def cache_clear(asked: argparse.Namespace) -> int:
 
     store = open_store(asked.home)
     before = None if asked.older_than is None else time.time() - asked.older_than * DAY
-    print(f"{clear(store, asked.model, before):,} answers deleted from {store.place}. The ledger stays.")
+    print_out(f"{clear(store, asked.model, before):,} answers deleted from {store.place}. The ledger stays.")
     return OK
 
 
@@ -211,8 +219,9 @@ def day(at: float) -> str:
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows in columns as wide as their widest cell. Columns of numbers are right-aligned."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     right = [all(row[n].replace(",", "").replace(".", "").isdigit() for row in rows[1:]) for n in range(len(widths))]
     for row in rows:
         cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
-        print("  ".join(cells).rstrip())
+        print_out("  ".join(cells).rstrip())

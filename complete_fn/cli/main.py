@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 from complete_fn import __version__
+from complete_fn.cli.terminal import print_err
 from complete_fn.errors import CompleteError, InvalidOptionError
 from complete_fn.registry import VERBS, resolve
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_bytes(given)
         return run_verb(given)
     except CompleteError as error:
-        print(f"complete-fn: {error}", file=sys.stderr)
+        print_err(f"complete-fn: {error}")
         return FAULT
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -89,7 +90,7 @@ def show_warning(
 ) -> None:
     """Print our own warnings as one line. Warnings of libraries are dropped, because users cannot act on them."""
     if category.__module__.startswith("complete_fn"):
-        print(f"complete-fn: warning: {message}", file=sys.stderr)
+        print_err(f"complete-fn: warning: {message}")
 
 
 def add_home(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from complete_fn.cli.run_windows import (
     run_whole,
     run_windows,
 )
+from complete_fn.cli.terminal import print_err, print_out
 from complete_fn.engines.call import Call
 from complete_fn.errors import CompleteError, EngineError, InputError, InvalidOptionError, StoreError
 from complete_fn.estimates.estimate import Estimate
@@ -159,7 +159,7 @@ def run_file(asked: argparse.Namespace, options: Options, session: RunSession) -
     job = job_id(asked, options, call, identity)
     work = WindowedRun(session, asked.model, options, asked.prompt, job, asked.column, asked.details)
     if asked.dry_run:
-        print(report(estimated(work, found)))
+        print_out(report(estimated(work, found)))
         return OK
     return complete_rows(asked, work, found, place)
 
@@ -276,7 +276,7 @@ class Teller:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr)
+            print_err(text)
 
     @off_main
     def last_stop(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
@@ -14,6 +13,7 @@ from typing import Any
 
 from complete_fn.cli.local_state import open_store, print_table
 from complete_fn.cli.main import OK, Parser, add_home
+from complete_fn.cli.terminal import print_err, print_out
 from complete_fn.errors import InvalidOptionError, StoreUpgradedError, did_you_mean
 from complete_fn.host import raise_file_limit
 from complete_fn.jobs.queue import CeleryQueue
@@ -81,10 +81,7 @@ def serve_main(argv: list[str]) -> int:
         if not loopback and not state.keys.any():
             raise InvalidOptionError(NO_KEYS.format(host=asked.host))
         where = f"http://{asked.host}:{listener.getsockname()[1]}"
-        print(
-            f"complete-fn serves {where}/v1 (API: {where}/docs; state: {state.store.place}). Ctrl-C ends it.",
-            file=sys.stderr,
-        )
+        print_err(f"complete-fn serves {where}/v1 (API: {where}/docs; state: {state.store.place}). Ctrl-C ends it.")
         app = make_app(engines, loopback, maintenance=maintenance_of(engines, broker, workers))
         serve_app(app, listener, files, settings.connections, lambda: state.store.is_outdated)
         if state.store.is_outdated:
@@ -186,8 +183,8 @@ def key_store(asked: argparse.Namespace) -> Any:
 
 def create_key(asked: argparse.Namespace) -> int:
     key = key_store(asked).create(asked.tenant, asked.user, asked.scopes.split(","))
-    print(key)
-    print("Keep it: it cannot be shown again.", file=sys.stderr)
+    print_out(key)
+    print_err("Keep it: it cannot be shown again.")
     return OK
 
 
@@ -207,7 +204,7 @@ def key_state(key: Any) -> str:
 def revoke_key(asked: argparse.Namespace) -> int:
     if not key_store(asked).revoke(asked.id):
         raise InvalidOptionError(f"There is no valid key {asked.id!r}. `complete-fn keys list` shows all.")
-    print(f"Key {asked.id} is revoked.")
+    print_out(f"Key {asked.id} is revoked.")
     return OK
 
 
@@ -217,7 +214,7 @@ def set_budget(asked: argparse.Namespace) -> int:
     refuse_unknown_tenant(store, asked.tenant)
     refuse_unknown_currency(asked)
     store.set_daily_budget(asked.tenant, limit, asked.currency)
-    print(f"{asked.tenant}: {'no bound' if limit is None else f'at most {asked.currency} {limit} a day'}.")
+    print_out(f"{asked.tenant}: {'no bound' if limit is None else f'at most {asked.currency} {limit} a day'}.")
     return OK
 
 
@@ -259,7 +256,7 @@ def set_limit(asked: argparse.Namespace) -> int:
         store.limit_tenant(asked.name, per_minute)
     else:
         raise InvalidOptionError(f"No key and no tenant is named {asked.name!r}. `complete-fn keys list` shows all.")
-    print(f"{asked.name}: {'no limit' if per_minute is None else f'at most {per_minute:,} tokens a minute'}.")
+    print_out(f"{asked.name}: {'no limit' if per_minute is None else f'at most {per_minute:,} tokens a minute'}.")
     return OK
 
 
@@ -267,7 +264,7 @@ def set_weight(asked: argparse.Namespace) -> int:
     store = key_store(asked)
     refuse_unknown_tenant(store, asked.tenant)
     store.set_weight(asked.tenant, asked.weight)
-    print(f"{asked.tenant}: {asked.weight:g} times the share of a tenant without a weight.")
+    print_out(f"{asked.tenant}: {asked.weight:g} times the share of a tenant without a weight.")
     return OK
 
 
@@ -281,7 +278,7 @@ def set_storage(asked: argparse.Namespace) -> int:
             asked.tenant, None if asked.bytes == "none" else whole_number("BYTES", asked.bytes, MOST_BYTES)
         )
     used, allowed = StorageQuota(store.store, load_settings(asked.home).tenant_storage).state(asked.tenant)
-    print(f"{asked.tenant}: {used:,} of {allowed:,} bytes are used.")
+    print_out(f"{asked.tenant}: {used:,} of {allowed:,} bytes are used.")
     return OK
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, fields
 
 import sqlalchemy as sa
 
 from complete_fn.errors import InputError, InvalidOptionError, NotFoundError
 from complete_fn.jobs.api_keys import NAME
+from complete_fn.logs import logger
 from complete_fn.rows.databases import RowDatabase, open_database
 from complete_fn.rows.query_process import QueryProcess
 from complete_fn.settings import secret
 from complete_fn.store.job_tables import connections
 from complete_fn.store.store import Store
 
-LOG = logging.getLogger("complete_fn.service")
+LOG = logger("service")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from complete_fn.errors import InvalidOptionError
+from complete_fn.logs import logger
 from complete_fn.ports import PORTS, has_port
 from complete_fn.registry import resolve
 
-LOG = logging.getLogger("complete_fn.queue")
+LOG = logger("queue")
 TASK = "complete_fn.work"
 MOST_MESSAGES = 16  # messages for a model at a time: a worker that has begun looks for more work by itself
 # After so many seconds Redis sends a killed worker's message again. Its parts come back sooner, when their leases end.

@@ -12,7 +12,6 @@ import asyncio
 import contextvars
 import ipaddress
 import json
-import logging
 import socket
 import time
 from collections import Counter
@@ -24,9 +23,10 @@ import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from complete_fn.logs import logger
 from complete_fn.server.error_replies import RETRY_SECONDS, error_body
 
-LOG = logging.getLogger("complete_fn.server")
+LOG = logger("server")
 MOST, FEWEST = 4096, 16  # connections
 WATCH_SECONDS = 1.0  # between two looks whether the server is to end
 BACKLOG = 256  # connections that the loop opens at once, before the guard sees the first

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,10 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from complete_fn.errors import CompleteError, RateLimitError, StorageError, TooLargeError, UnknownParameterError
 from complete_fn.interrupts import Abandoned
-from complete_fn.logs import for_tenant, log_failure
+from complete_fn.logs import for_tenant, log_failure, logger
 from complete_fn.server.call_out_replies import refused_at
 
-LOG = logging.getLogger("complete_fn.server")
+LOG = logger("server")
 RETRY_SECONDS = 5
 CLIENT_CLOSED = 499  # nginx's status for a client that left; no client reads this reply
 HTTP_CODES = {404: "not_found", 408: "request_timeout"}

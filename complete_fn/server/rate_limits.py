@@ -7,7 +7,6 @@ ends. A request for more tokens than a whole minute's is admitted if none are in
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,11 +17,12 @@ import sqlalchemy as sa
 
 from complete_fn.errors import RateLimitError, StoreError
 from complete_fn.jobs.api_keys import Principal
+from complete_fn.logs import logger
 from complete_fn.store.job_tables import token_buckets
 from complete_fn.store.store import Store
 from complete_fn.store.transactions import upsert
 
-LOG = logging.getLogger("complete_fn.server")
+LOG = logger("server")
 C = token_buckets.c
 
 

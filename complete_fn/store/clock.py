@@ -6,13 +6,14 @@ time from here. Times are in seconds of the epoch.
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Protocol
 
 import sqlalchemy as sa
 
-LOG = logging.getLogger("complete_fn.store")
+from complete_fn.logs import logger
+
+LOG = logger("store")
 MEASURE_SECONDS = 60.0  # between two comparisons with the database, as a host's timer drifts
 ROUGH_SECONDS = 0.5  # a comparison that took longer is too rough
 TRIES = 3  # comparisons in a row, of which the quickest counts

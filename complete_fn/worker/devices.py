@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from complete_fn.logs import logger
 from complete_fn.settings import named_devices
 
-LOG = logging.getLogger("complete_fn.devices")
+LOG = logger("devices")
 NODES = Path("/dev")  # NVIDIA's driver has a node here for each device that this container may use
 
 

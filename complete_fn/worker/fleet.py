@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -14,10 +13,11 @@ from typing import Protocol
 
 from complete_fn.host import here
 from complete_fn.jobs.worker_store import SILENT_SECONDS, Beat, WorkerStore
+from complete_fn.logs import logger
 from complete_fn.settings import Settings, child_environment
 from complete_fn.worker.scaling import desired_workers
 
-LOG = logging.getLogger("complete_fn.fleet")
+LOG = logger("fleet")
 STEADY_SECONDS = 60.0  # a worker that lived longer did not fail at its start, so the crash count begins anew
 LONGEST_PAUSE = 60.0  # seconds after a crash until the next start, at most
 HUNG_SECONDS = 90.0  # a living process without a heartbeat for so long is killed

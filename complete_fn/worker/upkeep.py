@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,13 +10,14 @@ from complete_fn.errors import StoreUpgradedError
 from complete_fn.jobs.part_queue import worker_name
 from complete_fn.jobs.worker_store import BEAT_SECONDS
 from complete_fn.ledger.pruning import prune, prune_ledger
+from complete_fn.logs import logger
 from complete_fn.service.delivery import keep_delivering
 from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.retention import expire
 from complete_fn.worker.part_runner import PartRunner
 from complete_fn.worker.periodic import PeriodicTask, run_due_tasks
 
-LOG = logging.getLogger("complete_fn.worker")
+LOG = logger("worker")
 LOOK_SECONDS, STOPPED_SECONDS, UPKEEP_SECONDS = 0.5, 1.0, 5.0
 
 

@@ -66,6 +66,15 @@ def test_only_the_settings_read_the_environment() -> None:
     assert readers == {"settings.py"}
 
 
+def test_what_strangers_can_name_is_printed_and_logged_in_one_place_each() -> None:
+    """`cli/terminal.py` and `logs.py` escape control characters. Two child processes print replies to their parent."""
+    rooms = [p for p in SOURCES if p.is_relative_to(ROOT / "complete_fn")]
+    printing = {p.name for p in rooms if re.search(r"(?<![\w.])print\(", p.read_text())}
+    assert printing == {"terminal.py", "answer_check.py", "query_process.py"}
+    logging_ = {p.name for p in SOURCES if re.search(r"getLogger\((?!\"(celery|kombu)\")", p.read_text())}
+    assert logging_ == {"logs.py"}
+
+
 def test_files_and_functions_keep_a_readable_size() -> None:
     for path in SOURCES + BESIDE:
         text = path.read_text()

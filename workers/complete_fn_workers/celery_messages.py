@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from complete_fn.jobs.queue import TASK, Bell, celery_app
+from complete_fn.logs import logger
 from complete_fn_workers.celery_internals import make_worker, stop_workers
 
-LOG = logging.getLogger("complete_fn.worker")
+LOG = logger("worker")
 AGAIN_SECONDS = 5.0
 STOP_SECONDS = 5.0
 

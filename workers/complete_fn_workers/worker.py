@@ -25,6 +25,7 @@ from complete_fn.errors import InvalidOptionError, StoreError
 from complete_fn.host import here
 from complete_fn.jobs.queue import CeleryQueue
 from complete_fn.jobs.worker_store import Beat, own_id
+from complete_fn.logs import logger
 from complete_fn.server.worker_api import internal_secret, serve_internal
 from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.state import ServiceState
@@ -32,7 +33,7 @@ from complete_fn.settings import load_settings
 from complete_fn.worker.loop import AT_ONCE, TAILS, WorkerLoop
 from complete_fn_workers.celery_messages import Messages
 
-LOG = logging.getLogger("complete_fn.worker")
+LOG = logger("worker")
 DESCRIPTION = """\
 Run the jobs of a service: claim their parts, complete them on this machine's engines, commit.
 
