@@ -66,7 +66,7 @@ class Client:
         *,
         options: Mapping[str, Any] | None = None,
         column: str = "completion",
-        sink: Mapping[str, str] | None = None,
+        sink: Mapping[str, Any] | None = None,
         max_cost: Decimal | float | str | None = None,
         query_tag: str | None = None,
         idempotency_key: str | None = None,
@@ -77,8 +77,8 @@ class Client:
             source: path of a .parquet, .csv or .jsonl file, an Arrow table, or a frame that Arrow can read (Polars,
                 pandas, DuckDB): they are uploaded. Or what the service reads by itself: {"uri": ...} under a root that
                 it allows, or {"connection": ..., "sql": ...}.
-            sink: where the service is to write the results: {"uri": ...}, or {"connection": ..., "table": ..., "key":
-                ...}.
+            sink: where the service is to write the results: {"uri": ...}, for a .csv also "escape_formulas", or
+                {"connection": ..., "table": ..., "key": ...}.
             prompt: a template over the columns, as in `complete-fn run`.
         """
         file = None if isinstance(source, Mapping) else self.upload(source)
@@ -225,9 +225,15 @@ class RemoteJob:
         reply = self.client.ask("GET", f"/jobs/{self.id}/results", params=query)
         return pa.ipc.open_stream(reply.content).read_all()
 
-    def download(self, format: str, details: bool = False) -> Iterator[bytes]:
-        """The results as a file of that format, in pieces."""
+    def download(self, format: str, details: bool = False, escape_formulas: bool = False) -> Iterator[bytes]:
+        """The results as a file of that format, in pieces.
+
+        Args:
+            escape_formulas: in a CSV, put an apostrophe before text that a spreadsheet would run as a formula.
+        """
         query: dict[str, str | bool] = {"format": format, "details": details}
+        if escape_formulas:
+            query["escape_formulas"] = True
         with closing(self.client.ask("GET", f"/jobs/{self.id}/results", stream=True, params=query)) as reply:
             try:
                 yield from reply.iter_bytes(CHUNK)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from complete_fn.cli.local_state import print_table
-from complete_fn.cli.main import INTERRUPTED, OK, SOME_FAILED, Parser, parse_pairs
+from complete_fn.cli.main import ESCAPE, INTERRUPTED, OK, SOME_FAILED, Parser, parse_pairs
 from complete_fn.cli.terminal import print_err, print_out
 from complete_fn.client import Client, RemoteJob
 from complete_fn.errors import CompleteError, InputError
-from complete_fn.rows.formats import FORMATS, TablePlace, place_of
+from complete_fn.rows.formats import FORMATS, TablePlace, escaping, place_of
 from complete_fn.rows.object_storage import remote
 from complete_fn.rows.writers import is_device, refuse_output, whole_file
 from complete_fn.settings import secret
@@ -98,6 +98,7 @@ def add_output(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("-o", "--output", required=required, metavar="FILE", help=".parquet, .csv, .jsonl or .arrow")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--details", action="store_true", help="add error, usage, cost and source of each row")
+    parser.add_argument("--escape-formulas", action="store_true", help=ESCAPE)
 
 
 def submit(asked: argparse.Namespace, client: Client) -> int:
@@ -127,9 +128,10 @@ def source_of(asked: argparse.Namespace) -> Any:
     return {"uri": asked.input} if "://" in asked.input else asked.input
 
 
-def sink_of(asked: argparse.Namespace) -> dict[str, str] | None:
+def sink_of(asked: argparse.Namespace) -> dict[str, Any] | None:
     """The sink as the flags name it. The service checks it."""
     names = {"uri": asked.sink_uri, "connection": asked.sink_connection, "table": asked.sink_table, "key": asked.key}
+    names["escape_formulas"] = asked.escape_formulas or None if asked.sink_uri else None
     return {name: value for name, value in names.items() if value is not None} or None
 
 
@@ -144,7 +146,7 @@ def follow(job: RemoteJob, place: TablePlace | None, asked: argparse.Namespace) 
         try:
             write(job, place, asked)
         except CompleteError as error:
-            more = " --details" if asked.details else ""
+            more = " --details" * asked.details + " --escape-formulas" * asked.escape_formulas
             again = f"complete-fn jobs results {job.id} -o {shlex.quote(place.name)}{more}"
             raise type(error)(f"{error} The job is over: `{again}` writes its rows.") from error
     print_err(line(state))
@@ -163,14 +165,14 @@ def target_of(asked: argparse.Namespace) -> TablePlace:
     if place.format not in FORMATS or place.compression is not None:
         raise InputError(f"The format of {place.name!r} is not known: end it with .parquet, .csv, .jsonl or .arrow.")
     refuse_output(place, asked.overwrite)
-    return place
+    return escaping(place, asked.escape_formulas)
 
 
 def write(job: RemoteJob, place: TablePlace, asked: argparse.Namespace) -> None:
     path = Path(place.name)
     try:
         with path.open("wb") if is_device(path) else whole_file(path.resolve(), place, asked.overwrite) as sink:
-            for chunk in job.download(place.format, asked.details):
+            for chunk in job.download(place.format, asked.details, place.escape_formulas):
                 sink.write(chunk)
     except OSError as error:
         raise InputError(f"The output {place.name!r} cannot be written: {error.strerror or error}.") from error

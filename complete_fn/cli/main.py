@@ -15,6 +15,7 @@ from complete_fn.cli.terminal import print_err
 from complete_fn.errors import CompleteError, InvalidOptionError
 from complete_fn.registry import VERBS, resolve
 
+ESCAPE = "CSV: an apostrophe before text that a spreadsheet would run as a formula (=, +, -, @)"
 OK, FAULT, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
 
 

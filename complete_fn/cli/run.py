@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from complete_fn.cli.main import INTERRUPTED, OK, SOME_FAILED, Parser, add_home, parse_pairs
+from complete_fn.cli.main import ESCAPE, INTERRUPTED, OK, SOME_FAILED, Parser, add_home, parse_pairs
 from complete_fn.cli.run_input import Limited, Survey, database_url, file_source, is_database, query_source, survey
 from complete_fn.cli.run_windows import (
     RunSession,
@@ -38,7 +38,7 @@ from complete_fn.prompts.options import Options, parse_options
 from complete_fn.prompts.table_prompts import ESTIMATE_PROMPT_BYTES, TablePrompts
 from complete_fn.prompts.templates import refuse_missing, template_fields
 from complete_fn.rows.databases import QuerySource, open_database
-from complete_fn.rows.formats import FORMATS, TablePlace, place_of
+from complete_fn.rows.formats import FORMATS, TablePlace, escaping, place_of
 from complete_fn.rows.readers import FileSource, Source, size_for_prompts
 from complete_fn.rows.result_tables import refuse_name
 from complete_fn.rows.writers import refuse_clash, refuse_output, writing
@@ -78,6 +78,7 @@ def arguments() -> Parser:
     add("--format", choices=FORMATS, help="the format of stdin and stdout")
     add("--column", default="completion", help="name of the new column (default: completion)")
     add("--details", action="store_true", help="add error, usage, cost and source of each row as COLUMN_details")
+    add("--escape-formulas", action="store_true", help=ESCAPE)
     add("--limit", type=int, metavar="N", help="only the first N rows")
     add("--dry-run", action="store_true", help="only say what it would take: rows, tokens, price; starts no engine")
     add("--overwrite", action="store_true", help="replace an existing output")
@@ -148,6 +149,8 @@ def run_file(asked: argparse.Namespace, options: Options, session: RunSession) -
     table, identity, kind = opened_source(asked)
     source: Source = replace(table, window=size_for_prompts(made.own_bytes, made.most_mentions))
     place = None if is_database(asked.output) else place_of(asked.output, asked.format, default=kind)
+    if place is not None:
+        place = escaping(place, asked.escape_formulas)
     if not asked.dry_run:
         refuse_target(asked, place)
     if asked.limit is not None:

@@ -87,11 +87,16 @@ def format_of(suffix: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class TablePlace:
-    """A file, or `-` for stdin or stdout, with its format and compression."""
+    """A file, or `-` for stdin or stdout, with its format and compression.
+
+    Attributes:
+        escape_formulas: whether text of a CSV that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
 
     name: str
     format: str
     compression: str | None = None
+    escape_formulas: bool = False
 
     @property
     def piped(self) -> bool:
@@ -112,6 +117,19 @@ def place_of(name: str, wanted: str | None = None, default: str | None = None) -
         what = "stdin" if name == "-" else f"{name!r}"
         raise InputError(f"The format of {what} is not known. Say --format {'|'.join(FORMATS)}.")
     return TablePlace(name, found or default or "", compression)
+
+
+def escaping(place: TablePlace, escape_formulas: bool) -> TablePlace:
+    """The place, with formulas escaped if asked for.
+
+    Raises:
+        InputError: The place is no CSV.
+    """
+    if not escape_formulas:
+        return place
+    if place.format != "csv":
+        raise InputError(f"escape_formulas is for CSV, not for {place.format}. Leave it out.")
+    return replace(place, escape_formulas=True)
 
 
 class Rows(Protocol):

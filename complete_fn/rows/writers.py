@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import secrets
 import sys
 import tempfile
@@ -24,6 +25,9 @@ from complete_fn.rows.object_storage import Storage, remote
 from complete_fn.text import is_utf8_column, restore_bytes, to_texts
 
 BATCH_ROWS = 8_192
+# With these a cell begins that a spreadsheet may take for a formula: OWASP's list, with the forms of full width.
+FORMULA = "=+-@\t\r\n\0\uff1d\uff0b\uff0d\uff20"
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 
 
 def refuse_clash(names: Collection[str], column: str, with_details: bool, option: str) -> None:
@@ -236,12 +240,15 @@ class CsvWriter(Writer):
     def put(self, rows: Rows, new: Mapping[str, Any]) -> None:
         table = self.joined(rows, new)
         if not self.begun:
-            self.sink.write((",".join(csv_field(n) for n in table.column_names) + "\n").encode())
+            self.sink.write((",".join(map(self.field, table.column_names)) + "\n").encode())
             self.begun = True
         for batch in table.to_batches(BATCH_ROWS):
             columns = [csv_texts(column) for column in batch.columns]
-            text = "".join(",".join(map(csv_field, row)) + "\n" for row in zip(*columns, strict=True))
+            text = "".join(",".join(map(self.field, row)) + "\n" for row in zip(*columns, strict=True))
             self.sink.write(restore_bytes(text))
+
+    def field(self, text: str | None) -> str:
+        return csv_field(without_formula(text) if text and self.place.escape_formulas else text)
 
 
 class JsonlWriter(Writer):
@@ -279,6 +286,11 @@ def csv_field(text: str | None) -> str:
         return ""
     quoted = not text or any(c in text for c in ',"\r\n') or text != text.strip()
     return '"' + text.replace('"', '""') + '"' if quoted else text
+
+
+def without_formula(text: str) -> str:
+    """The text, with an apostrophe in front if a spreadsheet would run it as a formula. Numbers stay numbers."""
+    return f"'{text}" if text[0] in FORMULA and not NUMBER.fullmatch(text) else text
 
 
 def json_lines(rows: Rows, low: int, count: int) -> Iterator[bytes]:

@@ -47,7 +47,9 @@ def taken(rows: Rows, numbers: Any) -> Rows:
     return TableRows(rows.table().take(numbers))
 
 
-def write_results(state: ServiceState, job: Job, kind: str, with_details: bool, partial: bool, sink: Any) -> None:
+def write_results(
+    state: ServiceState, job: Job, place: TablePlace, with_details: bool, partial: bool, sink: Any
+) -> None:
     """Write the source's rows with their answers as last columns, as `complete-fn run` does.
 
     Args:
@@ -58,7 +60,8 @@ def write_results(state: ServiceState, job: Job, kind: str, with_details: bool, 
     """
     if not job.over and not partial:
         raise JobError(f"Job {job.id} is {job.status}. Wait, or ask with partial=true for the rows that are done.")
-    with written_to(sink, TablePlace("-", kind), None if kind == "jsonl" else lines_schema(state, job)) as writer:
+    schema = None if place.format == "jsonl" else lines_schema(state, job)
+    with written_to(sink, place, schema) as writer:
         for rows, new, _ in result_windows(state, job, with_details, partial):
             writer.write(rows, new)
 

@@ -17,7 +17,7 @@ from complete_fn.execution.rehearsal import rehearse
 from complete_fn.jobs.job import Job
 from complete_fn.rows.allowed_paths import Allowed, allowed
 from complete_fn.rows.databases import RowDatabase
-from complete_fn.rows.formats import COMPRESSIONS, Rows, TablePlace, place_of
+from complete_fn.rows.formats import COMPRESSIONS, Rows, TablePlace, escaping, place_of
 from complete_fn.rows.result_tables import KeysSeen, refuse_name
 from complete_fn.service.state import ServiceState
 from complete_fn.store.job_tables import deliveries
@@ -118,7 +118,7 @@ def sink_place(state: ServiceState, tenant: str, sink: Mapping[str, Any]) -> tup
     place = place_of(sink["uri"])
     if place.compression is not None:
         raise InputError(f"A sink's file is not compressed as a whole ({', '.join(COMPRESSIONS)}); take .parquet.")
-    return found, place
+    return found, escaping(place, sink.get("escape_formulas", False))
 
 
 def promise(connection: sa.Connection, job: Job) -> None:

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from complete_fn.errors import InputError
 from complete_fn.jobs.job import Counts, Job
 from complete_fn.jobs.list_filters import JobFilter
-from complete_fn.rows.formats import FORMATS
+from complete_fn.rows.formats import FORMATS, TablePlace, escaping
 from complete_fn.server.auth import Caller, EnginesOf, StateOf
 from complete_fn.server.fair_slots import LanesOf
 from complete_fn.server.request_bodies import Body, TableName
@@ -61,11 +61,13 @@ class SinkBody(Body):
     connection: Annotated[str, Field(max_length=64)] | None = None
     table: Annotated[str, Field(max_length=127)] | None = None
     key: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    escape_formulas: Annotated[bool, Field(description="as in `/v1/jobs/{job_id}/results`, for a .csv")] = False
 
-    def chosen(self) -> dict[str, str]:
-        given: dict[str, str] = self.model_dump(exclude_none=True)
-        if set(given) - {"key"} not in ({"uri"}, {"connection", "table"}) or {"uri", "key"} <= set(given):
-            raise InputError("'sink' takes uri, or connection together with table (and key).")
+    def chosen(self) -> dict[str, Any]:
+        given: dict[str, Any] = self.model_dump(exclude_none=True, exclude_defaults=True)
+        known = [{"uri"}, {"uri", "escape_formulas"}, {"connection", "table"}, {"connection", "table", "key"}]
+        if set(given) not in known:
+            raise InputError("'sink' takes uri (and escape_formulas), or connection together with table (and key).")
         return given
 
 
@@ -233,13 +235,17 @@ async def get_results(
     partial: Annotated[
         bool, Query(description="rows that are done, also before the end; all of a completed job")
     ] = False,
+    escape_formulas: Annotated[
+        bool, Query(description="CSV: an apostrophe before text that a spreadsheet would run as a formula")
+    ] = False,
 ) -> StreamingResponse:
+    place = escaping(TablePlace("-", format), escape_formulas)
 
     def work() -> IO[bytes]:
         job = state.jobs.get(caller.tenant, job_id, "table")
         sink = tempfile.TemporaryFile(dir=state.folder)  # noqa: SIM115  closed after it was sent
         try:
-            write_results(state, job, format, details, partial, sink)
+            write_results(state, job, place, details, partial, sink)
             sink.seek(0)
         except BaseException:
             sink.close()
