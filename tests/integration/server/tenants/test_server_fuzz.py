@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
 from complete_fn import EchoEngine
+from complete_fn.jobs.api_keys import SCOPES
 from complete_fn.server.fair_slots import CHATS_OF_ONE
 from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.state import ServiceState
@@ -23,17 +24,39 @@ from tests.integration.server.conftest import at_service, write_models
 QUICK, THOROUGH = 40, 4000  # requests
 
 
+OPEN = ("/healthz", "/readyz")  # what a service tells everybody
+
+
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
-    """Every operation of a running service, to be called over HTTP."""
+    """Every operation of a running service without keys, to be called over HTTP."""
     folder = tmp_path_factory.mktemp("fuzz")
     with at_service(EngineHost(ServiceState(folder / "home", write_models(folder), EchoEngine(64)))) as running:
-        schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
-        yield [found.ok() for found in schema.get_all_operations()]
+        yield described(running.url)
 
 
-def ask(operations: list[Any], requests: int) -> None:
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Any], dict[str, str | None], Any]]:
+    """(operations, keys, state) of a service with keys: a tenant's, a revoked one, one that never was, and none."""
+    folder = tmp_path_factory.mktemp("guarded")
+    with at_service(EngineHost(ServiceState(folder / "home", write_models(folder), EchoEngine(64)))) as running:
+        known = running.state.keys
+        mine, revoked = known.create("acme", "ann", list(SCOPES)), known.create("acme", "old", list(SCOPES))
+        assert known.revoke(revoked.split("-")[1])
+        keys = {"a tenant's": mine, "revoked": revoked, "unknown": f"{mine[:-1]}{'1' if mine[-1] == '0' else '0'}"}
+        yield described(running.url), {**keys, "none": None}, running.state
+
+
+def described(url: str) -> list[Any]:
+    return [found.ok() for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()]
+
+
+def ask(
+    operations: list[Any], requests: int, key: str | None = None, look: Callable[[Any, int], None] | None = None
+) -> None:
+    """Make so many requests with the key, none of which may be answered with a 5xx; `look` gets path and status."""
     made = st.sampled_from(operations).flatmap(lambda operation: operation.as_strategy())
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
 
     @settings(
         max_examples=requests,
@@ -45,15 +68,55 @@ def ask(operations: list[Any], requests: int) -> None:
     )
     @given(made)
     def no_server_error(case: Any) -> None:
-        case.call_and_validate(checks=[not_a_server_error], timeout=60)
+        reply = case.call_and_validate(checks=[not_a_server_error], timeout=60, headers=headers)
+        if look is not None:
+            look(case, reply.status_code)
 
     no_server_error()
+
+
+def faults(caplog: pytest.LogCaptureFixture) -> list[Any]:
+    return [r for r in caplog.records if r.name.startswith("complete_fn") and r.levelno >= logging.ERROR]
 
 
 def test_no_request_breaks_the_service(operations: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     assert len(operations) > 20
     ask(operations, QUICK)
-    assert not [r for r in caplog.records if r.name.startswith("complete_fn") and r.levelno >= logging.ERROR]
+    assert not faults(caplog)
+
+
+def test_no_request_of_a_tenant_breaks_the_service(guarded: Any, caplog: pytest.LogCaptureFixture) -> None:
+    operations, keys, _ = guarded
+    seen: list[int] = []
+    ask(operations, QUICK, keys["a tenant's"], lambda _, status: seen.append(status))
+    assert not faults(caplog)
+    assert 401 not in seen
+
+
+@pytest.mark.parametrize("whose", ["revoked", "unknown", "none"])
+def test_nobody_without_a_valid_key_gets_anything(whose: str, guarded: Any, caplog: pytest.LogCaptureFixture) -> None:
+    operations, keys, state = guarded
+    before = state.storage.keys()
+    seen: set[str] = set()
+
+    def look(case: Any, status: int) -> None:
+        seen.add(case.operation.path)
+        assert status == 401 or case.operation.path in OPEN, (case.operation.path, status)
+
+    ask(operations, QUICK, keys[whose], look)
+    for operation in operations:  # each route at least once
+        if operation.path not in seen:
+            ask([operation], 1, keys[whose], look)
+    assert not faults(caplog)
+    assert state.storage.keys() == before
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("whose", ["a tenant's", "revoked", "none"])
+def test_no_request_of_many_with_keys_breaks_the_service(whose: str, guarded: Any) -> None:
+    operations, keys, _ = guarded
+    ask(operations, THOROUGH, keys[whose])
 
 
 @pytest.mark.long
