@@ -255,6 +255,20 @@ def test_the_files_of_the_way_through_the_code_have_what_a_reader_looks_for() ->
                 inside = found[0].body
 
 
+def test_every_test_that_a_page_names_exists() -> None:
+    named = [found for name in NAMES for found in re.findall(r"(tests/[\w./]+\.py)::(\w+)", (PAGES / name).read_text())]
+    assert len(named) > 40
+    for path, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / path).read_text(), re.M), f"{path}::{test}"
+
+
+def test_the_owasp_page_has_tests_for_each_of_the_ten_points() -> None:
+    points = re.split(r"^## API(\d+): ", (PAGES / "owasp.md").read_text(), flags=re.M)[1:]
+    assert points[::2] == [str(n) for n in range(1, 11)]
+    for number, text in zip(points[::2], points[1::2], strict=True):
+        assert re.search(r"^- `tests/", text, re.M), number
+
+
 def test_the_warehouses_sql_is_that_of_the_package_and_parses() -> None:
     blocks = [b for b in page_blocks("use/warehouses.md") if b.kind == "sql"]
     assert {b.title for b in blocks} == set(WAREHOUSES)

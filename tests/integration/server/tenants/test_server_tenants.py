@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ import openai
 import pytest
 
 from complete_fn import EchoEngine
+from complete_fn.jobs.api_keys import SCOPES
 from complete_fn.ledger.usage import usage
 
 
@@ -40,6 +42,42 @@ def test_once_there_is_a_key_nobody_gets_in_without_one(running: Any) -> None:
         ask(running.openai(key), "x")
     with pytest.raises(openai.AuthenticationError):  # revoking the last key does not open the door
         ask(running.openai(), "x")
+
+
+def test_another_tenants_ids_are_nothing_on_every_route(running: Any) -> None:
+    """Each route with an id in its path replies to another tenant what it replies for an id that never was."""
+    mine, theirs = (running.state.keys.create(tenant, "u", list(SCOPES)) for tenant in ("acme", "bolt"))
+    with running.http(mine) as client:
+        table = {"file": ("t.jsonl", b'{"text": "a"}\n')}
+        line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions"}
+        line["body"] = {"model": "echo", "messages": [{"role": "user", "content": "a"}]}
+        requests = {"file": ("b.jsonl", json.dumps(line).encode())}
+        file, batch_file = (
+            client.post("/v1/files", files=content, data={"purpose": purpose}).json()["id"]
+            for content, purpose in ((table, "user_data"), (requests, "batch"))
+        )
+        body = {"model": "echo", "prompt": "{text}", "source": {"file_id": file}}
+        job = client.post("/v1/jobs", json=body).json()["id"]
+        asked = {"input_file_id": batch_file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        batch = client.post("/v1/batches", json=asked).json()["id"]
+        ids = {"{job_id}": job, "{file_id}": file, "{batch_id}": batch}
+        paths = client.get("/openapi.json").json()["paths"]
+    routes = [(method, path) for path, methods in paths.items() for method in methods if "_id}" in path]
+    assert len(routes) >= 12
+    with running.http(theirs) as stranger, running.http(mine) as client:
+        for method, path in routes:
+            (name,) = [name for name in ids if name in path]
+            found, unknown = (path.replace(name, x) for x in (ids[name], ids[name][:-4] + "0000"))
+            replies = [stranger.request(method, place) for place in (found, unknown)]
+            assert [reply.status_code for reply in replies] == [404, 404], (method, path)
+            texts = [r.text.replace(ids[name], "X").replace(ids[name][:-4] + "0000", "X") for r in replies]
+            assert texts[0] == texts[1]
+        assert stranger.post("/v1/jobs", json=body).status_code == 404
+        assert stranger.post("/v1/batches", json=asked).status_code == 404
+        for place in ("/v1/jobs", "/v1/batches", "/v1/files"):
+            assert stranger.get(place).json()["data"] == []
+        for name, path in (("{job_id}", "/v1/jobs/"), ("{file_id}", "/v1/files/"), ("{batch_id}", "/v1/batches/")):
+            assert client.get(path + ids[name]).status_code == 200
 
 
 def test_without_a_loopback_bind_keys_are_always_asked_for(serve: Callable[..., Any]) -> None:
