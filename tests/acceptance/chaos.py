@@ -57,10 +57,16 @@ class Site:
         verb = ["serve", "--port", str(self.port)] if name == "api" else ["worker", "--poll-seconds", "2"]
         return [sys.executable, "-m", "complete_fn", *verb, "--home", str(self.home)]
 
+    def environment_of(self, name: str) -> dict[str, str]:
+        return self.environment
+
+    def port_of_api(self) -> int:
+        return self.port
+
     def start(self, name: str) -> None:
         with (self.home / f"{name}.log").open("ab") as log:
             child = subprocess.Popen(
-                self.command(name), env=self.environment, stdout=log, stderr=log, preexec_fn=end_with_parent
+                self.command(name), env=self.environment_of(name), stdout=log, stderr=log, preexec_fn=end_with_parent
             )
         self.processes[name] = child
 
@@ -87,7 +93,7 @@ class Site:
         end = time.monotonic() + START_SECONDS
         while True:
             with suppress(httpx.TransportError):
-                answer = httpx.request(method, f"http://127.0.0.1:{self.port}{path}", timeout=30, **given)
+                answer = httpx.request(method, f"http://127.0.0.1:{self.port_of_api()}{path}", timeout=30, **given)
                 if answer.status_code < 500:
                     return answer
             assert time.monotonic() < end, f"{method} {path} is not answered"
@@ -104,14 +110,14 @@ class Site:
         assert answer.status_code in (200, 201, 202), answer.text
         return str(answer.json()["id"])
 
-    def state(self, job: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask("GET", f"/v1/jobs/{job}").json()
+    def state(self, job: str, **given: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self.ask("GET", f"/v1/jobs/{job}", **given).json()
         return found
 
-    def finished(self, job: str, seconds: float) -> tuple[dict[str, Any], float]:
+    def finished(self, job: str, seconds: float, **given: Any) -> tuple[dict[str, Any], float]:
         """The job's last state, and how long it took from now."""
         began = time.monotonic()
-        while (now := self.state(job))["status"] in ("queued", "running", "stopping"):
+        while (now := self.state(job, **given))["status"] in ("queued", "running", "stopping"):
             assert time.monotonic() - began < seconds, f"stuck: {now}"
             time.sleep(LOOK_SECONDS)
         return now, time.monotonic() - began
