@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,8 +28,9 @@ from complete_fn.settings import load_settings
 from complete_fn.store.attempts import Attempt
 from complete_fn.store.records import LedgerLine
 from complete_fn.store.rollup import HOUR
+from complete_fn.store.schema import configuration
 from complete_fn.store.store import Store
-from complete_fn.store.tables import ledger, ledger_hours
+from complete_fn.store.tables import ledger, ledger_hours, metadata
 from complete_fn.types import Asker
 
 FIRST = 1_767_222_000  # 2025-12-31T23:00Z: the spans of the tests cross a day, a month and a year
@@ -235,13 +237,15 @@ def test_a_store_from_before_the_rollup_gets_it_from_its_lines(store: Store, sto
     write(store, "bolt", *(simple(FIRST + n * 5000.0, n, "output") for n in range(20)))
     with store.write() as connection:
         store.write_lines(connection, attempt, [LedgerLine("idle", 0, 0, device_us=9, engine="host/1")], FIRST + 10.0)
-    before = usage(store, [*GROUPS])
-    hours = rows_by_key(store)
+    before, hours = usage(store, [*GROUPS]), rows_by_key(store)
     assert hours
     with store.write() as connection:
-        connection.execute(sa.text("DROP TABLE ledger_hours"))
-        connection.execute(sa.text("DROP INDEX parts_claimed"))
-        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0002'"))
+        columns = [column for column in ledger.c if column is not ledger.c.id]
+        lines = [dict(row) for row in connection.execute(sa.select(*columns)).mappings()]
+        metadata.drop_all(connection)
+        connection.execute(sa.text("DROP TABLE alembic_version"))
+        command.upgrade(configuration(connection), "0002")
+        connection.execute(ledger.insert(), lines)
     again = Store(store_url)
     assert rows_by_key(again) == hours
     assert usage(again, [*GROUPS]) == before
