@@ -10,7 +10,7 @@ CompleteError
 │   ├── TooLargeError           an upload, a body or a prompt is above the limit
 │   ├── StorageFullError        the tenant's files and jobs take all the storage that it may have
 │   ├── NotFoundError           the service has no such file, job or batch of this tenant
-│   ├── KeyRefusedError         the API key is missing, unknown or revoked
+│   ├── KeyRefusedError         the API key is missing, unknown, expired or revoked
 │   ├── ScopeError              the API key does not allow this
 │   └── RateLimitError          the tenant or key has used up its tokens of this minute
 ├── EngineError             the operator: the engine cannot start, died twice, or its URL does not answer
@@ -122,7 +122,7 @@ class NotFoundError(RequestError):
 
 
 class KeyRefusedError(RequestError):
-    """The API key is missing, unknown or revoked."""
+    """The API key is missing, unknown, expired or revoked."""
 
     status = 401
     code = "invalid_api_key"

@@ -153,6 +153,7 @@ def keys_main(argv: list[str]) -> int:
     create.add_argument(
         "--scopes", default=",".join(USUAL), help=f"of {', '.join(SCOPES)} (default: {', '.join(USUAL)})"
     )
+    create.add_argument("--days", type=float, help="its use ends after so many (default: never)")
     listed = verbs.add_parser("list", help="all keys, without their secrets")
     revoke = verbs.add_parser("revoke", help="a key's use ends at once")
     revoke.add_argument("id", help="as `complete-fn keys list` shows it")
@@ -182,23 +183,29 @@ def key_store(asked: argparse.Namespace) -> Any:
 
 
 def create_key(asked: argparse.Namespace) -> int:
-    key = key_store(asked).create(asked.tenant, asked.user, asked.scopes.split(","))
+    key = key_store(asked).create(asked.tenant, asked.user, asked.scopes.split(","), asked.days)
     print_out(key)
     print_err("Keep it: it cannot be shown again.")
     return OK
 
 
 def list_keys(asked: argparse.Namespace) -> int:
+    keys = key_store(asked)
+    now = keys.store.now()
     lines = [
-        (k.id, k.tenant, k.user, k.scopes, moment(k.created_at), str(k.tokens_per_minute or ""), key_state(k))
-        for k in key_store(asked).list()
+        (k.id, k.tenant, k.user, k.scopes, moment(k.created_at), str(k.tokens_per_minute or ""), key_state(k, now))
+        for k in keys.list()
     ]
     print_table([("ID", "TENANT", "USER", "SCOPES", "CREATED", "TOKENS/MIN", "STATE"), *lines])
     return OK
 
 
-def key_state(key: Any) -> str:
-    return "revoked" if key.revoked_at else "valid"
+def key_state(key: Any, now: float) -> str:
+    if key.revoked_at:
+        return "revoked"
+    if key.expires_at is None:
+        return "valid"
+    return f"until {moment(key.expires_at)}" if key.expires_at > now else "expired"
 
 
 def revoke_key(asked: argparse.Namespace) -> int:

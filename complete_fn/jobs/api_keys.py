@@ -28,9 +28,11 @@ SCOPES = {
 USUAL = ("complete", "jobs", "usage")
 KEY = re.compile(r"cfn-([0-9a-f]{12})-([0-9a-f]{64})")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+DAY, MOST_DAYS = 86_400.0, 36_500
 NOBODY = hashlib.sha256(b"").digest()
 REFUSED = (
-    "The API key is missing, unknown or revoked. Send `Authorization: Bearer KEY`; `complete-fn keys create` makes one."
+    "The API key is missing, unknown, expired or revoked. Send `Authorization: Bearer KEY`; "
+    "`complete-fn keys create` makes one."
 )
 
 
@@ -64,6 +66,7 @@ class KeyLine:
     created_at: float
     revoked_at: float | None
     tokens_per_minute: int | None
+    expires_at: float | None
 
 
 class KeyStore:
@@ -72,24 +75,30 @@ class KeyStore:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def create(self, tenant: str, user: str, scopes: Sequence[str] = USUAL) -> str:
+    def create(self, tenant: str, user: str, scopes: Sequence[str] = USUAL, days: float | None = None) -> str:
         """Make a key. Only this call returns it: the store has no copy of its secret.
 
+        Args:
+            days: Its use ends after so many; None sets no end.
+
         Raises:
-            InvalidOptionError: a name or scope that cannot be used.
+            InvalidOptionError: a name, scope or number of days that cannot be used.
         """
+        if days is not None and not 0 < days <= MOST_DAYS:
+            raise InvalidOptionError(f"days = {days!r} must be a number above 0, at most {MOST_DAYS:,}.")
         if unknown := [s for s in scopes if s not in SCOPES]:
             raise InvalidOptionError(f"Scope {unknown[0]!r} is not one of {', '.join(SCOPES)}.")
         if bad := [n for n in (tenant, user) if not NAME.fullmatch(n)]:
             raise InvalidOptionError(f"Name {bad[0]!r} must be 1 to 64 letters, digits, dots, dashes, underscores.")
-        name, secret = secrets.token_hex(6), secrets.token_hex(32)
+        name, secret, now = secrets.token_hex(6), secrets.token_hex(32), self.store.now()
         row = {
             "id": name,
             "tenant": tenant,
             "user": user,
             "digest": digest(secret),
             "scopes": ",".join(sorted(set(scopes))),
-            "created_at": self.store.now(),
+            "created_at": now,
+            "expires_at": None if days is None else now + days * DAY,
         }
         with self.store.write() as connection:
             connection.execute(api_keys.insert().values(row))
@@ -118,11 +127,12 @@ class KeyStore:
         """The owner of a key. An unknown id takes the same comparison as a wrong secret.
 
         Raises:
-            KeyRefusedError: no such key.
+            KeyRefusedError: no such key, or its use has ended.
         """
         match = KEY.fullmatch(key)
         name, secret = match.groups() if match else ("", "")
-        valid = (api_keys.c.id == name) & api_keys.c.revoked_at.is_(None)
+        is_young = api_keys.c.expires_at.is_(None) | (api_keys.c.expires_at > self.store.now())
+        valid = (api_keys.c.id == name) & api_keys.c.revoked_at.is_(None) & is_young
         limit = sa.select(tenants.c.tokens_per_minute).where(tenants.c.name == api_keys.c.tenant).scalar_subquery()
         with self.store.read() as connection:
             row = connection.execute(sa.select(api_keys, limit.label("tenant_tokens")).where(valid)).first()

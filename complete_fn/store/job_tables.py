@@ -17,6 +17,7 @@ api_keys = Table(
     Column("scopes", Words(), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("revoked_at", Float),
+    Column("expires_at", Float),
     Column("tokens_per_minute", BigInteger),
 )
 

@@ -12,7 +12,7 @@ from complete_fn.store.backends import StoreBackend
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0004"  # the newest version in migrations/versions; a store that has it needs no import of Alembic
+HEAD = "0005"  # the newest version in migrations/versions; a store that has it needs no import of Alembic
 NEWER = (
     "The store {place} has schema {found}, and this complete-fn knows only up to {head}. "
     "Update complete-fn, or name another store."

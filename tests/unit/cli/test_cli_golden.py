@@ -151,6 +151,7 @@ SESSIONS: dict[str, list[str]] = {
         "keys create --tenant acme",
         "keys create --tenant acme --user ann --scopes jobs,usage",
         "keys create --tenant bolt --user bob",
+        "keys create --tenant bolt --days 0",
         "keys limit <id> 600",
         "keys limit acme 6000",
         "keys limit acme none",

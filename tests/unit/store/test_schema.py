@@ -64,7 +64,7 @@ def test_a_newer_store_is_refused(store_url: str) -> None:
     with store.write() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9001'"))
     store.close()
-    with pytest.raises(StoreError, match=r"has schema 9001, and this complete-fn knows only up to 0004\. Update"):
+    with pytest.raises(StoreError, match=r"has schema 9001, and this complete-fn knows only up to 0005\. Update"):
         Store(store_url)
 
 

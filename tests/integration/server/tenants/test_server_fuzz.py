@@ -37,13 +37,15 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Any], dict[str, str | None], Any]]:
-    """(operations, keys, state) of a service with keys: a tenant's, a revoked one, one that never was, and none."""
+    """(operations, keys, state) of a service with keys: a tenant's, revoked, expired and unknown ones, and none."""
     folder = tmp_path_factory.mktemp("guarded")
     with at_service(EngineHost(ServiceState(folder / "home", write_models(folder), EchoEngine(64)))) as running:
         known = running.state.keys
         mine, revoked = known.create("acme", "ann", list(SCOPES)), known.create("acme", "old", list(SCOPES))
         assert known.revoke(revoked.split("-")[1])
-        keys = {"a tenant's": mine, "revoked": revoked, "unknown": f"{mine[:-1]}{'1' if mine[-1] == '0' else '0'}"}
+        expired = known.create("acme", "late", list(SCOPES), days=1e-6)
+        keys = {"a tenant's": mine, "revoked": revoked, "expired": expired}
+        keys["unknown"] = f"{mine[:-1]}{'1' if mine[-1] == '0' else '0'}"
         yield described(running.url), {**keys, "none": None}, running.state
 
 
@@ -93,7 +95,7 @@ def test_no_request_of_a_tenant_breaks_the_service(guarded: Any, caplog: pytest.
     assert 401 not in seen
 
 
-@pytest.mark.parametrize("whose", ["revoked", "unknown", "none"])
+@pytest.mark.parametrize("whose", ["revoked", "expired", "unknown", "none"])
 def test_nobody_without_a_valid_key_gets_anything(whose: str, guarded: Any, caplog: pytest.LogCaptureFixture) -> None:
     operations, keys, state = guarded
     before = state.storage.keys()
@@ -113,7 +115,7 @@ def test_nobody_without_a_valid_key_gets_anything(whose: str, guarded: Any, capl
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("whose", ["a tenant's", "revoked", "none"])
+@pytest.mark.parametrize("whose", ["a tenant's", "revoked", "expired", "none"])
 def test_no_request_of_many_with_keys_breaks_the_service(whose: str, guarded: Any) -> None:
     operations, keys, _ = guarded
     ask(operations, THOROUGH, keys[whose])

@@ -16,6 +16,7 @@ import pytest
 from complete_fn import EchoEngine
 from complete_fn.jobs.api_keys import SCOPES
 from complete_fn.ledger.usage import usage
+from tests.clocks import pass_time
 
 
 def ask(client: openai.OpenAI, text: str, model: str = "echo", **more: Any) -> str | None:
@@ -148,6 +149,14 @@ def test_a_model_of_another_currency_than_the_budgets_is_refused(serve: Callable
     assert "has a daily budget in USD, and 'yen' is priced in JPY" in caught.value.message
     running.state.keys.set_daily_budget("acme", Decimal(1), "JPY")
     assert ask(client, "c", model="yen", max_tokens=1) == "c"
+
+
+def test_a_key_ends_when_its_days_are_over(running: Any) -> None:
+    key = running.state.keys.create("acme", "ann", days=2)
+    assert ask(running.openai(key), "x") == "x"
+    pass_time(running.state.store, 2 * 86_400 + 1)
+    with pytest.raises(openai.AuthenticationError, match="expired"):
+        ask(running.openai(key), "y")
 
 
 def test_usage_shows_a_tenant_its_own_lines_only(running: Any) -> None:
