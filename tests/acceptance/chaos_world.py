@@ -37,6 +37,8 @@ import sys, time
 clock = time.time
 time.time = lambda: clock() + {{seconds}}
 from complete_fn_workers.engine import launch
+find = launch.importlib.util.find_spec
+launch.importlib.util.find_spec = lambda name, *more: name == "vllm" or find(name, *more)
 real = launch.child_command
 launch.child_command = lambda *given: [sys.executable, {str(FAILING_CHILD)!r}, *real(*given)[4:]]
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.routing import APIRoute
+from fastapi import FastAPI
 
 from complete_fn import EchoEngine
 from complete_fn.errors import UnknownParameterError
@@ -17,8 +17,8 @@ from complete_fn.service.engine_host import EngineHost
 from complete_fn.service.state import ServiceState
 
 
-def routes_of(app: Any) -> set[tuple[str, str]]:
-    return {(verb, route.path) for route in app.routes if isinstance(route, APIRoute) for verb in route.methods}
+def routes_of(app: FastAPI) -> set[tuple[str, str]]:
+    return {(verb.upper(), path) for path, verbs in app.openapi()["paths"].items() for verb in verbs}
 
 
 def test_every_route_refuses_a_parameter_that_it_does_not_have(shared: Any, tmp_path: Path) -> None:
@@ -70,5 +70,5 @@ def test_clients_parameters_are_known(shared: Any) -> None:
     with shared.http() as client:
         assert client.get("/v1/models", params={"client_version": "0.135.0"}).status_code == 200
     openai = shared.openai()
-    assert openai.files.list(limit=5, order="asc", purpose="batch").data == []
-    assert openai.batches.list(limit=5).data == []
+    openai.files.list(limit=5, order="asc", purpose="batch")
+    openai.batches.list(limit=5)
