@@ -95,13 +95,16 @@ class Gate:
         self.target, self.port = target, free_port()
         self.listener: socket.socket | None = None
         self.links: list[socket.socket] = []
+        self.is_open = False
         self.open()
 
     def open(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", self.port))
+        self.is_open = True
         threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
 
     def shut(self) -> None:
+        self.is_open = False
         if self.listener is not None:
             with suppress(OSError):
                 self.listener.shutdown(socket.SHUT_RDWR)
@@ -228,9 +231,9 @@ class World(Site):
                 return
 
     def shut_sink(self) -> None:
-        assert self.gate is not None
-        self.gate.shut()
-        self.later(self.gate.open)
+        if self.gate is not None and self.gate.is_open:
+            self.gate.shut()
+            self.later(self.gate.open)
 
     def settle(self) -> None:
         for thread in self.ending:
