@@ -71,6 +71,7 @@ class SharedBudget(Budget):
 
     def __init__(self, store: Store, tenant: str, caps: Sequence[Cap]) -> None:
         self.store, self.tenant, self.caps = store, tenant, caps
+        self.opened: set[str] = set()  # budgets whose limits in the store this object has brought up to date
         self.open(self.names())
 
     def names(self) -> dict[str, Cap]:
@@ -85,8 +86,11 @@ class SharedBudget(Budget):
         with self.store.read() as connection:
             known = dict(connection.execute(sa.select(budgets.c.name, budgets.c.limit_nano).where(mine)).all())
         changed = {name: cap for name, cap in names.items() if known.get(name) != cap.limit_nano}
-        if not changed:
-            return
+        if changed:
+            self.write_limits(changed)
+        self.opened |= names.keys()
+
+    def write_limits(self, changed: Mapping[str, Cap]) -> None:
         with self.store.write() as connection:
             for name, cap in changed.items():
                 spent = connection.execute(spent_before(self.tenant, name)).scalar_one()
@@ -129,7 +133,8 @@ class Purse(Budget):
             return
         if self.pocket:
             self.shared.store.draw(self.attempt, -self.pocket)
-        self.shared.open(names)
+        if not names.keys() <= self.shared.opened:
+            self.shared.open(names)
         self.attempt.budgets, self.pocket = tuple(names), 0
         self.labels = {name: cap.label for name, cap in names.items()}
 

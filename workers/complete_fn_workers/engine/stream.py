@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from complete_fn.engines.structured_output import checked
 from complete_fn.errors import EngineError
@@ -160,13 +160,17 @@ class EngineStream:
         link.send({"alone": True})
         self.watch.begin()
         while not self.is_abandoned():
-            message = link.receive(LOOK_SECONDS)
-            if message.get("alone"):
+            if self.receive(link).get("alone"):
                 return
-            if message:
-                self.watch.heard()
-            else:
-                self.watch.look(link)
+
+    def receive(self, link: Link) -> dict[str, Any]:
+        """The next message; {} if none came so soon. A child that hangs is killed."""
+        message = link.receive(LOOK_SECONDS)
+        if message:
+            self.watch.heard()
+        else:
+            self.watch.look(link)
+        return message
 
     def exchange_rows(
         self, link: Link, window: int, feed: Iterator[tuple[int, CompletionRequest]], unfinished: Rows
@@ -195,11 +199,7 @@ class EngineStream:
 
     def answers(self, link: Link, unfinished: Rows) -> Iterator[tuple[int, Completion]]:
         """The answers of the child's next message."""
-        message = link.receive(LOOK_SECONDS)
-        if message:
-            self.watch.heard()
-        else:
-            self.watch.look(link)
+        message = self.receive(link)
         for number, piece, *tokens in message.get("text", ()):
             if (tell := unfinished[number].tell) is not None:
                 tell(piece, Usage(*tokens))
